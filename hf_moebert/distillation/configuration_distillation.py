@@ -1,0 +1,91 @@
+"""The recipe of a distillation run."""
+
+import math
+from dataclasses import dataclass
+
+from transformers.hf_argparser import HfArg
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """How strongly, and between which layers, a student follows its teacher.
+
+    Raises:
+        ValueError: If a value breaks the rule in its help text; the message names rule and remedy.
+
+    Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, layer-wise distillation.
+    """
+
+    weight: float = HfArg(
+        default=1.0,
+        help="Weight of the distillation loss against the task loss, finite and at least 0. The paper searches 1 to 5;"
+        " with 0 the student trains on the task alone.",
+    )
+    layer_map: list[int] | None = HfArg(
+        default=None,
+        help="The teacher layer that each student layer follows, one number per student layer, both counted from 1:"
+        " `2 4 6` lets a student of three layers follow every other one of six. The embedding outputs always follow"
+        " each other. By default layer follows layer, which needs equal depths.",
+    )
+    mask_padding: bool = HfArg(
+        default=True,
+        help="Whether padding is left out, so that an example's loss depends on its own tokens only. False averages"
+        " over all positions, as the paper's code does.",
+    )
+    reference_teacher_dropout: bool = HfArg(
+        default=False,
+        help="Whether dropout stays on in the teacher, as in the paper's code, which makes its targets noisy.",
+    )
+
+    def __post_init__(self) -> None:
+        if not _is_weight(self.weight):
+            raise ValueError(
+                f"`weight` must be a finite number of at least 0, got {self.weight!r}. Use 1.0 to start with, or 0 for"
+                " the task loss alone."
+            )
+        if self.layer_map is not None and not _is_layer_list(self.layer_map):
+            raise ValueError(
+                f"`layer_map` must list layer numbers counted from 1, got {self.layer_map!r}. Use [2, 4, 6] for a"
+                " student of three layers and a teacher of six; embeddings need no entry."
+            )
+        for name in ("mask_padding", "reference_teacher_dropout"):
+            if getattr(self, name) not in (True, False):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}. Write it unquoted.")
+
+    def teacher_layers(self, student_depth: int, teacher_depth: int) -> list[int]:
+        """Say which hidden state of the teacher each hidden state of the student follows.
+
+        Args:
+            student_depth: Layers of the student.
+            teacher_depth: Layers of the teacher.
+
+        Returns:
+            One index per hidden state of the student, embeddings (0) first. Length `student_depth + 1`.
+
+        Raises:
+            ValueError: If the depths differ and `layer_map` is not set, or if `layer_map` does not fit the depths.
+        """
+        example = [round((k + 1) * teacher_depth / student_depth) for k in range(student_depth)]
+        if self.layer_map is None:
+            if student_depth != teacher_depth:
+                raise ValueError(
+                    f"`layer_map` must be set when the depths differ, got a student of {student_depth} and a teacher"
+                    f" of {teacher_depth} layers. Use layer_map={example} to spread the layers evenly."
+                )
+            return list(range(student_depth + 1))
+        if len(self.layer_map) != student_depth or max(self.layer_map) > teacher_depth:
+            raise ValueError(
+                f"`layer_map` must have one number from 1 to {teacher_depth} for each of the {student_depth} layers of"
+                f" the student, got {list(self.layer_map)}. Use layer_map={example} to spread the layers evenly."
+            )
+        return [0, *self.layer_map]
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def _is_layer_list(value: object) -> bool:
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    return all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 1 for layer in value)

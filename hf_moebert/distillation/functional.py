@@ -1,0 +1,148 @@
+"""How far a student is from its teacher: hidden states and predictions, as plain tensors.
+
+Every loss is a mean over the examples of the batch, of a value that depends on that example alone. So equal
+micro-batches average to the loss of the whole batch, whatever their padding. Half precision is raised to float32.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+
+def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Average the kept positions of each example, then the examples.
+
+    Args:
+        values: One value per position. Shape `(batch, seq)`, or any shape without a mask.
+        mask: True where a position counts; without it all do. Shape `(batch, seq)`.
+
+    Returns:
+        The mean; an example without a kept position counts as zero. Shape `()`.
+    """
+    if mask is None:
+        return values.mean()
+    kept = values.masked_fill(~mask, 0)  # (batch, seq)
+    return (kept.sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+def hidden_state_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error between the hidden states of one layer.
+
+    Args:
+        student: Hidden states of the student. Shape `(batch, seq, hidden)`.
+        teacher: Hidden states of the teacher. Shape `(batch, seq, hidden)`.
+        mask: True at real tokens; without it all positions count alike. Shape `(batch, seq)`.
+
+    Returns:
+        The loss. Shape `()`.
+
+    Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, layer-wise distillation; the mask is our own design.
+    """
+    difference = _at_least_float32(student) - _at_least_float32(teacher)  # (batch, seq, hidden)
+    if mask is not None:
+        # Before the square: whatever stands in the padding, even NaN, then has a gradient of zero.
+        difference = difference.masked_fill(~mask.unsqueeze(-1), 0)
+    return masked_mean(difference.square().mean(-1), mask)
+
+
+def symmetric_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """Half the sum of both Kullback-Leibler divergences between two categorical distributions.
+
+    With `p` and `q` the softmax of the two logits, `1/2 (KL(p || q) + KL(q || p)) = 1/2 sum (p - q)(log p - log q)`.
+    The logarithms come from `log_softmax`, so a probability that underflows gives a large finite value.
+
+    Args:
+        student: Logits. Shape `(..., labels)`.
+        teacher: Logits. Shape `(..., labels)`.
+
+    Returns:
+        The divergence in nats. Shape `(...)`.
+
+    Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, layer-wise distillation.
+    """
+    log_p = log_softmax(_at_least_float32(student), dim=-1)
+    log_q = log_softmax(_at_least_float32(teacher), dim=-1)
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1) / 2
+
+
+def classification_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Symmetric KL between predicted labels, of sentences or of tokens.
+
+    Args:
+        student: Logits. Shape `(batch, labels)`, or `(batch, seq, labels)` for tokens.
+        teacher: Logits. Shape as `student`.
+        mask: True at the tokens that count; only for tokens. Shape `(batch, seq)`.
+
+    Returns:
+        The loss. Shape `()`.
+
+    Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, layer-wise distillation; tokens are our own design.
+    """
+    if mask is not None:
+        student = student.masked_fill(~mask.unsqueeze(-1), 0)  # as in `hidden_state_loss`
+        teacher = teacher.masked_fill(~mask.unsqueeze(-1), 0)
+    return masked_mean(symmetric_kl(student, teacher), mask)
+
+
+def multi_label_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Symmetric KL between the two Bernoulli distributions of each label, averaged like the task's own loss.
+
+    With `p` and `q` the sigmoids of logits `s` and `t`, the divergence is `1/2 (p - q)(s - t)`: the logarithms of
+    both outcomes collapse to the logits.
+
+    Args:
+        student: Logits. Shape `(batch, labels)`.
+        teacher: Logits. Shape `(batch, labels)`.
+
+    Returns:
+        The loss. Shape `()`.
+
+    Source: our own design; the paper has no multi-label task.
+    """
+    student, teacher = _at_least_float32(student), _at_least_float32(teacher)
+    return ((student.sigmoid() - teacher.sigmoid()) * (student - teacher)).mean() / 2
+
+
+def regression_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error between predicted values.
+
+    Args:
+        student: Predictions. Shape `(batch, labels)`.
+        teacher: Predictions. Shape `(batch, labels)`.
+
+    Returns:
+        The loss. Shape `()`.
+
+    Source: the code of Zuo et al. 2022; the paper does not say.
+    """
+    return (_at_least_float32(student) - _at_least_float32(teacher)).square().mean()
+
+
+def span_loss(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
+    """Symmetric KL over the positions of a sequence, half for the start of the answer and half for its end.
+
+    Args:
+        student: Logits of start and end. Shape `(batch, seq)` each.
+        teacher: Logits of start and end. Shape `(batch, seq)` each.
+        mask: True at real tokens; the others can be neither start nor end. Shape `(batch, seq)`.
+
+    Returns:
+        The loss. Shape `()`.
+
+    Source: the code of Zuo et al. 2022; the mask is our own design.
+    """
+    if mask is not None:
+        student = (_set_aside(student[0], mask), _set_aside(student[1], mask))
+        teacher = (_set_aside(teacher[0], mask), _set_aside(teacher[1], mask))
+    start, end = (symmetric_kl(s, t) for s, t in zip(student, teacher, strict=True))  # (batch,)
+    return (start + end).mean() / 2
+
+
+def _set_aside(logits: Tensor, mask: Tensor) -> Tensor:
+    # The lowest finite number instead of -inf, whose difference to itself would be NaN.
+    logits = _at_least_float32(logits)
+    return logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

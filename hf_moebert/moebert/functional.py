@@ -1,0 +1,301 @@
+"""The equations of MoEBERT on tensors.
+
+Source of all of them, unless said otherwise: Zuo et al. 2022, https://arxiv.org/abs/2204.07675.
+"""
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+
+def neuron_importance(z: Tensor, grad_z: Tensor, h: Tensor, grad_h: Tensor, bias: Tensor) -> Tensor:
+    """Score each neuron of a feed-forward layer by how much the loss of each example would change without it.
+
+    With `w1_j`, `w2_j` the neuron's row and column, `|w1_j . dL/dw1_j + w2_j . dL/dw2_j|` is the first-order change
+    of one example's loss. Both products are sums over the example's tokens of activations times their gradients, so
+    one backward of the summed loss serves the whole batch.
+
+    Args:
+        z: Values before the activation, `up(x)`. Shape `(batch, seq, intermediate)`.
+        grad_z: Gradient of the summed loss with respect to `z`. Same shape.
+        h: Values after the activation. Same shape.
+        grad_h: Gradient of the summed loss with respect to `h`. Same shape.
+        bias: Bias of the up-projection, which is not part of the score. Shape `(intermediate,)`.
+
+    Returns:
+        Sum over the examples. Shape `(intermediate,)`.
+
+    Source: eq. 4; the form through activations is our own, and equal to it.
+    """
+    per_example = (grad_z * (z - bias) + grad_h * h).sum(dim=1)  # (batch, intermediate)
+    return per_example.abs().sum(dim=0)
+
+
+def assign_neurons(importance: Tensor, num_experts: int, expert_size: int, num_shared: int) -> Tensor:
+    """Deal the neurons of one dense feed-forward layer out to its experts.
+
+    Every expert gets the `num_shared` most important neurons; the others are dealt like cards, in order of
+    importance, so that expert `e` also gets neurons `e, e + num_experts, e + 2 * num_experts, ...` of the rest.
+
+    Args:
+        importance: Score of each neuron, larger is kept first; ties go to the smaller index. Shape `(intermediate,)`.
+        num_experts: Number of experts.
+        expert_size: Neurons per expert.
+        num_shared: Neurons that every expert holds.
+
+    Returns:
+        Index of each expert's neurons in the dense layer, ascending. Shape `(num_experts, expert_size)`.
+
+    Raises:
+        ValueError: If the neurons left after sharing are too few to fill every expert.
+
+    Source: section 3.2.
+    """
+    own = expert_size - num_shared
+    rest = importance.numel() - num_shared
+    if not 0 <= own <= rest // num_experts:
+        raise ValueError(
+            f"`expert_size` must be in [{num_shared}, {num_shared + max(rest, 0) // num_experts}] for {num_experts} "
+            f"experts that share {num_shared} of {importance.numel()} neurons, got {expert_size}. Share more neurons, "
+            "or make the experts smaller."
+        )
+    order = torch.sort(importance, descending=True, stable=True).indices  # (intermediate,)
+    shared = order[:num_shared].expand(num_experts, -1)  # (experts, num_shared)
+    dealt = order[num_shared : num_shared + own * num_experts].view(own, num_experts).T  # (experts, own)
+    return torch.cat([shared, dealt], dim=1).sort(dim=1).values  # ascending: one full expert is the dense layer
+
+
+def cut_experts(
+    up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor, *, index: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Copy each expert's neurons out of a dense feed-forward layer; every expert gets the whole output bias.
+
+    Args:
+        up: Shape `(intermediate, hidden)`.
+        up_bias: Shape `(intermediate,)`.
+        down: Shape `(hidden, intermediate)`.
+        down_bias: Shape `(hidden,)`.
+        index: Neurons of each expert, from `assign_neurons`. Shape `(experts, expert_size)`.
+
+    Returns:
+        The stacks `(experts, expert_size, hidden)`, `(experts, expert_size)`, `(experts, hidden, expert_size)` and
+        `(experts, hidden)`.
+
+    Source: section 3.2.
+    """
+    index = index.to(up.device)
+    cut_down = down[:, index].transpose(0, 1).contiguous()  # (experts, hidden, expert_size)
+    return up[index], up_bias[index], cut_down, down_bias.repeat(len(index), 1)
+
+
+def random_table(vocab_size: int, num_experts: int, *, generator: Generator) -> Tensor:
+    """Send each token id to an expert drawn uniformly.
+
+    Returns:
+        Expert of each token id. Shape `(vocab,)`, dtype uint8.
+
+    Source: the paper's "hash-random" routing.
+    """
+    return torch.randint(num_experts, (vocab_size,), generator=generator).to(torch.uint8)
+
+
+def balanced_table(token_counts: Tensor, num_experts: int, *, generator: Generator) -> Tensor:
+    """Send token ids to experts so that each expert sees about the same share of a corpus.
+
+    Ids are taken by falling count (ties by id) and each goes to the expert with the smallest load so far (ties to
+    the lowest expert). Ids that the corpus never shows go to a random expert.
+
+    Args:
+        token_counts: Occurrences of each token id in the corpus. Shape `(vocab,)`.
+        num_experts: Number of experts.
+        generator: Where the randomness for unseen ids comes from.
+
+    Returns:
+        Expert of each token id. Shape `(vocab,)`, dtype uint8.
+
+    Source: the paper's "hash-balance" routing; the order among ties is our own.
+    """
+    table = random_table(token_counts.numel(), num_experts, generator=generator)
+    counts = token_counts.tolist()
+    loads = [0] * num_experts
+    for token_id in sorted(range(len(counts)), key=lambda i: (-counts[i], i)):
+        if counts[token_id] == 0:
+            break
+        expert = loads.index(min(loads))
+        loads[expert] += counts[token_id]
+        table[token_id] = expert
+    return table
+
+
+def choose_experts(logits: Tensor, top_k: int, scaling: str) -> tuple[Tensor, Tensor]:
+    """Choose the experts of each routed item and their weights from a gate's logits.
+
+    Args:
+        logits: Gate logits in float32. Shape `(..., experts)`.
+        top_k: Experts per item; ties go to the lower index.
+        scaling: `probability` weighs an expert by its probability (eq. 2). Otherwise the chosen probabilities are
+            divided by their detached sum: they add up to 1, so a converted model starts next to its teacher, and the
+            gate still gets a gradient (our own design).
+
+    Returns:
+        Index and weight of the chosen experts, most probable first. Shapes `(..., top_k)`.
+
+    Source: eqs. 2 and 3.
+    """
+    probabilities = logits.softmax(dim=-1)
+    ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
+    weights, index = ordered[..., :top_k], index[..., :top_k]
+    if scaling == "probability":
+        return index, weights
+    return index, weights / weights.detach().sum(dim=-1, keepdim=True)
+
+
+def real_tokens(attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    """Say which tokens are not padding, from any kind of attention mask.
+
+    Args:
+        attention_mask: `None`, or of any dtype and shape `(batch, seq)`, or boolean or additive of shape
+            `(batch, 1, seq, seq)`, where a real token is one that some other may look at.
+        shape: `(batch, seq)`.
+
+    Returns:
+        True at real tokens. Shape `(batch, seq)`.
+    """
+    if attention_mask is None:
+        return torch.ones(shape, dtype=torch.bool)
+    if attention_mask.dim() == 2:
+        return attention_mask.to(torch.bool)
+    allowed = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0  # 0, or very negative
+    return allowed.flatten(1, 2).any(dim=1)
+
+
+def masked_mean(hidden_states: Tensor, mask: Tensor) -> Tensor:
+    """Average the real tokens of each sentence, in float32; a sentence of padding alone gives zeros.
+
+    Args:
+        hidden_states: Shape `(batch, seq, hidden)`.
+        mask: True at real tokens. Shape `(batch, seq)`.
+
+    Returns:
+        Shape `(batch, hidden)`.
+    """
+    weight = mask.to(torch.float32).unsqueeze(-1)  # (batch, seq, 1)
+    return (hidden_states.float() * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+
+def load_balancing_loss(logits: Tensor, mask: Tensor, top_k: int) -> Tensor:
+    """Penalise one layer's gate for using its experts unevenly; 1 when probabilities and choices are uniform.
+
+    Args:
+        logits: Gate logits of the routed items (tokens or sentences). Shape `(items, experts)`.
+        mask: True at the items that count. Shape `(items,)`.
+        top_k: Experts per item.
+
+    Returns:
+        `experts * sum_i(mean probability of i * share of choices that fell on i)`. Scalar; the shares carry no
+        gradient.
+
+    Source: the Switch Transformer's form, https://arxiv.org/abs/2101.03961, section 2.2.
+    """
+    num_experts = logits.shape[-1]
+    probabilities = logits.float().softmax(dim=-1)
+    chosen = probabilities.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weight = mask.to(probabilities.dtype) / mask.sum().clamp(min=1)  # (items,)
+    mean_probability = (probabilities * weight[:, None]).sum(dim=0)  # (experts,)
+    share = (F.one_hot(chosen, num_experts).sum(dim=1) * weight[:, None] / top_k).sum(dim=0)  # (experts,)
+    return num_experts * (mean_probability * share).sum()
+
+
+def expert_load(expert_index: Tensor, mask: Tensor, num_experts: int) -> Tensor:
+    """Count the real tokens that each expert processes.
+
+    Args:
+        expert_index: Experts of each token. Shape `(tokens, top_k)`.
+        mask: True at real tokens. Shape `(tokens,)`.
+        num_experts: Number of experts.
+
+    Returns:
+        Shape `(experts,)`, int64.
+    """
+    return (F.one_hot(expert_index, num_experts).sum(dim=1) * mask[:, None]).sum(dim=0)
+
+
+def infer_problem_type(num_labels: int, labels: Tensor) -> str:
+    """Tell the kind of sequence classification from the labels, by the host's rule."""
+    if num_labels == 1:
+        return "regression"
+    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+
+def per_example_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+    """Task loss of each example of a sequence classifier.
+
+    Args:
+        logits: Shape `(batch, labels)`.
+        labels: Class of each example, -100 where there is none (loss 0), shape `(batch,)`; for regression and
+            multi-label classification targets of the shape of `logits`, or `(batch,)` for one output.
+        problem_type: `single_label_classification` (cross entropy), `multi_label_classification` (binary cross
+            entropy, mean over labels) or `regression` (squared error, mean over outputs).
+
+    Returns:
+        Shape `(batch,)`.
+    """
+    if problem_type == "single_label_classification":
+        return F.cross_entropy(logits, labels.reshape(-1), reduction="none")
+    labels = labels.reshape(logits.shape).to(logits.dtype)
+    if problem_type == "regression":
+        return F.mse_loss(logits, labels, reduction="none").mean(dim=-1)
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(dim=-1)
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of each token; 0 where the label is -100.
+
+    Args:
+        logits: Shape `(batch, seq, labels)`.
+        labels: Shape `(batch, seq)`.
+
+    Returns:
+        Shape `(batch, seq)`.
+    """
+    return F.cross_entropy(logits.flatten(0, 1), labels.reshape(-1), reduction="none").view(labels.shape)
+
+
+def span_loss(start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """Mean of the cross entropies of a span's two ends; an end outside the sequence adds 0.
+
+    Args:
+        start_logits: Shape `(batch, seq)`.
+        end_logits: Shape `(batch, seq)`.
+        start: First token of each answer. Shape `(batch,)`.
+        end: Last token of each answer. Shape `(batch,)`.
+
+    Returns:
+        Shape `(batch,)`.
+    """
+    outside = start_logits.shape[1]
+
+    def one_end(logits: Tensor, position: Tensor) -> Tensor:
+        position = position.reshape(-1).clamp(0, outside)  # the host's convention: `outside` means "not in here"
+        return F.cross_entropy(logits, position, ignore_index=outside, reduction="none")
+
+    return (one_end(start_logits, start) + one_end(end_logits, end)) / 2
+
+
+def sort_by_expert(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Order the slots of each layer by expert, keeping the order within an expert.
+
+    Args:
+        expert_index: Expert of each slot (a token times one of its experts). Shape `(layers, slots)`.
+        num_experts: Number of experts.
+
+    Returns:
+        Slots in order of their expert, its inverse permutation, both `(layers, slots)`, and slots per expert,
+        `(layers, experts)`.
+    """
+    order = expert_index.argsort(dim=-1, stable=True)
+    inverse = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
+    counts = F.one_hot(expert_index.long(), num_experts).sum(dim=1)
+    return order, inverse, counts

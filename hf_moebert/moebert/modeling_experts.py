@@ -1,0 +1,239 @@
+"""The experts, the routing that chooses among them, and the layer they live in."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    grouped_mm_experts_forward,
+    use_experts_implementation,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.bert.modeling_bert import BertAttention
+
+from .configuration_moebert import MoEBertConfig
+from .functional import balanced_table, choose_experts, expert_load, masked_mean, random_table, sort_by_expert
+
+
+# Slots in order of their expert, the inverse permutation, slots per expert
+Dispatch = tuple[Tensor, Tensor, list[int]]
+# Expert of each token `(tokens,)` where a table says it, and the tokens sorted by it
+Route = tuple[Tensor | None, Dispatch | None]
+
+
+@use_experts_implementation(has_gate=False, has_bias=True)
+class MoEBertExperts(nn.Module):
+    """The experts of one layer: up-projection, activation, down-projection, stacked along the first dimension."""
+
+    def __init__(self, config: MoEBertConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.active_fraction = config.top_k / config.num_experts  # read by `measure_footprint`
+        experts, size, hidden = config.num_experts, config.expert_size, config.hidden_size
+        self.up_proj = nn.Parameter(torch.empty(experts, size, hidden))
+        self.up_proj_bias = nn.Parameter(torch.empty(experts, size))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, size))
+        self.down_proj_bias = nn.Parameter(torch.empty(experts, hidden))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, dispatch: Dispatch | None = None
+    ) -> Tensor:
+        """Multiply each expert with its slice of the sorted tokens: the "eager" implementation.
+
+        Args:
+            hidden_states: Shape `(tokens, hidden)`.
+            top_k_index: Shape `(tokens, top_k)`.
+            top_k_weights: Shape `(tokens, top_k)`.
+            dispatch: The sorted slots, where they are known beforehand.
+
+        Returns:
+            Weighted sum of the chosen experts' outputs. Shape `(tokens, hidden)`.
+        """
+        return self.run_slices(hidden_states, top_k_index, top_k_weights, dispatch)
+
+    def run_slices(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, dispatch: Dispatch | None
+    ) -> Tensor:
+        """See `forward`, which the host replaces with the chosen implementation."""
+        # `unbind` once: the backward of an index into a stack zero-fills the whole stack for every expert
+        stacks = (self.up_proj, self.up_proj_bias, self.down_proj, self.down_proj_bias)
+        experts = list(zip(*(stack.unbind(0) for stack in stacks), strict=True))
+        if self.num_experts == 1:
+            return self.run_expert(hidden_states, *experts[0])
+        tokens, top_k = top_k_index.shape
+        order, inverse, counts = dispatch or plan_dispatch(top_k_index.reshape(1, -1), self.num_experts)[0]
+        if top_k == 1 and tokens in counts:  # one expert for all tokens: nothing to gather
+            output = self.run_expert(hidden_states, *experts[counts.index(tokens)])
+        else:
+            slices = hidden_states.index_select(0, order // top_k).split(counts)
+            output = torch.cat([self.run_expert(x, *expert) for x, expert in zip(slices, experts, strict=True)])
+            output = output.index_select(0, inverse)  # (tokens * top_k, hidden)
+        output = output.view(tokens, top_k, -1) * top_k_weights.unsqueeze(-1)  # (tokens, top_k, hidden)
+        return output.sum(dim=1).to(hidden_states.dtype)
+
+    def run_expert(self, x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
+        """Apply one expert to its slots, `(slots, hidden)`."""
+        return F.linear(self.act_fn(F.linear(x, up, up_bias)), down, down_bias)
+
+
+def plan_dispatch(expert_index: Tensor, num_experts: int) -> list[Dispatch]:
+    """Sort the slots of all layers at once, `(layers, slots)`."""
+    order, inverse, counts = sort_by_expert(expert_index, num_experts)
+    return list(zip(order, inverse, counts.tolist(), strict=True))
+
+
+def runs_slices(hidden_states: Tensor) -> bool:
+    """Whether `sorted_mm` multiplies slices here by choice: inference on a CPU."""
+    inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return inference and hidden_states.device.type == "cpu"
+
+
+def sorted_mm_experts_forward(
+    self: MoEBertExperts,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    dispatch: Dispatch | None = None,
+) -> Tensor:
+    """Run the experts the fastest way that is known for the device: the default implementation.
+
+    CPU inference multiplies sorted slices. Elsewhere the host's `grouped_mm` does the work, and slices again where it
+    cannot: a single expert, float64, rows that are no multiple of 16 bytes, and autocast, which it ignores.
+    """
+    dtype, sizes = self.up_proj.dtype, self.up_proj.shape[1:]
+    grouped = dtype != torch.float64 and all(size * dtype.itemsize % 16 == 0 for size in sizes)
+    if not torch.compiler.is_compiling():
+        grouped = grouped and not torch.is_autocast_enabled(hidden_states.device.type)
+    if grouped and self.num_experts > 1 and not runs_slices(hidden_states):
+        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    return self.run_slices(hidden_states, top_k_index, top_k_weights, dispatch)
+
+
+ALL_EXPERTS_FUNCTIONS.register("sorted_mm", sorted_mm_experts_forward)
+
+
+class MoEBertHashRouter(nn.Module):
+    """The expert of every token id in every converted layer, as tables that travel with the weights."""
+
+    def __init__(self, config: MoEBertConfig) -> None:
+        super().__init__()
+        self.config = config
+        shape = (len(config.converted_layers), config.vocab_size)
+        self.table = nn.Buffer(torch.empty(shape, dtype=torch.uint8))  # (layers, vocab)
+
+    def draw_table(self, vocab_size: int, token_counts: Tensor | None = None) -> Tensor:
+        """Make the tables of a vocabulary from the seed, and from a corpus for `hash-balanced`, `(layers, vocab)`."""
+        layers, experts = self.table.shape[0], self.config.num_experts
+        generator = torch.Generator().manual_seed(self.config.routing_seed)
+        if self.config.routing == "hash-random":
+            return torch.stack([random_table(vocab_size, experts, generator=generator) for _ in range(layers)])
+        counts = torch.zeros(vocab_size, dtype=torch.long) if token_counts is None else token_counts
+        return balanced_table(counts, experts, generator=generator).repeat(layers, 1)
+
+    def resize(self, vocab_size: int) -> None:
+        """Follow the vocabulary: known ids keep their experts, new ones get random experts."""
+        known = self.table[:, :vocab_size]
+        drawn = self.draw_table(vocab_size)[:, known.shape[1] :].to(known.device)
+        self.table = torch.cat([known, drawn], dim=1)
+
+    def forward(self, input_ids: Tensor) -> list[Route]:
+        """Look up the experts of all tokens in every converted layer, and sort them where slices will be run."""
+        index = self.table[:, input_ids.flatten()]  # (layers, tokens)
+        sorts = self.config._experts_implementation == "sorted_mm" and runs_slices(input_ids)
+        plan = plan_dispatch(index, self.config.num_experts) if sorts else [None] * len(index)
+        return list(zip(index, plan, strict=True))
+
+
+class MoEBertGate(nn.Linear):
+    """A linear gate whose logits are computed in float32, whatever the model's dtype or autocast."""
+
+    def __init__(self, config: MoEBertConfig) -> None:
+        super().__init__(config.hidden_size, config.num_experts, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Score the experts, `(..., experts)`."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return F.linear(hidden_states.float(), self.weight.float())
+
+
+class MoEBertBlock(nn.Module):
+    """The mixture of experts in the place of a feed-forward network, with its residual and LayerNorm."""
+
+    def __init__(self, config: MoEBertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = MoEBertGate(config) if config.uses_gate else None
+        self.experts = MoEBertExperts(config)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self, hidden_states: Tensor, token_mask: Tensor, hash_route: Route
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Route, run the experts, add the residual and normalise.
+
+        Args:
+            hidden_states: Output of the attention. Shape `(batch, seq, hidden)`.
+            token_mask: True at real tokens. Shape `(batch, seq)`.
+            hash_route: What the hash router says; `(None, None)` with a gate.
+
+        Returns:
+            Output of the block, the gate's logits, and the experts of each token, `(batch * seq, top_k)`.
+
+        Source: eqs. 2 and 3.
+        """
+        tokens = hidden_states.flatten(0, 1)  # (tokens, hidden)
+        logits, scale = None, None
+        expert_index, dispatch = hash_route
+        if expert_index is not None:
+            index = expert_index.long().unsqueeze(-1)  # (tokens, 1)
+            weights = torch.ones_like(index, dtype=hidden_states.dtype)
+        else:
+            logits, index, weights = self.route(hidden_states, token_mask)
+            if self.config.gate_scaling == "reference":
+                weights, scale = torch.ones_like(weights), weights
+        extra = {} if dispatch is None else {"dispatch": dispatch}  # unknown to the host's implementations
+        output = self.experts(tokens, index, weights.to(hidden_states.dtype), **extra).view_as(hidden_states)
+        output = self.LayerNorm(self.dropout(output) + hidden_states)
+        if scale is not None:
+            output = output * scale.view(*output.shape[:2], 1).to(output.dtype)
+        return output, logits, index
+
+    def route(self, hidden_states: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Ask the gate: logits `(batch, [seq,] experts)`, index and weights of each token `(batch * seq, top_k)`."""
+        by_sentence = self.config.routing == "gate-sentence"
+        logits = self.gate(masked_mean(hidden_states, token_mask) if by_sentence else hidden_states)
+        scaling = "straight-through" if self.config.gate_scaling == "straight-through" else "probability"
+        index, weights = choose_experts(logits, self.config.top_k, scaling)
+        if by_sentence:  # every token of a sentence goes with it
+            index, weights = (x.unsqueeze(1).expand(-1, hidden_states.shape[1], -1) for x in (index, weights))
+        return logits, index.flatten(0, 1), weights.flatten(0, 1)
+
+
+class MoEBertLayer(GradientCheckpointingLayer):
+    """A BERT layer with a mixture of experts."""
+
+    def __init__(self, config: MoEBertConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.attention = BertAttention(config, layer_idx=layer_idx)
+        self.moe = MoEBertBlock(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        token_mask: Tensor,
+        hash_route: Route,
+        output_expert_load: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the hidden states, the gate's logits, and the experts' load if asked for."""
+        hidden_states, _ = self.attention(hidden_states, attention_mask, **kwargs)
+        hidden_states, logits, index = self.moe(hidden_states, token_mask, hash_route)
+        load = expert_load(index, token_mask.flatten(), self.num_experts) if output_expert_load else None
+        return hidden_states, logits, load

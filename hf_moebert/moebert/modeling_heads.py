@@ -1,0 +1,202 @@
+"""The heads of MoEBERT: sequence classification, token classification and question answering."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import (
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_moebert import MoEBertConfig
+from .functional import infer_problem_type, per_example_loss, span_loss, token_loss
+from .modeling_moebert import MoEBertModel, MoEBertPreTrainedModel, RoutingOutput
+
+
+@dataclass
+class MoEBertSequenceClassifierOutput(RoutingOutput, SequenceClassifierOutput):
+    """Output of `MoEBertForSequenceClassification`."""
+
+
+@dataclass
+class MoEBertTokenClassifierOutput(RoutingOutput, TokenClassifierOutput):
+    """Output of `MoEBertForTokenClassification`."""
+
+
+@dataclass
+class MoEBertQuestionAnsweringOutput(RoutingOutput, QuestionAnsweringModelOutput):
+    """Output of `MoEBertForQuestionAnswering`."""
+
+
+class MoEBertHead(MoEBertPreTrainedModel):
+    """What the heads share: a balance term in the loss, and outputs that carry the routing."""
+
+    def _finish(self, output_class: Callable, outputs: Any, loss: Tensor | None, **logits: Tensor) -> Any:
+        """Add the weighted balance loss to the task loss, and pass the encoder's records on."""
+        if loss is not None and outputs.aux_loss is not None:
+            loss = loss + self.config.router_aux_loss_coef * outputs.aux_loss
+        records = {
+            name: outputs.get(name)
+            for name in ("hidden_states", "attentions", "aux_loss", "router_logits", "expert_load")
+        }
+        return output_class(loss=loss, **logits, **records)
+
+    def _check_classes(self, labels: Tensor) -> None:
+        """Refuse classes that the head does not have, before a GPU aborts the process over them."""
+        if torch.compiler.is_compiling():
+            return
+        wrong = labels[(labels != -100) & ((labels < 0) | (labels >= self.config.num_labels))]
+        if wrong.numel():
+            raise ValueError(
+                f"`labels` must be in [0, {self.config.num_labels}) or -100, got {int(wrong[0])}. Map the data set's "
+                "labels to the model's `label2id`, or set `num_labels`."
+            )
+
+
+class MoEBertForSequenceClassification(MoEBertHead):
+    """MoEBERT with a linear layer on the pooled [CLS]: classes, several labels at once, or regression."""
+
+    def __init__(self, config: MoEBertConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = MoEBertModel(config)
+        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MoEBertSequenceClassifierOutput:
+        """Classify a batch; see `MoEBertModel.forward` for the inputs.
+
+        Args:
+            input_ids: Shape `(batch, seq)`.
+            attention_mask: Shape `(batch, seq)`.
+            token_type_ids: Shape `(batch, seq)`.
+            position_ids: Shape `(batch, seq)`.
+            inputs_embeds: Shape `(batch, seq, hidden)`.
+            labels: Classes `(batch,)`, or targets `(batch, labels)` for regression and several labels at once.
+            **kwargs: The encoder's output flags.
+
+        Raises:
+            ValueError: If a label does not exist, or an input does not fit.
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(outputs.pooler_output))  # (batch, labels)
+        loss = None if labels is None else self._task_loss(logits, labels)
+        return self._finish(MoEBertSequenceClassifierOutput, outputs, loss, logits=logits)
+
+    def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.config.problem_type is None:  # inferred and kept, as the host does
+            self.config.problem_type = infer_problem_type(self.num_labels, labels)
+        count = torch.tensor(labels.shape[0], device=labels.device)
+        if self.config.problem_type == "single_label_classification":
+            self._check_classes(labels)
+            count = (labels != -100).sum()
+        losses = per_example_loss(logits, labels.to(logits.device), self.config.problem_type)
+        return losses.sum() / count.clamp(min=1)
+
+
+class MoEBertForTokenClassification(MoEBertHead):
+    """MoEBERT with a linear layer on every token."""
+
+    def __init__(self, config: MoEBertConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = MoEBertModel(config, add_pooling_layer=False)
+        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MoEBertTokenClassifierOutput:
+        """Tag a batch; `labels` has shape `(batch, seq)`, -100 where there is none. The rest as above."""
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))  # (batch, seq, labels)
+        loss = None
+        if labels is not None:
+            self._check_classes(labels)
+            loss = token_loss(logits, labels.to(logits.device)).sum() / (labels != -100).sum().clamp(min=1)
+        return self._finish(MoEBertTokenClassifierOutput, outputs, loss, logits=logits)
+
+
+class MoEBertForQuestionAnswering(MoEBertHead):
+    """MoEBERT with two scores on every token: an answer starts, or ends here."""
+
+    def __init__(self, config: MoEBertConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = MoEBertModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MoEBertQuestionAnsweringOutput:
+        """Score answers; both positions have shape `(batch,)`, and one past the end means "not in here"."""
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)  # (batch, seq) each
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = span_loss(start_logits, end_logits, start_positions, end_positions).mean()
+        return self._finish(
+            MoEBertQuestionAnsweringOutput,
+            outputs,
+            loss,
+            start_logits=start_logits.contiguous(),
+            end_logits=end_logits.contiguous(),
+        )

@@ -1,0 +1,302 @@
+"""BERT with mixtures of experts in place of feed-forward networks."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.bert.modeling_bert import (
+    BertEmbeddings,
+    BertLayer,
+    BertPooler,
+    BertPreTrainedModel,
+    BertSelfAttention,
+)
+from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_moebert import MoEBertConfig
+from .functional import assign_neurons, cut_experts, load_balancing_loss, real_tokens
+from .modeling_experts import MoEBertExperts, MoEBertHashRouter, MoEBertLayer, Route
+
+
+@dataclass
+class RoutingOutput(ModelOutput):
+    """What every MoEBERT output adds to the host's.
+
+    Args:
+        aux_loss: Load-balancing loss summed over layers, unweighted; only with gates and `router_aux_loss_coef > 0`.
+        router_logits: Gate logits of each converted layer, `(batch, seq, experts)` or `(batch, experts)`.
+        expert_load: Real tokens that each expert of each converted layer processed, `(experts,)`.
+    """
+
+    aux_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    expert_load: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MoEBertModelOutput(RoutingOutput, BaseModelOutputWithPooling):
+    """Output of `MoEBertModel`."""
+
+
+class MoEBertEncoder(nn.Module):
+    """The layers, dense and converted."""
+
+    def __init__(self, config: MoEBertConfig) -> None:
+        super().__init__()
+        kinds = dict.fromkeys(config.converted_layers, MoEBertLayer)
+        self.layer = nn.ModuleList(
+            [kinds.get(i, BertLayer)(config, layer_idx=i) for i in range(config.num_hidden_layers)]
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        token_mask: Tensor,
+        hash_routes: list[Route],
+        **kwargs: Any,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the last hidden states, and the gates' logits of each converted layer."""
+        router_logits, routes = [], iter(hash_routes)
+        for layer in self.layer:
+            if isinstance(layer, MoEBertLayer):
+                hidden_states, logits, _ = layer(hidden_states, attention_mask, token_mask, next(routes), **kwargs)
+                router_logits.append(logits)
+            else:
+                hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        return hidden_states, router_logits
+
+
+class MoEBertPreTrainedModel(BertPreTrainedModel):
+    """What all MoEBERT classes share: initialisation, growing the vocabulary, and conversion of a dense model."""
+
+    config: MoEBertConfig
+    accepts_loss_kwargs = False  # losses are means over the batch: the Trainer divides by accumulation steps
+    _no_split_modules = ["BertEmbeddings", "BertLayer", "MoEBertLayer"]
+    _can_set_experts_implementation_cached_value = True  # the host would read a stock BERT's answer, if built first
+    _can_record_outputs = {
+        "hidden_states": [OutputRecorder(BertLayer), OutputRecorder(MoEBertLayer)],
+        "attentions": BertSelfAttention,
+        "router_logits": OutputRecorder(MoEBertLayer, index=1),  # at the layer: survives reentrant checkpointing
+        "expert_load": OutputRecorder(MoEBertLayer, index=2),
+    }
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Prefer `sorted_mm` to the host's choice."""
+        return super().get_correct_experts_implementation(requested_experts or "sorted_mm")
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MoEBertExperts):
+            for weight, bias in ((module.up_proj, module.up_proj_bias), (module.down_proj, module.down_proj_bias)):
+                init.normal_(weight, std=self.config.initializer_range)
+                init.zeros_(bias)
+        elif isinstance(module, MoEBertHashRouter):
+            init.copy_(module.table, module.draw_table(self.config.vocab_size))
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the embeddings like the host, and the hash tables with them."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if self.base_model.router is not None:
+            self.base_model.router.resize(embeddings.num_embeddings)
+        return embeddings
+
+    @classmethod
+    @torch.no_grad()
+    def from_dense(
+        cls,
+        model: BertPreTrainedModel,
+        importance: Tensor,
+        *,
+        num_experts: int = 4,
+        expert_size: int | None = None,
+        num_shared_neurons: int | None = None,
+        routing: str = "hash-random",
+        token_counts: Tensor | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> Self:
+        """Convert a fine-tuned dense BERT with the same head: cut its feed-forward networks into experts.
+
+        Args:
+            model: Any model of BERT's architecture, e.g. `BertForSequenceClassification`. It is not changed.
+            importance: Score of each neuron, from `measure_importance`. Shape `(layers, intermediate)`.
+            num_experts: Experts per converted layer.
+            expert_size: Neurons per expert; by default `intermediate_size // num_experts`, as in the paper.
+            num_shared_neurons: Neurons that every expert gets; by default `intermediate_size // 6`, as in the paper.
+            routing: See `MoEBertConfig`.
+            token_counts: Occurrences of each token id in the training corpus, for `hash-balanced`. Shape `(vocab,)`.
+            seed: Seed of hash tables and gates.
+            **options: Further fields of `MoEBertConfig`: `top_k`, `gate_scaling`, `router_aux_loss_coef`,
+                `moe_layers`.
+
+        Returns:
+            The student in eval mode, with the dense model's dtype and device.
+
+        Raises:
+            ValueError: If the importance, the model or an option does not fit.
+
+        Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, section 3.2.
+        """
+        dense_size = model.config.intermediate_size
+        config = cls.config_class.from_dense(
+            model.config,
+            num_experts=num_experts,
+            expert_size=dense_size // num_experts if expert_size is None else expert_size,
+            num_shared_neurons=dense_size // 6 if num_shared_neurons is None else num_shared_neurons,
+            routing=routing,
+            routing_seed=seed,
+            **options,
+        )
+        expected = (config.num_hidden_layers, dense_size)
+        if importance.shape != expected or not importance.isfinite().all():
+            raise ValueError(
+                f"`importance` must hold a finite score for each neuron, of shape {expected} (layers, intermediate), "
+                f"got shape {tuple(importance.shape)}, finite: {bool(importance.isfinite().all())}. Measure it on "
+                "this model with `measure_importance`."
+            )
+        if routing == "hash-balanced" and (token_counts is None or token_counts.shape != (config.vocab_size,)):
+            raise ValueError(
+                f"`token_counts` must have shape ({config.vocab_size},) for `routing` 'hash-balanced', got "
+                f"{None if token_counts is None else tuple(token_counts.shape)}. Count the ids of the training set."
+            )
+        with torch.random.fork_rng(devices=[]):  # gates are drawn from `seed`, and nothing else is disturbed
+            torch.manual_seed(seed)
+            student = cls(config).to(dtype=model.dtype, device=model.device)
+        state = student._cut_state(model.state_dict(), importance)
+        missing, unexpected = student.load_state_dict(state, strict=False)
+        missing = [name for name in missing if not name.endswith((".gate.weight", "router.table"))]
+        if missing or unexpected:
+            raise ValueError(
+                f"`model` must have the body and head of a dense {cls.__name__}, got {type(model).__name__}: missing "
+                f"{missing}, unexpected {unexpected}. Convert with the class that has the same head."
+            )
+        if token_counts is not None and routing == "hash-balanced":
+            router = student.base_model.router
+            router.table.copy_(router.draw_table(config.vocab_size, token_counts))
+        return student.eval()
+
+    def _cut_state(self, state: dict[str, Tensor], importance: Tensor) -> dict[str, Tensor]:
+        """Rename and cut the feed-forward weights of a dense state dict."""
+        config, prefix = self.config, "" if self.base_model is self else f"{self.base_model_prefix}."
+        for layer in config.converted_layers:
+            name = f"{prefix}encoder.layer.{layer}."
+            for norm in ("weight", "bias"):
+                state[f"{name}moe.LayerNorm.{norm}"] = state.pop(f"{name}output.LayerNorm.{norm}")
+            dense = [
+                state.pop(f"{name}{part}.dense.{w}") for part in ("intermediate", "output") for w in ("weight", "bias")
+            ]
+            sizes = (config.num_experts, config.expert_size, config.num_shared_neurons)
+            cut = cut_experts(*dense, index=assign_neurons(importance[layer], *sizes))
+            stacks = ("up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
+            state |= {f"{name}moe.experts.{stack}": tensor for stack, tensor in zip(stacks, cut, strict=True)}
+        return state
+
+
+class MoEBertModel(MoEBertPreTrainedModel):
+    """The encoder: embeddings, layers of which some hold experts, and an optional pooler."""
+
+    def __init__(self, config: MoEBertConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config)
+        self.embeddings = BertEmbeddings(config)
+        self.router = None if config.uses_gate else MoEBertHashRouter(config)
+        self.encoder = MoEBertEncoder(config)
+        self.pooler = BertPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the word embeddings."""
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the word embeddings."""
+        self.embeddings.word_embeddings = value
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MoEBertModelOutput:
+        """Encode a batch.
+
+        Args:
+            input_ids: Token ids; what hash routing looks at. Shape `(batch, seq)`.
+            attention_mask: 1 or True at real tokens, shape `(batch, seq)`; or a ready mask `(batch, 1, seq, seq)`.
+            token_type_ids: Shape `(batch, seq)`.
+            position_ids: Shape `(batch, seq)`.
+            inputs_embeds: Embeddings in place of ids, only with a gate. Shape `(batch, seq, hidden)`.
+            **kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `output_expert_load`,
+                `return_dict`.
+
+        Raises:
+            ValueError: If ids, lengths or devices do not fit the model.
+        """
+        self._check_inputs(input_ids, inputs_embeds, position_ids)
+        hidden_states = self.embeddings(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+        )
+        token_mask = real_tokens(attention_mask, hidden_states.shape[:2]).to(hidden_states.device)
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        no_route: Route = (None, None)
+        routes = self.router(input_ids) if self.router else [no_route] * len(self.config.converted_layers)
+        kwargs.setdefault("output_expert_load", self.config.output_expert_load)
+        hidden_states, router_logits = self.encoder(hidden_states, attention_mask, token_mask, routes, **kwargs)
+        return MoEBertModelOutput(
+            last_hidden_state=hidden_states,
+            pooler_output=None if self.pooler is None else self.pooler(hidden_states),
+            aux_loss=self._balance(router_logits, token_mask),
+        )
+
+    def _balance(self, router_logits: list[Tensor], token_mask: Tensor) -> Tensor | None:
+        """Sum the layers' load-balancing losses, where they have a weight."""
+        if not self.config.uses_gate or self.config.router_aux_loss_coef == 0:
+            return None
+        mask = token_mask.any(dim=1) if self.config.routing == "gate-sentence" else token_mask
+        losses = [load_balancing_loss(x.flatten(0, -2), mask.flatten(), self.config.top_k) for x in router_logits]
+        return torch.stack(losses).sum()
+
+    def _check_inputs(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, position_ids: Tensor | None
+    ) -> None:
+        """Refuse what would fail later without saying why, or on a GPU take the whole process down."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if input_ids is None and self.router is not None:
+            raise ValueError(
+                f"`inputs_embeds` cannot be routed by `routing` {self.config.routing!r}, which looks token ids up. "
+                "Give `input_ids`, or convert with a gate."
+            )
+        given = inputs_embeds if input_ids is None else input_ids
+        limit = self.config.max_position_embeddings
+        if position_ids is None and given.shape[1] > limit:
+            raise ValueError(f"Sequences must have at most {limit} tokens, got {given.shape[1]}. Truncate them.")
+        if input_ids is None or torch.compiler.is_compiling():
+            return
+        if input_ids.is_floating_point():
+            raise ValueError(
+                f"`input_ids` must be integers, got {input_ids.dtype}. Give embeddings as `inputs_embeds`."
+            )
+        vocab = self.embeddings.word_embeddings.num_embeddings
+        wrong = (input_ids < 0) | (input_ids >= vocab)
+        if wrong.any():
+            row, column = (int(x) for x in wrong.nonzero()[0])
+            raise ValueError(
+                f"`input_ids` must be in [0, {vocab}), got {int(input_ids[row, column])} at row {row}, position "
+                f"{column}. Use the model's own tokenizer, or `resize_token_embeddings` after adding tokens."
+            )
