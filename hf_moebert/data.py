@@ -106,7 +106,7 @@ def _hold_out(dataset: Dataset, share: float, label_column: str, seed: int) -> D
     order = generator.permutation(size)
     if label_column in dataset.column_names and not _dtype(dataset, label_column).startswith("float"):
         labels = np.asarray([str(label) for label in dataset[label_column]])  # a missing label is a label here
-        pass
+        order = order[np.argsort(labels[order], kind="stable")]
     held_out = order[((np.arange(count) + generator.random()) * size / count).astype(int)]  # every (size / count)-th
     kept = np.setdiff1d(np.arange(size), held_out)
     return DatasetDict(train=dataset.select(kept), validation=dataset.select(np.sort(held_out)))

@@ -151,6 +151,11 @@ def test_squad_with_questions_that_have_no_answer():
     )
 
 
+def test_a_gold_answer_of_articles_alone_does_not_count():
+    assert squad(question("a", "", "the", "cat"))["f1"] == 0
+    assert squad(question("a", "", "the"))["f1"] == 100  # nothing else is left to say
+
+
 def test_squad_matches_predictions_by_id_and_refuses_strangers():
     (p1, r1), (p2, r2) = question("a", "x", "x"), question("b", "y", "y")
     metric = load_metric("squad")

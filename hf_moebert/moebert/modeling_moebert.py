@@ -63,7 +63,7 @@ class MoEBertEncoder(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the last hidden states, and the gates' logits of each converted layer."""
         router_logits, routes = [], iter(hash_routes)
-        for layer in self.layer:
+        for layer in self.layer if hidden_states.shape[0] else []:  # the host's attention cannot take an empty batch
             if isinstance(layer, MoEBertLayer):
                 hidden_states, logits, _ = layer(hidden_states, attention_mask, token_mask, next(routes), **kwargs)
                 router_logits.append(logits)
@@ -265,7 +265,7 @@ class MoEBertModel(MoEBertPreTrainedModel):
 
     def _balance(self, router_logits: list[Tensor], token_mask: Tensor) -> Tensor | None:
         """Sum the layers' load-balancing losses, where they have a weight."""
-        if not self.config.uses_gate or self.config.router_aux_loss_coef == 0:
+        if not self.config.uses_gate or self.config.router_aux_loss_coef == 0 or not router_logits:
             return None
         mask = token_mask.any(dim=1) if self.config.routing == "gate-sentence" else token_mask
         losses = [load_balancing_loss(x.flatten(0, -2), mask.flatten(), self.config.top_k) for x in router_logits]
@@ -284,8 +284,8 @@ class MoEBertModel(MoEBertPreTrainedModel):
             )
         given = inputs_embeds if input_ids is None else input_ids
         limit = self.config.max_position_embeddings
-        if position_ids is None and given.shape[1] > limit:
-            raise ValueError(f"Sequences must have at most {limit} tokens, got {given.shape[1]}. Truncate them.")
+        if given.shape[1] == 0 or (position_ids is None and given.shape[1] > limit):
+            raise ValueError(f"Sequences must have 1 to {limit} tokens, got {given.shape[1]}. Truncate longer ones.")
         if input_ids is None or torch.compiler.is_compiling():
             return
         if input_ids.is_floating_point():
