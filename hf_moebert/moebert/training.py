@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import inspect
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ def measure_importance(
         seed: Seed of the draw.
 
     Returns:
-        Sum of the scores over the examples, in the model's precision. Shape `(layers, intermediate)`.
+        Sum of the scores over the examples, in float32 (float64 for a float64 model). Shape `(layers, intermediate)`.
 
     Raises:
         ValueError: If the model is no dense BERT, the data set is empty or has no labels, or a score is not finite.
@@ -180,15 +181,11 @@ def count_tokens(dataset: Any, vocab_size: int) -> Tensor:
     Raises:
         ValueError: If an id is outside the vocabulary.
     """
-    counts = torch.zeros(vocab_size, dtype=torch.long)
-    for ids in dataset["input_ids"]:
-        ids = torch.as_tensor(ids)
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-            raise ValueError(
-                f"`input_ids` must be in [0, {vocab_size}), got {ids.tolist()}. Use the model's tokenizer."
-            )
-        counts += ids.bincount(minlength=vocab_size)
-    return counts
+    ids = torch.as_tensor(list(itertools.chain.from_iterable(dataset["input_ids"])), dtype=torch.long)
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if wrong.numel():
+        raise ValueError(f"`input_ids` must be in [0, {vocab_size}), got {int(wrong[0])}. Use the model's tokenizer.")
+    return ids.bincount(minlength=vocab_size)
 
 
 @torch.no_grad()
