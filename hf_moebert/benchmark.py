@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from scipy.stats import bootstrap
 
-from . import __version__
+import hf_moebert
 
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.thread_time}
@@ -148,7 +148,7 @@ def _revision() -> str:
     git = shutil.which("git")
     # Only a checkout of this package tells about it: an installed copy may lie inside somebody else's.
     if git is None or not (checkout / ".git").exists():
-        return __version__
+        return hf_moebert.__version__
     describe = [git, "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     answer = subprocess.run(describe, capture_output=True, text=True, check=False)  # noqa: S603
-    return answer.stdout.strip() or __version__
+    return answer.stdout.strip() or hf_moebert.__version__

@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.stats import binom
 
+import hf_moebert
 from hf_moebert import benchmark
 from hf_moebert.benchmark import compare_latency, environment
 
@@ -120,7 +121,7 @@ def test_environment_is_json_and_names_what_matters():
 
 def test_an_installed_copy_tells_its_version(monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "__file__", str(tmp_path / "hf_moebert" / "benchmark.py"))
-    assert environment()["hf_moebert"] == benchmark.__version__
+    assert environment()["hf_moebert"] == hf_moebert.__version__
 
 
 def test_a_checkout_tells_its_commit():

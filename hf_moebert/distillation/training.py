@@ -11,10 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, unwrap_peft_model
+from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
 from .configuration_distillation import DistillationConfig
 from .functional import classification_loss, hidden_state_loss, multi_label_loss, regression_loss, span_loss
+
+
+logger = logging.get_logger(__name__)
 
 
 class DistillationTrainer(Trainer):
@@ -119,6 +123,7 @@ class DistillationTrainer(Trainer):
     ) -> tuple[Tensor, Mapping[str, Any]]:
         columns = {**inputs, "output_hidden_states": True, "return_dict": True}
         if self.compute_loss_func is None and not any(name in inputs for name in self.label_names):
+            logger.warning_once(f"No {self.label_names} in the batch: the student learns from the teacher alone.")
             outputs = _with_hidden_states(model(**columns), "model")
             return outputs["hidden_states"][0].new_zeros(()), outputs
         loss, outputs = super().compute_loss(model, columns, True, num_items_in_batch)

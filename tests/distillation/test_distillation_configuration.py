@@ -22,7 +22,7 @@ def test_the_command_line_sets_every_knob():
     (config,) = parser.parse_args_into_dataclasses([])
     assert config == DistillationConfig(1.0, None, True, False)
     (config,) = parser.parse_args_into_dataclasses(
-        "--weight 5 --layer_map 2 4 --no_mask_padding --reference_teacher_dropout".split()
+        ["--weight", "5", "--layer_map", "2", "4", "--no_mask_padding", "--reference_teacher_dropout"]
     )
     assert config == DistillationConfig(5.0, [2, 4], False, True)
 

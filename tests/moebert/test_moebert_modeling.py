@@ -357,9 +357,7 @@ def test_bad_conversions_are_refused(dense, importance):
     broken[1, 1] = float("nan")
     with pytest.raises(ValueError, match="`importance` must hold a finite score .* finite: False"):
         convert(dense, broken)
-    with pytest.raises(
-        ValueError, match=r"`token_counts` must have shape \(100,\) for `routing` 'hash-balanced', got None"
-    ):
+    with pytest.raises(ValueError, match=r"`token_counts` must have shape \(100,\) .* got None"):
         convert(dense, importance, "hash-balanced", token_counts=None)
     with pytest.raises(ValueError, match="must have the body and head of a dense MoEBertForTokenClassification"):
         MoEBertForTokenClassification.from_dense(dense, importance, **SIZES)

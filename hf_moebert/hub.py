@@ -1,0 +1,215 @@
+"""Model cards, and publishing a finished checkpoint folder on the Hub."""
+
+import fnmatch
+import glob
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from .report import Rows, escape_markdown, markdown_table, one_line, picture_link
+
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+# What a Trainer leaves behind for itself: of no use to others, and mostly pickle.
+TRAINER_FILES = (
+    "training_args.bin",
+    "optimizer*",
+    "scheduler.*",
+    "scaler.*",
+    "*_state.*",
+    "rng_state*",
+    "checkpoint-*",
+    "runs",
+)
+PICKLE_SUFFIXES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
+
+
+def write_model_card(
+    folder: str | PathLike[str],
+    *,
+    repo_id: str,
+    base_model: str,
+    task: str,
+    dataset: str,
+    language: str,
+    license: str,
+    results: Mapping[str, float],
+    tables: Mapping[str, Rows],
+    split: str = "validation",
+    limitations: str = "Measured on this data set alone; whatever the base model gets wrong, this model does as well.",
+    pictures: Mapping[str, str | PathLike[str]] | None = None,
+    commands: Sequence[str] = (),
+    tags: Sequence[str] = (),
+) -> Path:
+    """Write the README.md of a checkpoint folder: how to load the model, what it reaches and where it ends.
+
+    Every text is shown as it is: none can add markup, HTML or metadata to the card.
+
+    Args:
+        folder: Where the model was saved, with its `config.json`.
+        repo_id: Where it will be published, "name" or "owner/name".
+        base_model: Hub id (or local name) of the model that was compressed.
+        task: Pipeline task, such as "text-classification".
+        dataset: Hub id (or plain name) of the data the results were measured on.
+        language: ISO 639 code.
+        license: Identifier known to the Hub, such as "apache-2.0".
+        results: Value of each metric, by the metric's name.
+        tables: Rows of further tables, by heading.
+        split: Split of the data set that was measured.
+        limitations: What the model should not be used for.
+        pictures: Caption and file (inside the folder) of each picture.
+        commands: Shell commands that produce the model and its numbers.
+        tags: Further Hub tags.
+
+    Returns:
+        The written file.
+
+    Raises:
+        ValueError: If the folder has no `config.json`, if `repo_id` cannot be a repository's name, if there are no
+            results, or if a picture lies outside the folder.
+    """
+    folder = Path(folder)
+    validate_repo_id(repo_id)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"`folder` must hold a config.json, got {str(folder)!r}. Call `save_pretrained` on it first.")
+    if not results:
+        raise ValueError("`results` must hold at least one metric, got none. Evaluate the model first.")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    metadata = ModelCardData(
+        language=one_line(language),
+        license=one_line(license),
+        library_name="transformers",
+        pipeline_tag=one_line(task),
+        tags=["hf_moebert", one_line(config.get("model_type")), *map(one_line, tags)],
+        # The Hub refuses a card whose links lead nowhere, so only what can be a Hub id becomes one.
+        base_model=base_model if _is_repo_id(base_model) else None,
+        datasets=[dataset] if _is_repo_id(dataset) else None,
+        metrics=list(map(one_line, results)),
+        model_name=repo_id.rpartition("/")[2],
+        eval_results=[_eval_result(metric, value, task, dataset, split) for metric, value in results.items()],
+    )
+    facts = {"task": task, "data": f"{dataset} ({split})", **{key: f"{value:.4g}" for key, value in results.items()}}
+    card = ModelCard.from_template(
+        metadata,
+        template_path=str(TEMPLATE),
+        title=escape_markdown(repo_id.rpartition("/")[2]),
+        summary=f"{escape_markdown(base_model)}, compressed with hf\\_moebert for {escape_markdown(task)}.",
+        task_name=task,
+        repo_id=repo_id,
+        has_code="auto_map" in config,
+        labels=[escape_markdown(label) for label in config.get("id2label", {}).values()],
+        results=markdown_table([{"what": key, "value": value} for key, value in facts.items()]),
+        tables={escape_markdown(heading): markdown_table(rows) for heading, rows in tables.items()},
+        pictures=[picture_link(folder, caption, file) for caption, file in (pictures or {}).items()],
+        commands=list(map(one_line, commands)),
+        limitations=escape_markdown(limitations),
+    )
+    card.save(folder / "README.md")
+    return folder / "README.md"
+
+
+def _eval_result(metric: str, value: float, task: str, dataset: str, split: str) -> EvalResult:
+    task, dataset, metric, split = map(one_line, (task, dataset, metric, split))
+    return EvalResult(
+        task_type=task,
+        dataset_type=dataset,
+        dataset_name=dataset,
+        dataset_split=split,
+        metric_type=metric,
+        metric_name=metric,
+        metric_value=value,
+    )
+
+
+def _is_repo_id(text: str) -> bool:
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
+
+
+def publish(folder: str | PathLike[str], repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
+    """Upload a finished checkpoint folder, with its code, card and pictures, to the Hub.
+
+    Hidden files and what a Trainer keeps for itself stay behind. An interrupted upload can be run again.
+
+    Args:
+        folder: Holds `config.json` and `model.safetensors` (or its shards and their index).
+        repo_id: "name" or "owner/name"; made if it does not exist.
+        private: Whether only its owner may see the repository.
+        revision: Branch to upload to, made if it does not exist; the main branch by default.
+
+    Returns:
+        Address of the commit; its last part is the revision that a user can pin.
+
+    Raises:
+        ValueError: If the folder is not a checkpoint, holds a pickle or a link that leads out of it, or if
+            `private` is asked of a repository that exists and is public.
+    """
+    folder = Path(folder)
+    files = _list_files(folder)
+    names = {file.as_posix() for file in files}
+    if "config.json" not in names or names.isdisjoint(WEIGHTS):
+        raise ValueError(
+            f"`folder` must hold config.json and model.safetensors, got {str(folder)!r}. Call `save_pretrained` first."
+        )
+    api = huggingface_hub.HfApi()
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.model_info(repo_id).private:
+        raise ValueError(f"`private` cannot be had: {repo_id!r} exists and is public. Use another `repo_id`.")
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        allow_patterns=[glob.escape(name) for name in sorted(names)],
+        commit_message="Upload model",
+    )
+    return commit.commit_url
+
+
+def _list_files(folder: Path) -> list[Path]:
+    """List what is to be published, relative to the folder, and refuse what never should be."""
+    files = []
+    for path in folder.rglob("*"):
+        relative = path.relative_to(folder)
+        if any(_stays_behind(part) for part in relative.parts):
+            continue
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"`folder` must not link out of itself, got {str(relative)!r}. Copy the file instead.")
+        if path.is_file():
+            if _is_pickle(path):
+                raise ValueError(
+                    f"`folder` must not hold pickle files, which run code when read, got {str(relative)!r}. "
+                    f"Save as safetensors, or remove it."
+                )
+            files.append(relative)
+    return files
+
+
+def _stays_behind(name: str) -> bool:
+    return name.startswith(".") or any(fnmatch.fnmatch(name, pattern) for pattern in TRAINER_FILES)
+
+
+def _is_pickle(path: Path) -> bool:
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        return True
+    with path.open("rb") as stream:
+        start = stream.read(9)
+    if path.suffix == ".safetensors" and start[8:] == b"{":
+        return False  # the length of its header may by chance look like a pickle's first bytes
+    if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):  # protocol opcode, number
+        return True
+    if zipfile.is_zipfile(path):  # what `torch.save` writes is a zip file around a pickle
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(".pkl") for name in archive.namelist())
+    return False

@@ -1,0 +1,221 @@
+"""Tables and pictures of a compressed model: for a terminal, a report, a model card."""
+
+import html
+import math
+import re
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from matplotlib import colormaps
+from matplotlib.colors import CenteredNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+
+Rows = Sequence[Mapping[str, str]]
+
+
+def one_line(text: object) -> str:
+    """Write any text on one line, without control characters."""
+    return " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
+
+
+def escape_markdown(text: object) -> str:
+    """Write any text so that Markdown shows it as it is: one line, no markup, no HTML, no table border."""
+    return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", html.escape(one_line(text), quote=False))
+
+
+def markdown_table(rows: Rows) -> str:
+    """Write rows as a Markdown table, the first column to the left and the others to the right.
+
+    Args:
+        rows: Cells by column; every row has the columns of the first. The cells are text, not markup.
+
+    Raises:
+        ValueError: If there is no row, or if rows differ in their columns.
+    """
+    columns = _columns(rows)
+    lines = [[escape_markdown(column) for column in columns], ["---"] + ["---:"] * (len(columns) - 1)]
+    lines += [[escape_markdown(row[column]) for column in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def rich_table(rows: Rows, title: str) -> Table:
+    """Lay rows out for a terminal; whatever looks like markup in a cell is shown as it is.
+
+    Raises:
+        ValueError: If there is no row, or if rows differ in their columns.
+    """
+    table = Table(title=Text(title))
+    for number, column in enumerate(_columns(rows)):
+        table.add_column(Text(column), justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row.values()))
+    return table
+
+
+def _columns(rows: Rows) -> list[str]:
+    if not rows:
+        raise ValueError("`rows` must hold at least one row, got none.")
+    columns = list(rows[0])
+    for row in rows:
+        if list(row) != columns:
+            raise ValueError(f"`rows` must all have the columns {columns}, got {list(row)}.")
+    return columns
+
+
+def measurement_rows(measurement: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Turn what `hf_moebert.measurement.measure` returns into one row per model, numbers with their intervals."""
+    return [
+        _measurement_row(name, model, name == measurement["baseline"]) for name, model in measurement["models"].items()
+    ]
+
+
+def _measurement_row(name: str, model: Mapping[str, Any], is_baseline: bool) -> dict[str, str]:
+    footprint, speed_up = model["footprint"], model["speed_up"]
+    row = {"model": name}
+    for metric, value in model["scores"].items():
+        row[metric] = _with_interval(value, "value", "{:.4f}")
+        row[f"{metric} difference"] = (
+            "baseline" if is_baseline else _with_interval(model["differences"][metric], "value", "{:+.4f}")
+        )
+    row["stored parameters"] = f"{footprint['total']:,}"
+    row["effective parameters"] = f"{footprint['active']:,}"
+    row["bytes on disk"] = f"{footprint['bytes_on_disk']:,}"
+    row["speed-up"] = "baseline" if is_baseline else _with_interval(speed_up, "median", "{:.2f}x")
+    return row
+
+
+def _with_interval(interval: Mapping[str, float], middle: str, number: str) -> str:
+    value, low, high = (number.format(interval[key]) for key in (middle, "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def plot_expert_load(load: Tensor, path: str | PathLike[str]) -> None:
+    """Draw which share of the tokens each expert of each layer received.
+
+    Args:
+        load: Counts or shares of tokens. Shape `(layers, experts)`.
+        path: Image to write; the ending chooses the format.
+
+    Raises:
+        ValueError: If the shape is another, if a count is negative or not finite, or if a layer received no token.
+    """
+    if load.ndim != 2 or not load.numel():
+        raise ValueError(f"`load` must be of shape (layers, experts), got {tuple(load.shape)}.")
+    counts = load.detach().cpu().double()  # (layers, experts)
+    if not counts.isfinite().all() or (counts < 0).any() or (counts.sum(-1) == 0).any():
+        raise ValueError(
+            f"`load` must be finite, at least 0, and above 0 somewhere in each layer, got {load.tolist()}."
+        )
+    shares = (counts / counts.sum(-1, keepdim=True)).numpy()  # (layers, experts)
+    layers, experts = shares.shape
+    figure = Figure(figsize=(max(4.5, 2.2 + 0.6 * experts), max(2.8, 1.4 + 0.36 * layers)), layout="constrained")
+    axes = figure.subplots()
+    uniform = 1 / experts
+    half_range = max(uniform, float(shares.max()) - uniform)
+    image = axes.imshow(shares, cmap="RdBu_r", norm=CenteredNorm(uniform, half_range))
+    axes.set_aspect("auto")
+    for layer, expert in ((layer, expert) for layer in range(layers) for expert in range(experts)):
+        share = float(shares[layer, expert])
+        dark = abs(share - uniform) > 0.6 * half_range
+        axes.text(
+            expert, layer, f"{share:.0%}", ha="center", va="center", fontsize=8, color="white" if dark else "black"
+        )
+    axes.set(xlabel="expert", ylabel="layer", xticks=range(experts), yticks=range(layers), title="Share of tokens")
+    bar = figure.colorbar(image, ax=axes, format=lambda share, _: f"{share:.0%}")
+    bar.ax.set_ylim(0, None)  # the scale is symmetric about the uniform share, but there are no negative shares
+    bar.ax.axhline(uniform, color="black", linewidth=1.5)
+    bar.set_label(f"line: uniform, {uniform:.1%}")
+    figure.savefig(path, dpi=150)
+
+
+def plot_distillation_losses(log_history: Sequence[Mapping[str, Any]], path: str | PathLike[str]) -> None:
+    """Draw how each distillation loss fell while the student trained.
+
+    Args:
+        log_history: `trainer.state.log_history`; read are `loss_hidden_<k>` (0 = embeddings) and `loss_prediction`.
+        path: Image to write; the ending chooses the format.
+
+    Raises:
+        ValueError: If no such loss was logged.
+    """
+    logged = {key for entry in log_history for key in entry if re.fullmatch(r"loss_(hidden_\d+|prediction)", key)}
+    if not logged:
+        raise ValueError("`log_history` must hold `loss_hidden_<k>` or `loss_prediction`, got neither. Train first.")
+    hidden = sorted(logged - {"loss_prediction"}, key=lambda key: int(key.rpartition("_")[2]))
+    figure = Figure(figsize=(8, max(4, 1.2 + 0.22 * len(logged))), layout="constrained")
+    axes = figure.subplots()
+    for number, key in enumerate(hidden):
+        layer = key.rpartition("_")[2]
+        colour = colormaps["viridis"](0.95 * number / max(1, len(hidden) - 1))
+        _plot_loss(axes, log_history, key, label="embeddings" if layer == "0" else f"layer {layer}", color=colour)
+    if "loss_prediction" in logged:
+        _plot_loss(axes, log_history, "loss_prediction", label="prediction", color="crimson", linestyle="--")
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title="Distillation losses")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _plot_loss(axes: Any, log_history: Sequence[Mapping[str, Any]], key: str, **style: Any) -> None:
+    points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+    # A logarithmic axis has no place for zero or for what is not a number.
+    steps, losses = zip(*[(step, loss if 0 < loss < math.inf else math.nan) for step, loss in points], strict=True)
+    axes.plot(steps, losses, marker="o", markersize=2.5, linewidth=1.2, **style)
+
+
+def write_report(
+    folder: str | PathLike[str],
+    *,
+    title: str,
+    measurement: Mapping[str, Any],
+    pictures: Mapping[str, str | PathLike[str]],
+) -> Path:
+    """Write `report.md`: the table, the command, seed and machine behind it, and the pictures.
+
+    Args:
+        folder: Where to write, and where the pictures lie.
+        title: Heading.
+        measurement: What `hf_moebert.measurement.measure` returned.
+        pictures: Caption and file of each picture.
+
+    Returns:
+        The written file.
+
+    Raises:
+        ValueError: If a picture is not a file inside the folder.
+    """
+    folder = Path(folder)
+    facts = {"command": measurement["command"], "seed": measurement["seed"]}
+    facts |= measurement["settings"] | measurement["environment"]
+    parts = [
+        f"# {escape_markdown(title)}",
+        markdown_table(measurement_rows(measurement)),
+        "Intervals (95 %) are bootstrapped over examples for scores, over interleaved rounds for the speed-up.",
+        "## How it was measured",
+        markdown_table([{"what": key, "value": str(value)} for key, value in facts.items()]),
+        *(picture_link(folder, caption, file) for caption, file in pictures.items()),
+    ]
+    report = folder / "report.md"
+    report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return report
+
+
+def picture_link(folder: Path, caption: str, file: str | PathLike[str]) -> str:
+    """Write a Markdown picture whose link is relative to the folder, so that both can travel together.
+
+    Raises:
+        ValueError: If the picture is not a file inside the folder.
+    """
+    picture = Path(file).resolve()
+    if not picture.is_file() or not picture.is_relative_to(folder.resolve()):
+        raise ValueError(f"`pictures` must be files inside {str(folder)!r}, got {str(file)!r}. Save it there.")
+    return f"![{escape_markdown(caption)}]({quote(picture.relative_to(folder.resolve()).as_posix())})"
