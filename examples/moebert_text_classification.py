@@ -96,6 +96,7 @@ class Pipeline:
         """Train with the stock Trainer, or with its one subclass if there is a teacher, and save."""
         args = copy.deepcopy(self.args)
         args.output_dir, args.num_train_epochs = str(self.folders[name]), epochs
+        args.logging_first_step = True  # the picture of the losses needs a point, however short the run
         set_seed(args.seed)
         trainer = (DistillationTrainer if teaching else Trainer)(
             model=model,
@@ -149,13 +150,13 @@ class Pipeline:
         example, file = self.example, self.output / "measurement.json"
         options = {
             "baseline": self.folders["teacher"],
-            "text-column": example.text_column,
-            "text-pair-column": example.text_pair_column,
-            "label-column": example.label_column,
-            "validation-file": example.validation_file,
-            "dataset-name": None if example.validation_file else example.dataset_name,
-            "dataset-config-name": example.dataset_config_name,
-            "max-length": example.max_length,
+            "text_column": example.text_column,
+            "text_pair_column": example.text_pair_column,
+            "label_column": example.label_column,
+            "validation_file": example.validation_file,
+            "dataset_name": None if example.validation_file else example.dataset_name,
+            "dataset_config_name": example.dataset_config_name,
+            "max_length": example.max_length,
             "seed": self.args.seed,
             "output": file,
         }
@@ -176,7 +177,7 @@ class Pipeline:
             "Distillation loss of each layer over time": folder / "distillation_loss.png",
         }
         write_report(folder, title="MoEBERT beside its teacher", measurement=measurement, pictures=pictures)
-        scores = measurement["models"][str(folder)]["scores"]
+        scores = measurement["models"]["student"]["scores"]
         write_model_card(
             folder,
             repo_id=self.args.hub_model_id or "moebert-" + (self.example.dataset_config_name or "text-classification"),

@@ -75,6 +75,22 @@ def compare_latency(
     """
     if baseline not in calls:
         raise ValueError(f"`baseline` must be one of {sorted(calls)}, got {baseline!r}.")
+    times = time_rounds(calls, rounds=rounds, warmup=warmup, clock=clock)
+    return compare_times(times, baseline=baseline, clock=clock, seed=seed)
+
+
+def time_rounds(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 20,
+    warmup: int = 3,
+    clock: Literal["wall", "cpu"] = "wall",
+) -> dict[str, np.ndarray]:
+    """Time callables in turns; `compare_latency` says how, and what it refuses.
+
+    Returns:
+        Seconds of each callable in each round after the warm-up, `(rounds,)`.
+    """
     if rounds < 2:
         raise ValueError(f"`rounds` must be at least 2, got {rounds}. Use 20 for an interval worth reading.")
     if warmup < 0:
@@ -87,30 +103,33 @@ def compare_latency(
             f"`clock='cpu'` sees one thread only, but torch computes with {threads}. Call torch.set_num_threads(1) "
             f"first, or use clock='wall'."
         )
-    times = _time_rounds(calls, rounds=warmup + rounds, now=CLOCKS[clock])
-    kept = {name: np.array(durations[warmup:]) for name, durations in times.items()}  # (rounds,)
-    speed_ups = {}
-    for name in calls:
-        if name != baseline:
-            ratios = kept[baseline] / kept[name]  # (rounds,)
-            low, high = _median_interval(ratios, seed)
-            quarter, median, three_quarters = (float(value) for value in np.percentile(ratios, [25, 50, 75]))
-            speed_ups[name] = SpeedUp(median, low, high, three_quarters - quarter, rounds, threads, clock)
-    return speed_ups
-
-
-def _time_rounds(
-    calls: Mapping[str, Callable[[], object]], *, rounds: int, now: Callable[[], float]
-) -> dict[str, list[float]]:
-    names = list(calls)
+    names, now = list(calls), CLOCKS[clock]
     times: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
+    for number in range(warmup + rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
             start = now()
             calls[name]()
             times[name].append(now() - start)
-    return times
+    return {name: np.array(durations[warmup:]) for name, durations in times.items()}
+
+
+def compare_times(times: Mapping[str, np.ndarray], *, baseline: str, clock: str, seed: int = 0) -> dict[str, SpeedUp]:
+    """Pair the times of `time_rounds` with one callable's, round by round.
+
+    One run can so be compared with several baselines.
+
+    Returns:
+        The speed-up of every callable but the baseline, by name.
+    """
+    speed_ups = {}
+    for name in [name for name in times if name != baseline]:
+        ratios = times[baseline] / times[name]  # (rounds,)
+        low, high = _median_interval(ratios, seed)
+        quarter, median, three_quarters = (float(value) for value in np.percentile(ratios, [25, 50, 75]))
+        spread = three_quarters - quarter
+        speed_ups[name] = SpeedUp(median, low, high, spread, len(ratios), torch.get_num_threads(), clock)
+    return speed_ups
 
 
 def _median_interval(ratios: np.ndarray, seed: int) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -45,7 +45,11 @@ class Latency:
     batch: int = 1
     seq: int = 128
     rounds: int = 20
-    clock: str = "wall"
+    clock: Literal["wall", "cpu"] = "wall"
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"`batch` must be at least 1, got {self.batch}. Use 1 for the latency of one request.")
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,13 @@ def measure(
             name: measure_footprint(entry.model, seq_len=latency.seq, folder=entry.folder)
             for name, entry in loaded.items()
         }
+        calls = _forward_passes(loaded, latency, seed)  # before the scores: they take longer and refuse less
+        speed_ups = compare_latency(calls, baseline=baseline, rounds=latency.rounds, clock=latency.clock, seed=seed)
         if max_examples is not None and max_examples < len(dataset):
             dataset = dataset.shuffle(seed=seed).select(range(max_examples))
         quality = _measure_quality(
             loaded, dataset, baseline, metrics, columns=columns, batch_size=batch_size, seed=seed
         )
-        calls = _forward_passes(loaded, latency, seed)
-        speed_ups = compare_latency(calls, baseline=baseline, rounds=latency.rounds, clock=latency.clock, seed=seed)
         measured_on = environment()
     return {
         "baseline": baseline,

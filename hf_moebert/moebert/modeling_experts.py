@@ -123,7 +123,7 @@ class MoEBertHashRouter(nn.Module):
         super().__init__()
         self.config = config
         shape = (len(config.converted_layers), config.vocab_size)
-        self.table = nn.Buffer(torch.empty(shape, dtype=torch.uint8))  # (layers, vocab)
+        self.table: Tensor = nn.Buffer(torch.empty(shape, dtype=torch.uint8))  # (layers, vocab)
 
     def draw_table(self, vocab_size: int, token_counts: Tensor | None = None) -> Tensor:
         """Make the tables of a vocabulary from the seed, and from a corpus for `hash-balanced`, `(layers, vocab)`."""
@@ -205,6 +205,7 @@ class MoEBertBlock(nn.Module):
 
     def route(self, hidden_states: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Ask the gate: logits `(batch, [seq,] experts)`, index and weights of each token `(batch * seq, top_k)`."""
+        assert self.gate is not None  # a hash router would have given the route
         by_sentence = self.config.routing == "gate-sentence"
         logits = self.gate(masked_mean(hidden_states, token_mask) if by_sentence else hidden_states)
         scaling = "straight-through" if self.config.gate_scaling == "straight-through" else "probability"

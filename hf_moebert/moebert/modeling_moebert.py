@@ -283,6 +283,7 @@ class MoEBertModel(MoEBertPreTrainedModel):
                 "Give `input_ids`, or convert with a gate."
             )
         given = inputs_embeds if input_ids is None else input_ids
+        assert given is not None
         limit = self.config.max_position_embeddings
         if given.shape[1] == 0 or (position_ids is None and given.shape[1] > limit):
             raise ValueError(f"Sequences must have 1 to {limit} tokens, got {given.shape[1]}. Truncate longer ones.")

@@ -16,7 +16,7 @@ from accelerate.utils import reduce
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, default_data_collator
 from transformers.trainer_utils import RemoveColumnsCollator
@@ -37,7 +37,7 @@ LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
 
 def measure_importance(
     model: PreTrainedModel,
-    dataset: Dataset,
+    dataset: Any,
     data_collator: Callable | None = None,
     *,
     batch_size: int = 32,
@@ -148,8 +148,9 @@ def example_losses(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     outputs = model(**batch)
     if "start_logits" in outputs:
         real = real_tokens(batch.get("attention_mask"), outputs.start_logits.shape).to(outputs.start_logits.device)
-        ends = [x.masked_fill(~real, torch.finfo(x.dtype).min) for x in (outputs.start_logits, outputs.end_logits)]
-        return span_loss(*ends, targets["start_positions"], targets["end_positions"])
+        lowest = torch.finfo(outputs.start_logits.dtype).min
+        start, end = (x.masked_fill(~real, lowest) for x in (outputs.start_logits, outputs.end_logits))
+        return span_loss(start, end, targets["start_positions"], targets["end_positions"])
     labels = next(iter(targets.values()))
     if outputs.logits.dim() == 3:
         count = (labels != -100).sum(dim=1).clamp(min=1)
@@ -159,7 +160,7 @@ def example_losses(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def load_batches(
-    model: PreTrainedModel, dataset: Dataset, data_collator: Callable | None, batch_size: int
+    model: PreTrainedModel, dataset: Any, data_collator: Callable | None, batch_size: int
 ) -> Iterator[dict[str, Tensor]]:
     """Yield batches on the model's device, without the columns that its forward does not know."""
     known = [*inspect.signature(model.forward).parameters, "label", "label_ids"]
@@ -190,7 +191,7 @@ def count_tokens(dataset: Any, vocab_size: int) -> Tensor:
 
 @torch.no_grad()
 def measure_expert_load(
-    model: PreTrainedModel, dataset: Dataset, data_collator: Callable | None = None, *, batch_size: int = 32
+    model: PreTrainedModel, dataset: Any, data_collator: Callable | None = None, *, batch_size: int = 32
 ) -> Tensor:
     """Count the real tokens of a data set that each expert of a MoEBERT processes.
 

@@ -1,0 +1,138 @@
+"""The command line `hf-moebert`: parse, call a public function, print."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+
+# What only one command needs is imported inside it, so that `--help` answers at once.
+
+
+class OneLineErrors(TyperGroup):
+    """Answer bad use with one line on stderr and exit code 2, never with a stack trace."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run a command, as typer does, but for the errors."""
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except (typer.TyperException, ValueError, OSError) as error:
+            message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+            typer.echo(f"hf-moebert: {' '.join(message.split())}", err=True)
+            code = 2
+        if not standalone_mode:
+            return code
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    help="Measure compressed transformers against the model they come from, and publish them.",
+    add_completion=False,
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def measure(
+    models: Annotated[list[str], typer.Argument(help="Folders or Hub ids of sequence classifiers.")],
+    baseline: Annotated[str, typer.Option("--baseline", help="Folder or Hub id of the model to compare with.")],
+    validation_file: Annotated[
+        Path | None, typer.Option("--validation_file", help="A .json, .jsonl, .csv, .tsv or .parquet file.")
+    ] = None,
+    dataset_name: Annotated[str | None, typer.Option("--dataset_name", help="A data set on the Hub.")] = None,
+    dataset_config_name: Annotated[str | None, typer.Option("--dataset_config_name", help="Its part.")] = None,
+    split: Annotated[str, typer.Option("--split", help="Split of the data set on the Hub.")] = "validation",
+    text_column: Annotated[str, typer.Option("--text_column")] = "text",
+    text_pair_column: Annotated[str | None, typer.Option("--text_pair_column")] = None,
+    label_column: Annotated[str, typer.Option("--label_column")] = "label",
+    max_length: Annotated[int, typer.Option("--max_length", help="Tokens of a text that count.")] = 128,
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", help="Repeat for several; by default what suits the problem.")
+    ] = None,
+    max_examples: Annotated[int | None, typer.Option("--max_examples", help="Score this many, drawn.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch_size", help="Examples at a time while scoring.")] = 32,
+    latency_batch: Annotated[int, typer.Option("--latency_batch", help="Sequences of a timed pass.")] = 1,
+    latency_seq: Annotated[int, typer.Option("--latency_seq", help="Tokens of each of them.")] = 128,
+    threads: Annotated[int | None, typer.Option("--threads", help="Threads that torch computes with.")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", help="Timed passes of every model.")] = 20,
+    seed: Annotated[int, typer.Option("--seed", help="Of the draw, the bootstrap and the timed ids.")] = 0,
+    output: Annotated[Path | None, typer.Option("--output", help="JSON file for everything measured.")] = None,
+) -> None:
+    """Compare the quality, size and speed of classifiers with a baseline, in one table."""
+    if (validation_file is None) == (dataset_name is None):
+        raise typer.BadParameter("give exactly one of --validation_file and --dataset_name.")
+    if output is not None and not output.parent.is_dir():
+        raise typer.BadParameter(f"the folder of --output must exist, got {str(output)!r}.")
+    from rich.console import Console
+
+    from hf_moebert.measurement import Latency, TextColumns
+    from hf_moebert.measurement import measure as measure_models
+    from hf_moebert.report import measurement_rows, rich_table
+
+    if not sys.stderr.isatty():
+        _hide_progress()
+    names = _name_models([baseline, *models])
+    result = measure_models(
+        names,
+        _load_examples(validation_file, dataset_name, dataset_config_name, split),
+        baseline=next(name for name, source in names.items() if source == baseline),
+        metrics=metric,
+        columns=TextColumns(text_column, text_pair_column, label_column, max_length),
+        latency=Latency(latency_batch, latency_seq, rounds),
+        batch_size=batch_size,
+        max_examples=max_examples,
+        threads=threads,
+        seed=seed,
+    )
+    if output is not None:
+        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    Console().print(rich_table(measurement_rows(result), title="Compared with the baseline, 95 % intervals"))
+
+
+@app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="A finished checkpoint: config.json, model.safetensors, README.md.")],
+    repo_id: Annotated[str, typer.Argument(help="Where to: name or owner/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Show it to nobody else.")] = False,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch to upload to.")] = None,
+) -> None:
+    """Upload a checkpoint folder to the Hub and print the address of the commit."""
+    from hf_moebert import hub
+
+    typer.echo(hub.publish(folder, repo_id, private=private, revision=revision))
+
+
+def _load_examples(file: Path | None, name: str | None, config_name: str | None, split: str) -> Any:
+    if file is None:
+        from datasets import load_dataset
+
+        return load_dataset(name, config_name, split=split)
+    from hf_moebert.data import load_splits
+
+    return load_splits(train_file=file, validation_file=file)["validation"]
+
+
+def _name_models(sources: list[str]) -> dict[str, str]:
+    """Call each model by the last part of its path, or by the whole path where two would share a name."""
+    sources = list(dict.fromkeys(sources))
+    short = [Path(source).name or source for source in sources]
+    return {name if short.count(name) == 1 else source: source for name, source in zip(short, sources, strict=True)}
+
+
+def _hide_progress() -> None:
+    from datasets import disable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bars()
+    disable_progress_bar()
+
+
+if __name__ == "__main__":
+    app()

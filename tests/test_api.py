@@ -1,0 +1,45 @@
+"""The public face: names, registration, and what an import does not do."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, Trainer
+
+import hf_moebert
+
+
+def test_every_public_name_exists_and_says_what_it_is():
+    for name in hf_moebert.__all__:
+        assert getattr(hf_moebert, name).__doc__, name
+    assert hf_moebert.__version__.count(".") == 2
+
+
+def test_types_are_registered_with_the_auto_classes():
+    config = AutoConfig.for_model("moebert", num_hidden_layers=1, hidden_size=24, intermediate_size=3072)
+    assert type(config) is hf_moebert.MoEBertConfig
+    assert type(AutoModel.from_config(config)) is hf_moebert.MoEBertModel
+    model = AutoModelForSequenceClassification.from_config(config)
+    assert type(model) is hf_moebert.MoEBertForSequenceClassification
+    assert issubclass(hf_moebert.DistillationTrainer, Trainer)
+
+
+def test_a_second_import_registers_again_without_harm():
+    importlib.reload(hf_moebert)
+
+
+@pytest.mark.parametrize("module", ["hf_moebert", "hf_moebert.cli"])
+def test_an_import_opens_no_connection_and_draws_no_random_number(module):
+    code = f"""
+import random, socket, sys
+def refuse(*args, **kwargs): raise AssertionError("an import opened a connection")
+socket.socket.connect = refuse
+socket.create_connection = refuse
+import numpy, torch
+before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+import {module}
+assert torch.equal(before[0], torch.get_rng_state())
+assert before[1:] == (random.getstate(), numpy.random.get_state()[1].tolist())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,196 @@
+"""Tables that show any text as it is, and pictures drawn without global state."""
+
+import math
+import subprocess
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from markdown_it import MarkdownIt
+from rich.console import Console
+
+from hf_moebert.report import (
+    escape_markdown,
+    markdown_table,
+    measurement_rows,
+    plot_distillation_losses,
+    plot_expert_load,
+    rich_table,
+    write_report,
+)
+
+
+MEASUREMENT = {
+    "baseline": "dense",
+    "models": {
+        "dense": {
+            "source": "a/dense",
+            "footprint": {"total": 2000, "active": 2000, "bytes_on_disk": 8100},
+            "scores": {"accuracy": {"value": 0.9, "low": 0.85, "high": 0.95}},
+            "differences": None,
+            "speed_up": None,
+        },
+        "small": {
+            "source": "a/small",
+            "footprint": {"total": 1500, "active": 750, "bytes_on_disk": 6100},
+            "scores": {"accuracy": {"value": 0.88, "low": 0.83, "high": 0.93}},
+            "differences": {"accuracy": {"value": -0.02, "low": -0.05, "high": 0.01}},
+            "speed_up": {"median": 1.5, "low": 1.4, "high": 1.625},
+        },
+    },
+    "command": "hf-moebert measure a/small --baseline a/dense",
+    "seed": 3,
+    "settings": {"examples": 40},
+    "environment": {"cpu": "Z80", "threads": 1},
+}
+
+
+def test_markdown_table():
+    rows = [{"model": "dense", "size": "10"}, {"model": "small", "size": "2"}]
+    assert markdown_table(rows).splitlines() == [
+        "| model | size |",
+        "| --- | ---: |",
+        "| dense | 10 |",
+        "| small | 2 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a|b", "a\nb", "<b>x</b>", "*x*", "__x__", "`x`", "[x](y)", "![x](y)", "\\|", "~~x~~", "&lt;", "# x", "\x1b[1m"],
+)
+def test_any_cell_reads_as_it_was_written(text):
+    table = markdown_table([{"model": text, "size": "1"}])
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(table)
+    first_cell = [token for token in tokens if token.type == "inline"][2]
+    shown = "".join(child.content for child in first_cell.children)
+    assert {child.type for child in first_cell.children} <= {"text", "text_special"}
+    assert shown == " ".join(text.replace("\x1b", " ").split())
+
+
+def test_escaped_text_is_one_line():
+    assert escape_markdown(" a\r\nb\u2028c\t ") == "a b c"
+
+
+def test_tables_refuse_uneven_rows():
+    with pytest.raises(ValueError, match="`rows` must hold at least one row"):
+        markdown_table([])
+    with pytest.raises(ValueError, match=r"must all have the columns \['a'\], got \['b'\]"):
+        rich_table([{"a": "1"}, {"b": "1"}], "title")
+
+
+def test_rich_table_shows_markup_as_text():
+    console = Console(width=60, record=True, file=open("/dev/null", "w"))
+    console.print(rich_table([{"model": "[red]x[/red]", "size": "7"}], title="[b]T[/b]"))
+    text = console.export_text()
+    assert "[red]x[/red]" in text
+    assert "[b]T[/b]" in text
+
+
+def test_measurement_rows_compare_with_the_baseline():
+    dense, small = measurement_rows(MEASUREMENT)
+    assert dense["accuracy difference"] == dense["speed-up"] == "baseline"
+    assert small == {
+        "model": "small",
+        "accuracy": "0.8800 (0.8300 to 0.9300)",
+        "accuracy difference": "-0.0200 (-0.0500 to +0.0100)",
+        "stored parameters": "1,500",
+        "effective parameters": "750",
+        "bytes on disk": "6,100",
+        "speed-up": "1.50x (1.40x to 1.62x)",
+    }
+
+
+def colours(path):
+    return np.unique(matplotlib.image.imread(path)[..., :3].reshape(-1, 3).round(2), axis=0)
+
+
+def test_expert_load_shows_the_shares_and_not_the_counts(tmp_path):
+    load = torch.tensor([[1.0, 1.0], [1.0, 3.0]])
+    for name, scale in (("once", 1), ("often", 1000)):
+        plot_expert_load(load * scale, tmp_path / f"{name}.png")
+    plot_expert_load(load.flip(0), tmp_path / "flipped.png")
+    once, often, flipped = ((tmp_path / f"{name}.png").read_bytes() for name in ("once", "often", "flipped"))
+    assert once == often
+    assert once != flipped
+
+
+def test_expert_load_of_one_expert_and_of_many(tmp_path):
+    for experts in (1, 24):
+        plot_expert_load(torch.ones(3, experts), tmp_path / f"{experts}.svg")
+    text = (tmp_path / "24.svg").read_text()
+    assert text.startswith("<?xml")
+    assert text != (tmp_path / "1.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        (torch.ones(4), r"`load` must be of shape \(layers, experts\), got \(4,\)"),
+        (torch.ones(0, 4), r"`load` must be of shape \(layers, experts\), got \(0, 4\)"),
+        (torch.tensor([[1.0, -1.0]]), "`load` must be finite, at least 0"),
+        (torch.tensor([[1.0, math.nan]]), "`load` must be finite, at least 0"),
+        (torch.tensor([[1, 1], [0, 0]]), "above 0 somewhere in each layer"),
+    ],
+)
+def test_expert_load_refuses_what_has_no_shares(tmp_path, load, message):
+    with pytest.raises(ValueError, match=message):
+        plot_expert_load(load, tmp_path / "load.png")
+
+
+def test_distillation_losses_draws_one_line_per_loss(tmp_path):
+    def history(layers):
+        losses = {f"loss_hidden_{layer}": 0.5 * (layer + 1) for layer in range(layers)}
+        return [{"step": step, "loss": 9.0, "loss_prediction": 1 / step} | losses for step in (1, 2, 3)]
+
+    few, many = tmp_path / "few.png", tmp_path / "many.png"
+    plot_distillation_losses([*history(2), {"step": 3, "eval_loss": 1.0}], few)
+    plot_distillation_losses(history(8), many)
+    # each line has its own colour: six more layers, at least six more colours
+    assert len(colours(many)) >= len(colours(few)) + 6
+
+
+def test_distillation_losses_leave_out_what_a_logarithm_cannot_show(tmp_path):
+    history = [
+        {"step": 1, "loss_hidden_0": 0.0},
+        {"step": 2, "loss_hidden_0": math.inf},
+        {"step": 3, "loss_hidden_0": 1.0},
+    ]
+    plot_distillation_losses(history, tmp_path / "all.png")
+    plot_distillation_losses(history[2:], tmp_path / "last.png")
+    assert (tmp_path / "all.png").stat().st_size > 0
+
+
+def test_distillation_losses_refuses_a_history_without_them(tmp_path):
+    with pytest.raises(ValueError, match="`log_history` must hold `loss_hidden_<k>`"):
+        plot_distillation_losses([{"step": 1, "loss": 1.0, "eval_loss_hidden_1": 1.0}], tmp_path / "x.png")
+
+
+def test_pictures_leave_pyplot_alone():
+    code = "import sys, hf_moebert.report; sys.exit('matplotlib.pyplot' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_report_holds_the_table_its_origin_and_the_pictures(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    picture = tmp_path / "pictures" / "expert load (é).png"
+    plot_expert_load(torch.ones(1, 2), picture)
+    path = write_report(tmp_path, title="A *small* model", measurement=MEASUREMENT, pictures={"load": picture})
+    text = path.read_text(encoding="utf-8")
+    assert path == tmp_path / "report.md"
+    assert text.startswith("# A \\*small\\* model\n")
+    assert markdown_table(measurement_rows(MEASUREMENT)) in text
+    for fact in ("| command | hf-moebert measure a/small", "| seed | 3 |", "| cpu | Z80 |", "| examples | 40 |"):
+        assert fact in text
+    assert "![load](pictures/expert%20load%20%28%C3%A9%29.png)" in text
+
+
+def test_report_refuses_pictures_that_would_not_travel(tmp_path):
+    outside = tmp_path / "outside.png"
+    outside.write_bytes(b"png")
+    (tmp_path / "report").mkdir()
+    for picture in (outside, tmp_path / "report" / "missing.png"):
+        with pytest.raises(ValueError, match="`pictures` must be files inside"):
+            write_report(tmp_path / "report", title="t", measurement=MEASUREMENT, pictures={"load": picture})
