@@ -29,14 +29,14 @@ def test_imported_names_exist(page):
         exec("\n".join(line for line in lines if re.match(r"(from|import) (hf_moebert|transformers)", line)), {})
 
 
-def test_the_readmes_python_runs(tmp_path, monkeypatch, tiny_world):
+def test_the_readmes_python_runs(tmp_path, monkeypatch, tiny_teacher, tiny_sst2):
     """The ten lines of the front page, on a tiny model and data set in place of the Hub's."""
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[:1]
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    code = block.replace("textattack/bert-base-uncased-SST-2", str(tiny_teacher))
+    assert code != block
     monkeypatch.chdir(tmp_path)
-    code = block.replace('"textattack/bert-base-uncased-SST-2"', "teacher_folder").replace(
-        '"nyu-mll/glue", "sst2"', "data_folder"
-    )
-    assert "teacher_folder" in code
-    scope = dict(tiny_world)
+    monkeypatch.setattr("datasets.load_dataset", lambda *name: {("nyu-mll/glue", "sst2"): tiny_sst2}[name])
+    scope = {}
     exec(compile(code, "README.md", "exec"), scope)
     assert scope["reloaded"].config.model_type == "moebert"
+    assert scope["reloaded"].config.num_experts == 4

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint, unwrap_peft_model
+from transformers.trainer import TRAINER_STATE_NAME, TrainerState
+from transformers.trainer_utils import TrainOutput, sort_checkpoints, unwrap_peft_model
 from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
@@ -75,6 +76,8 @@ class DistillationTrainer(Trainer):
             ValueError: If `resume_from_checkpoint` is not a checkpoint of the student.
             FloatingPointError: If the teacher or a term of the loss is NaN or infinite.
         """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         self._refuse_foreign_checkpoint(resume_from_checkpoint)
         self._forget_terms()
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -197,9 +200,8 @@ class DistillationTrainer(Trainer):
                 )
         return means
 
-    def _refuse_foreign_checkpoint(self, checkpoint: str | bool | None) -> None:
+    def _refuse_foreign_checkpoint(self, path: str | bool | None) -> None:
         """A teacher's folder holds a `trainer_state.json` too: resuming from it would skip that many steps."""
-        path = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
         if not path or not (Path(path) / "config.json").is_file():
             return
         folder, source = Path(path), self.teacher.config.name_or_path
@@ -214,6 +216,26 @@ class DistillationTrainer(Trainer):
                     f"`resume_from_checkpoint` must be a checkpoint of the student, whose `{name}` is {expected}, got"
                     f" {saved[name]} in {path}. {remedy}"
                 )
+
+
+def last_complete_checkpoint(folder: str) -> str:
+    """Find the newest checkpoint whose saving was not cut short; newer ones are named in a warning.
+
+    The host writes `trainer_state.json` last, so a checkpoint is complete if that file can be read.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    for checkpoint in reversed(sort_checkpoints(folder)):
+        try:
+            TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        except (OSError, ValueError):
+            logger.warning(f"{checkpoint} is incomplete and is skipped: its saving was cut short.")
+        else:
+            return checkpoint
+    raise ValueError(
+        f"`resume_from_checkpoint` must find a complete checkpoint in {folder!r}, which has none. Train without it."
+    )
 
 
 def _refuse_shared_parameters(student: nn.Module, teacher: nn.Module) -> None:

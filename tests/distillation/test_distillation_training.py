@@ -543,3 +543,19 @@ def test_two_processes_find_the_gradients_of_one(tmp_path):
 
 if __name__ == "__main__":
     distributed_run(Path(sys.argv[1]))
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "half"])
+def test_resuming_skips_a_checkpoint_whose_saving_was_cut_short(tmp_path, caplog, damage):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = bert()
+    distil(tmp_path, whole, bert(1), **options).train()
+    state = tmp_path / "checkpoint-4/trainer_state.json"
+    state.unlink() if damage == "missing" else state.write_text("" if damage == "empty" else state.read_text()[:40])
+    resumed = bert(5)
+    distil(tmp_path, resumed, bert(1), **options).train(resume_from_checkpoint=True)
+    assert_equal_states(whole, resumed)
+    for name in ("checkpoint-2", "checkpoint-4"):
+        (tmp_path / name / "trainer_state.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="must find a complete checkpoint in .* which has none"):
+        distil(tmp_path, bert(5), bert(1), **options).train(resume_from_checkpoint=True)
