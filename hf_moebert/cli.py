@@ -15,17 +15,18 @@ from typer.core import TyperGroup
 class OneLineErrors(TyperGroup):
     """Answer bad use with one line on stderr and exit code 2, never with a stack trace."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(self, *args: Any, **extra: Any) -> Any:
         """Run a command, as typer does, but for the errors."""
+        standalone = extra.pop("standalone_mode", True)
         for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a locale may lack a path's letters
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(*args, **extra | {"standalone_mode": False})
         except (typer.TyperException, ValueError, OSError) as error:
             message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
             typer.echo(f"hf-moebert: {' '.join(message.split())}", err=True)
             code = 2
-        if not standalone_mode:
+        if not standalone:
             return code
         sys.exit(code if isinstance(code, int) else 0)
 

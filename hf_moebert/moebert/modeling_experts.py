@@ -59,25 +59,33 @@ class MoEBertExperts(nn.Module):
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, dispatch: Dispatch | None
     ) -> Tensor:
         """See `forward`, which the host replaces with the chosen implementation."""
-        # `unbind` once: the backward of an index into a stack zero-fills the whole stack for every expert
-        stacks = (self.up_proj, self.up_proj_bias, self.down_proj, self.down_proj_bias)
-        experts = list(zip(*(stack.unbind(0) for stack in stacks), strict=True))
-        if self.num_experts == 1:
-            return self.run_expert(hidden_states, *experts[0])
         tokens, top_k = top_k_index.shape
-        order, inverse, counts = dispatch or plan_dispatch(top_k_index.reshape(1, -1), self.num_experts)[0]
-        if top_k == 1 and tokens in counts:  # one expert for all tokens: nothing to gather
-            output = self.run_expert(hidden_states, *experts[counts.index(tokens)])
+        counts = dispatch[2] if dispatch else top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
+        if tokens * top_k in counts:  # one expert for all tokens: nothing to sort
+            output = self.run_expert(hidden_states, counts.index(tokens))
         else:
-            slices = hidden_states.index_select(0, order // top_k).split(counts)
-            output = torch.cat([self.run_expert(x, *expert) for x, expert in zip(slices, experts, strict=True)])
-            output = output.index_select(0, inverse)  # (tokens * top_k, hidden)
-        output = output.view(tokens, top_k, -1) * top_k_weights.unsqueeze(-1)  # (tokens, top_k, hidden)
-        return output.sum(dim=1).to(hidden_states.dtype)
+            order, inverse, _ = dispatch or plan_dispatch(top_k_index.reshape(1, -1), self.num_experts)[0]
+            slots = hidden_states.index_select(0, order if top_k == 1 else order // top_k)
+            slots = self.act_fn(multiply_slices(slots, counts, self.up_proj, self.up_proj_bias))
+            slots = multiply_slices(slots, counts, self.down_proj, self.down_proj_bias)
+            output = slots.index_select(0, inverse)  # (tokens * top_k, hidden)
+        if top_k == 1:
+            output = output * top_k_weights
+        else:
+            output = (output.view(tokens, top_k, -1) * top_k_weights.unsqueeze(-1)).sum(dim=1)
+        return output.to(hidden_states.dtype)
 
-    def run_expert(self, x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
-        """Apply one expert to its slots, `(slots, hidden)`."""
-        return F.linear(self.act_fn(F.linear(x, up, up_bias)), down, down_bias)
+    def run_expert(self, x: Tensor, expert: int) -> Tensor:
+        """Apply one expert to all tokens, `(tokens, hidden)`."""
+        x = self.act_fn(F.linear(x, self.up_proj[expert], self.up_proj_bias[expert]))
+        return F.linear(x, self.down_proj[expert], self.down_proj_bias[expert])
+
+
+def multiply_slices(slots: Tensor, counts: list[int], weight: Tensor, bias: Tensor) -> Tensor:
+    """Apply each expert's linear map to its slice of the sorted slots, `(slots, in)` to `(slots, out)`."""
+    # `unbind` once: the backward of an index into a stack zero-fills the whole stack for every expert
+    experts = zip(slots.split(counts), weight.unbind(0), bias.unbind(0), strict=True)
+    return torch.cat([F.linear(*expert) for expert in experts])
 
 
 def plan_dispatch(expert_index: Tensor, num_experts: int) -> list[Dispatch]:
@@ -142,7 +150,7 @@ class MoEBertHashRouter(nn.Module):
 
     def forward(self, input_ids: Tensor) -> list[Route]:
         """Look up the experts of all tokens in every converted layer, and sort them where slices will be run."""
-        index = self.table[:, input_ids.flatten()]  # (layers, tokens)
+        index = self.table[:, input_ids.flatten()].long()  # (layers, tokens)
         sorts = self.config._experts_implementation == "sorted_mm" and runs_slices(input_ids)
         plan = plan_dispatch(index, self.config.num_experts) if sorts else [None] * len(index)
         return list(zip(index, plan, strict=True))
@@ -190,7 +198,7 @@ class MoEBertBlock(nn.Module):
         logits, scale = None, None
         expert_index, dispatch = hash_route
         if expert_index is not None:
-            index = expert_index.long().unsqueeze(-1)  # (tokens, 1)
+            index = expert_index.unsqueeze(-1)  # (tokens, 1)
             weights = torch.ones_like(index, dtype=hidden_states.dtype)
         else:
             logits, index, weights = self.route(hidden_states, token_mask)

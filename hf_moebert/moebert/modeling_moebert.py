@@ -100,6 +100,37 @@ class MoEBertPreTrainedModel(BertPreTrainedModel):
         elif isinstance(module, MoEBertHashRouter):
             init.copy_(module.table, module.draw_table(self.config.vocab_size))
 
+    @classmethod
+    def from_pretrained(
+        cls, *args: Any, output_loading_info: bool = False, allow_nonfinite: bool = False, **kwargs: Any
+    ) -> Any:
+        """Load like the host, but never make up experts, gates or tables that the checkpoint lacks.
+
+        Args:
+            *args: As for the host.
+            output_loading_info: As for the host.
+            allow_nonfinite: Whether weights may be NaN or infinite.
+            **kwargs: As for the host.
+
+        Raises:
+            ValueError: If the routed layers are incomplete, e.g. in the checkpoint of a dense BERT, or a weight is
+                not finite.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        lost = sorted(name for name in info["missing_keys"] if ".moe." in name or name.endswith("router.table"))
+        if lost:
+            raise ValueError(
+                f"The checkpoint must hold all experts and routers, it lacks {lost}. Convert a dense BERT with "
+                f"`{cls.__name__}.from_dense`, or get the whole checkpoint."
+            )
+        broken = [name for name, p in model.named_parameters() if not (p.is_meta or p.isfinite().all())]
+        if broken and not allow_nonfinite:
+            raise ValueError(
+                f"The checkpoint must hold finite weights, these are not: {broken}. Train again with a smaller "
+                "learning rate, or load with `allow_nonfinite=True` to look at them."
+            )
+        return (model, info) if output_loading_info else model
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize the embeddings like the host, and the hash tables with them."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification, BertModel
 
@@ -379,3 +381,52 @@ def test_default_sizes_are_the_papers(dense_config):
     dense = BertModel(BertConfig(**{**dense_config.to_dict(), "intermediate_size": 96}))
     config = MoEBertModel.from_dense(dense, torch.rand(3, 96)).config
     assert (config.num_experts, config.expert_size, config.num_shared_neurons) == (4, 24, 16)
+
+
+# -------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoint_without_its_experts_is_refused(dense, student, tmp_path):
+    dense.save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match=r"must hold all experts and routers, it lacks \['.*Convert a dense BERT"):
+        MoEBertForSequenceClassification.from_pretrained(tmp_path / "dense", config=student.config)
+    student.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for name in ("bert.router.table", "bert.encoder.layer.1.moe.experts.down_proj_bias"):
+        save_file(
+            {key: w for key, w in weights.items() if key != name}, tmp_path / "model.safetensors", {"format": "pt"}
+        )
+        with pytest.raises(ValueError, match=rf"it lacks \['{name}'\]"):
+            MoEBertForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_with_a_new_head_loads(student, tmp_path):
+    student.save_pretrained(tmp_path)
+    model = MoEBertForTokenClassification.from_pretrained(tmp_path)
+    assert torch.equal(model.bert.router.table, student.bert.router.table)
+
+
+def test_broken_weights_are_refused(student, tmp_path):
+    with torch.no_grad():
+        student.bert.encoder.layer[2].moe.experts.up_proj[1, 0, 0] = float("inf")
+    student.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"weights, these are not: \['bert.encoder.layer.2.moe.experts.up_proj'\]"
+    ):
+        MoEBertForSequenceClassification.from_pretrained(tmp_path)
+    MoEBertForSequenceClassification.from_pretrained(tmp_path, allow_nonfinite=True)
+
+
+@pytest.mark.parametrize("keep", [4, 1000, -1])
+def test_a_truncated_checkpoint_is_refused(student, tmp_path, keep):
+    student.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(SafetensorError):
+        MoEBertForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_tensors_of_another_shape_are_refused(student, tmp_path):
+    student.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch|mismatched"):
+        MoEBertForSequenceClassification.from_pretrained(tmp_path, expert_size=8)
