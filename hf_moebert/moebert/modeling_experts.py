@@ -1,4 +1,4 @@
-"""The experts, the routing that chooses among them, and the layer they live in."""
+"""The experts, the routing that chooses among them, and the layers they live in."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers.integrations.moe import (
     use_experts_implementation,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.bert.modeling_bert import BertAttention
+from transformers.models.bert.modeling_bert import BertAttention, BertLayer
 
 from .configuration_moebert import MoEBertConfig
 from .functional import balanced_table, choose_experts, expert_load, masked_mean, random_table, sort_by_expert
@@ -246,3 +246,32 @@ class MoEBertLayer(GradientCheckpointingLayer):
         hidden_states, logits, index = self.moe(hidden_states, token_mask, hash_route)
         load = expert_load(index, token_mask.flatten(), self.num_experts) if output_expert_load else None
         return hidden_states, logits, load
+
+
+class MoEBertEncoder(nn.Module):
+    """The layers, dense and converted."""
+
+    def __init__(self, config: MoEBertConfig) -> None:
+        super().__init__()
+        kinds = dict.fromkeys(config.converted_layers, MoEBertLayer)
+        self.layer = nn.ModuleList(
+            [kinds.get(i, BertLayer)(config, layer_idx=i) for i in range(config.num_hidden_layers)]
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        token_mask: Tensor,
+        hash_routes: list[Route],
+        **kwargs: Any,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the last hidden states, and the gates' logits of each converted layer."""
+        router_logits, routes = [], iter(hash_routes)
+        for layer in self.layer if hidden_states.shape[0] else []:  # the host's attention cannot take an empty batch
+            if isinstance(layer, MoEBertLayer):
+                hidden_states, logits, _ = layer(hidden_states, attention_mask, token_mask, next(routes), **kwargs)
+                router_logits.append(logits)
+            else:
+                hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        return hidden_states, router_logits

@@ -15,12 +15,16 @@ from transformers.models.bert.modeling_bert import (
     BertPreTrainedModel,
     BertSelfAttention,
 )
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_moebert import MoEBertConfig
-from .functional import assign_neurons, cut_experts, load_balancing_loss, real_tokens
-from .modeling_experts import MoEBertExperts, MoEBertHashRouter, MoEBertLayer, Route
+from .functional import assign_neurons, choose_experts, cut_experts, load_balancing_loss, real_tokens
+from .modeling_experts import MoEBertEncoder, MoEBertExperts, MoEBertHashRouter, MoEBertLayer, Route
+
+
+logger = logging.get_logger(__name__)
+WATCH_STEPS = 100  # training steps without a token after which an expert counts as dead
 
 
 @dataclass
@@ -41,35 +45,6 @@ class RoutingOutput(ModelOutput):
 @dataclass
 class MoEBertModelOutput(RoutingOutput, BaseModelOutputWithPooling):
     """Output of `MoEBertModel`."""
-
-
-class MoEBertEncoder(nn.Module):
-    """The layers, dense and converted."""
-
-    def __init__(self, config: MoEBertConfig) -> None:
-        super().__init__()
-        kinds = dict.fromkeys(config.converted_layers, MoEBertLayer)
-        self.layer = nn.ModuleList(
-            [kinds.get(i, BertLayer)(config, layer_idx=i) for i in range(config.num_hidden_layers)]
-        )
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        token_mask: Tensor,
-        hash_routes: list[Route],
-        **kwargs: Any,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return the last hidden states, and the gates' logits of each converted layer."""
-        router_logits, routes = [], iter(hash_routes)
-        for layer in self.layer if hidden_states.shape[0] else []:  # the host's attention cannot take an empty batch
-            if isinstance(layer, MoEBertLayer):
-                hidden_states, logits, _ = layer(hidden_states, attention_mask, token_mask, next(routes), **kwargs)
-                router_logits.append(logits)
-            else:
-                hidden_states = layer(hidden_states, attention_mask, **kwargs)
-        return hidden_states, router_logits
 
 
 class MoEBertPreTrainedModel(BertPreTrainedModel):
@@ -239,6 +214,7 @@ class MoEBertModel(MoEBertPreTrainedModel):
         self.router = None if config.uses_gate else MoEBertHashRouter(config)
         self.encoder = MoEBertEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer else None
+        self.steps, self.idle = 0, torch.tensor(0)  # training steps, and how many of them each expert has been idle
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -288,11 +264,28 @@ class MoEBertModel(MoEBertPreTrainedModel):
         routes = self.router(input_ids) if self.router else [no_route] * len(self.config.converted_layers)
         kwargs.setdefault("output_expert_load", self.config.output_expert_load)
         hidden_states, router_logits = self.encoder(hidden_states, attention_mask, token_mask, routes, **kwargs)
+        if self.training and self.config.uses_gate and router_logits and not torch.compiler.is_compiling():
+            self._watch(router_logits, token_mask)
         return MoEBertModelOutput(
             last_hidden_state=hidden_states,
             pooler_output=None if self.pooler is None else self.pooler(hidden_states),
             aux_loss=self._balance(router_logits, token_mask),
         )
+
+    @torch.no_grad()
+    def _watch(self, router_logits: list[Tensor], token_mask: Tensor) -> None:
+        """Warn of experts that the gates have not chosen for a long time; training goes on."""
+        mask = token_mask.any(dim=1) if self.config.routing == "gate-sentence" else token_mask
+        chosen = [choose_experts(x[mask], self.config.top_k, "probability")[0] for x in router_logits]
+        loads = torch.stack([x.flatten().bincount(minlength=self.config.num_experts) for x in chosen])
+        self.idle = torch.where(loads > 0, 0, self.idle.to(loads.device) + 1)  # (layers, experts)
+        self.steps += 1
+        if self.steps % WATCH_STEPS == 0 and (self.idle >= WATCH_STEPS).any():  # seldom, for it waits for a GPU
+            where = (self.idle >= WATCH_STEPS).nonzero().tolist()
+            logger.warning(
+                f"{len(where)} of {self.idle.numel()} experts had no token for {WATCH_STEPS} steps or more: {where} "
+                "(converted layer, expert). Raise `router_aux_loss_coef`."
+            )
 
     def _balance(self, router_logits: list[Tensor], token_mask: Tensor) -> Tensor | None:
         """Sum the layers' load-balancing losses, where they have a weight."""

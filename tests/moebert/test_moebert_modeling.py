@@ -221,6 +221,23 @@ def test_sentence_gate_scales_alike_at_every_batch_size(dense, importance, batch
     torch.testing.assert_close(alone[0], together[0], rtol=0, atol=1e-5)
 
 
+def test_a_collapsed_gate_is_reported_and_training_goes_on(dense, importance, batch, caplog, monkeypatch):
+    monkeypatch.setattr("hf_moebert.moebert.modeling_moebert.WATCH_STEPS", 3)
+    monkeypatch.setattr("transformers.utils.logging.get_verbosity", lambda: 10)
+    student = convert(dense, importance, "gate-token", moe_layers=[0, 2]).train()
+    with torch.no_grad():
+        student.bert.encoder.layer[2].moe.gate.weight.zero_()  # ties go to expert 0
+    for _ in range(2):
+        student(**batch)
+    assert "no token" not in caplog.text
+    student(**batch)
+    assert "experts had no token for 3 steps" in caplog.text
+    assert "[1, 1], [1, 2], [1, 3]" in caplog.text
+    caplog.clear()
+    student.eval()(**batch)
+    assert student.bert.steps == 3
+
+
 # ------------------------------------------------------------------------------------------------------ outputs
 
 
