@@ -59,6 +59,8 @@ class MoEBertExperts(nn.Module):
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, dispatch: Dispatch | None
     ) -> Tensor:
         """See `forward`, which the host replaces with the chosen implementation."""
+        if self.num_experts == 1:
+            return self.run_expert(hidden_states, 0)
         tokens, top_k = top_k_index.shape
         counts = dispatch[2] if dispatch else top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
         if tokens * top_k in counts:  # one expert for all tokens: nothing to sort
@@ -215,7 +217,9 @@ class MoEBertBlock(nn.Module):
         """Ask the gate: logits `(batch, [seq,] experts)`, index and weights of each token `(batch * seq, top_k)`."""
         assert self.gate is not None  # a hash router would have given the route
         by_sentence = self.config.routing == "gate-sentence"
-        logits = self.gate(masked_mean(hidden_states, token_mask) if by_sentence else hidden_states)
+        logits = self.gate(hidden_states)
+        if by_sentence:  # a gate is linear: the mean of its logits is its logits of the mean, and takes less time
+            logits = masked_mean(logits, token_mask)
         scaling = "straight-through" if self.config.gate_scaling == "straight-through" else "probability"
         index, weights = choose_experts(logits, self.config.top_k, scaling)
         if by_sentence:  # every token of a sentence goes with it

@@ -46,6 +46,13 @@ class MoEBertHead(MoEBertPreTrainedModel):
         }
         return output_class(loss=loss, **logits, **records)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save like the host, and name the body and the other heads, whose code is saved along."""
+        classes = [MoEBertModel, *MoEBertHead.__subclasses__()]
+        code = {c._auto_class: f"{c.__module__.rpartition('.')[2]}.{c.__name__}" for c in classes if c._auto_class}
+        self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | code
+        super().save_pretrained(*args, **kwargs)
+
     def _check_classes(self, labels: Tensor) -> None:
         """Refuse classes that the head does not have, before a GPU aborts the process over them."""
         if torch.compiler.is_compiling():
@@ -95,14 +102,7 @@ class MoEBertForSequenceClassification(MoEBertHead):
         Raises:
             ValueError: If a label does not exist, or an input does not fit.
         """
-        outputs = self.bert(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output))  # (batch, labels)
         loss = None if labels is None else self._task_loss(logits, labels)
         return self._finish(MoEBertSequenceClassifierOutput, outputs, loss, logits=logits)
@@ -142,14 +142,7 @@ class MoEBertForTokenClassification(MoEBertHead):
         **kwargs: Any,
     ) -> MoEBertTokenClassifierOutput:
         """Tag a batch; `labels` has shape `(batch, seq)`, -100 where there is none. The rest as above."""
-        outputs = self.bert(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(outputs.last_hidden_state))  # (batch, seq, labels)
         loss = None
         if labels is not None:
@@ -181,14 +174,7 @@ class MoEBertForQuestionAnswering(MoEBertHead):
         **kwargs: Any,
     ) -> MoEBertQuestionAnsweringOutput:
         """Score answers; both positions have shape `(batch,)`, and one past the end means "not in here"."""
-        outputs = self.bert(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)  # (batch, seq) each
         loss = None
         if start_positions is not None and end_positions is not None:
