@@ -24,7 +24,12 @@ demo: $(VENV)/.demo
 	$(PY) examples/demo_data.py --output_dir build/demo/data
 	$(PY) examples/moebert_text_classification.py build/demo/data/demo.json
 
-test: $(VENV)/.demo
+# transformers' own model tests: part of its source archive, not of its wheel, and not of this repository.
+$(VENV)/.host_suite: $(VENV)/.installed
+	$(PY) tests/host_suite.py
+	touch $@
+
+test: $(VENV)/.demo $(VENV)/.host_suite
 	$(PY) -m pytest -n $(WORKERS) tests
 
 style: $(VENV)/.installed

@@ -37,7 +37,16 @@ setup(
         "typer",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "hypothesis", "parameterized", "onnx", "onnxruntime", "onnxscript"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "filelock",
+            "parameterized",
+            "onnx",
+            "onnxruntime",
+            "onnxscript",
+        ],
         "quality": ["ruff==0.17.5", "mypy==2.4.1"],
     },
     entry_points={"console_scripts": ["hf-moebert=hf_moebert.cli:app"]},

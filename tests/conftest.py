@@ -1,8 +1,39 @@
-"""What all tests share: this folder is importable from its subfolders, and the marks of the host's suite are known."""
+"""What all tests share: this folder is importable from its subfolders, the host suite's marks, and a tiny world."""
 
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
 from host_suite import MARKERS
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 
 def pytest_configure(config):
     for name in MARKERS:
         config.addinivalue_line("markers", f"{name}: used by the host's own suite")
+
+
+@pytest.fixture
+def tiny_teacher(tmp_path_factory):
+    """A folder with a tiny random classifier and its tokenizer."""
+    folder = tmp_path_factory.mktemp("teacher")
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "book"]
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(vocab)}, model_max_length=16)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocab),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=16,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_sst2():
+    """A data set with SST-2's columns."""
+    rows = {"sentence": ["good film", "bad book", "good good book", "film bad"] * 2, "label": [1, 0, 1, 0] * 2}
+    return DatasetDict(train=Dataset.from_dict(rows))

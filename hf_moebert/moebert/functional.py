@@ -96,7 +96,7 @@ def random_table(vocab_size: int, num_experts: int, *, generator: Generator) -> 
 
     Source: the paper's "hash-random" routing.
     """
-    return torch.randint(num_experts, (vocab_size,), generator=generator).to(torch.uint8)
+    return torch.randint(num_experts, (vocab_size,), generator=generator, device=generator.device).to(torch.uint8)
 
 
 def balanced_table(token_counts: Tensor, num_experts: int, *, generator: Generator) -> Tensor:

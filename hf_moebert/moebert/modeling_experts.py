@@ -138,10 +138,10 @@ class MoEBertHashRouter(nn.Module):
     def draw_table(self, vocab_size: int, token_counts: Tensor | None = None) -> Tensor:
         """Make the tables of a vocabulary from the seed, and from a corpus for `hash-balanced`, `(layers, vocab)`."""
         layers, experts = self.table.shape[0], self.config.num_experts
-        generator = torch.Generator().manual_seed(self.config.routing_seed)
+        generator = torch.Generator("cpu").manual_seed(self.config.routing_seed)
         if self.config.routing == "hash-random":
             return torch.stack([random_table(vocab_size, experts, generator=generator) for _ in range(layers)])
-        counts = torch.zeros(vocab_size, dtype=torch.long) if token_counts is None else token_counts
+        counts = torch.zeros(vocab_size, dtype=torch.long, device="cpu") if token_counts is None else token_counts
         return balanced_table(counts, experts, generator=generator).repeat(layers, 1)
 
     def resize(self, vocab_size: int) -> None:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.bert.modeling_bert import (
     BertEmbeddings,
-    BertLayer,
     BertPooler,
     BertPreTrainedModel,
     BertSelfAttention,
@@ -55,7 +55,7 @@ class MoEBertPreTrainedModel(BertPreTrainedModel):
     _no_split_modules = ["BertEmbeddings", "BertLayer", "MoEBertLayer"]
     _can_set_experts_implementation_cached_value = True  # the host would read a stock BERT's answer, if built first
     _can_record_outputs = {
-        "hidden_states": [OutputRecorder(BertLayer), OutputRecorder(MoEBertLayer)],
+        "hidden_states": GradientCheckpointingLayer,  # dense layers and converted ones alike
         "attentions": BertSelfAttention,
         "router_logits": OutputRecorder(MoEBertLayer, index=1),  # at the layer: survives reentrant checkpointing
         "expert_load": OutputRecorder(MoEBertLayer, index=2),

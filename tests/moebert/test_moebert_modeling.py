@@ -260,6 +260,13 @@ def test_balance_loss_is_part_of_the_loss(dense, importance, batch):
     torch.testing.assert_close(balanced.loss, plain.loss + 0.5 * balanced.aux_loss)
 
 
+@pytest.mark.parametrize("routing", ["hash-random", "hash-balanced"])
+def test_tables_are_drawn_on_the_cpu_whatever_the_default_device(routing):
+    router = MoEBertModel(MoEBertConfig(num_hidden_layers=1, routing=routing)).router
+    with torch.device("meta"):
+        assert torch.equal(router.draw_table(30522), router.table)
+
+
 def test_parameter_counts_of_bert_base():
     with torch.device("meta"):
         model = MoEBertModel(MoEBertConfig())
@@ -427,9 +434,7 @@ def test_broken_weights_are_refused(student, tmp_path):
     with torch.no_grad():
         student.bert.encoder.layer[2].moe.experts.up_proj[1, 0, 0] = float("inf")
     student.save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"weights, these are not: \['bert.encoder.layer.2.moe.experts.up_proj'\]"
-    ):
+    with pytest.raises(ValueError, match=r"weights, these are not: \['bert.encoder.layer.2.moe.experts.up_proj'\]"):
         MoEBertForSequenceClassification.from_pretrained(tmp_path)
     MoEBertForSequenceClassification.from_pretrained(tmp_path, allow_nonfinite=True)
 
