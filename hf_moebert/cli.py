@@ -45,7 +45,10 @@ def measure(
     models: Annotated[list[str], typer.Argument(help="Folders or Hub ids of sequence classifiers.")],
     baseline: Annotated[str, typer.Option("--baseline", help="Folder or Hub id of the model to compare with.")],
     validation_file: Annotated[
-        Path | None, typer.Option("--validation_file", help="A .json, .jsonl, .csv, .tsv or .parquet file.")
+        Path | None,
+        typer.Option(
+            "--validation_file", exists=True, dir_okay=False, help="A .json, .jsonl, .csv, .tsv or .parquet file."
+        ),
     ] = None,
     dataset_name: Annotated[str | None, typer.Option("--dataset_name", help="A data set on the Hub.")] = None,
     dataset_config_name: Annotated[str | None, typer.Option("--dataset_config_name", help="Its part.")] = None,

@@ -82,22 +82,21 @@ def write_model_card(
     if not results:
         raise ValueError("`results` must hold at least one metric, got none. Evaluate the model first.")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    metadata = ModelCardData(
-        language=one_line(language),
-        license=one_line(license),
-        library_name="transformers",
-        pipeline_tag=one_line(task),
-        tags=["hf_moebert", one_line(config.get("model_type")), *map(one_line, tags)],
-        # The Hub refuses a card whose links lead nowhere, so only what can be a Hub id becomes one.
-        base_model=base_model if _is_repo_id(base_model) else None,
-        datasets=[dataset] if _is_repo_id(dataset) else None,
-        metrics=list(map(one_line, results)),
-        model_name=repo_id.rpartition("/")[2],
-        eval_results=[_eval_result(metric, value, task, dataset, split) for metric, value in results.items()],
-    )
     facts = {"task": task, "data": f"{dataset} ({split})", **{key: f"{value:.4g}" for key, value in results.items()}}
     card = ModelCard.from_template(
-        metadata,
+        ModelCardData(
+            language=one_line(language),
+            license=one_line(license),
+            library_name="transformers",
+            pipeline_tag=one_line(task),
+            tags=["hf_moebert", one_line(config.get("model_type")), *map(one_line, tags)],
+            metrics=list(map(one_line, results)),
+            model_name=repo_id.rpartition("/")[2],
+            eval_results=[_eval_result(metric, value, task, dataset, split) for metric, value in results.items()],
+            # The Hub refuses a card whose links lead nowhere, so only what can be a Hub id becomes one.
+            base_model=base_model if _is_repo_id(base_model) else None,
+            datasets=[dataset] if _is_repo_id(dataset) else None,
+        ),
         template_path=str(TEMPLATE),
         title=escape_markdown(repo_id.rpartition("/")[2]),
         summary=f"{escape_markdown(base_model)}, compressed with hf\\_moebert for {escape_markdown(task)}.",

@@ -150,9 +150,16 @@ def _threads(number: int | None) -> Iterator[None]:
 
 
 def _load(source: str, max_length: int) -> _Loaded:
-    model, report = AutoModelForSequenceClassification.from_pretrained(
-        source, use_safetensors=True, output_loading_info=True
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source, use_safetensors=True, output_loading_info=True
+        )
+    except OSError as error:
+        raise ValueError(
+            f"`models` must be folders or Hub ids that hold config.json, model.safetensors and a tokenizer, "
+            f"{source!r} cannot be loaded: {error}"
+        ) from error
     if report["missing_keys"]:
         raise ValueError(
             f"`models` must be fine-tuned classifiers, {source!r} lacks {sorted(report['missing_keys'])}. "
@@ -162,7 +169,7 @@ def _load(source: str, max_length: int) -> _Loaded:
     if positions is not None and max_length > positions:
         raise ValueError(f"`max_length` must be at most the {positions} positions of {source!r}, got {max_length}.")
     folder = source if Path(source).is_dir() else snapshot_download(source, allow_patterns="*.safetensors")
-    return _Loaded(model.eval(), AutoTokenizer.from_pretrained(source), folder)
+    return _Loaded(model.eval(), tokenizer, folder)
 
 
 def _measure_quality(

@@ -1,8 +1,4 @@
-"""A stand-in for the Hugging Face Hub on this machine: real HTTP, model repositories in memory.
-
-It answers what creating, uploading and downloading ask for. Every file travels inline, without LFS or Xet. Clients
-need `environment` before they import huggingface_hub, hence a process of their own.
-"""
+"""A stand-in for the Hugging Face Hub on this machine: real HTTP, model repositories in memory, no LFS and no Xet."""
 
 import base64
 import json
@@ -23,7 +19,7 @@ class Hub:
         self.address = ""
 
     def environment(self, home):
-        """Environment of a process that takes this for the Hub."""
+        """Let a process take this for the Hub; huggingface_hub reads it once, when imported."""
         switches = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
         return os.environ | switches | {"HF_ENDPOINT": self.address, "HF_TOKEN": "hf_any", "HF_HOME": str(home)}
 
@@ -61,8 +57,7 @@ class Handler(BaseHTTPRequestHandler):
         for pattern, method in ROUTES:
             if match := re.fullmatch(pattern, path):
                 return method(self, body, *match.groups())
-        self.hub.unhandled.append(f"{self.command} {path}")
-        return self.refuse(404, "NotFound")
+        return self.hub.unhandled.append(f"{self.command} {path}") or self.refuse(404, "NotFound")
 
     do_GET = do_POST = do_HEAD = answer
 

@@ -1,0 +1,177 @@
+"""The commands as a user types them: results, and bad use answered with one line and exit code 2."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from loopback_hub import loopback_hub  # noqa: F401
+from safetensors.torch import save_file
+from tiny_classifiers import EXAMPLES, classifiers  # noqa: F401
+from typer.testing import CliRunner
+
+from hf_moebert import cli
+
+
+QUICK = ["--latency_seq", "4", "--rounds", "2", "--max_length", "8"]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def invoke_process(*arguments, **environment):
+    """Run the command in a process of its own, without a terminal."""
+    command = [
+        sys.executable,
+        "-c",
+        "from hf_moebert.cli import app; app(prog_name='hf-moebert')",
+        *map(str, arguments),
+    ]
+    settings = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "300"} | environment
+    return subprocess.run(
+        command, env=settings, stdin=subprocess.DEVNULL, capture_output=True, timeout=100, check=False
+    )
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+
+
+def test_help_loads_nothing_heavy():
+    tree = ast.parse(Path(cli.__file__).read_text(encoding="utf-8"))
+    names = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
+    names += [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
+    assert {name.partition(".")[0] for name in names} == {"json", "pathlib", "sys", "typer", "typing"}
+    for command in ([], ["measure"], ["publish"]):
+        result = invoke(*command, "--help")
+        assert result.exit_code == 0
+        assert "Usage" in result.stdout
+
+
+def test_measure_prints_one_table_and_writes_everything(classifiers, tmp_path):  # noqa: F811
+    output = tmp_path / "measurement.json"
+    large, small = classifiers / "large", classifiers / "small"
+    examples = classifiers / "examples.jsonl"
+    result = invoke(
+        *("measure", small, "--baseline", large, "--validation_file", examples),
+        *("--metric", "accuracy", "--output", output, *QUICK),
+    )
+    assert result.exit_code == 0, result.output
+    measurement = json.loads(output.read_text(encoding="utf-8"))
+    assert measurement["baseline"] == "large"
+    assert measurement["models"].keys() == {"large", "small"}
+    assert measurement["models"]["small"]["source"] == str(small)
+    assert measurement["settings"]["examples"] == len(EXAMPLES)
+    assert measurement["seed"] == 0
+    assert measurement["command"]
+    stored = measurement["models"]["small"]["footprint"]["total"]
+    for shown in ("large", "small", "accuracy difference", "speed-up", f"{stored:,}"):
+        assert shown in result.stdout
+
+
+def test_measure_in_a_poor_terminal(classifiers, tmp_path):  # noqa: F811
+    folder = tmp_path / "päth with spaces"
+    folder.symlink_to(classifiers)
+    result = invoke_process(
+        *("measure", folder / "small", folder / "small", "--baseline", folder / "large"),
+        *("--validation_file", folder / "examples.jsonl", "--max_examples", 4, *QUICK),
+        PYTHONIOENCODING="ascii",
+        PYTHONUTF8="0",
+        NO_COLOR="1",
+        TERM="dumb",
+    )
+    assert result.returncode == 0, result.stderr
+    assert b"\x1b" not in result.stdout
+    assert b"| small" in result.stdout
+    assert result.stdout.isascii()
+
+
+def test_a_process_says_one_line(tmp_path):
+    result = invoke_process(
+        "measure", tmp_path / "é", "--baseline", "b", "--validation_file", tmp_path / "a b é\n.json"
+    )
+    assert result.returncode == 2
+    assert result.stdout == b""
+    (line,) = result.stderr.decode().splitlines()
+    assert line.startswith("hf-moebert: Invalid value for '--validation_file'")
+
+
+def one_line(result):
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("hf-moebert: ")
+    return result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing command"),
+        (["mesure"], "No such command 'mesure'"),
+        (["measure"], "Missing argument"),
+        (["measure", "m"], "Missing option '--baseline'"),
+        (["measure", "m", "--baseline", "b", "--rounds", "many"], "Invalid value for '--rounds'"),
+        (["measure", "m", "--baseline", "b", "--speed"], "No such option"),
+        (["measure", "m", "--baseline", "b"], "give exactly one of --validation_file and --dataset_name"),
+        (
+            ["measure", "m", "--baseline", "b", "--dataset_name", "d", "--output", "no/such/x.json"],
+            "the folder of --output must exist",
+        ),
+        (["measure", "m", "--baseline", "b", "--validation_file", "a é.csv"], "file 'a é.csv' does not exist"),
+        (["measure", "m", "--baseline", "b", "--validation_file", "/"], "file '/' is a directory"),
+        (["publish", "no such folder", "me/small"], "`folder` must hold config.json"),
+    ],
+)
+def test_bad_use_is_answered_with_one_line(arguments, message):
+    assert message in one_line(invoke(*arguments))
+
+
+def test_a_model_that_is_not_there(classifiers, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    examples = classifiers / "examples.jsonl"
+    line = one_line(invoke("measure", "no/model", "--baseline", "no/model", "--validation_file", examples))
+    assert "'no/model' cannot be loaded" in line
+
+
+def test_a_file_of_another_kind(tmp_path):
+    file = tmp_path / "examples.bin"
+    file.write_bytes(b"")
+    assert "must end in .json" in one_line(invoke("measure", "m", "--baseline", "b", "--validation_file", file))
+
+
+def test_unknown_labels(classifiers, tmp_path):  # noqa: F811
+    file = tmp_path / "labels.csv"
+    file.write_text("text,label\na film,neutral\n")
+    large = classifiers / "large"
+    assert "neutral" in one_line(invoke("measure", large, "--baseline", large, "--validation_file", file, *QUICK))
+
+
+def test_models_of_one_name_are_told_apart(classifiers, tmp_path):  # noqa: F811
+    (tmp_path / "small").symlink_to(classifiers / "large")
+    output = tmp_path / "out.json"
+    examples = classifiers / "examples.jsonl"
+    result = invoke(
+        *("measure", tmp_path / "small", "--baseline", classifiers / "small", "--validation_file", examples),
+        *("--output", output, *QUICK),
+    )
+    assert result.exit_code == 0, result.output
+    assert set(json.loads(output.read_text())["models"]) == {str(tmp_path / "small"), str(classifiers / "small")}
+
+
+def test_publish_prints_the_commit(loopback_hub, tmp_path):  # noqa: F811
+    folder = tmp_path / "é checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    save_file({}, folder / "model.safetensors")
+    environment = loopback_hub.environment(tmp_path)
+    result = invoke_process("publish", folder, "small", "--private", **environment)
+    assert result.returncode == 0, result.stderr
+    commit = result.stdout.decode().strip().rpartition("/")[2]
+    assert loopback_hub.files("tester/small", commit).keys() == {"config.json", "model.safetensors"}
+    assert loopback_hub.repositories["tester/small"]["private"] is True
