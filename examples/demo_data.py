@@ -51,6 +51,17 @@ def main() -> None:
         ),
         "label_column": "sentiment",
         "output_dir": str(args.output_dir.parent / "moebert"),
+        "seed": args.seed,
+        "teacher_epochs": 2,
+        "num_train_epochs": 1,
+        "learning_rate": 2e-4,
+        "warmup_steps": 0.06,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 64,
+        "train_sampling_strategy": "group_by_length",
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "use_cpu": True,
     }
     for name, rows in files.items():
         arguments[name] = str(args.output_dir / f"{name.removesuffix('_file')}.jsonl")

@@ -78,7 +78,8 @@ class DistillationTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        self._refuse_foreign_checkpoint(resume_from_checkpoint)
+        if resume_from_checkpoint:
+            self._refuse_foreign_checkpoint(Path(resume_from_checkpoint))
         self._forget_terms()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -200,21 +201,21 @@ class DistillationTrainer(Trainer):
                 )
         return means
 
-    def _refuse_foreign_checkpoint(self, path: str | bool | None) -> None:
+    def _refuse_foreign_checkpoint(self, folder: Path) -> None:
         """A teacher's folder holds a `trainer_state.json` too: resuming from it would skip that many steps."""
-        if not path or not (Path(path) / "config.json").is_file():
+        if not (folder / "config.json").is_file():
             return
-        folder, source = Path(path), self.teacher.config.name_or_path
+        source = self.teacher.config.name_or_path
         remedy = "Resume from a checkpoint that this student wrote, or train without `resume_from_checkpoint`."
         if source and Path(source).is_dir() and folder.samefile(source):
-            raise ValueError(f"`resume_from_checkpoint` must not be the teacher's folder, got {path}. {remedy}")
+            raise ValueError(f"`resume_from_checkpoint` must not be the teacher's folder, got {folder}. {remedy}")
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size"):
             expected = getattr(self.model.config, name, None)
             if saved.get(name, expected) != expected:
                 raise ValueError(
                     f"`resume_from_checkpoint` must be a checkpoint of the student, whose `{name}` is {expected}, got"
-                    f" {saved[name]} in {path}. {remedy}"
+                    f" {saved[name]} in {folder}. {remedy}"
                 )
 
 
