@@ -97,7 +97,8 @@ def measure(
     )
     if output is not None:
         output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    Console().print(rich_table(measurement_rows(result), title="Compared with the baseline, 95 % intervals"))
+    width = None if sys.stdout.isatty() else 140  # a file or a log has room for whole rows
+    Console(width=width).print(rich_table(measurement_rows(result), title="Compared with the baseline, 95 % intervals"))
 
 
 @app.command()

@@ -85,16 +85,27 @@ def _measurement_row(name: str, model: Mapping[str, Any], is_baseline: bool) -> 
         row[f"{metric} difference"] = (
             "baseline" if is_baseline else _with_interval(model["differences"][metric], "value", "{:+.4f}")
         )
-    row["stored parameters"] = f"{footprint['total']:,}"
-    row["effective parameters"] = f"{footprint['active']:,}"
-    row["bytes on disk"] = f"{footprint['bytes_on_disk']:,}"
+    row["parameters stored"] = short_number(footprint["total"])
+    row["effective"] = short_number(footprint["active"])
+    row["on disk"] = short_number(footprint["bytes_on_disk"]) + "B"
     row["speed-up"] = "baseline" if is_baseline else _with_interval(speed_up, "median", "{:.2f}x")
     return row
 
 
+def short_number(number: float) -> str:
+    """Write a count with three digits or so: 22.7M."""
+    for unit in ("", "k", "M"):
+        if number < 1000:
+            break
+        number /= 1000
+    else:
+        unit = "G"
+    return f"{number:.1f}{unit}" if unit else f"{number}"
+
+
 def _with_interval(interval: Mapping[str, float], middle: str, number: str) -> str:
     value, low, high = (number.format(interval[key]) for key in (middle, "low", "high"))
-    return f"{value} ({low} to {high})"
+    return f"{value} [{low}, {high}]"
 
 
 def plot_expert_load(load: Tensor, path: str | PathLike[str]) -> None:

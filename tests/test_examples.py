@@ -29,7 +29,7 @@ def test_moebert_text_classification(tmp_path):
     ).stdout
     measurement = json.loads((tmp_path / "measurement.json").read_text())
     assert list(measurement["models"]) == ["teacher", "converted", "student", "undistilled"]
-    assert "effective parameters" in (tmp_path / "student/report.md").read_text()
+    assert "| effective |" in (tmp_path / "student/report.md").read_text()
     for file in ("README.md", "expert_load.png", "distillation_loss.png", "model.safetensors", "modeling_heads.py"):
         assert (tmp_path / "student" / file).stat().st_size > 0, file
     assert "student" in output

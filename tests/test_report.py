@@ -18,6 +18,7 @@ from hf_moebert.report import (
     plot_distillation_losses,
     plot_expert_load,
     rich_table,
+    short_number,
     write_report,
 )
 
@@ -94,12 +95,12 @@ def test_measurement_rows_compare_with_the_baseline():
     assert dense["accuracy difference"] == dense["speed-up"] == "baseline"
     assert small == {
         "model": "small",
-        "accuracy": "0.8800 (0.8300 to 0.9300)",
-        "accuracy difference": "-0.0200 (-0.0500 to +0.0100)",
-        "stored parameters": "1,500",
-        "effective parameters": "750",
-        "bytes on disk": "6,100",
-        "speed-up": "1.50x (1.40x to 1.62x)",
+        "accuracy": "0.8800 [0.8300, 0.9300]",
+        "accuracy difference": "-0.0200 [-0.0500, +0.0100]",
+        "parameters stored": "1.5k",
+        "effective": "750",
+        "on disk": "6.1kB",
+        "speed-up": "1.50x [1.40x, 1.62x]",
     }
 
 
@@ -196,3 +197,10 @@ def test_report_refuses_pictures_that_would_not_travel(tmp_path):
     for picture in (outside, tmp_path / "report" / "missing.png"):
         with pytest.raises(ValueError, match="`pictures` must be files inside"):
             write_report(tmp_path / "report", title="t", measurement=MEASUREMENT, pictures={"load": picture})
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0"), (999, "999"), (1500, "1.5k"), (22_714_371, "22.7M"), (7_000_000_000, "7.0G")]
+)
+def test_counts_are_writtenshort_number(number, text):
+    assert short_number(number) == text
