@@ -4,6 +4,7 @@ VENV ?= .venv
 # The one choice of torch: installed first and by exact name, so that no other package's range picks a CUDA build.
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
+SEED ?= 0
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 PY = $(VENV)/bin/python
 
@@ -21,7 +22,7 @@ $(VENV)/.demo: $(VENV)/.installed
 	touch $@
 
 demo: $(VENV)/.demo
-	$(PY) examples/demo_data.py --output_dir build/demo/data
+	$(PY) examples/demo_data.py --output_dir build/demo/data --seed $(SEED)
 	$(PY) examples/moebert_text_classification.py build/demo/data/demo.json
 
 # transformers' own model tests: part of its source archive, not of its wheel, and not of this repository.

@@ -20,7 +20,7 @@ class DataArguments:
     """Where the files go and how many tweets they hold."""
 
     output_dir: Path = field(default=Path("build/demo/data"), metadata={"help": "Folder for the files."})
-    max_train_examples: int = field(default=8000, metadata={"help": "Tweets to train on."})
+    max_train_examples: int = field(default=6000, metadata={"help": "Tweets to train on."})
     max_validation_examples: int = field(default=4000, metadata={"help": "Tweets to evaluate on."})
     seed: int = field(default=0, metadata={"help": "Seed of the split."})
 
@@ -53,7 +53,7 @@ def main() -> None:
         "output_dir": str(args.output_dir.parent / "moebert"),
         "seed": args.seed,
         "teacher_epochs": 2,
-        "num_train_epochs": 1,
+        "num_train_epochs": 1.5,
         "learning_rate": 2e-4,
         "warmup_steps": 0.06,
         "per_device_train_batch_size": 32,
