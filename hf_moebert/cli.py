@@ -98,7 +98,8 @@ def measure(
     if output is not None:
         output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     width = None if sys.stdout.isatty() else 140  # a file or a log has room for whole rows
-    Console(width=width).print(rich_table(measurement_rows(result), title="Compared with the baseline, 95 % intervals"))
+    table = rich_table(measurement_rows(result), title="Compared with the baseline, 95 % intervals")
+    Console(width=width).print(table)
 
 
 @app.command()

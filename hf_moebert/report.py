@@ -93,14 +93,9 @@ def _measurement_row(name: str, model: Mapping[str, Any], is_baseline: bool) -> 
 
 
 def short_number(number: float) -> str:
-    """Write a count with three digits or so: 22.7M."""
-    for unit in ("", "k", "M"):
-        if number < 1000:
-            break
-        number /= 1000
-    else:
-        unit = "G"
-    return f"{number:.1f}{unit}" if unit else f"{number}"
+    """Write a count in three digits or so: 22.7M."""
+    thousands = min(int(math.log10(max(number, 1))) // 3, 3)
+    return f"{number / 1000**thousands:.1f}{'kMG'[thousands - 1]}" if thousands else f"{number}"
 
 
 def _with_interval(interval: Mapping[str, float], middle: str, number: str) -> str:

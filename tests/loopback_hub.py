@@ -112,6 +112,10 @@ class Handler(BaseHTTPRequestHandler):
             named = parse_qs(body.decode()).get("paths", files)
             self.send([describe(path, files[path]) for path in named if path in files])
 
+    def folder(self, body, repo_id, revision):
+        """There are no folders, as a client sees who looks for optional files in one."""
+        self.refuse(404, "EntryNotFound")
+
     def download(self, body, repo_id, revision, path):
         if commit := self.commit_of(repo_id, revision):
             if (content := self.hub.files(repo_id, commit).get(path)) is None:
@@ -131,6 +135,7 @@ ROUTES = [
     (f"/api/models/{REPO}/preupload/(.+)", Handler.preupload),
     (f"/api/models/{REPO}/commit/(.+)", Handler.commit),
     (f"/api/models/{REPO}/tree/([^/]+)", Handler.entries),
+    (f"/api/models/{REPO}/tree/([^/]+)/.+", Handler.folder),
     (f"/api/models/{REPO}/paths-info/([^/]+)", Handler.entries),
     (f"/api/models/{REPO}(?:/revision/(.+))?", Handler.info),
     (f"/{REPO}/resolve/([^/]+)/(.+)", Handler.download),

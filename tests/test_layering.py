@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ ROLES = {"configuration", "functional", "modeling", "training"}
 FRIENDS = {("mpoe", "mpo")}  # the one system that may import another
 SYSTEMS = sorted(p.parent.name for p in PACKAGE.glob("*/functional.py"))
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-STANDARD_OF_EQUATIONS = {"torch", "math", "collections", "dataclasses", "typing", "functools", "itertools"}
 
 
 def role(path):
@@ -76,7 +76,7 @@ def test_shared_modules_know_no_system(path):
 def test_equations_live_on_tensors(system):
     tree = (PACKAGE / system / "functional.py").read_text()
     for name in imports(PACKAGE / system / "functional.py"):
-        assert name.split(".")[0] in STANDARD_OF_EQUATIONS, name
+        assert name.split(".")[0] in {"torch"} | sys.stdlib_module_names, name
     assert not re.search(r"nn\.Module|nn\.Parameter", tree)
 
 
@@ -90,8 +90,8 @@ def test_what_travels_is_self_contained(system):
             for name in imports(path):
                 assert re.fullmatch(r"\.\w+", name) or not name.startswith("."), f"{path.name} imports {name}"
                 if not name.startswith("."):
-                    standard = {"torch", "transformers", "huggingface_hub"} | STANDARD_OF_EQUATIONS | {"difflib"}
-                    assert name.split(".")[0] in standard, f"{path.name} imports {name}"
+                    allowed = {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names
+                    assert name.split(".")[0] in allowed, f"{path.name} imports {name}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -81,6 +81,8 @@ class DistillationTrainer(Trainer):
         if resume_from_checkpoint:
             self._refuse_foreign_checkpoint(Path(resume_from_checkpoint))
         self._forget_terms()
+        if self.args.push_to_hub:
+            self.save_model()  # pushes during training take the model's code from here, and weights from checkpoints
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(

@@ -143,8 +143,10 @@ def choose_experts(logits: Tensor, top_k: int, scaling: str) -> tuple[Tensor, Te
     Source: eqs. 2 and 3.
     """
     probabilities = logits.softmax(dim=-1)
-    ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
-    weights, index = ordered[..., :top_k], index[..., :top_k]
+    if top_k == 1:
+        weights, index = probabilities.max(dim=-1, keepdim=True)  # of equal ones the first; faster than a sort
+    else:
+        weights, index = (x[..., :top_k] for x in probabilities.sort(dim=-1, descending=True, stable=True))
     if scaling == "probability":
         return index, weights
     return index, weights / weights.detach().sum(dim=-1, keepdim=True)
@@ -179,8 +181,8 @@ def masked_mean(hidden_states: Tensor, mask: Tensor) -> Tensor:
     Returns:
         Shape `(batch, hidden)`.
     """
-    weight = mask.to(torch.float32).unsqueeze(-1)  # (batch, seq, 1)
-    return (hidden_states.float() * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+    share = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)  # (batch, seq)
+    return (hidden_states.float() * share.unsqueeze(-1)).sum(dim=1)
 
 
 def load_balancing_loss(logits: Tensor, mask: Tensor, top_k: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The experts, the routing that chooses among them, and the layers they live in."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -71,6 +72,8 @@ class MoEBertExperts(nn.Module):
             slots = self.act_fn(multiply_slices(slots, counts, self.up_proj, self.up_proj_bias))
             slots = multiply_slices(slots, counts, self.down_proj, self.down_proj_bias)
             output = slots.index_select(0, inverse)  # (tokens * top_k, hidden)
+        if top_k_weights is None:
+            return output
         if top_k == 1:
             output = output * top_k_weights
         else:
@@ -114,11 +117,13 @@ def sorted_mm_experts_forward(
     CPU inference multiplies sorted slices. Elsewhere the host's `grouped_mm` does the work, and slices again where it
     cannot: a single expert, float64, rows that are no multiple of 16 bytes, and autocast, which it ignores.
     """
+    if runs_slices(hidden_states):
+        return self.run_slices(hidden_states, top_k_index, top_k_weights, dispatch)
     dtype, sizes = self.up_proj.dtype, self.up_proj.shape[1:]
     grouped = dtype != torch.float64 and all(size * dtype.itemsize % 16 == 0 for size in sizes)
     if not torch.compiler.is_compiling():
         grouped = grouped and not torch.is_autocast_enabled(hidden_states.device.type)
-    if grouped and self.num_experts > 1 and not runs_slices(hidden_states):
+    if grouped and self.num_experts > 1:
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     return self.run_slices(hidden_states, top_k_index, top_k_weights, dispatch)
 
@@ -166,7 +171,9 @@ class MoEBertGate(nn.Linear):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Score the experts, `(..., experts)`."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        device = hidden_states.device.type
+        autocast = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():  # a context takes its time
             return F.linear(hidden_states.float(), self.weight.float())
 
 
@@ -175,7 +182,8 @@ class MoEBertBlock(nn.Module):
 
     def __init__(self, config: MoEBertConfig) -> None:
         super().__init__()
-        self.config = config
+        self.top_k, self.scaling = config.top_k, config.gate_scaling
+        self.by_sentence = config.routing == "gate-sentence"
         self.gate = MoEBertGate(config) if config.uses_gate else None
         self.experts = MoEBertExperts(config)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -201,13 +209,14 @@ class MoEBertBlock(nn.Module):
         expert_index, dispatch = hash_route
         if expert_index is not None:
             index = expert_index.unsqueeze(-1)  # (tokens, 1)
-            weights = torch.ones_like(index, dtype=hidden_states.dtype)
+            weights = None if dispatch else torch.ones_like(index, dtype=hidden_states.dtype)
         else:
             logits, index, weights = self.route(hidden_states, token_mask)
-            if self.config.gate_scaling == "reference":
+            weights = weights.to(hidden_states.dtype)
+            if self.scaling == "reference":
                 weights, scale = torch.ones_like(weights), weights
-        extra = {} if dispatch is None else {"dispatch": dispatch}  # unknown to the host's implementations
-        output = self.experts(tokens, index, weights.to(hidden_states.dtype), **extra).view_as(hidden_states)
+        extra = {"dispatch": dispatch} if dispatch else {}  # unknown to the host's implementations
+        output = self.experts(tokens, index, weights, **extra).view_as(hidden_states)
         output = self.LayerNorm(self.dropout(output) + hidden_states)
         if scale is not None:
             output = output * scale.view(*output.shape[:2], 1).to(output.dtype)
@@ -216,13 +225,12 @@ class MoEBertBlock(nn.Module):
     def route(self, hidden_states: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Ask the gate: logits `(batch, [seq,] experts)`, index and weights of each token `(batch * seq, top_k)`."""
         assert self.gate is not None  # a hash router would have given the route
-        by_sentence = self.config.routing == "gate-sentence"
         logits = self.gate(hidden_states)
-        if by_sentence:  # a gate is linear: the mean of its logits is its logits of the mean, and takes less time
+        if self.by_sentence:  # a gate is linear: the mean of its logits is its logits of the mean, and takes less time
             logits = masked_mean(logits, token_mask)
-        scaling = "straight-through" if self.config.gate_scaling == "straight-through" else "probability"
-        index, weights = choose_experts(logits, self.config.top_k, scaling)
-        if by_sentence:  # every token of a sentence goes with it
+        scaling = "straight-through" if self.scaling == "straight-through" else "probability"
+        index, weights = choose_experts(logits, self.top_k, scaling)
+        if self.by_sentence:  # every token of a sentence goes with it
             index, weights = (x.unsqueeze(1).expand(-1, hidden_states.shape[1], -1) for x in (index, weights))
         return logits, index.flatten(0, 1), weights.flatten(0, 1)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import parse_flag_from_env, reduce
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -76,7 +76,8 @@ def measure_importance(
         raise ValueError(f"`max_examples` must be at least 1, got {max_examples}. Leave it out to use all.")
     if len(dataset) == 0:
         raise ValueError("`dataset` is empty. Give the labelled examples the model was trained on.")
-    state = PartialState()
+    # as an `Accelerator` would, or the processes of `accelerate launch --cpu` never meet
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:max_examples]
     mine = order[state.process_index :: state.num_processes].tolist()
     if model.dtype not in (torch.float32, torch.float64):
@@ -89,7 +90,9 @@ def measure_importance(
         total = -(-len(mine) // batch_size)
         for batch in tqdm(batches, "Measuring importance", total, disable=not state.is_local_main_process):
             example_losses(model, batch).sum().backward()
-    scores = reduce(scores, reduction="sum").to("cpu", model.dtype)
+    if state.num_processes > 1:
+        scores = reduce(scores.to(state.device), reduction="sum")  # the model may still be elsewhere
+    scores = scores.to("cpu", model.dtype)
     if not scores.isfinite().all():
         layers = (~scores.isfinite()).any(dim=1).nonzero().flatten().tolist()
         raise ValueError(f"The importance of layers {layers} is not finite. Check the model's weights and the labels.")

@@ -1,0 +1,199 @@
+"""A MoEBERT on the Hub: pushed and loaded with the package, and without it by the code that travels along."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from loopback_hub import loopback_hub  # noqa: F401
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    BertModel,
+    BertTokenizer,
+)
+
+from hf_moebert import MoEBertForQuestionAnswering, MoEBertForTokenClassification, MoEBertModel
+
+
+SIZES = {"num_experts": 4, "expert_size": 16, "num_shared_neurons": 8}
+CODE = {"configuration_moebert.py", "functional.py", "modeling_experts.py", "modeling_moebert.py"}
+START = """
+import json, os, pathlib, sys
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
+
+folder, told = pathlib.Path(sys.argv[1]), {}
+ids = torch.tensor(json.loads(sys.argv[2]))
+"""
+END = """
+print()  # the host's question whether to trust stands on this line
+print(json.dumps(told))
+"""
+PUBLISH = """
+import hf_moebert
+
+model = AutoModelForSequenceClassification.from_pretrained(folder / "classes")
+first = model.push_to_hub("classes")
+AutoTokenizer.from_pretrained(folder / "classes").push_to_hub("classes")
+with torch.no_grad():
+    model.classifier.bias.add_(1)
+told["second"] = model.push_to_hub("classes").oid
+told["first"] = first.oid
+AutoModel.from_pretrained(folder / "body").push_to_hub("body")
+AutoModelForTokenClassification.from_pretrained(folder / "tags").push_to_hub("tags")
+AutoModelForQuestionAnswering.from_pretrained(folder / "spans").push_to_hub("spans")
+
+for trust in (False, True):  # the package's own code comes first
+    loaded = AutoModelForSequenceClassification.from_pretrained("tester/classes", trust_remote_code=trust)
+    assert type(loaded) is hf_moebert.MoEBertForSequenceClassification
+    told[f"trust {trust}"] = loaded(ids).logits.tolist()
+"""
+WITHOUT_PACKAGE = """
+sys.modules["hf_moebert"] = None  # importing it fails
+code = pathlib.Path(os.environ["HF_HOME"]) / "modules"
+told["refusals"] = []
+for options in ({}, {"trust_remote_code": False}):
+    for name in ("tester/classes", folder / "classes"):
+        try:
+            AutoModelForSequenceClassification.from_pretrained(name, **options)
+        except ValueError as error:
+            told["refusals"].append(str(error))
+told["code that ran"] = [str(path) for path in code.rglob("*moebert.py")]
+told["code that ran"] += [name for name in sys.modules if name.endswith("modeling_moebert")]
+
+def load(auto, name, **options):
+    return auto.from_pretrained(name, trust_remote_code=True, **options)
+
+first = load(AutoModelForSequenceClassification, "tester/classes", revision=sys.argv[3])
+told["first"] = first(ids).logits.tolist()
+model = load(AutoModelForSequenceClassification, "tester/classes")
+told["second"] = model(ids).logits.tolist()
+told["local"] = load(AutoModelForSequenceClassification, folder / "classes")(ids).logits.tolist()
+told["implementations"] = [model.config._experts_implementation]
+for name in ("eager", "grouped_mm", "batched_mm"):
+    model.set_experts_implementation(name)
+    told["implementations"].append(model.config._experts_implementation)
+    told[name] = model(ids).logits.tolist()
+told["body"] = load(AutoModel, "tester/body")(ids).last_hidden_state.tolist()
+told["body of a head"] = load(AutoModel, "tester/classes")(ids).last_hidden_state.tolist()
+told["tags"] = load(AutoModelForTokenClassification, "tester/tags")(ids).logits.tolist()
+told["spans"] = load(AutoModelForQuestionAnswering, "tester/spans")(ids).start_logits.tolist()
+told["new head"] = load(AutoModelForTokenClassification, "tester/classes")(ids).logits.shape[-1]
+classify = pipeline("text-classification", model="tester/classes", trust_remote_code=True)
+told["pipeline"] = classify("w1 w2")[0]["label"]
+model.save_pretrained(folder / "again")
+told["again"] = load(AutoModelForSequenceClassification, folder / "again")(ids).logits.tolist()
+"""
+TRAIN = """
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+import hf_moebert
+
+data = Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9, 10]], "labels": [0, 1]})
+for name in ("plain", "prepared"):
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "classes")
+    args = TrainingArguments(
+        str(folder / name), max_steps=2, save_steps=1, report_to="none", use_cpu=True, disable_tqdm=True,
+        push_to_hub=True, hub_model_id=name, hub_strategy="every_save", hub_always_push=True,
+    )
+    if name == "prepared":
+        model.save_pretrained(args.output_dir)
+    trainer = Trainer(model, args, train_dataset=data)
+    trainer.train()
+    trainer.push_to_hub()
+    told[name] = model.eval()(ids).logits.tolist()
+"""
+
+
+def run(hub, home, code, *arguments):
+    """Run Python in a process that takes the loopback server for the Hub, and return what it tells."""
+    command = [sys.executable, "-c", START + code + END, *map(str, arguments)]
+    done = subprocess.run(
+        command,
+        env=hub.environment(home),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(1, 100, (3, 7), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture
+def models(tmp_path, dense_config, importance, student):
+    """One model of each kind, and the folder where they are saved."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *[f"w{i}" for i in range(95)]]
+    BertTokenizer(vocab={word: index for index, word in enumerate(words)}).save_pretrained(tmp_path / "classes")
+    found = {"classes": student}
+    for name, cls, dense_cls in (
+        ("body", MoEBertModel, BertModel),
+        ("tags", MoEBertForTokenClassification, BertForTokenClassification),
+        ("spans", MoEBertForQuestionAnswering, BertForQuestionAnswering),
+    ):
+        if name == "spans":
+            dense_config.num_labels = 2
+        found[name] = cls.from_dense(dense_cls(dense_config).eval(), importance, routing="gate-token", **SIZES)
+    for name, model in found.items():
+        model.save_pretrained(tmp_path / name)
+    return found
+
+
+@torch.no_grad()
+def test_pushed_models_load_with_and_without_the_package(loopback_hub, tmp_path, models, ids):  # noqa: F811
+    def same(values, wanted):
+        torch.testing.assert_close(torch.tensor(values), wanted, atol=1e-5, rtol=1e-5)
+
+    told = run(loopback_hub, tmp_path / "home", PUBLISH, tmp_path, ids.tolist())
+    first = models["classes"](ids).logits
+    same(told["trust False"], first + 1)
+    same(told["trust True"], first + 1)
+    assert loopback_hub.resolve("tester/classes", "main") == told["second"]
+    for name, extra in (("classes", {"modeling_heads.py"}), ("body", set())):
+        files = loopback_hub.files(f"tester/{name}")
+        assert {file for file in files if file.endswith(".py")} == CODE | extra
+        assert not [file for file in files if file.endswith((".bin", ".pt", ".pkl"))]
+
+    arguments = (tmp_path, ids.tolist(), told["first"])
+    told = run(loopback_hub, tmp_path / "other home", WITHOUT_PACKAGE, *arguments)
+    assert len(told["refusals"]) == 4
+    assert all("trust_remote_code=True" in refusal for refusal in told["refusals"])
+    assert told["code that ran"] == []
+    for name in ("first", "local"):
+        same(told[name], first)
+    for name in ("second", "again", "eager", "grouped_mm", "batched_mm"):
+        same(told[name], first + 1)
+    assert told["implementations"] == ["sorted_mm", "eager", "grouped_mm", "batched_mm"]
+    same(told["body"], models["body"](ids).last_hidden_state)
+    same(told["body of a head"], models["classes"].bert(ids).last_hidden_state)
+    same(told["tags"], models["tags"](ids).logits)
+    same(told["spans"], models["spans"](ids).start_logits)
+    assert told["new head"] == 3
+    assert told["pipeline"] in ("bad", "so so", "good")
+
+
+def test_a_stock_trainer_pushes_what_loads(loopback_hub, tmp_path, models, ids):  # noqa: F811
+    """Pushes amid training take the weights alone, unless the code was saved to the run's folder before."""
+    told = run(loopback_hub, tmp_path / "home", TRAIN, tmp_path, ids.tolist())
+    for name, logits in told.items():
+        commits = loopback_hub.repositories[f"tester/{name}"]["commits"].values()
+        pushed = [files for files in commits if "model.safetensors" in files]
+        whole = [CODE | {"modeling_heads.py"} <= files.keys() for files in pushed]
+        assert len(whole) >= 3
+        assert all(whole) if name == "prepared" else whole[-1]
+        fetched = tmp_path / "fetched" / name
+        fetched.mkdir(parents=True)
+        for file, content in pushed[-1].items():
+            (fetched / file).write_bytes(content)
+        loaded = AutoModelForSequenceClassification.from_pretrained(fetched)
+        torch.testing.assert_close(loaded(ids).logits, torch.tensor(logits), atol=1e-5, rtol=1e-5)
