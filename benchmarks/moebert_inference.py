@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel, HfArgumentParser, PreTrainedModel
@@ -113,7 +112,6 @@ def measure(models: dict[str, PreTrainedModel], shape: str, args: InferenceArgum
     rows = [
         {
             "model": name,
-            "median ms": f"{1000 * np.median(times[name]):.1f}",
             "speed-up over dense": with_interval(name, over["dense"]),
             "share of the limit": with_interval(name, over["limit"]),
             "fullest expert": loads[name],
