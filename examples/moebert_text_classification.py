@@ -60,6 +60,8 @@ class ExampleArguments:
     importance_examples: int = field(
         default=2048, metadata={"help": "Training examples that importance is measured on."}
     )
+    card_base_model: str | None = field(default=None, metadata={"help": "What the card calls the encoder."})
+    card_dataset: str | None = field(default=None, metadata={"help": "What the card calls the data set."})
     smoke: bool = field(default=False, metadata={"help": "Run on a tiny random model and made-up texts, offline."})
 
 
@@ -160,7 +162,8 @@ class Pipeline:
             "seed": self.args.seed,
             "output": file,
         }
-        command = [sys.executable, "-m", "hf_moebert.cli", "measure", *map(str, self.folders.values())]
+        program = Path(sys.executable).with_name("hf-moebert")
+        command = [str(program), "measure", *map(str, self.folders.values())]
         for name, value in options.items():
             command += [] if value is None else [f"--{name}", str(value)]
         subprocess.run(command, check=True)
@@ -181,9 +184,9 @@ class Pipeline:
         write_model_card(
             folder,
             repo_id=self.args.hub_model_id or "moebert-" + (self.example.dataset_config_name or "text-classification"),
-            base_model=Path(self.source).name if Path(self.source).is_dir() else self.source,
+            base_model=self.example.card_base_model or self.source,
             task="text-classification",
-            dataset=self.example.dataset_name or Path(self.example.train_file).stem,
+            dataset=self.example.card_dataset or self.example.dataset_name or Path(self.example.train_file).name,
             language="en",
             license="apache-2.0",
             results={metric: interval["value"] for metric, interval in scores.items()},

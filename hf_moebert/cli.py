@@ -138,7 +138,3 @@ def _hide_progress() -> None:
 
     disable_progress_bars()
     disable_progress_bar()
-
-
-if __name__ == "__main__":
-    app()
