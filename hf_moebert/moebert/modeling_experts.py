@@ -41,14 +41,18 @@ class MoEBertExperts(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, dispatch: Dispatch | None = None
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor | None,
+        dispatch: Dispatch | None = None,
     ) -> Tensor:
         """Multiply each expert with its slice of the sorted tokens: the "eager" implementation.
 
         Args:
             hidden_states: Shape `(tokens, hidden)`.
             top_k_index: Shape `(tokens, top_k)`.
-            top_k_weights: Shape `(tokens, top_k)`.
+            top_k_weights: Shape `(tokens, top_k)`; `None` where one expert of weight 1 serves each token.
             dispatch: The sorted slots, where they are known beforehand.
 
         Returns:
@@ -57,7 +61,7 @@ class MoEBertExperts(nn.Module):
         return self.run_slices(hidden_states, top_k_index, top_k_weights, dispatch)
 
     def run_slices(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, dispatch: Dispatch | None
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor | None, dispatch: Dispatch | None
     ) -> Tensor:
         """See `forward`, which the host replaces with the chosen implementation."""
         if self.num_experts == 1:
@@ -109,7 +113,7 @@ def sorted_mm_experts_forward(
     self: MoEBertExperts,
     hidden_states: Tensor,
     top_k_index: Tensor,
-    top_k_weights: Tensor,
+    top_k_weights: Tensor | None,
     dispatch: Dispatch | None = None,
 ) -> Tensor:
     """Run the experts the fastest way that is known for the device: the default implementation.
