@@ -31,7 +31,7 @@ $(VENV)/.host_suite: $(VENV)/.installed
 	touch $@
 
 test: $(VENV)/.demo $(VENV)/.host_suite
-	$(PY) -m pytest -n $(WORKERS) tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) tests  # as many threads as workers: more would wait for each other
 
 style: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .
