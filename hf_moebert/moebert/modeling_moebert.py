@@ -214,7 +214,8 @@ class MoEBertModel(MoEBertPreTrainedModel):
         self.router = None if config.uses_gate else MoEBertHashRouter(config)
         self.encoder = MoEBertEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer else None
-        self.steps, self.idle = 0, torch.tensor(0)  # training steps, and how many of them each expert has been idle
+        self.steps = 0
+        self.idle: Tensor | None = None  # training steps since each expert's last token, (layers, experts)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -278,12 +279,12 @@ class MoEBertModel(MoEBertPreTrainedModel):
         mask = token_mask.any(dim=1) if self.config.routing == "gate-sentence" else token_mask
         chosen = [choose_experts(x[mask], self.config.top_k, "probability")[0] for x in router_logits]
         loads = torch.stack([x.flatten().bincount(minlength=self.config.num_experts) for x in chosen])
-        self.idle = torch.where(loads > 0, 0, self.idle.to(loads.device) + 1)  # (layers, experts)
-        self.steps += 1
-        if self.steps % WATCH_STEPS == 0 and (self.idle >= WATCH_STEPS).any():  # seldom, for it waits for a GPU
-            where = (self.idle >= WATCH_STEPS).nonzero().tolist()
+        idle = torch.where(loads > 0, 0, 1 if self.idle is None else self.idle.to(loads.device) + 1)
+        self.steps, self.idle = self.steps + 1, idle
+        if self.steps % WATCH_STEPS == 0 and (idle >= WATCH_STEPS).any():  # seldom, for it waits for a GPU
+            where = (idle >= WATCH_STEPS).nonzero().tolist()
             logger.warning(
-                f"{len(where)} of {self.idle.numel()} experts had no token for {WATCH_STEPS} steps or more: {where} "
+                f"{len(where)} of {idle.numel()} experts had no token for {WATCH_STEPS} steps or more: {where} "
                 "(converted layer, expert). Raise `router_aux_loss_coef`."
             )
 

@@ -238,6 +238,13 @@ def test_a_collapsed_gate_is_reported_and_training_goes_on(dense, importance, ba
     assert student.bert.steps == 3
 
 
+def test_a_reloaded_gate_trains(dense, importance, batch, tmp_path):
+    convert(dense, importance, "gate-sentence").save_pretrained(tmp_path)
+    student = MoEBertForSequenceClassification.from_pretrained(tmp_path).train()  # was built on the meta device
+    student(**batch).loss.backward()
+    assert student.bert.encoder.layer[0].moe.gate.weight.grad.abs().sum() > 0
+
+
 # ------------------------------------------------------------------------------------------------------ outputs
 
 
