@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_moebert import MoEBertConfig
-from .functional import assign_neurons, choose_experts, cut_experts, load_balancing_loss, real_tokens
+from .functional import assign_neurons, choose_experts, cut_experts, expert_load, load_balancing_loss, real_tokens
 from .modeling_experts import MoEBertEncoder, MoEBertExperts, MoEBertHashRouter, MoEBertLayer, Route
 
 
@@ -277,8 +277,8 @@ class MoEBertModel(MoEBertPreTrainedModel):
     def _watch(self, router_logits: list[Tensor], token_mask: Tensor) -> None:
         """Warn of experts that the gates have not chosen for a long time; training goes on."""
         mask = token_mask.any(dim=1) if self.config.routing == "gate-sentence" else token_mask
-        chosen = [choose_experts(x[mask], self.config.top_k, "probability")[0] for x in router_logits]
-        loads = torch.stack([x.flatten().bincount(minlength=self.config.num_experts) for x in chosen])
+        chosen = [choose_experts(x.flatten(0, -2), self.config.top_k, "probability")[0] for x in router_logits]
+        loads = torch.stack([expert_load(x, mask.flatten(), self.config.num_experts) for x in chosen])
         idle = torch.where(loads > 0, 0, 1 if self.idle is None else self.idle.to(loads.device) + 1)
         self.steps, self.idle = self.steps + 1, idle
         if self.steps % WATCH_STEPS == 0 and (idle >= WATCH_STEPS).any():  # seldom, for it waits for a GPU
