@@ -119,7 +119,10 @@ def measure(models: dict[str, PreTrainedModel], shape: str, args: InferenceArgum
         for name in models
     ]
     dtype = str(models["dense"].dtype).removeprefix("torch.")
-    print(f"\n{shape}, {dtype}, {threads} thread(s), {clock} clock, {args.rounds} rounds\n\n{markdown_table(rows)}")
+    print(
+        f"\n{shape}, {dtype}, {threads} thread(s), {clock} clock, {args.rounds} rounds\n\n{markdown_table(rows)}",
+        flush=True,
+    )
     ratios = {base: {name: asdict(ratio) for name, ratio in found.items()} for base, found in over.items()}
     seconds = {name: values.tolist() for name, values in times.items()}
     return {"shape": shape, "dtype": dtype, "seconds": seconds, "fullest_expert": loads, "speed_up_over": ratios}
