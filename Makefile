@@ -23,7 +23,7 @@ $(VENV)/.demo: $(VENV)/.installed
 
 demo: $(VENV)/.demo
 	$(PY) examples/demo_data.py --output_dir build/demo/data --seed $(SEED)
-	$(PY) examples/moebert_text_classification.py build/demo/data/demo.json
+	OMP_WAIT_POLICY=PASSIVE $(PY) examples/moebert_text_classification.py build/demo/data/demo.json  # share the cores
 
 # transformers' own model tests: part of its source archive, not of its wheel, and not of this repository.
 $(VENV)/.host_suite: $(VENV)/.installed
