@@ -66,7 +66,7 @@ class InferenceArguments:
         default_factory=lambda: [name for name in MODELS if name != SLOW],
         metadata={"help": f"Any of {list(MODELS)}; `dense` and `limit` always run."},
     )
-    rounds: int = field(default=15, metadata={"help": "Timed passes of every model."})
+    rounds: int = field(default=10, metadata={"help": "Timed passes of every model."})
     precision: str = field(default="highest", metadata={"help": "See torch.set_float32_matmul_precision."})
     seed: int = field(default=0, metadata={"help": "Of weights, token ids and bootstrap."})
     output: Path | None = field(default=None, metadata={"help": "JSON file for everything measured."})

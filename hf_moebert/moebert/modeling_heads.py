@@ -14,7 +14,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_moebert import MoEBertConfig
-from .functional import infer_problem_type, per_example_loss, span_loss, token_loss
+from .functional import infer_problem_type, mean_cross_entropy, per_example_loss, span_loss
 from .modeling_moebert import MoEBertModel, MoEBertPreTrainedModel, RoutingOutput
 
 
@@ -110,12 +110,12 @@ class MoEBertForSequenceClassification(MoEBertHead):
     def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.config.problem_type is None:  # inferred and kept, as the host does
             self.config.problem_type = infer_problem_type(self.num_labels, labels)
-        count = torch.tensor(labels.shape[0], device=labels.device)
+        labels = labels.to(logits.device)
         if self.config.problem_type == "single_label_classification":
             self._check_classes(labels)
-            count = (labels != -100).sum()
-        losses = per_example_loss(logits, labels.to(logits.device), self.config.problem_type)
-        return losses.sum() / count.clamp(min=1)
+            return mean_cross_entropy(logits, labels.flatten())
+        losses = per_example_loss(logits, labels, self.config.problem_type)  # (batch,)
+        return losses.sum() / max(len(losses), 1)
 
 
 class MoEBertForTokenClassification(MoEBertHead):
@@ -147,7 +147,7 @@ class MoEBertForTokenClassification(MoEBertHead):
         loss = None
         if labels is not None:
             self._check_classes(labels)
-            loss = token_loss(logits, labels.to(logits.device)).sum() / (labels != -100).sum().clamp(min=1)
+            loss = mean_cross_entropy(logits.flatten(0, 1), labels.flatten().to(logits.device))
         return self._finish(MoEBertTokenClassifierOutput, outputs, loss, logits=logits)
 
 
