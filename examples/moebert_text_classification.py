@@ -160,6 +160,7 @@ class Pipeline:
             "dataset_config_name": example.dataset_config_name,
             "max_length": example.max_length,
             "seed": self.args.seed,
+            "threads": 1,  # what others on the machine disturb least
             "output": file,
         }
         program = Path(sys.executable).with_name("hf-moebert")
