@@ -70,6 +70,7 @@ class Pipeline:
 
     def __init__(self, example: ExampleArguments, args: TrainingArguments, distillation: DistillationConfig) -> None:
         self.example, self.args, self.distillation = example, args, distillation
+        set_seed(args.seed)  # a new head is drawn when the encoder is loaded
         self.output = Path(args.output_dir)
         self.source = example.teacher_name_or_path or example.model_name_or_path
         self.folders = {name: self.output / name for name in ("teacher", "converted", "student", "undistilled")}
