@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.trainer import TRAINER_STATE_NAME, TrainerState
-from transformers.trainer_utils import TrainOutput, sort_checkpoints, unwrap_peft_model
+from transformers.trainer_utils import TrainOutput, unwrap_peft_model
 from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
+from ..checkpoints import last_complete_checkpoint
 from .configuration_distillation import DistillationConfig
 from .functional import classification_loss, hidden_state_loss, multi_label_loss, regression_loss, span_loss
 
@@ -77,7 +77,8 @@ class DistillationTrainer(Trainer):
             FloatingPointError: If the teacher or a term of the loss is NaN or infinite.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            files = [file for cb in self.callback_handler.callbacks for file in getattr(cb, "checkpoint_files", ())]
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, files=files)
         if resume_from_checkpoint:
             self._refuse_foreign_checkpoint(Path(resume_from_checkpoint))
         self._forget_terms()
@@ -219,26 +220,6 @@ class DistillationTrainer(Trainer):
                     f"`resume_from_checkpoint` must be a checkpoint of the student, whose `{name}` is {expected}, got"
                     f" {saved[name]} in {folder}. {remedy}"
                 )
-
-
-def last_complete_checkpoint(folder: str) -> str:
-    """Find the newest checkpoint whose saving was not cut short; newer ones are named in a warning.
-
-    The host writes `trainer_state.json` last, so a checkpoint is complete if that file can be read.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    for checkpoint in reversed(sort_checkpoints(folder)):
-        try:
-            TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        except (OSError, ValueError):
-            logger.warning(f"{checkpoint} is incomplete and is skipped: its saving was cut short.")
-        else:
-            return checkpoint
-    raise ValueError(
-        f"`resume_from_checkpoint` must find a complete checkpoint in {folder!r}, which has none. Train without it."
-    )
 
 
 def _refuse_shared_parameters(student: nn.Module, teacher: nn.Module) -> None:
