@@ -33,7 +33,7 @@ class OneLineErrors(TyperGroup):
 
 app = typer.Typer(
     cls=OneLineErrors,
-    help="Measure compressed transformers against the model they come from, and publish them.",
+    help="Measure compressed transformers against the model they come from, pack and publish them.",
     add_completion=False,
     no_args_is_help=False,
     pretty_exceptions_enable=False,
@@ -74,8 +74,6 @@ def measure(
         raise typer.BadParameter("give exactly one of --validation_file and --dataset_name.")
     if output is not None and not output.parent.is_dir():
         raise typer.BadParameter(f"the folder of --output must exist, got {str(output)!r}.")
-    from rich.console import Console
-
     from hf_moebert.measurement import Latency, TextColumns
     from hf_moebert.measurement import measure as measure_models
     from hf_moebert.report import measurement_rows, rich_table
@@ -97,9 +95,7 @@ def measure(
     )
     if output is not None:
         output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    width = None if sys.stdout.isatty() else 140  # a file or a log has room for whole rows
-    table = rich_table(measurement_rows(result), title="Compared with the baseline, 95 % intervals")
-    Console(width=width).print(table)
+    _print_table(rich_table(measurement_rows(result), title="Compared with the baseline, 95 % intervals"))
 
 
 @app.command()
@@ -113,6 +109,51 @@ def publish(
     from hf_moebert import hub
 
     typer.echo(hub.publish(folder, repo_id, private=private, revision=revision))
+
+
+@app.command()
+def footprint(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint, dense or packed.")],
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads that torch computes with.")] = None,
+    seq: Annotated[int, typer.Option("--seq", help="Tokens of each sequence of a timed pass.")] = 128,
+    batch: Annotated[int, typer.Option("--batch", help="Sequences of a timed pass.")] = 1,
+    rounds: Annotated[int, typer.Option("--rounds", help="Timed passes of every form.")] = 20,
+) -> None:
+    """Say how many parameters a model has, how many are zero, and in which form that pays on this machine."""
+    import torch
+
+    from hf_moebert.footprint import load_model, measure_footprint
+    from hf_moebert.report import rich_table
+    from hf_moebert.sparse import compare_sparse_forms, sparse_form_rows
+
+    if not sys.stderr.isatty():
+        _hide_progress()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model = load_model(folder)
+    size = measure_footprint(model, seq_len=seq, folder=folder)
+    forms = compare_sparse_forms(model, batch=batch, seq=seq, rounds=rounds)
+    assert size.nonzero is not None
+    typer.echo(f"parameters      {size.total:,}")
+    typer.echo(f"active          {size.active:,} of them meet one token")
+    typer.echo(f"not zero        {size.nonzero:,}: {1 - size.nonzero / size.total:.1%} sparsity")
+    typer.echo(f"bytes on disk   {size.bytes_on_disk:,}")
+    _print_table(rich_table(sparse_form_rows(forms), title="Pruned matrices in each form, speed against dense"))
+
+
+@app.command()
+def pack(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint of a pruned model.")],
+    output: Annotated[Path, typer.Argument(help="A new folder for the packed copy.")],
+) -> None:
+    """Write a copy that stores only what pruning left; `from_pretrained` loads it after `import hf_moebert`."""
+    from hf_moebert.packing import pack_folder
+
+    if not sys.stderr.isatty():
+        _hide_progress()
+    pack_folder(folder, output)
+    before, after = (sum(file.stat().st_size for file in path.glob("*.safetensors")) for path in (folder, output))
+    typer.echo(f"{output}: {after:,} bytes of weights, {after / before:.0%} of {before:,}")
 
 
 def _load_examples(file: Path | None, name: str | None, config_name: str | None, split: str) -> Any:
@@ -130,6 +171,13 @@ def _name_models(sources: list[str]) -> dict[str, str]:
     sources = list(dict.fromkeys(sources))
     short = [Path(source).name or source for source in sources]
     return {name if short.count(name) == 1 else source: source for name, source in zip(short, sources, strict=True)}
+
+
+def _print_table(table: Any) -> None:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 140  # a file or a log has room for whole rows
+    Console(width=width).print(table)
 
 
 def _hide_progress() -> None:

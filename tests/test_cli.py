@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from loopback_hub import loopback_hub  # noqa: F401
 from safetensors.torch import save_file
+from test_packing import make_bert
 from tiny_classifiers import EXAMPLES, classifiers  # noqa: F401
 from typer.testing import CliRunner
 
@@ -47,7 +48,7 @@ def test_help_loads_nothing_heavy():
     names = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
     names += [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
     assert {name.partition(".")[0] for name in names} == {"json", "pathlib", "sys", "typer", "typing"}
-    for command in ([], ["measure"], ["publish"]):
+    for command in ([], ["measure"], ["publish"], ["footprint"], ["pack"]):
         result = invoke(*command, "--help")
         assert result.exit_code == 0
         assert "Usage" in result.stdout
@@ -126,6 +127,13 @@ def one_line(result):
         (["measure", "m", "--baseline", "b", "--validation_file", "a é.csv"], "file 'a é.csv' does not exist"),
         (["measure", "m", "--baseline", "b", "--validation_file", "/"], "file '/' is a directory"),
         (["publish", "no such folder", "me/small"], "`folder` must hold config.json"),
+        (
+            ["footprint", "no such folder"],
+            "must hold config.json and model.safetensors, got 'no such folder'",
+        ),
+        (["footprint", "f", "--threads", "0"], "Invalid value for '--threads'"),
+        (["pack", "no such folder", "no output"], "`folder` must hold config.json"),
+        (["pack", "f"], "Missing argument"),
     ],
 )
 def test_bad_use_is_answered_with_one_line(arguments, message):
@@ -175,3 +183,33 @@ def test_publish_prints_the_commit(loopback_hub, tmp_path):  # noqa: F811
     commit = result.stdout.decode().strip().rpartition("/")[2]
     assert loopback_hub.files("tester/small", commit).keys() == {"config.json", "model.safetensors"}
     assert loopback_hub.repositories["tester/small"]["private"] is True
+
+
+def test_footprint_of_a_packed_copy_is_that_of_the_model(tmp_path):
+    model = make_bert()
+    model.save_pretrained(tmp_path / "dense")
+    result = invoke("pack", tmp_path / "dense", tmp_path / "packed")
+    assert result.exit_code == 0, result.output
+    dense, packed = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("dense", "packed"))
+    assert f"{packed:,} bytes of weights, {packed / dense:.0%} of {dense:,}" in result.stdout
+    total = sum(weight.numel() for weight in model.parameters())
+    nonzero = sum(int(weight.count_nonzero()) for weight in model.parameters())
+    for name in ("dense", "packed"):
+        result = invoke("footprint", tmp_path / name, "--seq", 8, "--rounds", 2, "--threads", 1)
+        assert result.exit_code == 0, result.output
+        assert f"parameters      {total:,}" in result.stdout
+        assert f"{nonzero:,}: {1 - nonzero / total:.1%} sparsity" in result.stdout
+        for shown in ("dense", "packed", "csr", "2:4", "needs CUDA", "same speed", "inference"):
+            assert shown in result.stdout
+
+
+def test_footprint_of_damaged_weights(tmp_path):
+    make_bert().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "must hold the weights of a BertForSequenceClassification, but" in one_line(invoke("footprint", tmp_path))
+
+
+def test_pack_into_a_folder_in_use(tmp_path):
+    make_bert().save_pretrained(tmp_path)
+    assert "`output` must be a new or empty folder" in one_line(invoke("pack", tmp_path, tmp_path))
