@@ -1,8 +1,12 @@
 """Compress pre-trained transformers with the stock Hugging Face tools, and measure what it brought."""
 
+from typing import Any
+
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -17,6 +21,33 @@ from .moebert import (
     MoEBertModel,
     measure_importance,
 )
+from .packing import save_packed
+from .platon import PlatonConfig, PlatonPruningCallback, shrink
+from .platon.configuration_shrunk import (
+    ShrunkBertConfig,
+    ShrunkDistilBertConfig,
+    ShrunkRobertaConfig,
+    ShrunkViTConfig,
+)
+from .platon.modeling_shrunk import (
+    ShrunkBertForMaskedLM,
+    ShrunkBertForQuestionAnswering,
+    ShrunkBertForSequenceClassification,
+    ShrunkBertForTokenClassification,
+    ShrunkBertModel,
+    ShrunkDistilBertForMaskedLM,
+    ShrunkDistilBertForQuestionAnswering,
+    ShrunkDistilBertForSequenceClassification,
+    ShrunkDistilBertForTokenClassification,
+    ShrunkDistilBertModel,
+    ShrunkRobertaForMaskedLM,
+    ShrunkRobertaForQuestionAnswering,
+    ShrunkRobertaForSequenceClassification,
+    ShrunkRobertaForTokenClassification,
+    ShrunkRobertaModel,
+    ShrunkViTForImageClassification,
+    ShrunkViTModel,
+)
 
 
 __version__ = "0.1.0"
@@ -29,19 +60,49 @@ __all__ = [
     "MoEBertForSequenceClassification",
     "MoEBertForTokenClassification",
     "MoEBertModel",
+    "PlatonConfig",
+    "PlatonPruningCallback",
     "measure_importance",
+    "save_packed",
+    "shrink",
 ]
 
 # What `AutoModel….from_pretrained` finds after `import hf_moebert`; and what `save_pretrained` ships as code, for
 # users without this package (`trust_remote_code=True`).
-for _config, _models in {
+_TABLE: dict[Any, dict[Any, Any]] = {
     MoEBertConfig: {
         AutoModel: MoEBertModel,
         AutoModelForSequenceClassification: MoEBertForSequenceClassification,
         AutoModelForTokenClassification: MoEBertForTokenClassification,
         AutoModelForQuestionAnswering: MoEBertForQuestionAnswering,
     },
-}.items():
+    ShrunkBertConfig: {
+        AutoModel: ShrunkBertModel,
+        AutoModelForSequenceClassification: ShrunkBertForSequenceClassification,
+        AutoModelForTokenClassification: ShrunkBertForTokenClassification,
+        AutoModelForQuestionAnswering: ShrunkBertForQuestionAnswering,
+        AutoModelForMaskedLM: ShrunkBertForMaskedLM,
+    },
+    ShrunkRobertaConfig: {
+        AutoModel: ShrunkRobertaModel,
+        AutoModelForSequenceClassification: ShrunkRobertaForSequenceClassification,
+        AutoModelForTokenClassification: ShrunkRobertaForTokenClassification,
+        AutoModelForQuestionAnswering: ShrunkRobertaForQuestionAnswering,
+        AutoModelForMaskedLM: ShrunkRobertaForMaskedLM,
+    },
+    ShrunkDistilBertConfig: {
+        AutoModel: ShrunkDistilBertModel,
+        AutoModelForSequenceClassification: ShrunkDistilBertForSequenceClassification,
+        AutoModelForTokenClassification: ShrunkDistilBertForTokenClassification,
+        AutoModelForQuestionAnswering: ShrunkDistilBertForQuestionAnswering,
+        AutoModelForMaskedLM: ShrunkDistilBertForMaskedLM,
+    },
+    ShrunkViTConfig: {
+        AutoModel: ShrunkViTModel,
+        AutoModelForImageClassification: ShrunkViTForImageClassification,
+    },
+}
+for _config, _models in _TABLE.items():
     AutoConfig.register(_config.model_type, _config)
     _config.register_for_auto_class()
     for _auto, _model in _models.items():

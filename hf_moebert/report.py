@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
@@ -176,6 +177,77 @@ def _plot_loss(axes: Any, log_history: Sequence[Mapping[str, Any]], key: str, **
     # A logarithmic axis has no place for zero or for what is not a number.
     steps, losses = zip(*[(step, loss if 0 < loss < math.inf else math.nan) for step, loss in points], strict=True)
     axes.plot(steps, losses, marker="o", markersize=2.5, linewidth=1.2, **style)
+
+
+def plot_sparsity(log_history: Sequence[Mapping[str, Any]], path: str | PathLike[str]) -> None:
+    """Draw the last logged share of zeros of each pruned parameter, by layer and matrix.
+
+    Args:
+        log_history: `trainer.state.log_history`; read are the `platon_sparsity/<parameter>` of its last entry.
+        path: Image to write; the ending chooses the format.
+
+    Raises:
+        ValueError: If no such share was logged.
+    """
+    last: Mapping[str, Any] = next((entry for entry in reversed(log_history) if "platon_sparsity" in entry), {})
+    shares = {key.partition("/")[2]: value for key, value in last.items() if key.startswith("platon_sparsity/")}
+    if not shares:
+        raise ValueError("`log_history` must hold `platon_sparsity/<parameter>`, got none. Prune first.")
+    # The first number in a name is that of the layer; the rest names the matrix.
+    places = {name: re.match(r"(?:.*?\.)?(\d+)\.(.+)", name) for name in shares}
+    layers = list(dict.fromkeys(place[1] if place else "" for place in places.values()))
+    matrices = list(dict.fromkeys(place[2] if place else name for name, place in places.items()))
+    table = np.full((len(layers), len(matrices)), np.nan)  # (layers, matrices)
+    for name, place in places.items():
+        table[layers.index(place[1] if place else ""), matrices.index(place[2] if place else name)] = shares[name]
+    figure = Figure(
+        figsize=(max(4.5, 2.4 + 0.9 * len(matrices)), max(3.4, 2.6 + 0.36 * len(layers))), layout="constrained"
+    )
+    axes = figure.subplots()
+    image = axes.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for (row, column), share in np.ndenumerate(table):
+        if not np.isnan(share):
+            colour = "black" if share > 0.6 else "white"
+            axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=8, color=colour)
+    axes.set(ylabel="layer", title=f"Share of zeros, {last['platon_sparsity']:.1%} over all")
+    axes.set_yticks(range(len(layers)), layers)
+    names = [matrix.removesuffix(".weight") for matrix in matrices]
+    axes.set_xticks(range(len(matrices)), names, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
+    figure.colorbar(image, ax=axes, format=lambda share, _: f"{share:.0%}")
+    figure.savefig(path, dpi=150)
+
+
+def plot_pruning(log_history: Sequence[Mapping[str, Any]], path: str | PathLike[str]) -> None:
+    """Draw the schedule beside the real sparsity, the threshold and the revived weights, step by step.
+
+    Args:
+        log_history: `trainer.state.log_history`; read are `platon_ratio`, `platon_sparsity`, `platon_threshold` and
+            `platon_revived`.
+        path: Image to write; the ending chooses the format.
+
+    Raises:
+        ValueError: If nothing of it was logged.
+    """
+    entries = [entry for entry in log_history if "platon_ratio" in entry]
+    if not entries:
+        raise ValueError("`log_history` must hold `platon_ratio`, got none. Prune first.")
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    schedule, threshold, revived = figure.subplots(3, 1, sharex=True)
+    steps = [entry["step"] for entry in entries]
+    kept = [1 - entry["platon_sparsity"] for entry in entries]
+    schedule.plot(steps, kept, color="tab:blue", linewidth=0.8, label="not zero, really")
+    schedule.step(steps, [entry["platon_ratio"] for entry in entries], where="post", color="black", label="schedule")
+    schedule.set(ylabel="share of weights", ylim=(0, 1.05))
+    schedule.legend(fontsize=8)
+    levels = [entry.get("platon_threshold", math.nan) for entry in entries]
+    threshold.plot(steps, [level if level > 0 else math.nan for level in levels], color="tab:red")
+    threshold.set(ylabel="smallest score kept", yscale="log")
+    revived.plot(steps, [entry["platon_revived"] for entry in entries], color="tab:green")
+    revived.set(ylabel="share revived", xlabel="step")
+    revived.set_ylim(bottom=0)
+    for axes in (schedule, threshold, revived):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
 
 
 def write_report(

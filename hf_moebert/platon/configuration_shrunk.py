@@ -1,0 +1,95 @@
+"""What config.json says about models whose layers differ in width."""
+
+from typing import Any, Self
+
+from huggingface_hub.dataclasses import strict
+from transformers import BertConfig, DistilBertConfig, PreTrainedConfig, RobertaConfig, ViTConfig
+
+
+class ShrunkConfig(PreTrainedConfig):
+    """What the shrunk families share: the widths of each layer, in the host's `per_layer_config`.
+
+    The widths outside of it are those of the dense model. They still say how large a head is, and they hold for the
+    layers that `per_layer_config` does not name.
+
+    Raises:
+        StrictDataclassError: If a width does not exist or is not in [1, that of the dense model].
+    """
+
+    unit_names = {"neurons": "intermediate_size", "heads": "num_attention_heads"}  # the family's names for the widths
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # The one that dataclasses generate reads the global widths, which the host forbids.
+        cls.__eq__ = PreTrainedConfig.__eq__  # type: ignore[method-assign]
+
+    @classmethod
+    def from_dense(cls, config: PreTrainedConfig, widths: list[dict[str, int]]) -> Self:
+        """Take over everything a dense config says (head, labels, sizes) and add the widths.
+
+        Args:
+            config: Config of a dense model of the family, or of a shrunk one.
+            widths: Units of each layer, by kind.
+        """
+        dense = config.to_dict()
+        for name in ("model_type", "architectures", "transformers_version", "dtype", "auto_map", "per_layer_config"):
+            dense.pop(name, None)
+        layers = {
+            index: {cls.unit_names[kind]: count for kind, count in layer.items()} for index, layer in enumerate(widths)
+        }
+        return cls(**dense, per_layer_config=layers, attn_implementation=config._attn_implementation)
+
+    @property
+    def widths(self) -> list[dict[str, int]]:
+        """Units of each layer, by kind."""
+        return [
+            {kind: getattr(layer, name) for kind, name in self.unit_names.items()} for layer in self.per_layer_config
+        ]
+
+    def validate_widths(self) -> None:
+        """Refuse widths that no dense layer can be cut to."""
+        told = self.to_dict()
+        for index, layer in told.get("per_layer_config", {}).items():
+            for name, value in layer.items():
+                if name not in self.unit_names.values():
+                    raise ValueError(
+                        f"`per_layer_config` must name only {sorted(self.unit_names.values())}, got {name!r} in layer "
+                        f"{int(index)}."
+                    )
+                if not 1 <= value <= told[name]:
+                    raise ValueError(
+                        f"`{name}` of a layer must be in [1, {told[name]}], the dense model's, got {value} in layer "
+                        f"{int(index)}."
+                    )
+
+
+@strict
+class ShrunkBertConfig(ShrunkConfig, BertConfig):
+    """Configuration of a BERT with layers of different widths."""
+
+    model_type = "shrunk_bert"
+
+
+@strict
+class ShrunkRobertaConfig(ShrunkConfig, RobertaConfig):
+    """Configuration of a RoBERTa with layers of different widths."""
+
+    model_type = "shrunk_roberta"
+
+
+@strict
+class ShrunkDistilBertConfig(ShrunkConfig, DistilBertConfig):
+    """Configuration of a DistilBERT with layers of different widths."""
+
+    model_type = "shrunk_distilbert"
+    unit_names = {"neurons": "hidden_dim", "heads": "n_heads"}
+
+
+@strict
+class ShrunkViTConfig(ShrunkConfig, ViTConfig):
+    """Configuration of a ViT with layers of different widths."""
+
+    model_type = "shrunk_vit"
+
+
+__all__ = ["ShrunkBertConfig", "ShrunkDistilBertConfig", "ShrunkRobertaConfig", "ShrunkViTConfig"]

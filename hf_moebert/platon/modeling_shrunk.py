@@ -1,0 +1,230 @@
+"""Models whose layers differ in width: what is left of a pruned model once its zero units are removed."""
+
+from typing import Any
+
+import torch
+from transformers import (
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    DistilBertForMaskedLM,
+    DistilBertForQuestionAnswering,
+    DistilBertForSequenceClassification,
+    DistilBertForTokenClassification,
+    DistilBertModel,
+    PreTrainedModel,
+    RobertaForMaskedLM,
+    RobertaForQuestionAnswering,
+    RobertaForSequenceClassification,
+    RobertaForTokenClassification,
+    RobertaModel,
+    ViTForImageClassification,
+    ViTModel,
+)
+from transformers.utils import logging
+
+from .configuration_shrunk import (
+    ShrunkBertConfig,
+    ShrunkConfig,
+    ShrunkDistilBertConfig,
+    ShrunkRobertaConfig,
+    ShrunkViTConfig,
+)
+from .modeling_structure import cut_state, find_kept_units, find_unit_groups, narrow_layers
+
+
+logger = logging.get_logger(__name__)
+
+
+@torch.no_grad()
+def shrink(model: PreTrainedModel, *, multiple_of: int = 1) -> PreTrainedModel:
+    """Remove the neurons and heads of a pruned model that contribute nothing.
+
+    A unit may go if all its columns in the matrix behind it (the second one of the feed-forward network, the output
+    of the attention) are exactly zero. The outputs stay the same up to rounding.
+
+    Args:
+        model: A stock BERT, RoBERTa, DistilBERT or ViT, or one that was shrunk before. It is not changed.
+        multiple_of: Numbers of neurons are rounded up to a multiple of this by keeping some that are zero: hardware
+            likes multiples of 8. At least so many neurons, and one head, stay in every layer.
+
+    Returns:
+        A model of the registered class with the same head, and the same dtype, device and mode.
+
+    Raises:
+        ValueError: If the model's family or head is not supported, or `multiple_of` is not positive.
+    """
+    if not isinstance(multiple_of, int) or multiple_of < 1:
+        raise ValueError(
+            f"`multiple_of` must be an integer of at least 1, got {multiple_of!r}. Use 8 for tensor cores."
+        )
+    groups = find_unit_groups(model)
+    classes = {cls.__bases__[1]: cls for cls in ShrunkModel.__subclasses__()}  # by the stock class
+    cls = classes.get(type(model), type(model))
+    if cls not in classes.values():
+        raise ValueError(
+            f"`model` must be one of {sorted(stock.__name__ for stock in classes)}, got {type(model).__name__}. Load "
+            "the checkpoint with one of these, or shrink its body."
+        )
+    kept = [(group, find_kept_units(group, multiple_of=multiple_of)) for group in groups]
+    if all(len(units) == group.num_units for group, units in kept):
+        logger.warning_once(
+            f"No neuron and no head of the {type(model).__name__} can be removed: nothing was pruned in whole units, "
+            "or `multiple_of` is too large. The result has full width."
+        )
+    widths: list[dict[str, int]] = [{} for _ in range(model.config.num_hidden_layers)]
+    for group, units in kept:
+        widths[group.layer][group.kind] = len(units)
+    with torch.random.fork_rng(devices=[]):  # what the host draws for a fresh model disturbs nobody
+        shrunk = cls(cls.config_class.from_dense(model.config, widths))
+    shrunk.to(dtype=model.dtype, device=model.device).load_state_dict(cut_state(model, kept))
+    return shrunk.train(model.training)
+
+
+class ShrunkModel(PreTrainedModel):
+    """What all shrunk models share: layers of different widths, and how they are saved."""
+
+    config: ShrunkConfig
+
+    def __init__(self, config: ShrunkConfig, *args: Any, **kwargs: Any) -> None:
+        layers = config.to_dict().get("per_layer_config")
+        config.per_layer_config = None  # the host does not know it: it builds the dense model
+        try:
+            super().__init__(config, *args, **kwargs)
+        finally:
+            config.per_layer_config = layers
+        narrow_layers(self, config.widths)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save like the host, by the modules' own names, and name the family's other classes in `auto_map`."""
+        family = [cls for cls in ShrunkModel.__subclasses__() if cls.config_class is self.config_class]
+        code = {c._auto_class: f"{c.__module__.rpartition('.')[2]}.{c.__name__}" for c in family if c._auto_class}
+        self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | code
+        kwargs.setdefault("save_original_format", False)  # the host would rename a ViT inside a head, but not a body
+        super().save_pretrained(*args, **kwargs)
+
+
+class ShrunkBertModel(ShrunkModel, BertModel):
+    """BERT with layers of different widths."""
+
+    config: ShrunkBertConfig
+
+
+class ShrunkBertForSequenceClassification(ShrunkModel, BertForSequenceClassification):
+    """BERT with layers of different widths, for sequence classification."""
+
+    config: ShrunkBertConfig
+
+
+class ShrunkBertForTokenClassification(ShrunkModel, BertForTokenClassification):
+    """BERT with layers of different widths, for token classification."""
+
+    config: ShrunkBertConfig
+
+
+class ShrunkBertForQuestionAnswering(ShrunkModel, BertForQuestionAnswering):
+    """BERT with layers of different widths, for question answering."""
+
+    config: ShrunkBertConfig
+
+
+class ShrunkBertForMaskedLM(ShrunkModel, BertForMaskedLM):
+    """BERT with layers of different widths, for masked language modelling."""
+
+    config: ShrunkBertConfig
+
+
+class ShrunkRobertaModel(ShrunkModel, RobertaModel):
+    """RoBERTa with layers of different widths."""
+
+    config: ShrunkRobertaConfig
+
+
+class ShrunkRobertaForSequenceClassification(ShrunkModel, RobertaForSequenceClassification):
+    """RoBERTa with layers of different widths, for sequence classification."""
+
+    config: ShrunkRobertaConfig
+
+
+class ShrunkRobertaForTokenClassification(ShrunkModel, RobertaForTokenClassification):
+    """RoBERTa with layers of different widths, for token classification."""
+
+    config: ShrunkRobertaConfig
+
+
+class ShrunkRobertaForQuestionAnswering(ShrunkModel, RobertaForQuestionAnswering):
+    """RoBERTa with layers of different widths, for question answering."""
+
+    config: ShrunkRobertaConfig
+
+
+class ShrunkRobertaForMaskedLM(ShrunkModel, RobertaForMaskedLM):
+    """RoBERTa with layers of different widths, for masked language modelling."""
+
+    config: ShrunkRobertaConfig
+
+
+class ShrunkDistilBertModel(ShrunkModel, DistilBertModel):
+    """DistilBERT with layers of different widths."""
+
+    config: ShrunkDistilBertConfig
+
+
+class ShrunkDistilBertForSequenceClassification(ShrunkModel, DistilBertForSequenceClassification):
+    """DistilBERT with layers of different widths, for sequence classification."""
+
+    config: ShrunkDistilBertConfig
+
+
+class ShrunkDistilBertForTokenClassification(ShrunkModel, DistilBertForTokenClassification):
+    """DistilBERT with layers of different widths, for token classification."""
+
+    config: ShrunkDistilBertConfig
+
+
+class ShrunkDistilBertForQuestionAnswering(ShrunkModel, DistilBertForQuestionAnswering):
+    """DistilBERT with layers of different widths, for question answering."""
+
+    config: ShrunkDistilBertConfig
+
+
+class ShrunkDistilBertForMaskedLM(ShrunkModel, DistilBertForMaskedLM):
+    """DistilBERT with layers of different widths, for masked language modelling."""
+
+    config: ShrunkDistilBertConfig
+
+
+class ShrunkViTModel(ShrunkModel, ViTModel):
+    """ViT with layers of different widths."""
+
+    config: ShrunkViTConfig
+
+
+class ShrunkViTForImageClassification(ShrunkModel, ViTForImageClassification):
+    """ViT with layers of different widths, for image classification."""
+
+    config: ShrunkViTConfig
+
+
+__all__ = [
+    "ShrunkBertForMaskedLM",
+    "ShrunkBertForQuestionAnswering",
+    "ShrunkBertForSequenceClassification",
+    "ShrunkBertForTokenClassification",
+    "ShrunkBertModel",
+    "ShrunkDistilBertForMaskedLM",
+    "ShrunkDistilBertForQuestionAnswering",
+    "ShrunkDistilBertForSequenceClassification",
+    "ShrunkDistilBertForTokenClassification",
+    "ShrunkDistilBertModel",
+    "ShrunkRobertaForMaskedLM",
+    "ShrunkRobertaForQuestionAnswering",
+    "ShrunkRobertaForSequenceClassification",
+    "ShrunkRobertaForTokenClassification",
+    "ShrunkRobertaModel",
+    "ShrunkViTForImageClassification",
+    "ShrunkViTModel",
+    "shrink",
+]
