@@ -14,16 +14,11 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
 
 import torch
+from text_task import TaskArguments, TextTask, make_smoke_inputs
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    BertTokenizer,
-    DataCollatorWithPadding,
     HfArgumentParser,
     PreTrainedModel,
     Trainer,
@@ -32,7 +27,6 @@ from transformers import (
 )
 
 from hf_moebert import DistillationConfig, DistillationTrainer, MoEBertForSequenceClassification, measure_importance
-from hf_moebert.data import encode_text, label_names_of, load_splits
 from hf_moebert.hub import write_model_card
 from hf_moebert.moebert.training import count_tokens, measure_expert_load, save_importance
 from hf_moebert.report import measurement_rows, plot_distillation_losses, plot_expert_load, write_report
@@ -40,20 +34,11 @@ from hf_moebert.report import measurement_rows, plot_distillation_losses, plot_e
 
 @dataclass
 class ExampleArguments:
-    """What to compress, on which data, into how many experts."""
+    """Into how many experts, and what the card says."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Pre-trained encoder: Hub id or folder."})
     teacher_name_or_path: str | None = field(
         default=None, metadata={"help": "Fine-tuned classifier; without it the encoder is fine-tuned first."}
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_file: str | None = field(default=None, metadata={"help": "JSON lines, CSV, TSV or Parquet instead."})
-    validation_file: str | None = field(default=None, metadata={"help": "The same for evaluation."})
-    text_column: str = field(default="text", metadata={"help": "Column of the text."})
-    text_pair_column: str | None = field(default=None, metadata={"help": "Column of the second text of a pair."})
-    label_column: str = field(default="label", metadata={"help": "Column of the label."})
-    max_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
     teacher_epochs: float = field(default=2, metadata={"help": "Epochs of fine-tuning the teacher."})
     num_experts: int = field(default=4, metadata={"help": "Experts per layer."})
     routing: str = field(default="hash-random", metadata={"help": "See MoEBertConfig."})
@@ -64,38 +49,19 @@ class ExampleArguments:
     card_dataset: str | None = field(default=None, metadata={"help": "What the card calls the data set."})
     card_language: str = field(default="en", metadata={"help": "Language of the texts, for the card."})
     card_license: str = field(default="other", metadata={"help": "License of the encoder and so of the student."})
-    smoke: bool = field(default=False, metadata={"help": "Run on a tiny random model and made-up texts, offline."})
 
 
 class Pipeline:
     """The stages of the example, and what they share: data, tokenizer, arguments, folders of the checkpoints."""
 
-    def __init__(self, example: ExampleArguments, args: TrainingArguments, distillation: DistillationConfig) -> None:
-        self.example, self.args, self.distillation = example, args, distillation
+    def __init__(self, task: TaskArguments, example: ExampleArguments, args: TrainingArguments) -> None:
+        self.task, self.example, self.args = task, example, args
         set_seed(args.seed)  # a new head is drawn when the encoder is loaded
         self.output = Path(args.output_dir)
-        self.source = example.teacher_name_or_path or example.model_name_or_path
+        self.source = example.teacher_name_or_path or task.model_name_or_path
         self.folders = {name: self.output / name for name in ("teacher", "converted", "student", "undistilled")}
-        splits = load_splits(
-            dataset_name=example.dataset_name,
-            dataset_config_name=example.dataset_config_name,
-            train_file=example.train_file,
-            validation_file=example.validation_file,
-            label_column=example.label_column,
-            seed=args.seed,
-        )
-        self.labels = label_names_of(splits["train"], example.label_column)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.source)
-        self.collator = DataCollatorWithPadding(self.tokenizer)
-        self.data = encode_text(
-            splits,
-            self.tokenizer,
-            text_column=example.text_column,
-            text_pair_column=example.text_pair_column,
-            label_column=example.label_column,
-            label_names=self.labels,
-            max_length=example.max_length,
-        )
+        self.text = TextTask(task, tokenizer_from=self.source, seed=args.seed)
+        self.data, self.tokenizer, self.collator = self.text.data, self.text.tokenizer, self.text.collator
 
     def train(self, model: PreTrainedModel, name: str, epochs: float, **teaching: object) -> Trainer:
         """Train with the stock Trainer, or with its one subclass if there is a teacher, and save."""
@@ -118,21 +84,11 @@ class Pipeline:
 
     def make_teacher(self) -> PreTrainedModel:
         """Load the fine-tuned teacher, or fine-tune the encoder."""
-        labels = self.labels
-        heading = (
-            {"num_labels": 1} if labels is None else {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
-        )
-        if labels is not None:
-            heading["label2id"] = {label: index for index, label in enumerate(labels)}
         if self.example.teacher_name_or_path is not None:
             teacher = AutoModelForSequenceClassification.from_pretrained(self.source)
             self.save(teacher, "teacher")
             return teacher
-        names = self.labels or ["score"]  # one output without a name is a regression
-        model = AutoModelForSequenceClassification.from_pretrained(
-            self.source, id2label=dict(enumerate(names)), label2id={name: index for index, name in enumerate(names)}
-        )
-        return self.train(model, "teacher", self.example.teacher_epochs).model
+        return self.train(self.text.new_model(), "teacher", self.example.teacher_epochs).model
 
     def save(self, model: PreTrainedModel, name: str) -> None:
         """Save a model that was not trained, with its tokenizer."""
@@ -152,16 +108,16 @@ class Pipeline:
 
     def measure(self) -> dict:
         """Reload every checkpoint with AutoModel in a new process; measure quality, size and speed there."""
-        example, file = self.example, self.output / "measurement.json"
+        task, file = self.task, self.output / "measurement.json"
         options = {
             "baseline": self.folders["teacher"],
-            "text_column": example.text_column,
-            "text_pair_column": example.text_pair_column,
-            "label_column": example.label_column,
-            "validation_file": example.validation_file,
-            "dataset_name": None if example.validation_file else example.dataset_name,
-            "dataset_config_name": example.dataset_config_name,
-            "max_length": example.max_length,
+            "text_column": task.text_column,
+            "text_pair_column": task.text_pair_column,
+            "label_column": task.label_column,
+            "validation_file": task.validation_file,
+            "dataset_name": None if task.validation_file else task.dataset_name,
+            "dataset_config_name": task.dataset_config_name,
+            "max_length": task.max_length,
             "seed": self.args.seed,
             "threads": 1,  # what others on the machine disturb least
             "output": file,
@@ -187,10 +143,10 @@ class Pipeline:
         scores = measurement["models"]["student"]["scores"]
         write_model_card(
             folder,
-            repo_id=self.args.hub_model_id or "moebert-" + (self.example.dataset_config_name or "text-classification"),
+            repo_id=self.args.hub_model_id or "moebert-" + (self.task.dataset_config_name or "text-classification"),
             base_model=self.example.card_base_model or self.source,
             task="text-classification",
-            dataset=self.example.card_dataset or self.example.dataset_name or Path(self.example.train_file).name,
+            dataset=self.example.card_dataset or self.task.dataset_name or Path(self.task.train_file).name,
             language=self.example.card_language,
             license=self.example.card_license,
             results={metric: interval["value"] for metric, interval in scores.items()},
@@ -202,14 +158,14 @@ class Pipeline:
 
 def main() -> None:
     """Run the stages one after the other."""
-    parser = HfArgumentParser((ExampleArguments, TrainingArguments, DistillationConfig))
+    parser = HfArgumentParser((TaskArguments, ExampleArguments, TrainingArguments, DistillationConfig))
     if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        example, args, distillation = parser.parse_json_file(sys.argv[1])
+        task, example, args, distillation = parser.parse_json_file(sys.argv[1])
     else:
-        example, args, distillation = parser.parse_args_into_dataclasses()
-    if example.smoke:
-        make_smoke_inputs(example, args)
-    pipeline = Pipeline(example, args, distillation)
+        task, example, args, distillation = parser.parse_args_into_dataclasses()
+    if task.smoke:
+        make_smoke_inputs(task, Path(args.output_dir) / "inputs")
+    pipeline = Pipeline(task, example, args)
 
     teacher = pipeline.make_teacher()
     importance = measure_importance(
@@ -231,33 +187,6 @@ def main() -> None:
     print(f"Report: {pipeline.folders['student'] / 'report.md'}")
     if args.push_to_hub:
         trainer.push_to_hub()
-
-
-def make_smoke_inputs(example: ExampleArguments, args: TrainingArguments) -> None:
-    """Make a tiny random encoder and texts whose label is told by one word, for a run of seconds without a network."""
-    folder = Path(args.output_dir) / "inputs"
-    folder.mkdir(parents=True, exist_ok=True)
-    words = ["good", "bad", "film", "book", "meal", "this", "was", "a", "very", "day"]
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(special + words)})
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=96,
-        max_position_embeddings=128,
-    )
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    example.model_name_or_path = str(folder)
-    example.text_column, example.label_column = "text", "label"
-    random = Random(0)
-    for name, size in (("train_file", 64), ("validation_file", 32)):
-        rows = [{"text": " ".join(random.choices(words[2:], k=5) + [w]), "label": w} for w in words[:2] * (size // 2)]
-        path = folder / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        setattr(example, name, str(path))
 
 
 if __name__ == "__main__":
