@@ -7,6 +7,7 @@ in the cache.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ ScoreOf = Callable[[int, slice], Tensor]
 
 # Elements at a time: what stays in the cache of a CPU core, and what keeps a GPU busy. Multiples of four.
 CPU_CHUNK, GPU_CHUNK = 1 << 16, 1 << 22
-SAMPLE = 1 << 18  # scores that guess where the threshold is
+SAMPLE = 1 << 17  # scores that guess where the threshold is
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers of the size of a float
 
 
 def chunks(numel: int, device: torch.device) -> Iterator[slice]:
@@ -175,58 +177,93 @@ def _count_and_collect(
     for piece, size in enumerate(sizes):
         for part in chunks(size, device):
             scores = score_of(piece, part)
-            if device.type == "cpu":  # numpy compares, counts and picks several times faster than torch here
+            if device.type == "cpu":
                 array = scores.numpy()
                 low_enough = array <= low
                 count += int(np.count_nonzero(low_enough))
                 inside.append(torch.from_numpy(array[np.greater(array < high, low_enough)]))
             else:
-                count = count + (scores <= low).sum()  # stays on the device
+                count = count + torch.count_nonzero(scores <= low)
                 inside.append(scores[(scores > low) & (scores < high)])
     return int(count), torch.cat(inside)
 
 
-def select_(keep: Sequence[Tensor], score_of: ScoreOf, zeros: int, *, reference: bool = False) -> float:
+class Selection(NamedTuple):
+    """What `select_` did.
+
+    Attributes:
+        threshold: The smallest score that is kept; minus infinity if all are, infinity if none is.
+        revived: How many are kept that were not before.
+        emptied: How many pieces have nothing left.
+    """
+
+    threshold: float
+    revived: int
+    emptied: int
+
+
+def select_(keep: Sequence[Tensor], score_of: ScoreOf, zeros: int, *, reference: bool = False) -> Selection:
     """Mark all but the `zeros` smallest scores as kept, counted over all pieces together.
 
     Equal scores at the threshold fall in the order of pieces and positions, so that the number is met exactly.
 
     Args:
-        keep: Masks to fill, one flat boolean tensor for each piece. Shapes `(n,)`.
+        keep: The last masks, to be replaced by the new ones: a flat boolean tensor for each piece. Shapes `(n,)`.
         score_of: Scores of a slice of a piece.
         zeros: How many are not kept, from 0 to the number of scores.
         reference: Drop what lies strictly below the `zeros`-th smallest score, as the paper's code does.
-
-    Returns:
-        The threshold: the smallest score that is kept, or minus infinity if all are, infinity if none is.
     """
     sizes, device = [mask.numel() for mask in keep], keep[0].device
+    ties = 0  # scores that equal the threshold and yet fall
     if zeros in (0, sum(sizes)):
-        for mask in keep:
-            mask.fill_(zeros == 0)
-        return -math.inf if zeros == 0 else math.inf
-    threshold, below = kth_smallest(score_of, sizes, zeros if reference else zeros + 1, device)
-    ties = 0 if reference else zeros - below  # scores that equal the threshold and yet fall
+        threshold = -math.inf if zeros == 0 else math.inf
+        ties = zeros  # infinite scores fall too if nothing is kept
+    else:
+        threshold, below = kth_smallest(score_of, sizes, zeros if reference else zeros + 1, device)
+        ties = 0 if reference else zeros - below
+    revived: Tensor | int = 0
+    emptied: Tensor | int = 0
     for piece, mask in enumerate(keep):
+        kept_of_piece: Tensor | int = 0
         for part in chunks(sizes[piece], device):
             scores = score_of(piece, part)
-            torch.ge(scores, threshold, out=mask[part])
+            kept = _at_least(scores, threshold)
             if ties:
                 tied = (scores == threshold).nonzero().squeeze(1)[:ties]
-                mask[part][tied] = False
+                kept[tied] = False
                 ties -= len(tied)
-    return threshold
+            revived = revived + _count(_and_not(kept, mask[part]))
+            kept_of_piece = kept_of_piece + _count(kept)
+            mask[part] = kept
+        emptied = emptied + (kept_of_piece == 0)
+    return Selection(threshold, int(revived), int(emptied))
+
+
+# On a CPU numpy compares, counts and picks several times faster than torch; on a GPU nothing waits for a count.
+
+
+def _at_least(scores: Tensor, threshold: float) -> Tensor:
+    return torch.from_numpy(scores.numpy() >= threshold) if scores.device.type == "cpu" else scores >= threshold
+
+
+def _and_not(first: Tensor, second: Tensor) -> Tensor:
+    if first.device.type == "cpu":
+        return torch.from_numpy(np.greater(first.numpy(), second.numpy()))
+    return first & ~second
+
+
+def _count(mask: Tensor) -> Tensor | int:
+    return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else torch.count_nonzero(mask)
 
 
 def apply_mask_(weight: Tensor, keep: Tensor) -> None:
-    """Set the weights that are not kept to zero.
+    """Set the weights that are not kept to +0.0, whatever they are, and leave every bit of the others.
 
     Args:
         weight: Shape `(n,)`.
         keep: True at the kept ones. Shape `(n,)`.
     """
-    for part in chunks(weight.numel(), weight.device):
-        weight[part].mul_(keep[part]).add_(0.0)  # -0.0 + 0.0 = 0.0: a zero weight is all zero bits
+    weight.view(BITS[weight.element_size()]).mul_(keep)  # several times faster than `masked_fill_` on a CPU
 
 
 def best_two_of_four(scores: Tensor) -> Tensor:

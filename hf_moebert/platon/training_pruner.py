@@ -124,15 +124,12 @@ class Pruner:
 
     def _renew_masks(self) -> None:
         self.ratio = cubic_decay(self.clock, begin=self.begin, end=self.end, final=self.config.final_ratio)
-        before = {name: keep.clone() for name, keep in self.keep.items()}
-        self.threshold = self.selection.select_(self.keep, self.ratio)
-        kept_anew = sum(int(torch.count_nonzero(self.keep[name] & ~before[name])) for name in before)
-        self.revived = kept_anew / self.numel
+        selection = self.selection.select_(self.keep, self.ratio)
+        self.threshold, self.revived = selection.threshold, selection.revived / self.numel
         self._refuse_disagreement()
-        empty = [name for name, keep in self.keep.items() if not keep.any()]
-        if empty:
+        if selection.emptied:
             logger.warning_once(
-                f"Nothing is left of {', '.join(empty)}. Use `min_keep` to keep a part of each matrix."
+                f"Nothing is left of {selection.emptied} of the parameters. Use `min_keep` to keep a share of each."
             )
 
     def _refuse_disagreement(self) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .configuration_platon import PlatonConfig
 from .functional import (
+    Selection,
     balance_factors,
     best_two_of_four,
     chunks,
@@ -112,8 +113,8 @@ class WeightSelection:
             for piece in _cut(name, parameter.numel(), len(parameter) if parameter.dim() == 3 else 1)
         ]
 
-    def select_(self, masks: Mapping[str, Tensor], ratio: float) -> float:
-        """Mark what is kept at this ratio, and return the threshold."""
+    def select_(self, masks: Mapping[str, Tensor], ratio: float) -> Selection:
+        """Mark what is kept at this ratio."""
         keep = [masks[piece.name][piece.start : piece.stop] for piece in self.pieces]
         numel = sum(map(len, keep))
         zeros = int((1 - ratio) * numel) if self.config.reference_parity else count_zeros(numel, ratio)
@@ -124,10 +125,9 @@ class WeightSelection:
         if self.config.granularity == "2:4":
             for index, piece in enumerate(self.pieces):
                 piece.protected = best_two_of_four(self._score(index, slice(0, piece.stop - piece.start)))
-        while True:
-            threshold = select_(keep, self._score, zeros, reference=self.config.reference_parity)
-            if not self._protect_best_of_short(keep):
-                return threshold
+        elif self.config.min_keep:
+            self._protect_best()
+        return select_(keep, self._score, zeros, reference=self.config.reference_parity)
 
     def _score(self, index: int, part: slice) -> Tensor:
         piece = self.pieces[index]
@@ -154,16 +154,13 @@ class WeightSelection:
         parts = chunks(piece.stop - piece.start, self.statistics.parameters[piece.name].device)
         return sum(float(self._score(index, part).sum(dtype=torch.float64)) for part in parts)
 
-    def _protect_best_of_short(self, keep: list[Tensor]) -> bool:
-        """Protect the best of every piece that fell below `min_keep`, and say whether there was one."""
-        short = False
-        for index, (piece, mask) in enumerate(zip(self.pieces, keep, strict=True)):
-            least = math.ceil(self.config.min_keep * len(mask))
-            if least and piece.protected is None and int(torch.count_nonzero(mask)) < least:
-                best = torch.empty_like(mask)
-                select_([best], partial(self._score_of_one, index), len(mask) - least)
-                piece.protected, short = best, True
-        return short
+    def _protect_best(self) -> None:
+        """Protect the share `min_keep` of every piece: what none of them would lose if there were enough of others."""
+        for index, piece in enumerate(self.pieces):
+            size = piece.stop - piece.start
+            best = torch.ones(size, dtype=torch.bool, device=self.statistics.parameters[piece.name].device)
+            select_([best], partial(self._score_of_one, index), size - math.ceil(self.config.min_keep * size))
+            piece.protected = best
 
 
 def _cut(name: str, numel: int, parts: int) -> list[Piece]:
@@ -181,8 +178,8 @@ class UnitSelection:
         self.rows = [[names[p] for r in group.readers for p in r.parameters(recurse=False)] for group in groups]
         self.columns = [names[group.writer.weight] for group in groups]
 
-    def select_(self, masks: Mapping[str, Tensor], ratio: float) -> float:
-        """Mark the units that are kept, as many as come nearest to this ratio of the weights; return the threshold."""
+    def select_(self, masks: Mapping[str, Tensor], ratio: float) -> Selection:
+        """Mark the units that are kept, as many as come nearest to this ratio of the weights."""
         scores, sizes = zip(*(self._score_units(index) for index in range(len(self.groups))), strict=True)
         for score in scores:
             score[score.argmax()] = math.inf  # a layer keeps its best unit
@@ -193,9 +190,9 @@ class UnitSelection:
         count = int((removed - (1 - ratio) * _total_of(sizes)).abs().argmin())
         keep = torch.ones_like(order, dtype=torch.bool)
         keep[order[:count]] = False
-        for index, kept in enumerate(keep.split([len(score) for score in scores])):
-            self._expand_(masks, index, kept)
-        return float(ordered[count]) if count < len(ordered) else math.inf
+        parts = keep.split([len(score) for score in scores])
+        revived = sum(self._expand_(masks, index, kept) for index, kept in enumerate(parts))
+        return Selection(float(ordered[count]), revived, emptied=0)
 
     def _score_units(self, index: int) -> tuple[Tensor, Tensor]:
         """Mean score of each unit of a group, and how many weights it has. Shapes `(units,)`."""
@@ -214,12 +211,15 @@ class UnitSelection:
     def _all(self, name: str) -> Tensor:
         return self.statistics.score(name, slice(0, self.statistics.parameters[name].numel()))
 
-    def _expand_(self, masks: Mapping[str, Tensor], index: int, kept: Tensor) -> None:
-        group = self.groups[index]
-        for name in self.rows[index]:
-            masks[name].view(group.num_units, -1).copy_(kept[:, None].expand(-1, len(masks[name]) // group.num_units))
+    def _expand_(self, masks: Mapping[str, Tensor], index: int, kept: Tensor) -> int:
+        """Write what is kept of a group to the masks of its parameters; return how many weights are kept anew."""
+        group, revived = self.groups[index], 0
+        rows = [(masks[name].view(group.num_units, -1), kept[:, None]) for name in self.rows[index]]
         columns = masks[self.columns[index]].view(-1, group.num_units, group.unit_size)
-        columns.copy_(kept[None, :, None].expand_as(columns))
+        for mask, new in [*rows, (columns, kept[None, :, None])]:
+            revived += int(torch.count_nonzero(new > mask))
+            mask.copy_(new.expand_as(mask))
+        return revived
 
 
 def _total_of(sizes: tuple[Tensor, ...]) -> float:

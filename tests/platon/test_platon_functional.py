@@ -176,12 +176,15 @@ def test_exactly_so_many_zeros_and_they_are_the_smallest(scores, data):
     zeros = data.draw(st.integers(0, len(scores)))
     pieces = cut(scores)
     keep = [torch.zeros(len(p), dtype=torch.bool) for p in pieces]
-    threshold = select_(keep, score_of(pieces), zeros)
+    threshold, revived, emptied = select_(keep, score_of(pieces), zeros)
     kept, flat = torch.cat(keep), torch.as_tensor(scores)
     assert int((~kept).sum()) == zeros
     expected = torch.ones_like(kept)
     expected[flat.argsort(stable=True)[:zeros]] = False  # ties fall by position
     assert torch.equal(kept, expected)
+    assert revived == len(scores) - zeros
+    assert emptied == sum(not mask.any() for mask in keep)
+    assert select_(keep, score_of(pieces), zeros).revived == 0
     assert kept.all() or not kept.any() or threshold == float(flat[kept].min())
 
 
@@ -203,10 +206,10 @@ def test_the_number_of_zeros_is_rounded(numel, ratio, zeros):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_masked_weights_are_positive_zeros(dtype):
-    weight = torch.tensor([-1.0, 2.0, -3.0, 4.0], dtype=dtype)
-    apply_mask_(weight, torch.tensor([False, False, True, True]))
-    assert weight.tolist() == [0, 0, -3, 4]
-    assert not weight.signbit()[:2].any()
+    weight = torch.tensor([-1.0, math.nan, -math.inf, -3.0, -0.0], dtype=dtype)
+    apply_mask_(weight, torch.tensor([False, False, False, True, True]))
+    assert weight.tolist() == [0, 0, 0, -3, 0]
+    assert weight.signbit().tolist() == [False, False, False, True, True]  # what is kept keeps every bit
 
 
 def test_two_of_four():
