@@ -1,0 +1,189 @@
+"""Time what pruning adds to training: statistics, threshold and masks of BERT-base's 85.0 million encoder scalars.
+
+    python benchmarks/platon_overhead.py
+    python benchmarks/platon_overhead.py --rounds 5 --step_rounds 0
+
+The peer is the straightforward form: a loop over the parameters with fresh tensors, and `torch.cat` with `kthvalue`
+for the threshold. One thread, timed by its own CPU time, interleaved in one process; ratios are paired by round. Extra
+memory is the growth of the process's peak while one call runs. The last table sets what pruning adds to a step, the
+mean over a window, against a whole training step (forward, backward, clipping, AdamW).
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification, HfArgumentParser
+
+from hf_moebert import PlatonConfig
+from hf_moebert.benchmark import compare_times, environment, time_rounds
+from hf_moebert.platon.functional import kth_smallest
+from hf_moebert.platon.training_pruner import Pruner
+from hf_moebert.report import markdown_table
+
+
+@dataclass
+class OverheadArguments:
+    """How often to time what."""
+
+    rounds: int = field(default=10, metadata={"help": "Timed rounds of statistics, threshold and masks."})
+    step_rounds: int = field(default=2, metadata={"help": "Timed whole training steps; 0 leaves them out."})
+    batch: int = field(default=32, metadata={"help": "Sequences of a training step."})
+    seq: int = field(default=128, metadata={"help": "Tokens of each of them."})
+    final_ratio: float = field(default=0.1, metadata={"help": "Share of the weights kept."})
+    seed: int = field(default=0, metadata={"help": "Of weights, gradients and ids."})
+
+
+class Straightforward:
+    """The peer: the same equations as one writes them down first."""
+
+    def __init__(self, pruner: Pruner) -> None:
+        self.parameters, self.config = pruner.parameters, pruner.config
+        self.tensors = {
+            kind: {name: tensor.clone().view_as(self.parameters[name]) for name, tensor in tensors.items()}
+            for kind, tensors in pruner.statistics.tensors.items()
+        }
+
+    def observe(self, position: int) -> None:
+        """Update the statistics with fresh tensors."""
+        window, importance, uncertainty = (self.tensors[kind] for kind in ("window", "importance", "uncertainty"))
+        beta1, beta2 = self.config.beta1, self.config.beta2
+        for name, parameter in self.parameters.items():
+            s = (parameter * parameter.grad).abs().detach()
+            if position:
+                window[name] = (window[name] * position + s) / (position + 1)
+                continue
+            importance[name] = beta1 * importance[name] + (1 - beta1) * window[name]
+            distance = (window[name] - importance[name]).abs()
+            uncertainty[name] = beta2 * uncertainty[name] + (1 - beta2) * distance
+            window[name] = s
+
+    def scores(self) -> dict[str, Tensor]:
+        """Score every weight."""
+        return {name: self.tensors["importance"][name] * self.tensors["uncertainty"][name] for name in self.parameters}
+
+    def threshold(self, k: int) -> float:
+        """Concatenate all scores and select."""
+        return torch.cat([scores.flatten() for scores in self.scores().values()]).kthvalue(k).values.item()
+
+    def mask(self, threshold: float) -> None:
+        """Compare and fill."""
+        scores = self.scores()
+        for name, parameter in self.parameters.items():
+            parameter.data.masked_fill_(scores[name] < threshold, 0.0)
+
+
+def prepare(args: OverheadArguments) -> tuple[BertForSequenceClassification, Pruner]:
+    """BERT-base with random weights and gradients, whose statistics have seen two windows."""
+    torch.manual_seed(args.seed)
+    model = BertForSequenceClassification(BertConfig()).train()
+    config = PlatonConfig(final_ratio=args.final_ratio, include_bias=True, initial_warmup=0, final_warmup=1)
+    pruner = Pruner(model, config, 1000)
+    for _ in range(20):
+        for parameter in pruner.parameters.values():
+            parameter.grad = torch.randn_like(parameter).mul_(1e-4)
+        pruner.statistics.observe((pruner.clock + 1) % config.window)
+        pruner.clock += 1
+    return model, pruner
+
+
+def peak_growth(call: Callable[[], object]) -> float:
+    """Say by how many MB the process's peak of memory rises above what it holds, while a call runs."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = _status("VmRSS")
+    call()
+    return (_status("VmHWM") - before) / 1000
+
+
+def _status(key: str) -> int:
+    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1))
+
+
+def time_parts(pruner: Pruner, rounds: int) -> tuple[dict[str, np.ndarray], list[dict[str, str]]]:
+    """Time each part against the peer; both must find the same threshold."""
+    peer = Straightforward(pruner)
+    sizes = [piece.stop - piece.start for piece in pruner.selection.pieces]
+    zeros = round((1 - pruner.config.final_ratio) * pruner.numel)
+    threshold = partial(kth_smallest, pruner.selection._score, sizes, zeros, torch.device("cpu"))
+    pruner.clock = pruner.end + 1
+    pruner._renew_masks()
+    ours_and_theirs = {
+        "statistics, ordinary step": (partial(pruner.statistics.observe, 3), partial(peer.observe, 3)),
+        "statistics, end of a window": (partial(pruner.statistics.observe, 0), partial(peer.observe, 0)),
+        "exact threshold": (threshold, partial(peer.threshold, zeros)),
+        "masks applied": (pruner.mask, lambda: peer.mask(pruner.threshold)),
+        "masks renewed and applied": (
+            lambda: (pruner._renew_masks(), pruner.mask()),
+            lambda: peer.mask(peer.threshold(zeros)),
+        ),
+    }
+    times, rows = {}, []
+    found = threshold()[0]
+    memory = {name: peak_growth(ours) for name, (ours, _) in ours_and_theirs.items()}  # before the peer leaves a heap
+    assert found == peer.threshold(zeros), "the thresholds must be equal to the last bit"
+    for name, (ours, theirs) in ours_and_theirs.items():
+        durations = time_rounds({"ours": ours, "theirs": theirs}, rounds=rounds, warmup=1, clock="cpu")
+        ratio = compare_times(durations, baseline="theirs", clock="cpu")["ours"]
+        times[name] = durations["ours"]
+        rows.append(
+            {
+                "part": name,
+                "speed-up over the peer": f"{ratio.median:.1f}x [{ratio.low:.1f}, {ratio.high:.1f}]",
+                "extra memory": f"{memory[name]:.0f} MB",
+                "of the peer": f"{peak_growth(theirs):.0f} MB",
+            }
+        )
+    return times, rows
+
+
+def time_step(model: BertForSequenceClassification, args: OverheadArguments) -> np.ndarray:
+    """Time whole training steps without pruning."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    ids = torch.randint(model.config.vocab_size, (args.batch, args.seq))
+    labels = torch.randint(2, (args.batch,))
+
+    def step() -> None:
+        model(input_ids=ids, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return time_rounds({"step": step}, rounds=args.step_rounds, warmup=1, clock="cpu")["step"]
+
+
+def overhead_rows(parts: Mapping[str, np.ndarray], step: np.ndarray, window: int) -> list[dict[str, str]]:
+    """Share of a training step that each kind of step adds, and the mean over a window of the final phase."""
+    median = {name: float(np.median(times)) for name, times in parts.items()}
+    ordinary, closing = median["statistics, ordinary step"], median["statistics, end of a window"]
+    statistics = ((window - 1) * ordinary + closing) / window
+    renewed, applied = median["masks renewed and applied"], median["masks applied"]
+    costs = {
+        "before pruning begins": statistics,
+        "while the ratio falls": statistics + renewed / window,
+        "final phase": statistics + (renewed + (window - 1) * applied) / window,
+    }
+    return [{"phase": name, "adds to a step": f"{cost / np.median(step):.2%}"} for name, cost in costs.items()]
+
+
+def main(args: OverheadArguments) -> None:
+    """Print the tables."""
+    torch.set_num_threads(1)
+    model, pruner = prepare(args)
+    print(markdown_table([{"what": key, "value": str(value)} for key, value in environment().items()]))
+    with torch.no_grad():
+        times, rows = time_parts(pruner, args.rounds)
+    print(f"\n{pruner.numel:,} scalars in {len(pruner.parameters)} tensors, {args.rounds} rounds\n")
+    print(markdown_table(rows))
+    if args.step_rounds:
+        step = time_step(model, args)
+        print(f"\nBERT-base, {args.batch} x {args.seq}, mean over a window of {pruner.config.window} steps\n")
+        print(markdown_table(overhead_rows(times, step, pruner.config.window)))
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(OverheadArguments).parse_args_into_dataclasses()[0])
