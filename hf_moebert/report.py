@@ -193,13 +193,12 @@ def plot_sparsity(log_history: Sequence[Mapping[str, Any]], path: str | PathLike
     shares = {key.partition("/")[2]: value for key, value in last.items() if key.startswith("platon_sparsity/")}
     if not shares:
         raise ValueError("`log_history` must hold `platon_sparsity/<parameter>`, got none. Prune first.")
-    # The first number in a name is that of the layer; the rest names the matrix.
-    places = {name: re.match(r"(?:.*?\.)?(\d+)\.(.+)", name) for name in shares}
-    layers = list(dict.fromkeys(place[1] if place else "" for place in places.values()))
-    matrices = list(dict.fromkeys(place[2] if place else name for name, place in places.items()))
+    # A name up to its first number is that of the layer, the rest that of the matrix.
+    places = {name: re.findall(r"^(?:((?:.*?\.)?\d+)\.)?(.+)", name)[0] for name in shares}
+    layers, matrices = (list(dict.fromkeys(part)) for part in zip(*places.values(), strict=True))
     table = np.full((len(layers), len(matrices)), np.nan)  # (layers, matrices)
-    for name, place in places.items():
-        table[layers.index(place[1] if place else ""), matrices.index(place[2] if place else name)] = shares[name]
+    for name, (layer, matrix) in places.items():
+        table[layers.index(layer), matrices.index(matrix)] = shares[name]
     figure = Figure(
         figsize=(max(4.5, 2.4 + 0.9 * len(matrices)), max(3.4, 2.6 + 0.36 * len(layers))), layout="constrained"
     )
@@ -210,7 +209,8 @@ def plot_sparsity(log_history: Sequence[Mapping[str, Any]], path: str | PathLike
             colour = "black" if share > 0.6 else "white"
             axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=8, color=colour)
     axes.set(ylabel="layer", title=f"Share of zeros, {last['platon_sparsity']:.1%} over all")
-    axes.set_yticks(range(len(layers)), layers)
+    stacks = {layer.rpartition(".")[0] for layer in layers}  # an encoder and a decoder both have a layer 0
+    axes.set_yticks(range(len(layers)), [layer.rpartition(".")[2] for layer in layers] if len(stacks) == 1 else layers)
     names = [matrix.removesuffix(".weight") for matrix in matrices]
     axes.set_xticks(range(len(matrices)), names, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
     figure.colorbar(image, ax=axes, format=lambda share, _: f"{share:.0%}")
@@ -231,22 +231,23 @@ def plot_pruning(log_history: Sequence[Mapping[str, Any]], path: str | PathLike[
     entries = [entry for entry in log_history if "platon_ratio" in entry]
     if not entries:
         raise ValueError("`log_history` must hold `platon_ratio`, got none. Prune first.")
+    keys = ("step", "platon_ratio", "platon_sparsity", "platon_threshold", "platon_revived")
+    steps, ratios, zeros, levels, anew = ([entry.get(key, math.nan) for entry in entries] for key in keys)
     figure = Figure(figsize=(8, 7), layout="constrained")
     schedule, threshold, revived = figure.subplots(3, 1, sharex=True)
-    steps = [entry["step"] for entry in entries]
-    kept = [1 - entry["platon_sparsity"] for entry in entries]
-    schedule.plot(steps, kept, color="tab:blue", linewidth=0.8, label="not zero, really")
-    schedule.step(steps, [entry["platon_ratio"] for entry in entries], where="post", color="black", label="schedule")
-    schedule.set(ylabel="share of weights", ylim=(0, 1.05))
+    schedule.step(steps, ratios, where="post", color="black", label="schedule")
+    schedule.plot(steps, [1 - share for share in zeros], "o", color="tab:blue", markersize=3, label="not zero")
+    schedule.set(ylabel="weights", ylim=(0, 1.05))
     schedule.legend(fontsize=8)
-    levels = [entry.get("platon_threshold", math.nan) for entry in entries]
-    threshold.plot(steps, [level if level > 0 else math.nan for level in levels], color="tab:red")
-    threshold.set(ylabel="smallest score kept", yscale="log")
-    revived.plot(steps, [entry["platon_revived"] for entry in entries], color="tab:green")
-    revived.set(ylabel="share revived", xlabel="step")
-    revived.set_ylim(bottom=0)
+    signed = any(level < 0 for level in levels)  # movement may be, and a logarithmic axis has no place for that
+    threshold.plot(steps, [level if level > 0 or signed else math.nan for level in levels], color="tab:red")
+    threshold.set(ylabel="smallest score kept", yscale="linear" if signed else "log")
+    revived.plot(steps, anew, color="tab:green", clip_on=False, zorder=3)
+    revived.set(ylabel="weights revived", xlabel="step", ylim=(0, 1.05 * max(anew) or 0.01))
     for axes in (schedule, threshold, revived):
         axes.grid(alpha=0.3)
+        if axes is not threshold:
+            axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
     figure.savefig(path, dpi=150)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from markdown_it import MarkdownIt
 from matplotlib import pyplot
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from hf_moebert.report import (
@@ -17,6 +18,8 @@ from hf_moebert.report import (
     measurement_rows,
     plot_distillation_losses,
     plot_expert_load,
+    plot_pruning,
+    plot_sparsity,
     rich_table,
     short_number,
     write_report,
@@ -169,10 +172,100 @@ def test_distillation_losses_refuses_a_history_without_them(tmp_path):
         plot_distillation_losses([{"step": 1, "loss": 1.0, "eval_loss_hidden_1": 1.0}], tmp_path / "x.png")
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved, so that a test can read what they show."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    return figures
+
+
+def pruning_history(**thresholds):
+    """Three logs of a pruning, from step 10 on; thresholds may be set by step, as `at_20=0.5`."""
+    history = [
+        {"step": 10 * n, "platon_ratio": r, "platon_sparsity": 1 - r} for n, r in ((1, 1.0), (2, 0.75), (3, 0.5))
+    ]
+    for entry in history:
+        entry |= {"platon_revived": entry["platon_sparsity"] / 100, "loss": 9.0}
+        entry |= {f"platon_sparsity/encoder.layer.{n}.query.weight": entry["platon_sparsity"] for n in range(2)}
+        if f"at_{entry['step']}" in thresholds:
+            entry["platon_threshold"] = thresholds[f"at_{entry['step']}"]
+    return [*history, {"step": 30, "eval_loss": 1.0}]
+
+
+def ticks(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+def test_sparsity_shows_the_last_share_of_each_matrix_in_its_place(drawn):
+    history = pruning_history()
+    history[-2] |= {
+        "platon_sparsity/encoder.layer.0.query.weight": 0.2,
+        "platon_sparsity/encoder.layer.1.query.weight": 0.8,
+        "platon_sparsity/encoder.layer.1.query.bias": 1.0,
+    }
+    plot_sparsity(history, "sparsity.png")
+    axes = drawn[0].axes[0]
+    (image,) = axes.get_images()
+    np.testing.assert_array_equal(image.get_array().filled(np.nan), [[0.2, np.nan], [0.8, 1.0]])
+    assert image.get_clim() == (0, 1)
+    assert {text.get_text(): text.get_position() for text in axes.texts} == {
+        "20%": (0, 0),
+        "80%": (0, 1),
+        "100%": (1, 1),
+    }
+    assert (ticks(axes.yaxis), ticks(axes.xaxis)) == (["0", "1"], ["query", "query.bias"])
+    assert axes.get_title() == "Share of zeros, 50.0% over all"
+
+
+def test_sparsity_keeps_stacks_and_lone_matrices_apart(drawn):
+    names = ["encoder.block.0.layer.0.q", "decoder.block.0.layer.0.q", "head"]
+    shares = {f"platon_sparsity/{name}.weight": 0.25 * (n + 1) for n, name in enumerate(names)}
+    plot_sparsity([{"step": 1, "platon_sparsity": 0.5} | shares], "sparsity.png")
+    axes = drawn[0].axes[0]
+    table = axes.get_images()[0].get_array().filled(np.nan)
+    np.testing.assert_array_equal(table, [[0.25, np.nan], [0.5, np.nan], [np.nan, 0.75]])
+    assert ticks(axes.yaxis) == ["encoder.block.0", "decoder.block.0", ""]
+    assert ticks(axes.xaxis) == ["layer.0.q", "head"]
+
+
+@pytest.mark.parametrize("history", [[], [{"step": 1, "loss": 1.0}], [{"step": 1, "platon_sparsity": 0.5}]])
+def test_sparsity_refuses_a_history_without_shares(tmp_path, history):
+    with pytest.raises(ValueError, match="`log_history` must hold `platon_sparsity/<parameter>`, got none"):
+        plot_sparsity(history, tmp_path / "sparsity.png")
+
+
+def test_pruning_shows_what_was_logged_step_by_step(drawn):
+    plot_pruning(pruning_history(at_20=1e-9, at_30=1e-6), "pruning.png")
+    schedule, threshold, revived = drawn[0].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in schedule.lines}
+    assert lines == {name: [[10, 1.0], [20, 0.75], [30, 0.5]] for name in ("schedule", "not zero")}
+    np.testing.assert_array_equal(threshold.lines[0].get_ydata(), [np.nan, 1e-9, 1e-6])
+    np.testing.assert_allclose(revived.lines[0].get_ydata(), [0, 0.0025, 0.005])
+    assert threshold.get_yscale() == "log"
+    assert revived.get_ylim() == pytest.approx((0, 0.00525))
+
+
+def test_pruning_shows_thresholds_below_zero_and_leaves_out_zero_where_there_are_none(drawn):
+    plot_pruning(pruning_history(at_20=-0.5, at_30=0.0), "pruning.png")
+    plot_pruning(pruning_history(at_20=0.0, at_30=0.5), "pruning.png")
+    signed, unsigned = (figure.axes[1] for figure in drawn)
+    np.testing.assert_array_equal(signed.lines[0].get_ydata(), [np.nan, -0.5, 0])
+    np.testing.assert_array_equal(unsigned.lines[0].get_ydata(), [np.nan, np.nan, 0.5])
+    assert (signed.get_yscale(), unsigned.get_yscale()) == ("linear", "log")
+
+
+def test_pruning_refuses_a_history_without_ratios(tmp_path):
+    with pytest.raises(ValueError, match="`log_history` must hold `platon_ratio`, got none"):
+        plot_pruning([{"step": 1, "platon_sparsity": 0.5}], tmp_path / "pruning.png")
+
+
 def test_pictures_leave_pyplot_alone(tmp_path):
     open_before = pyplot.get_fignums()
     plot_expert_load(torch.ones(1, 2), tmp_path / "load.png")
     plot_distillation_losses([{"step": 1, "loss_prediction": 1.0}], tmp_path / "losses.png")
+    plot_sparsity(pruning_history(), tmp_path / "sparsity.png")
+    plot_pruning(pruning_history(), tmp_path / "pruning.png")
     assert pyplot.get_fignums() == open_before
 
 

@@ -61,8 +61,9 @@ class PlatonConfig:
     )
     criterion: str = HfArg(
         default="platon",
-        help="What is kept: the weights of largest sensitivity times uncertainty (`platon`), those that moved away"
-        " from zero (`movement`), or the largest (`magnitude`).",
+        help="What is kept: the weights of largest sensitivity times uncertainty (`platon`), those that descent pushes"
+        " away from zero (`movement`, whose mask follows every step and lets a weight come back as it went), or the"
+        " largest (`magnitude`).",
     )
     modules: list[str] | None = HfArg(
         default=None,
@@ -92,11 +93,20 @@ class PlatonConfig:
                 f"`modules` must list paths of modules, got {self.modules!r}. Use ['bert.encoder.layer.0'], or None"
                 " for all repeated layers."
             )
-        if self.granularity == "structured" and self.reference_parity:
-            raise ValueError(
-                "`reference_parity` must be False with granularity 'structured', got True. The paper's code is known"
-                " for single weights only."
-            )
+        self._check_units()
+
+    def _check_units(self) -> None:
+        for name, default in (
+            ("reference_parity", False),
+            ("include_bias", False),
+            ("modules", None),
+            ("min_keep", 0),
+        ):
+            if self.granularity == "structured" and getattr(self, name) != default:
+                raise ValueError(
+                    f"`{name}` must be {default} with granularity 'structured', got {getattr(self, name)!r}. It is"
+                    " about single weights; units take their biases with them, in every layer."
+                )
 
     def _check_ratios(self) -> None:
         if not _is_number(self.final_ratio) or not 0 < self.final_ratio <= 1:
@@ -157,7 +167,8 @@ class PlatonConfig:
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Name the fields that differ from a saved recipe, with both values."""
         mine = {field.name: getattr(self, field.name) for field in fields(self)}
-        return [f"{key}: {other.get(key)!r} -> {mine.get(key)!r}" for key in mine | other if mine[key] != other[key]]
+        pairs = {key: (other.get(key), mine.get(key)) for key in mine | other}
+        return [f"{key}: {old!r} -> {new!r}" for key, (old, new) in pairs.items() if old != new]
 
 
 def _is_number(value: object) -> bool:

@@ -96,7 +96,7 @@ def update_movement_(movement: Tensor, weight: Tensor, gradient: Tensor) -> None
 
     Args:
         movement: Float32 sum so far. Shape `(n,)`.
-        weight: Shape `(n,)`.
+        weight: Its value, or what it would be without its mask. Shape `(n,)`.
         gradient: Shape `(n,)`.
 
     Source: Sanh et al. 2020, https://arxiv.org/abs/2005.07683, section 4, up to the learning rate.
@@ -127,6 +127,7 @@ def kth_smallest(score_of: ScoreOf, sizes: Sequence[int], k: int, device: torch.
 
     Raises:
         ValueError: If there is no such rank.
+        FloatingPointError: If a score is NaN.
     """
     total = sum(sizes)
     if not 1 <= k <= total:
@@ -149,6 +150,8 @@ def kth_smallest(score_of: ScoreOf, sizes: Sequence[int], k: int, device: torch.
             up_to_high, _ = _count_and_collect(score_of, sizes, device, high, high)
             if k <= up_to_high:
                 return high, up_to_low + len(inside)
+        if low == -math.inf and high == math.inf:
+            raise FloatingPointError("`score_of` must give numbers, got NaN: weights or gradients have diverged.")
         margin *= 8
 
 

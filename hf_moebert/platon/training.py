@@ -1,6 +1,7 @@
 """Where pruning meets the stock `Trainer`: a callback says when, what is done is imported."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class PlatonPruningCallback(TrainerCallback):
         self.config = PlatonConfig() if config is None else config
         self.resume_from, self.allow_changes = resume_from, allow_changes
         self.pruner: Pruner | None = None
+        self._overflow = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -64,10 +66,11 @@ class PlatonPruningCallback(TrainerCallback):
         """Choose what is pruned, and go on where a checkpoint left off."""
         model: nn.Module = kwargs["model"]
         _refuse_sharded(model)
+        self.pruner = None  # its memory, before another one takes as much
         self.pruner = Pruner(model, self.config, state.max_steps)  # anew: `train` may be called twice
         if state.global_step:
             folder = Path(self.resume_from or _checkpoint(args, state))
-            self.pruner.load(folder, allow_changes=self.allow_changes)
+            self.pruner.load(folder, state.global_step, allow_changes=self.allow_changes)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -81,7 +84,9 @@ class PlatonPruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take in the gradients beside the weights they were taken at: the paper's order."""
-        if self.config.sensitivity_at == "pre_step" and not _will_be_skipped(args, kwargs["optimizer"]):
+        # Asked now and not with `step_was_skipped` later: the host does not know when a fused optimizer skips a step.
+        self._overflow = _has_overflow(kwargs["optimizer"])
+        if self.config.sensitivity_at == "pre_step" and not self._overflow:
             self._running.observe()
 
     @torch.no_grad()
@@ -89,7 +94,7 @@ class PlatonPruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take in the gradients beside the updated weights if so asked, and zero what the schedule says."""
-        if getattr(kwargs["optimizer"], "step_was_skipped", False):  # fp16 overflow: the clock stands still
+        if self._overflow:  # the clock stands still
             return
         if self.config.sensitivity_at == "post_step":
             self._running.observe()
@@ -125,7 +130,7 @@ class PlatonPruningCallback(TrainerCallback):
             return
         folder = _checkpoint(args, state)
         if folder.is_dir():
-            self._running.save(folder)
+            self._running.save(folder, state.global_step)
         else:  # a hyper-parameter search saves in folders of its own
             logger.warning_once(f"{folder} does not exist, so the state of the pruning was not saved: do not resume.")
 
@@ -134,10 +139,10 @@ class PlatonPruningCallback(TrainerCallback):
     ) -> None:
         """Say so if training stopped before the final ratio was reached."""
         if not self._running.is_final:
-            zeros = sum(1 - share for share in self._running.measure_sparsity().values())
+            left = sum(int(torch.count_nonzero(p)) for p in self._running.parameters.values()) / self._running.numel
             logger.warning(
                 f"Training stopped after {self._running.clock} steps, before the final ratio"
-                f" {self.config.final_ratio} was reached: {zeros:.1%} of the weights are not zero."
+                f" {self.config.final_ratio} was reached: {left:.1%} of the weights are not zero."
             )
 
     @property
@@ -155,18 +160,19 @@ def _refuse_sharded(model: nn.Module) -> None:
     kinds = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
     kind = AcceleratorState().distributed_type if AcceleratorState._shared_state else DistributedType.NO
     if kind in kinds or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        who = kind.value if kind in kinds else "tensor parallelism"
         raise ValueError(
-            f"Pruning must see whole parameters and their gradients, which {kind.value} keeps in shards. Use plain"
+            f"Pruning must see whole parameters and their gradients, which {who} keeps in shards. Use plain"
             " data parallelism (torchrun without FSDP, DeepSpeed or tensor parallelism)."
         )
 
 
-def _will_be_skipped(args: TrainingArguments, optimizer: Any) -> bool:
-    """Whether the loss scaler found an overflow in this step's gradients; unscales them if nobody did."""
+def _has_overflow(optimizer: Any) -> bool:
+    """Whether the loss scaler will skip this step, for an overflow in its gradients; unscales them if nobody did."""
     scaler = getattr(optimizer, "scaler", None)
     if scaler is None or not scaler.is_enabled():
         return False
-    if not args.max_grad_norm:  # only clipping would have unscaled them by now
+    with suppress(RuntimeError):  # refused a second time: clipping does it, and so does a norm that is only logged
         scaler.unscale_(optimizer.optimizer)
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     return not torch.stack([gradient.float().sum() for gradient in gradients]).isfinite().all()

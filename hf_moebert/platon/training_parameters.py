@@ -44,6 +44,12 @@ def find_prunable(model: nn.Module, config: PlatonConfig) -> dict[str, nn.Parame
         logger.warning(f"{len(found) - len(chosen)} of {len(found)} parameters are frozen and so not pruned.")
     if config.granularity == "2:4":
         _refuse_odd_widths(chosen)
+        for name in chosen:
+            if type(modules[name.rpartition(".")[0]]) is Conv1D:
+                raise ValueError(
+                    f"With granularity '2:4' the inputs must be the last dimension of a matrix, but `{name}` of a"
+                    " Conv1D has them first. Prune single weights with granularity 'unstructured'."
+                )
     return chosen
 
 

@@ -25,6 +25,7 @@ from .training_selection import Statistics, UnitSelection, WeightSelection
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "platon.safetensors"
+NUMBERS = ("clock", "dropped", "ratio", "threshold", "revived")  # attributes of `Pruner` in that file
 MAX_DROPPED = 3  # windows in a row with a gradient that was not finite
 
 
@@ -57,6 +58,7 @@ class Pruner:
         self.begin, self.end = config.resolve_steps(total_steps)
         groups = find_unit_groups(model) if config.granularity == "structured" else []
         self.parameters = find_grouped(model, groups) if groups else find_prunable(model, config)
+        _refuse_scattered(self.parameters)
         self.statistics = Statistics(self.parameters, config)
         self.selection = UnitSelection(self.statistics, groups) if groups else WeightSelection(self.statistics)
         self.keep = {n: torch.ones(p.numel(), dtype=torch.bool, device=p.device) for n, p in self.parameters.items()}
@@ -79,7 +81,7 @@ class Pruner:
             FloatingPointError: If gradients were not finite in several windows in a row.
         """
         position = (self.clock + 1) % self.config.window
-        if position == 0:
+        if position == 0 and self.config.criterion == "platon":
             self._drop_bad_window()
         if not self.statistics.observe(position):
             raise RuntimeError(
@@ -95,13 +97,15 @@ class Pruner:
             return
         self.dropped += 1
         logger.warning(f"A gradient was NaN or infinite: the window up to step {self.clock} is left out.")
-        if self.dropped >= MAX_DROPPED or self.config.criterion != "platon":
-            raise FloatingPointError(
-                f"Gradients must be finite, but up to step {self.clock} some were not, in {self.dropped} windows of"
-                f" {self.config.window} steps in a row. Lower the learning rate, clip with `max_grad_norm`, or train"
-                " in bf16 instead of fp16."
-            )
+        if self.dropped >= MAX_DROPPED:
+            self._refuse_bad_gradients(f", in {self.dropped} windows of {self.config.window} steps in a row")
         self.statistics.forget_window()
+
+    def _refuse_bad_gradients(self, where: str = "") -> None:
+        raise FloatingPointError(
+            f"Gradients must be finite, but up to step {self.clock} some were not{where}. Lower the learning rate,"
+            " clip with `max_grad_norm`, or train in bf16 instead of fp16."
+        )
 
     def advance(self) -> None:
         """Count the step that was observed, and zero what the schedule says."""
@@ -109,13 +113,15 @@ class Pruner:
             return
         self._observed = False
         self.clock += 1
-        on_grid = self.clock % self.config.window == 0
-        if self.clock <= self.begin or not (on_grid or self.is_final):
+        self.statistics.remember(self.keep)
+        if self.clock <= self.begin:
             return
-        # Scores change at the end of a window, and the ratio until the final phase; in between the mask stays.
-        if on_grid or self.clock == self.end + 1:
+        # Scores are read at the end of a window, and the ratio changes until the final phase; in between masks stay.
+        on_grid = self.clock % self.config.window == 0
+        if on_grid or (self.is_final and self.ratio != self.config.final_ratio):
             self._renew_masks()
-        self.mask()
+        if self.statistics.restore() or on_grid or self.is_final:
+            self.mask()
 
     def mask(self) -> None:
         """Zero the weights that the last mask did not keep."""
@@ -123,6 +129,8 @@ class Pruner:
             apply_mask_(parameter.detach().view(-1), self.keep[name])
 
     def _renew_masks(self) -> None:
+        if self.config.criterion != "platon" and not self.statistics.is_finite():  # NaN cannot be ranked
+            self._refuse_bad_gradients()
         self.ratio = cubic_decay(self.clock, begin=self.begin, end=self.end, final=self.config.final_ratio)
         selection = self.selection.select_(self.keep, self.ratio)
         self.threshold, self.revived = selection.threshold, selection.revived / self.numel
@@ -157,16 +165,20 @@ class Pruner:
             for name, parameter in self.parameters.items()
         }
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, step: int) -> None:
         """Write everything that a resumed run needs into a checkpoint: the whole file or none of it.
+
+        Args:
+            folder: The checkpoint.
+            step: The Trainer's step, which also counts what was skipped.
 
         Raises:
             OSError: If the file cannot be written; what lay there before is left as it was.
         """
         tensors = {f"{kind}.{n}": t for kind, named in self.statistics.tensors.items() for n, t in named.items()}
         tensors |= {f"keep.{name}": keep for name, keep in self.keep.items()}
-        numbers = {key: getattr(self, key) for key in ("clock", "dropped", "ratio", "threshold", "revived")}
-        state = {"config": asdict(self.config), "total_steps": self.total_steps, "numbers": numbers}
+        numbers = {key: getattr(self, key) for key in NUMBERS}
+        state = {"config": asdict(self.config), "total_steps": self.total_steps, "step": step, "numbers": numbers}
         target, draft = folder / STATE_FILE, folder / f".{STATE_FILE}.draft"
         try:
             save_file(tensors, draft, metadata={"platon": json.dumps(state)})
@@ -179,13 +191,23 @@ class Pruner:
                 f"The state of the pruning cannot be written to {target}: {error}. Free some space."
             ) from error
 
-    def load(self, folder: Path, *, allow_changes: bool = False) -> None:
+    def load(self, folder: Path, step: int, *, allow_changes: bool = False) -> None:
         """Read what `save` wrote.
 
+        Args:
+            folder: The checkpoint.
+            step: The Trainer's step in that checkpoint.
+            allow_changes: Whether recipe and length of the run may have changed.
+
         Raises:
-            ValueError: If the file is missing or broken, or belongs to another model, recipe or length of run.
+            ValueError: If the file is missing or broken, or belongs to another step, model, recipe or length of run.
         """
         state, tensors = _read_state(folder / STATE_FILE)
+        if state["step"] != step:
+            raise ValueError(
+                f"{folder / STATE_FILE} must be of the step the Trainer resumes from, {step}, but it is of step"
+                f" {state['step']}. Pass the folder of that checkpoint as `resume_from`."
+            )
         changes = self.config.differences(state["config"])
         if state["total_steps"] != self.total_steps:
             changes.append(f"total steps: {state['total_steps']} -> {self.total_steps}")
@@ -210,10 +232,21 @@ class Pruner:
             setattr(self, key, value)
 
 
+def _refuse_scattered(parameters: dict[str, nn.Parameter]) -> None:
+    devices = {str(parameter.device) for parameter in parameters.values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"The pruned parameters must be on one device to be ranked together, got {sorted(devices)}. Load the model"
+            " without `device_map`."
+        )
+
+
 def _read_state(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(file, framework="pt") as opened:
             state = json.loads(opened.metadata()["platon"])
+            state = {key: state[key] for key in ("config", "total_steps", "step", "numbers")}
+            state["numbers"] = {key: state["numbers"][key] for key in NUMBERS}  # and no other attribute is ever set
             return state, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
     except FileNotFoundError as error:
         raise ValueError(

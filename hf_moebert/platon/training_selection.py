@@ -24,7 +24,7 @@ from .modeling_structure import UnitGroup
 
 
 # Tensors of each criterion: one of each for every pruned parameter, flat and in float32.
-STATISTICS = {"platon": ("window", "importance", "uncertainty"), "movement": ("movement",), "magnitude": ()}
+STATISTICS = {"platon": ("window", "importance", "uncertainty"), "movement": ("movement", "value"), "magnitude": ()}
 
 
 class Statistics:
@@ -40,6 +40,8 @@ class Statistics:
             kind: {name: torch.zeros(p.numel(), device=p.device) for name, p in parameters.items()}
             for kind in STATISTICS[config.criterion]
         }
+        for name, value in self.tensors.get("value", {}).items():
+            value.copy_(parameters[name].detach().view(-1))
         device = next(iter(parameters.values())).device
         self._scratch = torch.empty(next(chunks(1 << 30, device)).stop, device=device)
 
@@ -53,7 +55,8 @@ class Statistics:
             gradient = torch.zeros_like(weight) if parameter.grad is None else parameter.grad.reshape(-1)
             mine = [tensors[name] for tensors in self.tensors.values()]
             if self.config.criterion == "movement":
-                update_movement_(mine[0], weight, gradient)
+                movement, value = mine  # the value behind the mask: the gradient goes through it
+                update_movement_(movement, value, gradient)
             elif self.config.criterion == "platon" and position:
                 update_window_(mine[0], weight, gradient, position)
             elif self.config.criterion == "platon":
@@ -63,14 +66,30 @@ class Statistics:
         return seen
 
     def is_finite(self) -> bool:
-        """Whether every gradient of the window, or of the run where there are no windows, was finite."""
-        tensors = next(iter(self.tensors.values()), {}).values()
-        return not tensors or bool(torch.stack([tensor.sum() for tensor in tensors]).isfinite().all())
+        """Whether every gradient of the window was finite; of the run, or the weights, where there are no windows."""
+        tensors = next(iter(self.tensors.values()), self.parameters).values()
+        return bool(torch.stack([tensor.detach().sum(dtype=torch.float32) for tensor in tensors]).isfinite().all())
 
     def forget_window(self) -> None:
         """Make the window say what the averages say, so that they stay what they are when they take it in."""
         for name, window in self.tensors["window"].items():
             window.copy_(self.tensors["importance"][name])
+
+    def remember(self, keep: Mapping[str, Tensor]) -> None:
+        """Note the values of the weights that are kept; those behind the mask stay what they were.
+
+        Only movement pruning lets a weight come back as it went.
+        """
+        for name, value in self.tensors.get("value", {}).items():
+            weight = self.parameters[name].detach().view(-1).float()
+            torch.where(keep[name], weight, value, out=value)
+
+    def restore(self) -> bool:
+        """Give the weights their noted values back, if they were noted; say whether they were."""
+        values = self.tensors.get("value", {})
+        for name, value in values.items():
+            self.parameters[name].detach().view(-1).copy_(value)
+        return bool(values)
 
     def score(self, name: str, part: slice) -> Tensor:
         """Score a flat slice of a parameter, `(n,)`; the next call may overwrite the result."""

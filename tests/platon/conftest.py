@@ -1,9 +1,12 @@
 """What the tests of pruning share: tiny models, tiny data, and a Trainer that leaves no traces."""
 
+import logging
+
 import pytest
 import torch
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import logging as host_logging
 
 from hf_moebert.platon import PlatonConfig, PlatonPruningCallback
 
@@ -38,6 +41,15 @@ def tiny_data():
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(20, (64, 6), generator=generator)
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 0] < 10).long().tolist()})
+
+
+@pytest.fixture
+def warnings_of_host(caplog):
+    """What the host and this package said, also what they say once per process."""
+    logging.Logger.warning_once.cache_clear()
+    host_logging.enable_propagation()
+    yield caplog
+    host_logging.disable_propagation()
 
 
 @pytest.fixture

@@ -71,7 +71,10 @@ def test_command_line():
         ({"modules": "bert"}, r"`modules` must list paths of modules, got 'bert'"),
         ({"modules": [""]}, r"`modules` must list paths of modules"),
         ({"include_bias": "yes"}, r"`include_bias` must be True or False, got 'yes'"),
-        ({"granularity": "structured", "reference_parity": True}, r"`reference_parity` must be False"),
+        ({"granularity": "structured", "reference_parity": True}, r"`reference_parity` must be False with"),
+        ({"granularity": "structured", "modules": ["bert"]}, r"`modules` must be None with granularity 'structured'"),
+        ({"granularity": "structured", "min_keep": 0.1}, r"`min_keep` must be 0 with"),
+        ({"granularity": "structured", "include_bias": True}, r"`include_bias` must be False with"),
     ],
 )
 def test_refusals(changes, message):
@@ -83,3 +86,5 @@ def test_differences_are_named():
     config = PlatonConfig(final_ratio=0.2)
     assert config.differences(vars(PlatonConfig(final_ratio=0.2)) | {}) == []
     assert config.differences(vars(PlatonConfig())) == ["final_ratio: 0.1 -> 0.2"]
+    older = {key: value for key, value in vars(config).items() if key != "criterion"} | {"gone": 1}
+    assert config.differences(older) == ["criterion: None -> 'platon'", "gone: 1 -> None"]

@@ -170,6 +170,11 @@ def test_a_rank_must_exist(k):
         kth_smallest(score_of([torch.rand(10)]), [10], k, CPU)
 
 
+def test_what_is_no_number_is_not_ranked():
+    with pytest.raises(FloatingPointError, match="must give numbers, got NaN"):
+        kth_smallest(score_of([torch.tensor([1.0, math.nan, math.nan])]), [3], 3, CPU)
+
+
 @settings(deadline=None)
 @given(SCORES, st.data())
 def test_exactly_so_many_zeros_and_they_are_the_smallest(scores, data):

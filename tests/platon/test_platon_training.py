@@ -141,7 +141,9 @@ def test_exactly_as_sparse_as_asked_for(tiny_bert, make_trainer, criterion, chan
         assert {spy.after_step[step] for step in range(15, 21)} == {zeros}  # steps of the final phase
         assert {spy.at_evaluation[step] for step in range(15, 21)} == {zeros}
         assert spy.after_step[12] == round((1 - cubic_decay(12, begin=2, end=14, final=0.3)) * numel)
-        assert spy.after_step[1] == spy.after_step[13] == 0  # masks are soft in time: between two, weights grow back
+        # masks are soft in time: between two, weights grow back, but for movement, whose mask is always there
+        assert spy.after_step[13] == (spy.after_step[12] if criterion == "movement" else 0)
+        assert spy.after_step[1] == 0
     if "min_keep" in changes:
         assert all(keep.float().mean() >= 0.2 for keep in pruner.keep.values())
 
@@ -180,6 +182,45 @@ def test_weights_come_back(tiny_bert, make_trainer):
     trainer = make_trainer(tiny_bert(), max_steps=40)
     trainer.train()
     assert max(entry["platon_revived"] for entry in trainer.state.log_history) > 0
+
+
+def test_movement_is_that_of_weights_behind_a_mask(tiny_bert, make_trainer):
+    """A loop in plain torch with a mask in the forward pass: scores, masks and values are the same."""
+    trainer = make_trainer(tiny_bert(), {"criterion": "movement"}, optim="sgd", max_grad_norm=0.0)
+    model = copy.deepcopy(trainer.model)
+    batches = record_batches(trainer)
+    trainer.train()
+
+    names = list(pruner_of(trainer).parameters)
+    weights = dict(model.named_parameters())
+    values = {n: weights[n].detach().clone() for n in names}
+    movement, keep = ({n: torch.zeros_like(weights[n]) for n in names} for _ in range(2))
+    model.train()
+    for t, batch in enumerate(batches, start=1):
+        model(**batch).loss.backward()
+        with torch.no_grad():
+            for name, weight in weights.items():
+                step = 1e-2 * (20 - t + 1) / 20 * weight.grad
+                if name not in names:
+                    weight -= step
+                else:
+                    movement[name] -= values[name] * weight.grad
+                    values[name] -= step * (keep[name] if t > 3 else 1)
+            ratio = cubic_decay(t, begin=2, end=14, final=0.3)
+            if t > 2 and (t % 3 == 0 or t == 15):
+                scores = torch.cat([movement[n].flatten() for n in names])
+                flat = torch.ones_like(scores)
+                flat[scores.argsort(stable=True)[: round((1 - ratio) * len(scores))]] = 0
+                keep = {
+                    n: m.view_as(values[n])
+                    for n, m in zip(names, flat.split([values[n].numel() for n in names]), strict=True)
+                }
+            for n in names:
+                weights[n].copy_(values[n] * keep[n] if t > 2 else values[n])
+        model.zero_grad()
+    for n in names:
+        torch.testing.assert_close(trainer.model.get_parameter(n), weights[n], rtol=1e-4, atol=1e-6)
+        assert torch.equal(trainer.model.get_parameter(n) == 0, keep[n] == 0)
 
 
 def test_equal_scores_are_pruned_by_position(tiny_bert):
