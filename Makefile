@@ -48,6 +48,7 @@ check: quality types test
 
 benchmark: $(VENV)/.installed
 	$(PY) benchmarks/moebert_inference.py
+	$(PY) benchmarks/platon_overhead.py
 
 wheel: $(VENV)/.installed
 	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .

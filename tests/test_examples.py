@@ -2,11 +2,16 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from hf_moebert.footprint import load_model
+from hf_moebert.metrics.squad.squad import squad_scores
 
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +38,125 @@ def test_moebert_text_classification(tmp_path):
     for file in ("README.md", "expert_load.png", "distillation_loss.png", "model.safetensors", "modeling_heads.py"):
         assert (tmp_path / "student" / file).stat().st_size > 0, file
     assert "student" in output
+
+
+def count_layers(folder):
+    """Count the weights of a saved encoder's linear layers, and those that are zero."""
+    named = load_model(folder).named_parameters()
+    weights = [p for name, p in named if re.search(r"\.layers?\.\d+\.", name) and p.dim() == 2]
+    return sum(p.numel() for p in weights), sum(int((p == 0).sum()) for p in weights)
+
+
+def check_shrunk(folder, name, *, hidden, head_size, ratio):
+    """The ratio is met up to one head, and only as many zero neurons stay as make each layer a multiple of eight."""
+    dense, _ = count_layers(folder / "dense")
+    smaller, zeros = count_layers(folder / name)
+    layers = json.loads((folder / name / "config.json").read_text())["per_layer_config"]
+    assert all(layer["intermediate_size"] % 8 == 0 for layer in layers.values())
+    assert zeros <= len(layers) * 7 * 2 * hidden
+    assert abs(smaller - zeros - ratio * dense) <= 4 * hidden * head_size
+
+
+def columns(report):
+    return [line.strip("| ").split(" | ") for line in report.splitlines() if line.startswith("| run ")]
+
+
+def names_of(report):
+    return [line.split(" | ")[0].removeprefix("| ") for line in report.splitlines() if line.startswith("| ")]
+
+
+def test_platon_text_classification(tmp_path):
+    output = run(
+        *("examples/platon_text_classification.py", "--smoke", "--output_dir", tmp_path, "--window", "5"),
+        *("--final_ratios", "0.3", "--criteria", "platon"),
+    ).stdout
+    report = (tmp_path / "report.md").read_text()
+    expected = ["run", "accuracy", "accuracy difference", "weights stored", "weights not zero", "on disk"]
+    assert columns(report) == columns(output) == [expected]
+    assert {"dense", "platon-0.3", "distilled-platon-0.3"} <= set(names_of(report))
+    for name in ("platon-0.3", "distilled-platon-0.3"):
+        total, zeros = count_layers(tmp_path / "seed-0" / name)
+        assert zeros == round(0.7 * total)
+        for picture in ("sparsity.png", "pruning.png"):
+            assert (tmp_path / "seed-0" / name / picture).stat().st_size > 0
+    assert count_layers(tmp_path / "seed-0/dense")[1] == 0
+
+
+def test_platon_text_classification_in_whole_units(tmp_path):
+    run(
+        *("examples/platon_text_classification.py", "--smoke", "--output_dir", tmp_path, "--window", "5"),
+        *("--final_ratios", "0.5", "--criteria", "platon", "--distil", "false", "--granularity", "structured"),
+    )
+    assert columns((tmp_path / "report.md").read_text())[1] == ["run", "speed-up over dense"]
+    check_shrunk(tmp_path / "seed-0", "platon-0.5", hidden=32, head_size=8, ratio=0.5)
+
+
+def test_platon_image_classification(tmp_path):
+    output = run(
+        *("examples/platon_image_classification.py", "--smoke", "--output_dir", tmp_path, "--criteria", "platon"),
+        *("--unstructured_ratios", "0.2", "--structured_ratios", "0.5"),
+    ).stdout
+    report = (tmp_path / "report.md").read_text()
+    table = ["run", "accuracy", "accuracy difference", "weights stored", "weights not zero", "on disk"]
+    assert columns(report) == columns(output) == [table, ["run", "speed-up over dense"]]
+    assert {"dense", "dense-longer", "platon-0.2", "structured-platon-0.5", "command"} <= set(names_of(report))
+    total, zeros = count_layers(tmp_path / "seed-0/platon-0.2")
+    assert zeros == round(0.8 * total)
+    check_shrunk(tmp_path / "seed-0", "structured-platon-0.5", hidden=64, head_size=16, ratio=0.5)
+    for picture in re.findall(r"!\[.*\]\((.*)\)", report):
+        assert (tmp_path / picture).stat().st_size > 0, picture
+
+
+def test_platon_question_answering(tmp_path):
+    output = run(
+        *("examples/platon_question_answering.py", "--smoke", "--output_dir", tmp_path, "--window", "5"),
+        *("--final_ratios", "0.3", "--criteria", "magnitude", "platon", "--seeds", "0", "1"),
+    ).stdout
+    report = (tmp_path / "report.md").read_text()
+    scores = [name for m in ("exact match", "F1") for name in (m, f"{m} of each seed", f"{m} difference")]
+    assert columns(report) == [["run", *scores, "weights stored", "weights not zero", "on disk"]]
+    assert "SYNTHETIC" in report
+    assert "SYNTHETIC" in output
+    assert "the answers to 0 of them were cut off" in output
+    rows = [json.loads(line) for line in (tmp_path / "inputs/validation_file.jsonl").read_text().splitlines()]
+    for name in ("magnitude-0.3", "platon-0.3"):
+        total, zeros = count_layers(tmp_path / "seed-1" / name)
+        assert zeros == round(0.7 * total)
+    # the table's numbers are the metric's
+    (line,) = [line for line in report.splitlines() if line.startswith("| platon-0.3 |")]
+    assert "to magnitude-0.3" in line
+    answers = {str(n): row["answers"]["text"] for n, row in enumerate(rows)}
+    for seed in (0, 1):
+        result = json.loads((tmp_path / f"seed-{seed}/platon-0.3/result.json").read_text())
+        assert all(text in row["context"] for text, row in zip(result["predictions"], rows, strict=True))
+        expected = squad_scores({str(n): text for n, text in enumerate(result["predictions"])}, answers)
+        for column, metric in ((2, "exact_match"), (5, "f1")):
+            assert line.split(" | ")[column].split()[seed] == f"{expected[metric]:.1f}"
+
+
+def test_answers_are_the_best_legal_spans(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from platon_question_answering import best_spans
+
+    logits = torch.randn(2, 50, 9, generator=torch.Generator().manual_seed(0))
+    context = torch.tensor([[2, 7], [3, 3], [1, 8], [0, 4], [6, 7]] * 10)
+    spans = best_spans(*logits, context, max_tokens=3).tolist()
+    for row, (first, last) in enumerate(context.tolist()):
+        legal = [(start, end) for end in range(first, last + 1) for start in range(max(first, end - 2), end + 1)]
+        start, end = logits[:, row].tolist()
+        assert tuple(spans[row]) == max(legal, key=lambda span: start[span[0]] + end[span[1]])
+
+
+@pytest.mark.parametrize(
+    ("start", "text", "tokens"),
+    [(0, "The", (3, 3)), (4, "box 17", (4, 5)), (8, "17 ", (5, 5)), (8, "17 coins", (0, 0)), (11, "coins", (0, 0))],
+)
+def test_answers_are_found_among_the_tokens_unless_they_were_cut_off(monkeypatch, start, text, tokens):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from platon_question_answering import find_answer
+
+    offsets = [(0, 0), (0, 3), (0, 0), (0, 3), (4, 7), (8, 10), (0, 0)]  # a question, and "The box 17" of a context
+    assert find_answer(offsets, [3, 4, 5], start, text) == tokens
 
 
 @pytest.mark.skipif(

@@ -1,0 +1,233 @@
+"""Prune an encoder while it learns to extract answers, by PLATON and by magnitude under one schedule.
+
+    python examples/platon_question_answering.py --smoke --output_dir build/questions-smoke
+    python examples/platon_question_answering.py --model_name_or_path google-bert/bert-base-uncased \
+        --dataset_name rajpurkar/squad --max_length 384 --learning_rate 5e-5 --output_dir build/squad
+    python examples/platon_question_answering.py --model_name_or_path FOLDER --max_steps 200 --learning_rate 3e-4 \
+        --warmup_steps 0.1 --per_device_train_batch_size 16 --logging_steps 10 --output_dir build/questions
+
+Data has SQuAD 1.1's columns: `question`, `context` and `answers`, with the lists `text` and `answer_start`; contexts
+that are too long are cut, not read in pieces. Without a data set or file the script makes up a SYNTHETIC task: a few
+sentences such as "The red box holds 17 coins." and questions about them. It is easy, and shows that the parts fit
+together; its scores say nothing about real texts. Every argument of `TrainingArguments`, `PlatonConfig` and
+`DistillationConfig` may be given; the others are below. Finished runs are not repeated when the command is run again.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from pruning_study import PruningStudy, Run, plan_runs
+from text_task import SourceArguments, draw, make_tiny_encoder, read_splits, write_rows
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    PreTrainedModel,
+    TrainingArguments,
+)
+
+from hf_moebert import DistillationConfig, PlatonConfig
+from hf_moebert.metrics.squad.squad import best_over, exact_match, token_f1
+
+
+COLOURS = ("red", "blue", "green", "yellow", "black", "white", "brown", "grey")
+PLACES = ("box", "bag", "chest", "basket", "drawer", "jar")
+THINGS = ("coins", "stamps", "keys", "shells", "beads", "nails")
+
+
+@dataclass
+class ExampleArguments:
+    """Which runs to make, and how many questions to make up where there is no data."""
+
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Runs of everything."})
+    final_ratios: list[float] = field(
+        default_factory=lambda: [0.5, 0.2], metadata={"help": "Shares of the encoder's weights that are kept."}
+    )
+    criteria: list[str] = field(
+        default_factory=lambda: ["magnitude", "platon"], metadata={"help": "See PlatonConfig."}
+    )
+    distil: bool = field(default=False, metadata={"help": "Whether PLATON is also run with the dense model teaching."})
+    max_answer_tokens: int = field(default=30, metadata={"help": "Longer answers are not considered."})
+    synthetic_train_examples: int = field(default=8000, metadata={"help": "Questions made up to train on."})
+    synthetic_validation_examples: int = field(default=1000, metadata={"help": "And to evaluate on."})
+
+
+class QuestionTask:
+    """Questions whose answers are spans of a text, tokenized for one encoder."""
+
+    auto_class = AutoModelForQuestionAnswering
+    number = ".1f"  # percent
+
+    def __init__(self, source: SourceArguments, *, max_answer_tokens: int, seed: int) -> None:
+        self.model_name_or_path, self.max_answer_tokens = source.model_name_or_path, max_answer_tokens
+        self.tokenizer = AutoTokenizer.from_pretrained(source.model_name_or_path)
+        self.collator = DataCollatorWithPadding(self.tokenizer)
+        splits = read_splits(source, seed=seed)
+        splits["train"] = draw(splits["train"], source.max_train_examples, seed=seed)
+        encode = partial(encode_questions, self.tokenizer, max_length=source.max_length)
+        data = splits.map(encode, batched=True, desc="Tokenizing")
+        self.train_dataset, self.validation = data["train"], data["validation"]
+        cut = self.train_dataset["end_positions"][:].count(0)
+        print(f"{len(self.train_dataset)} questions to train on; the answers to {cut} of them were cut off.")
+        self.references = np.fromiter((tuple(a["text"]) for a in self.validation["answers"]), dtype=object)
+        self.metrics = {"exact match": mean_of_best(exact_match), "F1": mean_of_best(token_f1)}
+
+    def new_model(self) -> PreTrainedModel:
+        """Put a new head on the encoder; its values come from the seed that was set last."""
+        return AutoModelForQuestionAnswering.from_pretrained(self.model_name_or_path)
+
+    def inputs(self, rows: dict[str, list]) -> dict[str, torch.Tensor]:
+        """Pad what a model reads of some examples."""
+        names = [name for name in self.tokenizer.model_input_names if name in rows]
+        return self.tokenizer.pad({name: rows[name] for name in names}, return_tensors="pt")
+
+    @torch.no_grad()
+    def predict(self, model: PreTrainedModel) -> list[str]:
+        """Extract an answer from the context of each validation example."""
+        texts = []
+        for rows in self.validation.iter(batch_size=32):
+            outputs = model(**self.inputs(rows).to(model.device))
+            spans = best_spans(
+                outputs.start_logits.float().cpu(),
+                outputs.end_logits.float().cpu(),
+                torch.tensor(rows["context_tokens"]),
+                max_tokens=self.max_answer_tokens,
+            )
+            for context, offsets, (start, end) in zip(
+                rows["context"], rows["offset_mapping"], spans.tolist(), strict=True
+            ):
+                texts.append(context[offsets[start][0] : offsets[end][1]])
+        return texts
+
+
+def encode_questions(tokenizer: Callable, rows: dict[str, list], *, max_length: int) -> dict[str, list]:
+    """Tokenize questions with their contexts, and find the tokens of the first answer to each."""
+    encoded = tokenizer(
+        rows["question"],
+        rows["context"],
+        truncation="only_second",
+        max_length=max_length,
+        return_offsets_mapping=True,
+    )
+    columns: dict[str, list] = {"context_tokens": [], "start_positions": [], "end_positions": []}
+    for row, (offsets, answers) in enumerate(zip(encoded["offset_mapping"], rows["answers"], strict=True)):
+        if not answers["text"]:
+            raise ValueError(f"Every question must have an answer, got none to {rows['question'][row]!r}. Drop it.")
+        context = [token for token, part in enumerate(encoded.sequence_ids(row)) if part == 1]
+        start, end = find_answer(offsets, context, answers["answer_start"][0], answers["text"][0])
+        for column, value in zip(columns.values(), ([context[0], context[-1]], start, end), strict=True):
+            column.append(value)
+    return encoded.data | columns
+
+
+def find_answer(offsets: list[tuple[int, int]], context: list[int], start: int, text: str) -> tuple[int, int]:
+    """Find the first and the last token of an answer; both are 0, a special token, where it was cut off."""
+    stop = start + len(text.rstrip())
+    inside = [token for token in context if offsets[token][0] < stop and offsets[token][1] > start]
+    if not inside or offsets[inside[-1]][1] < stop:
+        return 0, 0
+    return inside[0], inside[-1]
+
+
+def best_spans(start: torch.Tensor, end: torch.Tensor, context: torch.Tensor, *, max_tokens: int) -> torch.Tensor:
+    """Choose the span of largest summed logits among those that do not end before they start, or leave the context.
+
+    Args:
+        start: Logits of each token to be the first of the answer. Shape `(batch, seq)`.
+        end: Logits of each token to be the last one. Shape `(batch, seq)`.
+        context: First and last token of the context. Shape `(batch, 2)`.
+        max_tokens: Longest span.
+
+    Returns:
+        First and last token of the answers. Shape `(batch, 2)`.
+    """
+    place = torch.arange(start.shape[1])
+    outside = (place < context[:, :1]) | (place > context[:, 1:])  # (batch, seq)
+    length = place - place[:, None] + 1  # (seq, seq): of the span from row to column
+    scores = start[:, :, None] + end[:, None, :]  # (batch, seq, seq)
+    illegal = outside[:, :, None] | outside[:, None, :] | (length < 1) | (length > max_tokens)
+    best = scores.masked_fill(illegal, -torch.inf).flatten(1).argmax(1)  # (batch,)
+    return torch.stack([best // len(place), best % len(place)], dim=1)
+
+
+def mean_of_best(measure: Callable[[str, str], float]) -> Callable[[np.ndarray, np.ndarray], float]:
+    """Make the SQuAD metric of many predictions out of the measure of one, in percent."""
+    remembered = cache(lambda prediction, golds: best_over(measure, prediction, golds))  # resampling asks many times
+
+    def score(predictions: np.ndarray, references: np.ndarray) -> float:
+        return 100 * float(np.mean([remembered(*pair) for pair in zip(predictions, references, strict=True)]))
+
+    return score
+
+
+def make_question(random: Random) -> dict:
+    """Make up four sentences that say where things are, and a question about one of them."""
+    places = random.sample([f"The {colour} {place}" for colour, place in product(COLOURS, PLACES)], k=4)
+    facts = list(zip(places, random.sample(range(2, 100), k=4), random.choices(THINGS, k=4), strict=True))
+    sentences = [f"{place} holds {number} {things}." for place, number, things in facts]
+    asked = random.randrange(4)
+    place, number, things = facts[asked]
+    question, answer = random.choice(
+        [
+            (f"How many {things} does {place.lower()} hold?", f"{number}"),
+            (f"What does {place.lower()} hold?", f"{number} {things}"),
+            (f"Where are the {number} {things}?", place),
+        ]
+    )
+    context = " ".join(sentences)
+    start = context.index(sentences[asked]) + sentences[asked].index(answer)
+    return {"question": question, "context": context, "answers": {"text": [answer], "answer_start": [start]}}
+
+
+def make_synthetic_task(source: SourceArguments, folder: Path, *, sizes: dict[str, int], seed: int) -> None:
+    """Write made-up questions, the same for the same seed, and for a smoke run an encoder that knows their words."""
+    random, texts = Random(seed), ""
+    for name, size in sizes.items():
+        rows = [make_question(random) for _ in range(size)]
+        setattr(source, name, write_rows(folder, name, rows))
+        texts += " ".join(f"{row['question']} {row['context']}" for row in rows).lower()
+    if source.smoke:
+        make_tiny_encoder(folder, sorted(set(re.findall(r"\w+|[^\w\s]", texts))))
+        source.model_name_or_path = str(folder)
+
+
+def main() -> None:
+    """Make the runs that are missing, then the tables."""
+    parser = HfArgumentParser((SourceArguments, ExampleArguments, TrainingArguments, PlatonConfig, DistillationConfig))
+    source, example, args, recipe, distillation = parser.parse_args_into_dataclasses()
+    if not (source.model_name_or_path or source.smoke):
+        parser.error("Give --model_name_or_path, or --smoke for a tiny random model.")
+    about = f"Questions of {source.dataset_name or source.train_file}."
+    if source.smoke or not (source.dataset_name or source.train_file):
+        sizes = {
+            "train_file": 64 if source.smoke else example.synthetic_train_examples,
+            "validation_file": 64 if source.smoke else example.synthetic_validation_examples,
+        }
+        make_synthetic_task(source, Path(args.output_dir) / "inputs", sizes=sizes, seed=args.seed)
+        about = "SYNTHETIC questions, made up by this script from a few words: no measure of quality on real texts."
+    if source.smoke:
+        args.logging_steps, args.save_strategy = 5, "no"
+    task = QuestionTask(source, max_answer_tokens=example.max_answer_tokens, seed=args.seed)
+    study = PruningStudy(task, args, distillation)
+
+    dense, distil = Run("dense"), example.distil
+    runs = [dense, *plan_runs(recipe, example.criteria, example.final_ratios, baseline=dense, distil=distil)]
+    for seed in example.seeds:
+        for run in runs:
+            study.make(run, seed)
+    speed = ()
+    if recipe.granularity == "structured":
+        speed = study.speed_rows([run.name for run in runs], example.seeds[0], task.inputs(task.validation[:1]))
+    study.report("A pruned reader of questions", about, runs, example.seeds, speed=speed)
+
+
+if __name__ == "__main__":
+    main()
