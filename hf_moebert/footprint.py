@@ -103,7 +103,9 @@ def _count_active(model: nn.Module) -> int:
 
 
 def _count_bytes(folder: Path) -> int:
-    sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]
+    # a Trainer's checkpoint may hold the state of a callback besides: no part of the model
+    files = [file for file in folder.glob("*.safetensors") if not file.stem.endswith("_state")]
+    sizes = [file.stat().st_size for file in files]
     if not sizes:
         raise ValueError(
             f"`folder` must hold the model's *.safetensors files, got {str(folder)!r}. Save the model there first."

@@ -175,7 +175,14 @@ def test_published_folder_comes_back_whole(loopback_hub, checkpoint, tmp_path): 
         (checkpoint / name).write_text(name)
     published = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     (checkpoint / "checkpoint-5").mkdir()
-    for name in ("training_args.bin", "trainer_state.json", "optimizer.pt", "rng_state.pth", ".env"):
+    for name in (
+        "training_args.bin",
+        "trainer_state.json",
+        "optimizer.pt",
+        "platon_state.safetensors",
+        "rng_state.pth",
+        ".env",
+    ):
         (checkpoint / "checkpoint-5" / name).write_text("stays behind")
         (checkpoint / name).write_text("stays behind")
 

@@ -30,7 +30,7 @@ class PlatonPruningCallback(TrainerCallback):
 
     Logs hold the scheduled ratio, the real share of zeros, the threshold and the share of revived weights as
     `platon_*`; `trainer.state.log_history` also holds the sparsity of each parameter. Every checkpoint gets the
-    statistics in `platon.safetensors`, and a resumed run goes on as if it had never stopped.
+    statistics in `platon_state.safetensors`, and a resumed run goes on as if it had never stopped.
 
     Args:
         config: The recipe; by default `PlatonConfig()`.

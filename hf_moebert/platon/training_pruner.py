@@ -24,7 +24,7 @@ from .training_selection import Statistics, UnitSelection, WeightSelection
 
 logger = logging.get_logger(__name__)
 
-STATE_FILE = "platon.safetensors"
+STATE_FILE = "platon_state.safetensors"
 NUMBERS = ("clock", "dropped", "ratio", "threshold", "revived")  # attributes of `Pruner` in that file
 MAX_DROPPED = 3  # windows in a row with a gradient that was not finite
 

@@ -186,7 +186,7 @@ def test_a_broken_state_is_refused(tiny_bert, make_trainer, interrupted, kind):
 
 def test_a_checkpoint_of_a_run_without_pruning_is_refused(tiny_bert, make_trainer, folder):
     make_trainer(tiny_bert(), False, **saving(save_steps=10)).train()
-    with pytest.raises(ValueError, match=r"platon.safetensors, but .* or nothing was pruned in that run"):
+    with pytest.raises(ValueError, match=r"platon_state.safetensors, but .* or nothing was pruned in that run"):
         make_trainer(tiny_bert()).train(resume_from_checkpoint=str(folder / "checkpoint-10"))
 
 
@@ -284,7 +284,9 @@ def test_a_full_disk_leaves_the_old_file(tiny_bert, make_trainer, folder, monkey
     make_trainer(tiny_bert(), **saving(save_steps=10)).train()
     before = (folder / "checkpoint-10" / STATE_FILE).read_bytes()
     monkeypatch.setattr(training_pruner, "save_file", fail)
-    with pytest.raises(OSError, match=r"cannot be written to .*checkpoint-10/platon.safetensors: .*Free some space"):
+    with pytest.raises(
+        OSError, match=r"cannot be written to .*checkpoint-10/platon_state.safetensors: .*Free some space"
+    ):
         make_trainer(tiny_bert(), **saving(save_steps=10)).train()
     assert (folder / "checkpoint-10" / STATE_FILE).read_bytes() == before
     assert list((folder / "checkpoint-10").glob(".*")) == []
