@@ -32,7 +32,7 @@ class OverheadArguments:
     """How often to time what."""
 
     rounds: int = field(default=10, metadata={"help": "Timed rounds of statistics, threshold and masks."})
-    step_rounds: int = field(default=2, metadata={"help": "Timed whole training steps; 0 leaves them out."})
+    step_rounds: int = field(default=3, metadata={"help": "Timed whole training steps; 0 leaves them out."})
     batch: int = field(default=32, metadata={"help": "Sequences of a training step."})
     seq: int = field(default=128, metadata={"help": "Tokens of each of them."})
     final_ratio: float = field(default=0.1, metadata={"help": "Share of the weights kept."})
@@ -141,19 +141,25 @@ def time_parts(pruner: Pruner, rounds: int) -> tuple[dict[str, np.ndarray], list
     return times, rows
 
 
-def time_step(model: BertForSequenceClassification, args: OverheadArguments) -> np.ndarray:
-    """Time whole training steps without pruning."""
+def time_steps(model: BertForSequenceClassification, pruner: Pruner, args: OverheadArguments) -> dict[str, np.ndarray]:
+    """Time whole training steps, without pruning and in its final phase."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     ids = torch.randint(model.config.vocab_size, (args.batch, args.seq))
     labels = torch.randint(2, (args.batch,))
 
-    def step() -> None:
+    def step(*, prune: bool) -> None:
         model(input_ids=ids, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        with torch.no_grad():
+            if prune:
+                pruner.observe()
+            optimizer.step()
+            if prune:
+                pruner.advance()
         optimizer.zero_grad()
 
-    return time_rounds({"step": step}, rounds=args.step_rounds, warmup=1, clock="cpu")["step"]
+    calls = {"plain": partial(step, prune=False), "pruned": partial(step, prune=True)}
+    return time_rounds(calls, rounds=args.step_rounds, warmup=1, clock="cpu")
 
 
 def overhead_rows(parts: Mapping[str, np.ndarray], step: np.ndarray, window: int) -> list[dict[str, str]]:
@@ -180,9 +186,12 @@ def main(args: OverheadArguments) -> None:
     print(f"\n{pruner.numel:,} scalars in {len(pruner.parameters)} tensors, {args.rounds} rounds\n")
     print(markdown_table(rows))
     if args.step_rounds:
-        step = time_step(model, args)
+        steps = time_steps(model, pruner, args)
         print(f"\nBERT-base, {args.batch} x {args.seq}, mean over a window of {pruner.config.window} steps\n")
-        print(markdown_table(overhead_rows(times, step, pruner.config.window)))
+        print(markdown_table(overhead_rows(times, steps["plain"], pruner.config.window)))
+        ratio = compare_times(steps, baseline="pruned", clock="cpu")["plain"]
+        print(f"\nWhole steps in turns, {args.step_rounds} rounds: pruned / plain {ratio.median:.3f}")
+        print(f"[{ratio.low:.3f}, {ratio.high:.3f}]")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import copy
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,8 +116,10 @@ class PruningStudy:
 
     def make(self, run: Run, seed: int) -> None:
         """Train, prune and save a model, then load it again and evaluate that."""
-        folder = self.folder(run.name, seed)
+        folder, settings = self.folder(run.name, seed), self.settings(run)
         if (folder / "result.json").exists():
+            if (made := self.result(run.name, seed)["settings"]) != settings:
+                raise SystemExit(f"{folder} was made by {made}, not by {settings}. Choose another --output_dir.")
             return
         print(f"Seed {seed}: {run.name}", flush=True)
         trainer = self.train(run, seed)
@@ -132,9 +134,16 @@ class PruningStudy:
         result = {
             "predictions": self.task.predict(model),
             "sizes": {"stored": footprint.total, "not zero": footprint.nonzero, "bytes": footprint.bytes_on_disk},
+            "settings": settings,
             "command": " ".join(["python", *sys.argv]),
         }
         (folder / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+
+    def settings(self, run: Run) -> dict:
+        """Say what decides how a run ends, in a form that JSON knows."""
+        names = ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "bf16")
+        settings: dict[str, Any] = {name: getattr(self.args, name) for name in names}
+        return settings | {"recipe": None if run.recipe is None else asdict(run.recipe)}
 
     def train(self, run: Run, seed: int) -> Trainer:
         """Train with the stock Trainer, or with its one subclass if there is a teacher."""

@@ -147,12 +147,13 @@ def pack(
     output: Annotated[Path, typer.Argument(help="A new folder for the packed copy.")],
 ) -> None:
     """Write a copy that stores only what pruning left; `from_pretrained` loads it after `import hf_moebert`."""
+    from hf_moebert.footprint import count_bytes
     from hf_moebert.packing import pack_folder
 
     if not sys.stderr.isatty():
         _hide_progress()
     pack_folder(folder, output)
-    before, after = (sum(file.stat().st_size for file in path.glob("*.safetensors")) for path in (folder, output))
+    before, after = count_bytes(folder), count_bytes(output)
     typer.echo(f"{output}: {after:,} bytes of weights, {after / before:.0%} of {before:,}")
 
 

@@ -59,7 +59,7 @@ def measure_footprint(model: nn.Module, *, seq_len: int = 128, folder: str | Pat
         total=sum(parameter.numel() for parameter in parameters),
         active=_count_active(model),
         nonzero=None if on_meta else sum(int(torch.count_nonzero(parameter)) for parameter in parameters),
-        bytes_on_disk=None if folder is None else _count_bytes(Path(folder)),
+        bytes_on_disk=None if folder is None else count_bytes(Path(folder)),
         flops_per_token=_count_flops(model, seq_len) if _runs_on_ids(model) else None,
     )
 
@@ -102,7 +102,12 @@ def _count_active(model: nn.Module) -> int:
     return round(sum(parameter.numel() * fraction for parameter, fraction in fractions.items()))
 
 
-def _count_bytes(folder: Path) -> int:
+def count_bytes(folder: Path) -> int:
+    """Add up the files with the weights of a saved model.
+
+    Raises:
+        ValueError: If there are none.
+    """
     # a Trainer's checkpoint may hold the state of a callback besides: no part of the model
     files = [file for file in folder.glob("*.safetensors") if not file.stem.endswith("_state")]
     sizes = [file.stat().st_size for file in files]

@@ -110,7 +110,13 @@ def save_packed(model: PreTrainedModel, folder: str | PathLike[str], *, max_shar
     Raises:
         ValueError: If the weights are quantized, not in memory, or those of an adapter only.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     for wrong, what, remedy in (
+        (
+            not isinstance(model, PreTrainedModel),
+            "is no model of transformers",
+            "Merge an adapter: `merge_and_unload`",
+        ),
         (getattr(model, "hf_quantizer", None) is not None, "is quantized", "Pack the model in its own dtype"),
         (getattr(model, "_hf_peft_config_loaded", False), "has an adapter", "Merge or remove it"),
         (any(p.is_meta for p in model.parameters()), "has weights on the meta device", "Load it without offloading"),

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -388,3 +389,17 @@ def test_a_loaded_model_trains_with_the_stock_trainer(packed, tmp_path):
     model.save_pretrained(tmp_path / "trained")
     assert_equal_bits(AutoModelForSequenceClassification.from_pretrained(tmp_path / "trained"), model)
     assert not [name for name in load_file(tmp_path / "trained/model.safetensors") if name.endswith(".bitmask")]
+
+
+def test_a_compiled_model_is_saved_by_its_own_names(tmp_path):
+    model = make_bert()
+    save_packed(torch.compile(model, backend="eager"), tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # asked by peft
+def test_an_adapter_is_refused(tmp_path):
+    model = get_peft_model(make_bert(), LoraConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match="is no model of transformers. Merge adapters first"):
+        save_packed(model, tmp_path)

@@ -1,5 +1,6 @@
 """The recipe of a pruning run."""
 
+import json
 import math
 from dataclasses import dataclass, fields
 from typing import Any
@@ -21,8 +22,9 @@ class PlatonConfig:
     Raises:
         ValueError: If a value breaks the rule in its help text; the message names rule and remedy.
 
-    Source: Zhang et al. 2022, https://arxiv.org/abs/2206.12562. Everything from `granularity` on is our own design
-    but for `sensitivity_at`, `include_bias` and `reference_parity`, which tell the paper and its code apart.
+    Source: Zhang et al. 2022, https://arxiv.org/abs/2206.12562. `sensitivity_at`, `include_bias` and
+    `reference_parity` tell the paper and its code apart. Our own design are the defaults of `beta2` and of the
+    warm-ups, which the paper chooses for each task, and `granularity`, `modules`, `min_keep` and `balance_experts`.
     """
 
     final_ratio: float = HfArg(default=0.1, help="Share of the prunable weights kept at the end, in (0, 1].")
@@ -76,7 +78,8 @@ class PlatonConfig:
     )
     balance_experts: bool = HfArg(
         default=True,
-        help="Whether the experts of one layer count alike, so that few tokens alone do not prune an expert.",
+        help="Whether the experts of one layer count alike, so that few tokens alone do not prune an expert. Not for"
+        " movement, whose sums have a sign.",
     )
 
     def __post_init__(self) -> None:
@@ -96,6 +99,10 @@ class PlatonConfig:
         self._check_units()
 
     def _check_units(self) -> None:
+        if self.granularity == "2:4" and self.reference_parity:
+            raise ValueError(
+                "`reference_parity` must be False with granularity '2:4', got True. It leaves one weight too many."
+            )
         for name, default in (
             ("reference_parity", False),
             ("include_bias", False),
@@ -166,7 +173,7 @@ class PlatonConfig:
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Name the fields that differ from a saved recipe, with both values."""
-        mine = {field.name: getattr(self, field.name) for field in fields(self)}
+        mine = json.loads(json.dumps({field.name: getattr(self, field.name) for field in fields(self)}))
         pairs = {key: (other.get(key), mine.get(key)) for key in mine | other}
         return [f"{key}: {old!r} -> {new!r}" for key, (old, new) in pairs.items() if old != new]
 

@@ -301,6 +301,16 @@ def checksum(masks: Sequence[Tensor]) -> Tensor:
     return total
 
 
+def fingerprint(weight: Tensor) -> int:
+    """Sum the bits of a tensor, read as integers: equal for equal tensors, and hardly ever for others.
+
+    Args:
+        weight: Of a floating point type. Shape `(n,)`.
+    """
+    bits = weight.view(BITS[weight.element_size()])
+    return sum(int(bits[part].sum(dtype=torch.long)) for part in chunks(weight.numel(), weight.device))
+
+
 def _scratch(like: Tensor) -> Tensor:
     size = next(chunks(like.numel(), like.device), slice(0, 0))
     return torch.empty(size.stop - size.start, device=like.device)

@@ -61,9 +61,9 @@ def shrink(model: PreTrainedModel, *, multiple_of: int = 1) -> PreTrainedModel:
             f"`multiple_of` must be an integer of at least 1, got {multiple_of!r}. Use 8 for tensor cores."
         )
     groups = find_unit_groups(model)
-    classes = {cls.__bases__[1]: cls for cls in ShrunkModel.__subclasses__()}  # by the stock class
+    classes = _classes()
     cls = classes.get(type(model), type(model))
-    if cls not in classes.values():
+    if not can_shrink(model):
         raise ValueError(
             f"`model` must be one of {sorted(stock.__name__ for stock in classes)}, got {type(model).__name__}. Load "
             "the checkpoint with one of these, or shrink its body."
@@ -81,6 +81,15 @@ def shrink(model: PreTrainedModel, *, multiple_of: int = 1) -> PreTrainedModel:
         shrunk = cls(cls.config_class.from_dense(model.config, widths))
     shrunk.to(dtype=model.dtype, device=model.device).load_state_dict(cut_state(model, kept))
     return shrunk.train(model.training)
+
+
+def can_shrink(model: PreTrainedModel) -> bool:
+    """Whether there is a registered class for what `shrink` would leave of a model."""
+    return type(model) in _classes() or isinstance(model, ShrunkModel)
+
+
+def _classes() -> dict[type[PreTrainedModel], type["ShrunkModel"]]:
+    return {cls.__bases__[1]: cls for cls in ShrunkModel.__subclasses__()}  # by the stock class
 
 
 class ShrunkModel(PreTrainedModel):

@@ -108,8 +108,9 @@ class PlatonPruningCallback(TrainerCallback):
         logs: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        """Add the figures of the pruning to what is logged."""
-        if self.pruner is None or not state.is_world_process_zero or not state.log_history:
+        """Add the figures of the pruning to what is logged of training."""
+        # Not to an evaluation's: its logs are the metrics that searches optimise and model cards print.
+        if self.pruner is None or not state.is_world_process_zero or logs.keys().isdisjoint({"loss", "train_loss"}):
             return
         sparsity = self.pruner.measure_sparsity()
         sizes = {name: parameter.numel() for name, parameter in self.pruner.parameters.items()}
@@ -126,7 +127,7 @@ class PlatonPruningCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the statistics into the checkpoint."""
-        if not args.should_save:
+        if not args.should_save or args.save_only_model:
             return
         folder = _checkpoint(args, state)
         if folder.is_dir():

@@ -18,7 +18,8 @@ def find_prunable(model: nn.Module, config: PlatonConfig) -> dict[str, nn.Parame
 
     Args:
         model: Any model; frozen parameters are left out, tied ones count once.
-        config: Says in which modules; by default in the repeated layers, that is inside any `nn.ModuleList`.
+        config: Says in which modules; by default in the repeated layers, that is inside any `nn.ModuleList` of the
+            model without its head.
 
     Returns:
         Parameters by name, in the order of the model.
@@ -30,7 +31,10 @@ def find_prunable(model: nn.Module, config: PlatonConfig) -> dict[str, nn.Parame
     for path in config.modules or []:
         if path not in modules:
             raise ValueError(f"`modules` must be paths of modules of the model, got {path!r}. {_choices(modules)}")
-    roots = config.modules or [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+    body = set(getattr(model, "base_model", model).modules())
+    roots = config.modules or [
+        n for n, module in modules.items() if isinstance(module, nn.ModuleList) and module in body
+    ]
     found: dict[nn.Parameter, str] = {}
     for name, module in modules.items():
         if any(name == root or name.startswith(f"{root}.") for root in roots):
@@ -44,12 +48,7 @@ def find_prunable(model: nn.Module, config: PlatonConfig) -> dict[str, nn.Parame
         logger.warning(f"{len(found) - len(chosen)} of {len(found)} parameters are frozen and so not pruned.")
     if config.granularity == "2:4":
         _refuse_odd_widths(chosen)
-        for name in chosen:
-            if type(modules[name.rpartition(".")[0]]) is Conv1D:
-                raise ValueError(
-                    f"With granularity '2:4' the inputs must be the last dimension of a matrix, but `{name}` of a"
-                    " Conv1D has them first. Prune single weights with granularity 'unstructured'."
-                )
+        _refuse_transposed(chosen, modules)
     return chosen
 
 
@@ -95,4 +94,14 @@ def _refuse_odd_widths(parameters: dict[str, nn.Parameter]) -> None:
             raise ValueError(
                 f"With granularity '2:4' the width of every matrix must be a multiple of 4, `{name}` is"
                 f" {tuple(parameter.shape)}. Leave it out with `modules`, and biases with include_bias=False."
+            )
+
+
+def _refuse_transposed(parameters: dict[str, nn.Parameter], modules: dict[str, nn.Module]) -> None:
+    for name in parameters:
+        owner = modules[name.rpartition(".")[0]]
+        if type(owner) is Conv1D or getattr(owner, "is_transposed", False):
+            raise ValueError(
+                f"With granularity '2:4' the inputs must be the last dimension of a matrix, but `{name}` of a"
+                f" {type(owner).__name__} has them first. Prune single weights with granularity 'unstructured'."
             )

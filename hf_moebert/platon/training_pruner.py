@@ -16,7 +16,8 @@ from transformers.utils import logging
 
 from ..schedules import cubic_decay
 from .configuration_platon import PlatonConfig
-from .functional import apply_mask_, checksum
+from .functional import apply_mask_, checksum, fingerprint
+from .modeling_shrunk import can_shrink
 from .modeling_structure import find_unit_groups
 from .training_parameters import find_grouped, find_prunable
 from .training_selection import Statistics, UnitSelection, WeightSelection
@@ -59,6 +60,8 @@ class Pruner:
         groups = find_unit_groups(model) if config.granularity == "structured" else []
         self.parameters = find_grouped(model, groups) if groups else find_prunable(model, config)
         _refuse_scattered(self.parameters)
+        if groups and not can_shrink(model):
+            logger.warning(f"`shrink` cannot remove what is pruned in a {type(model).__name__}: it only gets zeros.")
         self.statistics = Statistics(self.parameters, config)
         self.selection = UnitSelection(self.statistics, groups) if groups else WeightSelection(self.statistics)
         self.keep = {n: torch.ones(p.numel(), dtype=torch.bool, device=p.device) for n, p in self.parameters.items()}
@@ -71,7 +74,7 @@ class Pruner:
     @property
     def is_final(self) -> bool:
         """Whether the final ratio has been reached, so that the weights are sparse after every step."""
-        return self.clock > self.end
+        return self.clock > self.end or self.config.final_ratio == 1
 
     def observe(self) -> None:
         """Take in the gradients of the step at hand, number `clock + 1`.
@@ -165,6 +168,11 @@ class Pruner:
             for name, parameter in self.parameters.items()
         }
 
+    def _fingerprint(self) -> int:
+        """Condense the weights to a number, by which a state is known to belong to them."""
+        total = sum(fingerprint(parameter.detach().view(-1)) for parameter in self.parameters.values())
+        return total % (1 << 62)
+
     def save(self, folder: Path, step: int) -> None:
         """Write everything that a resumed run needs into a checkpoint: the whole file or none of it.
 
@@ -177,8 +185,13 @@ class Pruner:
         """
         tensors = {f"{kind}.{n}": t for kind, named in self.statistics.tensors.items() for n, t in named.items()}
         tensors |= {f"keep.{name}": keep for name, keep in self.keep.items()}
-        numbers = {key: getattr(self, key) for key in NUMBERS}
-        state = {"config": asdict(self.config), "total_steps": self.total_steps, "step": step, "numbers": numbers}
+        state = {
+            "config": asdict(self.config),
+            "total_steps": self.total_steps,
+            "step": step,
+            "weights": self._fingerprint(),
+            "numbers": {key: getattr(self, key) for key in NUMBERS},
+        }
         target, draft = folder / STATE_FILE, folder / f".{STATE_FILE}.draft"
         try:
             save_file(tensors, draft, metadata={"platon": json.dumps(state)})
@@ -226,6 +239,11 @@ class Pruner:
                 f"{folder / STATE_FILE} must hold the statistics of this model and criterion, but these are missing,"
                 f" extra or of another shape: {', '.join(odd)}. Resume the run that wrote it."
             )
+        if state["weights"] != self._fingerprint():
+            raise ValueError(
+                f"{folder / STATE_FILE} must be of the checkpoint the Trainer resumes from, but it was saved beside"
+                " other weights. Pass the folder of that checkpoint as `resume_from`."
+            )
         for name, tensor in mine.items():
             tensor.copy_(tensors[name])
         for key, value in state["numbers"].items():
@@ -239,13 +257,18 @@ def _refuse_scattered(parameters: dict[str, nn.Parameter]) -> None:
             f"The pruned parameters must be on one device to be ranked together, got {sorted(devices)}. Load the model"
             " without `device_map`."
         )
+    for name, parameter in parameters.items():
+        if not parameter.is_contiguous():
+            raise ValueError(
+                f"The pruned parameters must be contiguous in memory, `{name}` is not. Assign its `.contiguous()`."
+            )
 
 
 def _read_state(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(file, framework="pt") as opened:
             state = json.loads(opened.metadata()["platon"])
-            state = {key: state[key] for key in ("config", "total_steps", "step", "numbers")}
+            state = {key: state[key] for key in ("config", "total_steps", "step", "weights", "numbers")}
             state["numbers"] = {key: state["numbers"][key] for key in NUMBERS}  # and no other attribute is ever set
             return state, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
     except FileNotFoundError as error:

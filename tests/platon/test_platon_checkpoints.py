@@ -240,9 +240,14 @@ def test_the_state_of_another_model_is_refused(tiny_bert, interrupted, sizes, re
 # What is on disk
 
 
-@pytest.mark.parametrize("save_only_model", [False, True])
-def test_every_checkpoint_of_the_final_phase_is_exactly_sparse(tiny_bert, make_trainer, folder, save_only_model):
-    trainer = make_trainer(tiny_bert(), **saving(save_only_model=save_only_model))
+def test_models_alone_have_no_state(tiny_bert, make_trainer, folder):
+    make_trainer(tiny_bert(), **saving(save_steps=20, save_only_model=True)).train()
+    assert (folder / "checkpoint-20" / "model.safetensors").exists()
+    assert not (folder / "checkpoint-20" / STATE_FILE).exists()
+
+
+def test_every_checkpoint_of_the_final_phase_is_exactly_sparse(tiny_bert, make_trainer, folder):
+    trainer = make_trainer(tiny_bert(), **saving())
     trainer.train()
     names = pruner_of(trainer).parameters
     for step in range(1, 21):
@@ -460,4 +465,13 @@ def test_the_state_of_another_step_is_refused(tiny_bert, make_trainer, tmp_path)
     trainer = make_trainer(tiny_bert())
     callback_of(trainer).resume_from = tmp_path / "run" / "checkpoint-15"
     with pytest.raises(ValueError, match=r"must be of the step the Trainer resumes from, 5, but it is of step 15"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
+
+
+def test_the_state_of_another_run_is_refused(tiny_bert, make_trainer, tmp_path):
+    """Its step is right, its weights are not: an `output_dir` that was used before."""
+    make_trainer(tiny_bert(), output_dir=str(tmp_path / "other"), learning_rate=1e-3, **saving(save_steps=5)).train()
+    make_trainer(tiny_bert(), **saving(save_steps=5)).train()
+    trainer = make_trainer(tiny_bert(), output_dir=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"but it was saved beside other weights. Pass the folder of that checkpoint"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))

@@ -72,6 +72,10 @@ def test_command_line():
         ({"modules": [""]}, r"`modules` must list paths of modules"),
         ({"include_bias": "yes"}, r"`include_bias` must be True or False, got 'yes'"),
         ({"granularity": "structured", "reference_parity": True}, r"`reference_parity` must be False with"),
+        (
+            {"granularity": "2:4", "final_ratio": 0.5, "reference_parity": True},
+            r"False with granularity '2:4'",
+        ),
         ({"granularity": "structured", "modules": ["bert"]}, r"`modules` must be None with granularity 'structured'"),
         ({"granularity": "structured", "min_keep": 0.1}, r"`min_keep` must be 0 with"),
         ({"granularity": "structured", "include_bias": True}, r"`include_bias` must be False with"),
@@ -86,5 +90,6 @@ def test_differences_are_named():
     config = PlatonConfig(final_ratio=0.2)
     assert config.differences(vars(PlatonConfig(final_ratio=0.2)) | {}) == []
     assert config.differences(vars(PlatonConfig())) == ["final_ratio: 0.1 -> 0.2"]
+    assert PlatonConfig(modules=("a",)).differences(vars(PlatonConfig(modules=["a"]))) == []
     older = {key: value for key, value in vars(config).items() if key != "criterion"} | {"gone": 1}
     assert config.differences(older) == ["criterion: None -> 'platon'", "gone: 1 -> None"]

@@ -359,6 +359,12 @@ def test_the_best_model_is_a_sparse_one(tiny_bert, make_trainer):
     assert zeros == round(0.7 * numel)
 
 
+def test_a_ratio_of_one_leaves_the_choice_of_the_best_alone(tiny_bert, make_trainer):
+    trainer = make_trainer(tiny_bert(), {"final_ratio": 1.0}, extra={"compute_metrics": Metric()}, **BEST)
+    trainer.train()
+    assert trainer.state.best_global_step == 1
+
+
 def test_early_stopping_waits_for_the_final_phase(tiny_bert, make_trainer):
     stop = EarlyStoppingCallback(early_stopping_patience=2)
     trainer = make_trainer(tiny_bert(), extra={"compute_metrics": Metric()}, callbacks=[stop], **BEST)
@@ -411,6 +417,15 @@ def test_logs(tiny_bert, make_trainer):
     assert shares["platon_sparsity/bert.encoder.layer.0.attention.self.query.weight"] == float(
         (query == 0).double().mean()
     )
+
+
+def test_metrics_are_those_of_the_evaluation(tiny_bert, make_trainer):
+    """What a search would optimise and a card would print is left alone."""
+    trainer = make_trainer(tiny_bert(), eval_strategy="steps", eval_steps=5)
+    trainer.train()
+    assert not any(key.startswith("platon") for key in trainer.evaluate())
+    for entry in trainer.state.log_history:
+        assert "eval_loss" not in entry or not any(key.startswith("platon") for key in entry)
 
 
 # With a teacher, and on our own model: see test_platon_models.py
