@@ -419,6 +419,21 @@ def test_logs(tiny_bert, make_trainer):
     )
 
 
+def test_reporters_see_the_figures_of_a_callback_that_comes_first(tiny_bert, make_trainer):
+    """The line of the README; the host puts its reporters before the callbacks of the user."""
+    seen = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    trainer = make_trainer(tiny_bert())
+    trainer.callback_handler.callbacks.insert(1, Reporter())
+    trainer.callback_handler.callbacks.insert(0, trainer.pop_callback(PlatonPruningCallback))
+    trainer.train()
+    assert all("platon_sparsity" in logs for logs in seen)
+
+
 def test_metrics_are_those_of_the_evaluation(tiny_bert, make_trainer):
     """What a search would optimise and a card would print is left alone."""
     trainer = make_trainer(tiny_bert(), eval_strategy="steps", eval_steps=5)
