@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from .distillation import DistillationConfig, DistillationTrainer
+from .inference import optimize_for_inference, revert_optimizations
 from .moebert import (
     MoEBertConfig,
     MoEBertForQuestionAnswering,
@@ -63,6 +64,8 @@ __all__ = [
     "PlatonConfig",
     "PlatonPruningCallback",
     "measure_importance",
+    "optimize_for_inference",
+    "revert_optimizations",
     "save_packed",
     "shrink",
 ]

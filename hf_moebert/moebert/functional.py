@@ -185,6 +185,22 @@ def masked_mean(hidden_states: Tensor, mask: Tensor) -> Tensor:
     return (hidden_states.float() * share.unsqueeze(-1)).sum(dim=1)
 
 
+def sentence_means(hidden_states: Tensor, lengths: list[int]) -> Tensor:
+    """Average the tokens of each sentence of one row without padding; a sentence without tokens gives zeros.
+
+    Args:
+        hidden_states: Sentences one after the other, in float32. Shape `(1, tokens, hidden)`.
+        lengths: Tokens of each sentence.
+
+    Returns:
+        Shape `(sentences, hidden)`.
+    """
+    counts = torch.tensor(lengths, device=hidden_states.device)
+    sentence = torch.arange(len(lengths), device=counts.device).repeat_interleave(counts)  # (tokens,)
+    sums = hidden_states.new_zeros(len(lengths), hidden_states.shape[-1]).index_add_(0, sentence, hidden_states[0])
+    return sums / counts.clamp(min=1).unsqueeze(1)
+
+
 def load_balancing_loss(logits: Tensor, mask: Tensor, top_k: int) -> Tensor:
     """Penalise one layer's gate for using its experts unevenly; 1 when probabilities and choices are uniform.
 

@@ -16,7 +16,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.bert.modeling_bert import BertAttention, BertLayer
 
 from .configuration_moebert import MoEBertConfig
-from .functional import balanced_table, choose_experts, expert_load, masked_mean, random_table, sort_by_expert
+from .functional import (
+    balanced_table,
+    choose_experts,
+    expert_load,
+    masked_mean,
+    random_table,
+    sentence_means,
+    sort_by_expert,
+)
 
 
 # Slots in order of their expert, the inverse permutation, slots per expert
@@ -28,6 +36,8 @@ Route = tuple[Tensor | None, Dispatch | None]
 @use_experts_implementation(has_gate=False, has_bias=True)
 class MoEBertExperts(nn.Module):
     """The experts of one layer: up-projection, activation, down-projection, stacked along the first dimension."""
+
+    prefers_slices = False  # whether `sorted_mm` takes slices in all inference
 
     def __init__(self, config: MoEBertConfig) -> None:
         super().__init__()
@@ -64,18 +74,16 @@ class MoEBertExperts(nn.Module):
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor | None, dispatch: Dispatch | None
     ) -> Tensor:
         """See `forward`, which the host replaces with the chosen implementation."""
-        if self.num_experts == 1:
-            return self.run_expert(hidden_states, 0)
         tokens, top_k = top_k_index.shape
+        if self.num_experts == 1:
+            return self.run_sorted(hidden_states, [tokens])
         counts = dispatch[2] if dispatch else top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
         if tokens * top_k in counts:  # one expert for all tokens: nothing to sort
-            output = self.run_expert(hidden_states, counts.index(tokens))
+            output = self.run_sorted(hidden_states, counts)
         else:
             order, inverse, _ = dispatch or plan_dispatch(top_k_index.reshape(1, -1), self.num_experts)[0]
             slots = hidden_states.index_select(0, order if top_k == 1 else order // top_k)
-            slots = self.act_fn(multiply_slices(slots, counts, self.up_proj, self.up_proj_bias))
-            slots = multiply_slices(slots, counts, self.down_proj, self.down_proj_bias)
-            output = slots.index_select(0, inverse)  # (tokens * top_k, hidden)
+            output = self.run_sorted(slots, counts).index_select(0, inverse)  # (tokens * top_k, hidden)
         if top_k_weights is None:
             return output
         if top_k == 1:
@@ -84,14 +92,17 @@ class MoEBertExperts(nn.Module):
             output = (output.view(tokens, top_k, -1) * top_k_weights.unsqueeze(-1)).sum(dim=1)
         return output.to(hidden_states.dtype)
 
-    def run_expert(self, x: Tensor, expert: int) -> Tensor:
-        """Apply one expert to all tokens, `(tokens, hidden)`."""
-        x = self.act_fn(F.linear(x, self.up_proj[expert], self.up_proj_bias[expert]))
-        return F.linear(x, self.down_proj[expert], self.down_proj_bias[expert])
+    def run_sorted(self, slots: Tensor, counts: list[int]) -> Tensor:
+        """Apply each expert to its slice of the sorted slots, of `counts` rows, `(slots, hidden)`."""
+        slots = self.act_fn(multiply_slices(slots, counts, self.up_proj, self.up_proj_bias))
+        return multiply_slices(slots, counts, self.down_proj, self.down_proj_bias)
 
 
 def multiply_slices(slots: Tensor, counts: list[int], weight: Tensor, bias: Tensor) -> Tensor:
     """Apply each expert's linear map to its slice of the sorted slots, `(slots, in)` to `(slots, out)`."""
+    if len(slots) in counts:  # one slice is all
+        expert = counts.index(len(slots))
+        return F.linear(slots, weight[expert], bias[expert])
     # `unbind` once: the backward of an index into a stack zero-fills the whole stack for every expert
     experts = zip(slots.split(counts), weight.unbind(0), bias.unbind(0), strict=True)
     return torch.cat([F.linear(*expert) for expert in experts])
@@ -121,7 +132,7 @@ def sorted_mm_experts_forward(
     CPU inference multiplies sorted slices. Elsewhere the host's `grouped_mm` does the work, and slices again where it
     cannot: a single expert, float64, rows that are no multiple of 16 bytes, and autocast, which it ignores.
     """
-    if runs_slices(hidden_states):
+    if runs_slices(hidden_states) or (self.prefers_slices and not torch.is_grad_enabled()):
         return self.run_slices(hidden_states, top_k_index, top_k_weights, dispatch)
     dtype, sizes = self.up_proj.dtype, self.up_proj.shape[1:]
     grouped = dtype != torch.float64 and all(size * dtype.itemsize % 16 == 0 for size in sizes)
@@ -194,7 +205,7 @@ class MoEBertBlock(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self, hidden_states: Tensor, token_mask: Tensor, hash_route: Route
+        self, hidden_states: Tensor, token_mask: Tensor, hash_route: Route, lengths: list[int] | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Route, run the experts, add the residual and normalise.
 
@@ -202,6 +213,7 @@ class MoEBertBlock(nn.Module):
             hidden_states: Output of the attention. Shape `(batch, seq, hidden)`.
             token_mask: True at real tokens. Shape `(batch, seq)`.
             hash_route: What the hash router says; `(None, None)` with a gate.
+            lengths: Tokens of each sentence, where the batch is one row of them without padding.
 
         Returns:
             Output of the block, the gate's logits, and the experts of each token, `(batch * seq, top_k)`.
@@ -215,7 +227,7 @@ class MoEBertBlock(nn.Module):
             index = expert_index.unsqueeze(-1)  # (tokens, 1)
             weights = None if dispatch else torch.ones_like(index, dtype=hidden_states.dtype)
         else:
-            logits, index, weights = self.route(hidden_states, token_mask)
+            logits, index, weights = self.route(hidden_states, token_mask, lengths)
             weights = weights.to(hidden_states.dtype)
             if self.scaling == "reference":
                 weights, scale = torch.ones_like(weights), weights
@@ -226,15 +238,20 @@ class MoEBertBlock(nn.Module):
             output = output * scale.view(*output.shape[:2], 1).to(output.dtype)
         return output, logits, index
 
-    def route(self, hidden_states: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def route(
+        self, hidden_states: Tensor, token_mask: Tensor, lengths: list[int] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Ask the gate: logits `(batch, [seq,] experts)`, index and weights of each token `(batch * seq, top_k)`."""
         assert self.gate is not None  # a hash router would have given the route
         logits = self.gate(hidden_states)
         if self.by_sentence:  # a gate is linear: the mean of its logits is its logits of the mean, and takes less time
-            logits = masked_mean(logits, token_mask)
+            logits = masked_mean(logits, token_mask) if lengths is None else sentence_means(logits, lengths)
         scaling = "straight-through" if self.scaling == "straight-through" else "probability"
         index, weights = choose_experts(logits, self.top_k, scaling)
-        if self.by_sentence:  # every token of a sentence goes with it
+        if self.by_sentence and lengths is not None:  # every token of a sentence goes with it
+            index, weights = (x.repeat_interleave(torch.tensor(lengths), dim=0) for x in (index, weights))
+            return logits, index, weights
+        if self.by_sentence:
             index, weights = (x.unsqueeze(1).expand(-1, hidden_states.shape[1], -1) for x in (index, weights))
         return logits, index.flatten(0, 1), weights.flatten(0, 1)
 
@@ -255,11 +272,17 @@ class MoEBertLayer(GradientCheckpointingLayer):
         token_mask: Tensor,
         hash_route: Route,
         output_expert_load: bool = False,
+        sentences: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the hidden states, the gate's logits, and the experts' load if asked for."""
-        hidden_states, _ = self.attention(hidden_states, attention_mask, **kwargs)
-        hidden_states, logits, index = self.moe(hidden_states, token_mask, hash_route)
+        """Return the hidden states, the gate's logits, and the experts' load if asked for.
+
+        `sentences` says how one row of tokens without padding divides; whoever gives it has attention that knows it.
+        """
+        packed = {} if sentences is None else {"sentences": sentences}
+        hidden_states, _ = self.attention(hidden_states, attention_mask, **packed, **kwargs)
+        lengths = None if sentences is None else sentences.lengths
+        hidden_states, logits, index = self.moe(hidden_states, token_mask, hash_route, lengths)
         load = expert_load(index, token_mask.flatten(), self.num_experts) if output_expert_load else None
         return hidden_states, logits, load
 

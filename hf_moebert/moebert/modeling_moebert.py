@@ -270,7 +270,7 @@ class MoEBertModel(MoEBertPreTrainedModel):
         return MoEBertModelOutput(
             last_hidden_state=hidden_states,
             pooler_output=None if self.pooler is None else self.pooler(hidden_states),
-            aux_loss=self._balance(router_logits, token_mask),
+            aux_loss=self._balance(router_logits, token_mask, kwargs.get("sentences")),
         )
 
     @torch.no_grad()
@@ -288,11 +288,13 @@ class MoEBertModel(MoEBertPreTrainedModel):
                 "(converted layer, expert). Raise `router_aux_loss_coef`."
             )
 
-    def _balance(self, router_logits: list[Tensor], token_mask: Tensor) -> Tensor | None:
+    def _balance(self, router_logits: list[Tensor], token_mask: Tensor, sentences: Any) -> Tensor | None:
         """Sum the layers' load-balancing losses, where they have a weight."""
         if not self.config.uses_gate or self.config.router_aux_loss_coef == 0 or not router_logits:
             return None
-        mask = token_mask.any(dim=1) if self.config.routing == "gate-sentence" else token_mask
+        mask = token_mask
+        if self.config.routing == "gate-sentence":
+            mask = token_mask.any(dim=1) if sentences is None else torch.tensor(sentences.lengths) > 0
         losses = [load_balancing_loss(x.flatten(0, -2), mask.flatten(), self.config.top_k) for x in router_logits]
         return torch.stack(losses).sum()
 

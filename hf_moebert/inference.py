@@ -1,0 +1,333 @@
+"""Make a model faster at inference, on the machine it is on: `optimize_for_inference`, and the way back.
+
+Modules change their class, and nothing else: while a model is optimised, its attention, feed-forward networks, experts
+and other linear layers have classes that first look for a faster way, and otherwise do what they always did. Weights,
+state dict and checkpoint stay what they are.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .linears import LinearForm, Precision, make_linear, why_not
+from .unpadding import Sentences, Unpadding, attend, why_not_unpadded
+
+
+logger = logging.get_logger(__name__)
+
+PRECISIONS = ("float32", "bfloat16", "int8")
+# The host's classes that compute what BERT's do; many others have parts of the same names, and compute something else
+FAMILIES = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
+ATTENTIONS = {f"{family}Attention" for family in FAMILIES}
+LAYERS = {f"{family}Layer" for family in FAMILIES}
+
+Forms = tuple[LinearForm, ...]
+
+
+class Optimized:
+    """What a module's class gains while it is optimised: forms of its linear layers, made anew when weights change."""
+
+    training: bool
+    make_linear: Callable[..., LinearForm]
+    made_from: list[tuple[int, int]] | None = None
+    made: Forms | None = None
+
+    def linears(self) -> list[nn.Linear]:
+        """Name the linear layers whose forms are used in their place."""
+        return []
+
+    def sources(self) -> list[Tensor | None]:
+        """Name the tensors that the forms are made from."""
+        return [tensor for linear in self.linears() for tensor in (linear.weight, linear.bias)]
+
+    def make_forms(self) -> Forms:
+        """Make the forms of the weights as they are now."""
+        raise NotImplementedError
+
+    def forms(self, x: Tensor) -> Forms | None:
+        """Return the forms where they apply: in plain inference in float32, with layers nobody has wrapped or hooked.
+
+        They are made again after a weight was trained, loaded or moved.
+        """
+        if torch.is_grad_enabled() or self.training or x.dtype != torch.float32 or not x.numel():
+            return None
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled(x.device.type):
+            return None
+        if not all(is_plain(linear) for linear in self.linears()):
+            return None
+        sources = [source for source in self.sources() if source is not None]
+        state = [(source.data_ptr(), 0 if source.is_inference() else source._version) for source in sources]
+        if state != self.made_from:
+            fit = all(source.dtype == x.dtype and source.device == x.device for source in sources)
+            self.made, self.made_from = self.make_forms() if fit else None, state
+        return self.made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the forms out of copies, which make their own."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("made", "made_from")}
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a layer is torch's own linear layer and nobody watches or changes it."""
+    return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
+
+
+class OptimizedAttention(Optimized):
+    """BERT's attention: one product for queries, keys and values, and sentences without their padding."""
+
+    self: Any  # the host's name for queries, keys and values
+    output: Any
+
+    def linears(self) -> list[nn.Linear]:
+        """Queries, keys, values, and the output."""
+        return [self.self.query, self.self.key, self.self.value, self.output.dense]
+
+    def make_forms(self) -> Forms:
+        """One form for the three, and one for the output."""
+        *three, output = self.linears()
+        weight = torch.cat([linear.weight.detach() for linear in three])  # (3 * heads * head_size, hidden)
+        biases = [x.weight.new_zeros(x.out_features) if x.bias is None else x.bias.detach() for x in three]
+        return self.make_linear(weight, torch.cat(biases)), self.make_linear(output.weight, output.bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        sentences: Sentences | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend, add the residual and normalise; like the host's sdpa, without returning the weights of attention."""
+        forms = self.forms(hidden_states) if self.self.config._attn_implementation == "sdpa" else None
+        if forms is not None:
+            project, close = forms
+            qkv = project(project.prepare(hidden_states))
+            context = self.attend(qkv, attention_mask, sentences)
+            return normalize(self.output.LayerNorm, close(close.prepare(context)), hidden_states), None
+        if sentences is None:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
+        three = (self.self.query, self.self.key, self.self.value)
+        context = self.attend(torch.cat([linear(hidden_states) for linear in three], dim=-1), None, sentences)
+        return self.output(context, hidden_states), None
+
+    def attend(self, qkv: Tensor, mask: Tensor | None, sentences: Sentences | None) -> Tensor:
+        """Split into heads and attend, `(batch, seq, 3 * heads * head_size)` to `(batch, seq, heads * head_size)`."""
+        if qkv.device.type == "cpu":
+            qkv = qkv.float()  # torch's attention takes longer in bfloat16 than in float32
+        qkv = qkv.unflatten(-1, (3, -1, self.self.attention_head_size))
+        return attend(qkv, mask, sentences, scale=self.self.scaling)
+
+
+class OptimizedFeedForward(Optimized):
+    """BERT's layer, whose feed-forward network has its activation within the first product."""
+
+    intermediate: Any
+    output: Any
+
+    def linears(self) -> list[nn.Linear]:
+        """Up and down."""
+        return [self.intermediate.dense, self.output.dense]
+
+    def make_forms(self) -> Forms:
+        """Up with its activation, and down."""
+        up, down = self.linears()
+        activation = self.intermediate.intermediate_act_fn
+        return self.make_linear(up.weight, up.bias, activation), self.make_linear(down.weight, down.bias)
+
+    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
+        """Apply the network, add the residual and normalise."""
+        forms = self.forms(attention_output)
+        if forms is None:
+            return super().feed_forward_chunk(attention_output)  # type: ignore[misc]
+        up, down = forms
+        output = down(down.prepare(up(up.prepare(attention_output))))
+        return normalize(self.output.LayerNorm, output, attention_output)
+
+
+class OptimizedExperts(Optimized):
+    """Stacked experts that multiply slices of tokens sorted by expert."""
+
+    prefers_slices = True
+    up_proj: Tensor
+    up_proj_bias: Tensor
+    down_proj: Tensor
+    down_proj_bias: Tensor
+    act_fn: Callable[[Tensor], Tensor]
+
+    def sources(self) -> list[Tensor | None]:
+        """Name the stacks."""
+        return [self.up_proj, self.up_proj_bias, self.down_proj, self.down_proj_bias]
+
+    def make_forms(self) -> Forms:
+        """All experts' ups, and then all their downs."""
+        ups = [self.make_linear(w, b, self.act_fn) for w, b in zip(self.up_proj, self.up_proj_bias, strict=True)]
+        downs = [self.make_linear(w, b) for w, b in zip(self.down_proj, self.down_proj_bias, strict=True)]
+        return *ups, *downs
+
+    def run_sorted(self, slots: Tensor, counts: list[int]) -> Tensor:
+        """Apply each expert to its slice, `(slots, hidden)`."""
+        forms = self.forms(slots)
+        if forms is None:
+            return super().run_sorted(slots, counts)  # type: ignore[misc]
+        ups, downs = forms[: len(counts)], forms[len(counts) :]
+        hidden = run_slices(ups, ups[0].prepare(slots), counts)
+        return run_slices(downs, downs[0].prepare(hidden), counts).to(slots.dtype)
+
+
+class OptimizedLinear(Optimized):
+    """A linear layer of any architecture."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def sources(self) -> list[Tensor | None]:
+        """Name weight and bias."""
+        return [self.weight, self.bias]
+
+    def make_forms(self) -> Forms:
+        """One form."""
+        return (self.make_linear(self.weight, self.bias),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map, `(..., in)` to `(..., out)`."""
+        forms = self.forms(x)
+        if forms is None:
+            return super().forward(x)  # type: ignore[misc]
+        return forms[0](forms[0].prepare(x)).to(x.dtype)
+
+
+def run_slices(forms: Sequence[LinearForm], prepared: Any, counts: list[int]) -> Tensor:
+    """Apply each form to its slice of rows; one that has none is not called."""
+    slices = zip(forms, prepared.split(counts), counts, strict=True)
+    outputs = [form(part) for form, part, count in slices if count]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def normalize(norm: nn.LayerNorm, x: Tensor, residual: Tensor) -> Tensor:
+    """Add a residual and normalise, in the residual's dtype."""
+    return F.layer_norm(x + residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+@torch.no_grad()
+def optimize_for_inference(
+    model: PreTrainedModel, *, precision: Precision = "float32", prepack: bool = True, skip_padding: bool = True
+) -> PreTrainedModel:
+    """Make a model faster at inference, without a trace in its weights or its checkpoint.
+
+    Linear layers and stacked experts are packed for oneDNN, with one product for queries, keys and values and with the
+    activation within the product; and padding is left out. Heads stay as they are. What this machine or this model
+    does not support is skipped, with one line that says so. Calls that train, compile, export, or record more than the
+    last hidden states run as before. The packed weights are copies: they take memory beside the weights.
+
+    Args:
+        model: A transformers model in float32. All parts apply to MoEBERT and to models with the layers of BERT,
+            RoBERTa, XLM-RoBERTa, CamemBERT and Electra; others get packed linear layers.
+        precision: What linear layers and experts compute in. `float32` changes outputs by rounding alone;
+            `bfloat16` and `int8` (weights by output, activations by tensor as they come) cost accuracy: measure it.
+        prepack: Whether oneDNN multiplies packed weights; in `int8` it always does.
+        skip_padding: Whether only real tokens run through the encoder.
+
+    Returns:
+        The same model, in eval mode. `revert_optimizations` undoes it; calling this again replaces it.
+
+    Raises:
+        ValueError: If the precision does not exist, or the model is not one of transformers in float32.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"`precision` must be one of {PRECISIONS}, got {precision!r}.")
+    if not isinstance(model, PreTrainedModel) or model.dtype != torch.float32:
+        raise ValueError(
+            f"`model` must be a transformers model in float32, got {type(model).__name__} in "
+            f'{getattr(model, "dtype", None)}. Merge adapters first, and load with `dtype="float32"`.'
+        )
+    revert_optimizations(model).eval()
+    precision, prepack, skip_padding = what_works(model, precision, prepack, skip_padding)
+    if prepack or skip_padding or precision != "float32":
+        change_classes(model.base_model, partial(make_linear, precision=precision, packed=prepack))
+    if skip_padding:
+        model.base_model.unpadding = Unpadding(model.base_model)
+    return model
+
+
+def revert_optimizations(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `optimize_for_inference`; a model that is not optimised stays as it is.
+
+    Returns:
+        The same model.
+    """
+    for module in model.modules():
+        if isinstance(module, Optimized):
+            module.__class__ = type(module).__bases__[1]
+            for name in ("make_linear", "made", "made_from"):
+                module.__dict__.pop(name, None)
+        elif "unpadding" in module.__dict__:
+            module.__dict__.pop("unpadding").remove()
+    return model
+
+
+def what_works(
+    model: PreTrainedModel, precision: Precision, prepack: bool, skip_padding: bool
+) -> tuple[Precision, bool, bool]:
+    """Take away what this machine or this model does not support, and say so."""
+    elsewhere = None if model.device.type == "cpu" else f"it needs a processor, the model is on {model.device}"
+    if precision == "int8" and (reason := elsewhere or why_not("int8", True)):
+        logger.warning(f"`precision` 'int8' is skipped, float32 stays: {reason}.")
+        precision = "float32"
+    if precision == "bfloat16" and not elsewhere and (reason := why_not("bfloat16", False)):
+        logger.warning(f"`precision` 'bfloat16' is skipped, float32 stays: {reason}.")
+        precision = "float32"
+    if prepack and precision != "int8" and (reason := elsewhere or why_not(precision, True)):
+        logger.warning(f"`prepack` is skipped: {reason}.")
+        prepack = False
+    if skip_padding and (reason := elsewhere or why_not_unpadded(model.base_model, is_attention)):
+        logger.warning(f"`skip_padding` is skipped: {reason}.")
+        skip_padding = False
+    return precision, prepack, skip_padding
+
+
+def change_classes(base: PreTrainedModel, make: Callable[..., LinearForm]) -> None:
+    """Give every module that has a faster way the class that knows it, and say which cannot go it."""
+    covered: set[nn.Module] = set()
+    stuck = []
+    for name, module in list(base.named_modules()):
+        kind = kind_of(module)
+        if kind is None or module in covered:
+            continue
+        module.__class__ = optimized_class(kind, type(module))  # type: ignore[arg-type]  # classes are hashable
+        module.make_linear = make
+        covered.update(module.linears())
+        if module.forms(torch.empty(1, 1, device=base.device)) is None:  # now, not in the first call
+            stuck.append(name)
+    if stuck:
+        logger.warning(f"Linear layers that are wrapped, hooked or not in float32 stay as they are, in {stuck}.")
+    experts = getattr(base.config, "_experts_implementation", None)
+    if experts in ("grouped_mm", "batched_mm"):
+        logger.warning(f"Experts stay as they are: their implementation is {experts!r}, not 'sorted_mm' or 'eager'.")
+
+
+def kind_of(module: nn.Module) -> type[Optimized] | None:
+    """Say which faster way a module has."""
+    if is_attention(module):
+        return OptimizedAttention
+    if type(module).__name__ in LAYERS:
+        return OptimizedFeedForward
+    if hasattr(module, "run_sorted"):
+        return OptimizedExperts
+    return OptimizedLinear if is_plain(module) else None
+
+
+def is_attention(module: Any) -> bool:
+    """Whether a module is attention as BERT computes it, to both sides and within the sentence."""
+    return type(module).__name__ in ATTENTIONS and not module.is_cross_attention and not module.self.is_causal
+
+
+@cache
+def optimized_class(kind: type, original: type) -> type:
+    """Make the class of an optimised module; the original class stays among its bases."""
+    return type(f"Optimized{original.__name__}", (kind, original), {"__module__": original.__module__})

@@ -1,0 +1,178 @@
+"""The forms that a linear layer can take for inference: packed for oneDNN, in bfloat16, and in int8.
+
+A form is made once from a weight and a bias, and changes neither. Forms of one kind that read the same input prepare
+it once: `form(form.prepare(x))`, where what was prepared can be split into the rows of each form.
+
+oneDNN's operators are not part of torch's public interface. So each is tried on small tensors before it is used
+(`why_not`), and never relied on.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+Precision = Literal["float32", "bfloat16", "int8"]
+Activation = Callable[[Tensor], Tensor]
+
+# Any of these, by the names of `torch.cpu.get_capabilities`: emulation would take longer than float32
+PROCESSOR_NEEDS = {
+    "bfloat16": {"avx512_bf16", "amx_bf16", "bf16"},
+    "int8": {"avx512_vnni", "avx_vnni", "amx_int8"},
+}
+# What oneDNN computes along with the product: operation and algorithm, by the class of the host's activation
+FUSED = {
+    "GELUActivation": ("gelu", "none"),
+    "NewGELUActivation": ("gelu", "tanh"),
+    "GELUTanh": ("gelu", "tanh"),
+    "ReLU": ("relu", "none"),
+}
+
+
+class Quantized(NamedTuple):
+    """Activations in uint8, of which `scale * (values - zero_point)` is the float.
+
+    Attributes:
+        values: Shape `(..., in)`.
+        scale: Step of the grid.
+        zero_point: Where zero lies on it.
+    """
+
+    values: Tensor
+    scale: float
+    zero_point: int
+
+    def split(self, counts: Sequence[int]) -> list["Quantized"]:
+        """Cut into consecutive rows, which stay on one grid."""
+        return [Quantized(part, self.scale, self.zero_point) for part in self.values.split(counts)]
+
+
+def quantize(x: Tensor) -> Quantized:
+    """Put activations on a grid of 255 steps that holds all of them, and zero itself."""
+    low, high = (float(bound) for bound in torch.aminmax(x))
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = (high - low) / 254 or 1.0  # not 255: zero is rounded to the grid, by which either end moves half a step
+    zero_point = round(-low / scale)
+    steps = torch.add(torch.tensor(zero_point - 128.0), x, alpha=1 / scale).round_()
+    # To int8, and a flip of the sign bit: several times faster than torch's way from floats to uint8
+    values = steps.to(torch.int8).view(torch.uint8).bitwise_xor_(128)
+    return Quantized(values, scale, zero_point)
+
+
+class LinearForm(Protocol):
+    """A linear map, with the activation that follows it, ready for inference."""
+
+    def prepare(self, x: Tensor) -> Any:
+        """Do what all forms of this kind do to an input, `(..., in)`."""
+
+    def __call__(self, prepared: Any) -> Tensor:
+        """Map what was prepared, `(..., in)` to `(..., out)`."""
+
+
+class PlainLinear:
+    """The product that torch chooses, in float32 or bfloat16, on any device."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: Activation | None, dtype: torch.dtype) -> None:
+        self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        self.activation = activation
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Round to the weights' dtype."""
+        return x.to(self.weight.dtype)
+
+    def __call__(self, prepared: Tensor) -> Tensor:
+        """Map, in the weights' dtype."""
+        y = F.linear(prepared, self.weight, self.bias)
+        return y if self.activation is None else self.activation(y)
+
+
+class PackedLinear:
+    """The product by oneDNN, with a weight in the order it reads, and the activation fused where it can be."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: Activation | None, dtype: torch.dtype) -> None:
+        self.dtype, self.bias = dtype, None if bias is None else bias.to(dtype)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype))
+        self.fused, self.algorithm, self.activation = fuse(activation)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Round to the weights' dtype."""
+        return x.to(self.dtype)
+
+    def __call__(self, prepared: Tensor) -> Tensor:
+        """Map, in the weights' dtype."""
+        y = torch.ops.mkldnn._linear_pointwise(prepared, self.weight, self.bias, self.fused, [], self.algorithm)
+        return y if self.activation is None else self.activation(y)
+
+
+class Int8Linear:
+    """The product of int8 weights, one scale for each output, with activations quantised as they come."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> None:
+        self.scale = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)  # (out,)
+        self.zero_point = torch.zeros(len(weight), dtype=torch.long)  # (out,)
+        values = (weight / self.scale.unsqueeze(1)).round().to(torch.int8)  # (out, in)
+        self.weight = torch.ops.onednn.qlinear_prepack(values, None)
+        self.bias = bias
+        self.fused, self.algorithm, self.activation = fuse(activation)
+
+    def prepare(self, x: Tensor) -> Quantized:
+        """Quantise, all rows on one grid."""
+        return quantize(x)
+
+    def __call__(self, prepared: Quantized) -> Tensor:
+        """Map, to float32."""
+        y = torch.ops.onednn.qlinear_pointwise(
+            *prepared, self.weight, self.scale, self.zero_point, self.bias, 1.0, 0, torch.float32, self.fused, [],
+            self.algorithm,
+        )  # fmt: skip
+        return y if self.activation is None else self.activation(y)
+
+
+def fuse(activation: Activation | None) -> tuple[str, str, Activation | None]:
+    """Say which operation and algorithm oneDNN should add to a product, and what is left to do after it."""
+    if activation is None or type(activation).__name__ not in FUSED:
+        return "none", "none", activation
+    return *FUSED[type(activation).__name__], None
+
+
+def make_linear(
+    weight: Tensor, bias: Tensor | None, activation: Activation | None = None, *, precision: Precision, packed: bool
+) -> LinearForm:
+    """Make the form of one linear map.
+
+    Args:
+        weight: Shape `(out, in)`.
+        bias: Shape `(out,)`.
+        activation: What follows the product.
+        precision: What it computes in.
+        packed: Whether oneDNN computes it.
+    """
+    weight = weight.detach().contiguous()  # oneDNN ignores strides
+    bias = None if bias is None else bias.detach().contiguous()
+    if precision == "int8":
+        return Int8Linear(weight, bias, activation)
+    form = PackedLinear if packed else PlainLinear
+    return form(weight, bias, activation, getattr(torch, precision))
+
+
+@cache
+def why_not(precision: Precision, packed: bool) -> str | None:
+    """Say why this processor and this torch cannot compute a form, or None where they can."""
+    needs = PROCESSOR_NEEDS.get(precision, set())
+    able = {name for name, here in torch.cpu.get_capabilities().items() if here is True}
+    if needs and not needs & able:
+        return f"the processor has none of {sorted(needs)}"
+    weight = torch.linspace(-1, 1, 64 * 48).view(48, 64).roll(7, dims=0)  # (out, in)
+    x = torch.cat([torch.ones(1, 64), torch.linspace(-1, 1, 7 * 64).view(7, 64).flip(0)])  # (tokens, in)
+    try:
+        form = make_linear(weight, weight[:, 0], precision=precision, packed=packed)
+        found = form(form.prepare(x)).float()
+    except (AttributeError, RuntimeError, TypeError) as error:
+        return f"torch {torch.__version__} lacks the operator ({str(error).splitlines()[0]})"
+    expected = F.linear(x, weight, weight[:, 0])
+    allowed = {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.02}[precision] * expected.abs().max()
+    return None if (found - expected).abs().max() <= allowed else "the operator gives wrong numbers here"
