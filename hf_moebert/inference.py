@@ -118,8 +118,8 @@ class OptimizedAttention(Optimized):
 
     def attend(self, qkv: Tensor, mask: Tensor | None, sentences: Sentences | None) -> Tensor:
         """Split into heads and attend, `(batch, seq, 3 * heads * head_size)` to `(batch, seq, heads * head_size)`."""
-        if qkv.device.type == "cpu":
-            qkv = qkv.float()  # torch's attention takes longer in bfloat16 than in float32
+        if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
+            qkv = qkv.float()  # in which torch's attention takes less time
         qkv = qkv.unflatten(-1, (3, -1, self.self.attention_head_size))
         return attend(qkv, mask, sentences, scale=self.self.scaling)
 

@@ -106,7 +106,10 @@ class Unpadding:
         mask = given.get("attention_mask")
         if mask is None or mask.dim() != 2 or not self.applies(given) or mask.all():
             return None
-        sentences = Sentences.of(mask.to(torch.bool))
+        mask = mask.to(torch.bool)
+        if not torch.equal(mask[:, 0], mask.any(dim=1)):
+            return None  # heads read the first place of each row, here what the model makes of padding
+        sentences = Sentences.of(mask)
         if not len(sentences.index):
             return None
         given["position_ids"] = self.positions(given)
