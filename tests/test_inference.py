@@ -22,7 +22,6 @@ from transformers import (
     ElectraForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
-    RobertaModel,
     XLMRobertaConfig,
     XLMRobertaModel,
 )
