@@ -45,6 +45,10 @@ class ExampleArguments:
     importance_examples: int = field(
         default=2048, metadata={"help": "Training examples that importance is measured on."}
     )
+    optimized: list[str] = field(
+        default_factory=lambda: ["float32", "int8"],
+        metadata={"help": "Precisions in which all models are measured once more, optimised for inference."},
+    )
     card_base_model: str | None = field(default=None, metadata={"help": "What the card calls the encoder."})
     card_dataset: str | None = field(default=None, metadata={"help": "What the card calls the data set."})
     card_language: str = field(default="en", metadata={"help": "Language of the texts, for the card."})
@@ -126,6 +130,8 @@ class Pipeline:
         command = [str(program), "measure", *map(str, self.folders.values())]
         for name, value in options.items():
             command += [] if value is None else [f"--{name}", str(value)]
+        for precision in self.example.optimized:
+            command += ["--optimized", precision]
         subprocess.run(command, check=True)
         return json.loads(file.read_text())
 

@@ -57,6 +57,13 @@ def measure(
     text_pair_column: Annotated[str | None, typer.Option("--text_pair_column")] = None,
     label_column: Annotated[str, typer.Option("--label_column")] = "label",
     max_length: Annotated[int, typer.Option("--max_length", help="Tokens of a text that count.")] = 128,
+    optimized: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--optimized",
+            help="Measure all models once more, optimised for inference in float32, bfloat16 or int8; repeatable.",
+        ),
+    ] = None,
     metric: Annotated[
         list[str] | None, typer.Option("--metric", help="Repeat for several; by default what suits the problem.")
     ] = None,
@@ -85,6 +92,7 @@ def measure(
         names,
         _load_examples(validation_file, dataset_name, dataset_config_name, split),
         baseline=next(name for name, source in names.items() if source == baseline),
+        optimized=optimized or (),
         metrics=metric,
         columns=TextColumns(text_column, text_pair_column, label_column, max_length),
         latency=Latency(latency_batch, latency_seq, rounds),

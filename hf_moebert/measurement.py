@@ -1,10 +1,11 @@
 """Measure classifiers side by side: quality, size and speed on the same examples and the same machine."""
 
+import copy
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ from .benchmark import compare_latency, environment
 from .data import encode_text
 from .evaluation import CLASSIFICATION_SCORES, REGRESSION_SCORES, paired_bootstrap, predict_logits, score
 from .footprint import measure_footprint
+from .inference import optimize_for_inference
+from .linears import Precision
 from .metrics import metrics_for_task
 
 
@@ -64,6 +67,7 @@ def measure(
     dataset: Dataset,
     *,
     baseline: str,
+    optimized: Sequence[Precision] = (),
     metrics: Sequence[str] | None = None,
     columns: TextColumns | None = None,
     latency: Latency | None = None,
@@ -80,6 +84,8 @@ def measure(
         models: Local folder or Hub id of each model, by a name of your choice.
         dataset: Texts and labels, not yet tokenized.
         baseline: The name in `models` that the others are compared with.
+        optimized: Precisions in which every model is measured once more, after `optimize_for_inference`, under the
+            name `model, precision`.
         metrics: Names of `hf_moebert.evaluation.score`; by default what suits the problem.
         columns: Where texts and labels are; by default "text" and "label".
         latency: Which forward passes are timed; by default of one sequence of 128 tokens.
@@ -89,12 +95,12 @@ def measure(
         seed: Of the draw of examples, of the bootstrap and of the timed ids.
 
     Returns:
-        JSON-able: "models" holds "source", "footprint", "scores", "differences" and "speed_up" of each, by name; the
-        rest says how they were measured: "baseline", "command", "seed", "settings" and "environment".
+        JSON-able: "models" holds "source", "optimized", "footprint", "scores", "differences" and "speed_up" of each,
+        by name; the rest says how they were measured: "baseline", "command", "seed", "settings" and "environment".
 
     Raises:
         ValueError: If the baseline is not among the models, if a checkpoint lacks weights, if models differ in their
-            labels, if a length does not fit a model, or for what data, metrics and latency refuse.
+            labels, if a length does not fit a model, or for what data, optimisation, metrics and latency refuse.
     """
     columns, latency = columns or TextColumns(), latency or Latency()
     if baseline not in models:
@@ -108,6 +114,8 @@ def measure(
             name: measure_footprint(entry.model, seq_len=latency.seq, folder=entry.folder)
             for name, entry in loaded.items()
         }
+        forms = {f"{name}, {form}": (name, form) for name in models for form in optimized}
+        loaded |= {new: _optimize(loaded[name], form) for new, (name, form) in forms.items()}
         calls = _forward_passes(loaded, latency, seed)  # before the scores: they take longer and refuse less
         speed_ups = compare_latency(calls, baseline=baseline, rounds=latency.rounds, clock=latency.clock, seed=seed)
         if max_examples is not None and max_examples < len(dataset):
@@ -120,12 +128,13 @@ def measure(
         "baseline": baseline,
         "models": {
             name: {
-                "source": source,
-                "footprint": asdict(footprints[name]),
+                "source": models[original],
+                "optimized": form,
+                "footprint": asdict(footprints[original]),
                 **quality[name],
                 "speed_up": asdict(speed_ups[name]) if name in speed_ups else None,
             }
-            for name, source in models.items()
+            for name, (original, form) in ({name: (name, None) for name in models} | forms).items()
         },
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "seed": seed,
@@ -170,6 +179,10 @@ def _load(source: str, max_length: int) -> _Loaded:
         raise ValueError(f"`max_length` must be at most the {positions} positions of {source!r}, got {max_length}.")
     folder = source if Path(source).is_dir() else snapshot_download(source, allow_patterns="*.safetensors")
     return _Loaded(model.eval(), tokenizer, folder)
+
+
+def _optimize(loaded: _Loaded, precision: Precision) -> _Loaded:
+    return replace(loaded, model=optimize_for_inference(copy.deepcopy(loaded.model), precision=precision))
 
 
 def _measure_quality(

@@ -60,12 +60,12 @@ def test_measure_prints_one_table_and_writes_everything(classifiers, tmp_path): 
     examples = classifiers / "examples.jsonl"
     result = invoke(
         *("measure", small, "--baseline", large, "--validation_file", examples),
-        *("--metric", "accuracy", "--output", output, *QUICK),
+        *("--metric", "accuracy", "--output", output, "--optimized", "float32", *QUICK),
     )
     assert result.exit_code == 0, result.output
     measurement = json.loads(output.read_text(encoding="utf-8"))
     assert measurement["baseline"] == "large"
-    assert measurement["models"].keys() == {"large", "small"}
+    assert measurement["models"].keys() == {"large", "small", "large, float32", "small, float32"}
     assert measurement["models"]["small"]["source"] == str(small)
     assert measurement["settings"]["examples"] == len(EXAMPLES)
     assert measurement["seed"] == 0

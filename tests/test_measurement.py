@@ -99,9 +99,22 @@ def test_refuses_models_that_cannot_be_compared(classifiers, examples, tmp_path)
         measure({"large": str(tmp_path / "headless")}, examples, baseline="large", **QUICK)
 
 
+def test_optimised_models_are_measured_beside_the_plain_ones(classifiers, examples):  # noqa: F811
+    sources = {"large": str(classifiers / "large"), "small": str(classifiers / "small")}
+    result = measure(sources, examples, baseline="large", optimized=["float32"], metrics=["accuracy"], **QUICK)
+    assert list(result["models"]) == ["large", "small", "large, float32", "small, float32"]
+    for name in sources:
+        plain, optimized = result["models"][name], result["models"][f"{name}, float32"]
+        assert (plain["optimized"], optimized["optimized"]) == (None, "float32")
+        assert optimized["scores"] == plain["scores"]
+        assert optimized["footprint"] == plain["footprint"]
+        assert optimized["speed_up"]["rounds"] == QUICK["latency"].rounds
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"optimized": ["float16"]}, "`precision` must be one of .*, got 'float16'"),
         ({"baseline": "small"}, r"`baseline` must be one of \['large'\], got 'small'"),
         ({"max_examples": 0}, "`max_examples` must be at least 1, got 0"),
         ({"threads": 0}, "`threads` must be at least 1, got 0"),
