@@ -142,20 +142,32 @@ class PruningStudy:
     def settings(self, run: Run) -> dict:
         """Say what decides how a run ends, in a form that JSON knows."""
         names = ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "bf16")
-        settings: dict[str, Any] = {name: getattr(self.args, name) for name in names}
+        settings: dict[str, Any] = {name: getattr(self.arguments(run), name) for name in names}
         return settings | {"recipe": None if run.recipe is None else asdict(run.recipe)}
+
+    def arguments(self, run: Run) -> TrainingArguments:
+        """Say what a run is trained with; all alike, unless a study says otherwise."""
+        return self.args
+
+    def distillation_of(self, run: Run) -> DistillationConfig | None:
+        """Say how a run follows its teacher; all alike, unless a study says otherwise."""
+        return self.distillation
+
+    def start(self, run: Run, seed: int) -> PreTrainedModel:
+        """Make the model that a run trains."""
+        return self.task.new_model() if run.start is None else self.load(run.start, seed)
 
     def train(self, run: Run, seed: int) -> Trainer:
         """Train with the stock Trainer, or with its one subclass if there is a teacher."""
         set_seed(seed)
-        args = copy.deepcopy(self.args)
+        args = copy.deepcopy(self.arguments(run))
         args.seed, args.logging_first_step = seed, True  # the pictures need a point, however short the run
         args.output_dir = str(self.folder("checkpoints", seed))
         teaching: dict[str, Any] = {}
         if run.teacher is not None:
-            teaching = {"teacher": self.load(run.teacher, seed), "distillation": self.distillation}
+            teaching = {"teacher": self.load(run.teacher, seed), "distillation": self.distillation_of(run)}
         trainer = (DistillationTrainer if teaching else Trainer)(
-            model=self.task.new_model() if run.start is None else self.load(run.start, seed),
+            model=self.start(run, seed),
             args=args,
             train_dataset=self.task.train_dataset,
             data_collator=self.task.collator,
@@ -180,16 +192,17 @@ class PruningStudy:
         for run in runs:
             row = {"run": run.name}
             for metric, score in self.task.metrics.items():
-                row |= self._score_row(metric, score, predictions[run.name], predictions.get(run.peer), run.peer)
+                row |= self.score_row(metric, score, predictions[run.name], predictions.get(run.peer), run.peer)
             sizes = {key: np.mean([r["sizes"][key] for r in results[run.name]]) for key in ("stored", "not zero")}
             row |= {f"weights {key}": short_number(round(mean)) for key, mean in sizes.items()}
             row["on disk"] = short_number(round(np.mean([r["sizes"]["bytes"] for r in results[run.name]]))) + "B"
             rows.append(row)
         return rows
 
-    def _score_row(
+    def score_row(
         self, metric: str, score: Score, mine: np.ndarray, other: np.ndarray | None, peer: str | None
     ) -> dict[str, str]:
+        """Score the predictions of all seeds, `(examples, seeds)`, and compare them with another run's."""
         gold, mean, number = self.task.references, partial(mean_over_seeds, score), self.task.number
         row = {metric: show(bootstrap_interval(mean, mine, gold), number)}
         if mine.shape[1] > 1:

@@ -27,7 +27,6 @@ from .data import encode_text
 from .evaluation import CLASSIFICATION_SCORES, REGRESSION_SCORES, paired_bootstrap, predict_logits, score
 from .footprint import measure_footprint
 from .inference import optimize_for_inference
-from .linears import Precision
 from .metrics import metrics_for_task
 
 
@@ -67,7 +66,7 @@ def measure(
     dataset: Dataset,
     *,
     baseline: str,
-    optimized: Sequence[Precision] = (),
+    optimized: Sequence[str] = (),
     metrics: Sequence[str] | None = None,
     columns: TextColumns | None = None,
     latency: Latency | None = None,
@@ -181,7 +180,7 @@ def _load(source: str, max_length: int) -> _Loaded:
     return _Loaded(model.eval(), tokenizer, folder)
 
 
-def _optimize(loaded: _Loaded, precision: Precision) -> _Loaded:
+def _optimize(loaded: _Loaded, precision: Any) -> _Loaded:
     return replace(loaded, model=optimize_for_inference(copy.deepcopy(loaded.model), precision=precision))
 
 

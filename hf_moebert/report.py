@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 from rich.text import Text
@@ -249,6 +250,58 @@ def plot_pruning(log_history: Sequence[Mapping[str, Any]], path: str | PathLike[
         if axes is not threshold:
             axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
     figure.savefig(path, dpi=150)
+
+
+def plot_quality_and_speed(points: Sequence[Mapping[str, Any]], path: str | PathLike[str], *, quality: str) -> None:
+    """Draw what models are worth beside how fast they are: a colour for each model, a marker for each precision.
+
+    Args:
+        points: Each has a `model`, a `precision`, a `quality` (`value`, `low`, `high`), and in `speed_up` one for each
+            way of timing it (`median`, `low`, `high`), which has a panel of its own; the first is the baseline.
+        path: Image to write; the ending chooses the format.
+        quality: What the quality is called.
+
+    Raises:
+        ValueError: If there is no point, if points were timed in other ways than the first, or if there are more
+            precisions than markers.
+    """
+    ways = list(points[0]["speed_up"]) if points else []
+    if not ways or any(list(point["speed_up"]) != ways for point in points):
+        raise ValueError("`points` must hold at least one, all timed in the same ways. Time them in one run.")
+    models, precisions = (list(dict.fromkeys(point[key] for point in points)) for key in ("model", "precision"))
+    markers = "osD^vP*"
+    if len(precisions) > len(markers):
+        raise ValueError(f"`points` must be of at most {len(markers)} precisions, got {precisions}. Draw fewer.")
+    colours = {model: colormaps["tab10" if len(models) <= 10 else "tab20"](n) for n, model in enumerate(models)}
+    shapes = dict(zip(precisions, markers, strict=False))
+    figure = Figure(figsize=(1.5 + 5 * len(ways), 5.6), layout="constrained")
+    for axes, way in zip(figure.subplots(1, len(ways), sharey=True, squeeze=False)[0], ways, strict=True):
+        for point in points:
+            _plot_point(axes, point, way, color=colours[point["model"]], marker=shapes[point["precision"]])
+        axes.axvline(1, color="grey", linewidth=0.8, linestyle="--", zorder=0)
+        axes.axhline(points[0]["quality"]["value"], color="grey", linewidth=0.8, linestyle="--", zorder=0)
+        axes.set(xlabel=f"speed-up, {way}", ylabel=quality)
+        axes.xaxis.set_major_formatter("{x:g}x")
+        axes.grid(alpha=0.2)
+        axes.label_outer()
+    entries = [
+        Line2D([], [], color=colour, marker="o", linestyle="", label=model) for model, colour in colours.items()
+    ]
+    entries += [
+        Line2D([], [], color="black", markerfacecolor="none", marker=shape, linestyle="", label=precision)
+        for precision, shape in shapes.items()
+    ]
+    figure.legend(handles=entries, loc="outside lower center", ncols=min(5, len(entries)), fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def _plot_point(axes: Any, point: Mapping[str, Any], way: str, **style: Any) -> None:
+    value, ratio = point["quality"], point["speed_up"][way]
+    across = [[ratio["median"] - ratio["low"]], [ratio["high"] - ratio["median"]]]
+    along = [[value["value"] - value["low"]], [value["high"] - value["value"]]]
+    lines = {"fmt": "none", "ecolor": style["color"], "elinewidth": 0.9, "alpha": 0.45}
+    axes.errorbar([ratio["median"]], [value["value"]], xerr=across, yerr=along, **lines)
+    axes.plot(ratio["median"], value["value"], markersize=7, markeredgecolor="black", markeredgewidth=0.6, **style)
 
 
 def write_report(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 
 from hf_moebert.footprint import load_model
 from hf_moebert.metrics.squad.squad import squad_scores
@@ -157,6 +158,51 @@ def test_answers_are_found_among_the_tokens_unless_they_were_cut_off(monkeypatch
 
     offsets = [(0, 0), (0, 3), (0, 0), (0, 3), (4, 7), (8, 10), (0, 0)]  # a question, and "The box 17" of a context
     assert find_answer(offsets, [3, 4, 5], start, text) == tokens
+
+
+QUALITY = ("examples/quality_and_speed.py", "--smoke", "--seeds", "0", "1", "--precisions", "float32", "int8")
+
+
+def test_quality_and_speed(tmp_path):
+    run(*QUALITY, "--output_dir", tmp_path, "--window", "5", "--max_steps", "12", "--teacher_steps", "14")
+    report = (tmp_path / "report.md").read_text()
+    models = ["teacher", *(f"moebert-{r}" for r in ("hash-random", "hash-balanced", "gate-token", "gate-sentence"))]
+    models += ["half-depth", "pruned"]
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in report.splitlines()
+        if re.match(r"\| [a-z-]+ \| (stock|float|int)", line)
+    ]
+    assert [row[:2] for row in rows] == [["teacher", "stock"]] + [[m, p] for m in models for p in ("float32", "int8")]
+    assert all(re.search(r"\dx .* \| .*\dx ", " | ".join(row[5:])) for row in rows[1:])
+    assert (tmp_path / "quality_and_speed.png").stat().st_size > 0
+
+    results = {m: json.loads((tmp_path / f"seed-1/{m}/result.json").read_text()) for m in models}
+    assert [results[m]["settings"]["max_steps"] for m in models] == [14, 12, 12, 12, 12, 12, 12]
+    assert results["half-depth"]["settings"]["distillation"]["layer_map"] == [2]
+    # as long as nothing is rounded, what is optimised predicts what was trained
+    measured = json.loads((tmp_path / "seed-1/measurement.json").read_text())
+    for name in models:
+        assert measured["predictions"][f"{name}, float32"] == results[name]["predictions"]
+    assert measured["predictions"]["teacher, stock"] == results["teacher"]["predictions"]
+
+    run(*QUALITY, "--output_dir", tmp_path, "--stage", "report")
+    assert (tmp_path / "report.md").read_text() == report
+
+
+def test_half_of_the_depth_is_every_second_layer_and_the_last(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from quality_and_speed import halve_depth
+
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 7}
+    teacher = BertForSequenceClassification(BertConfig(**sizes, num_hidden_layers=6)).eval()
+    student = halve_depth(teacher)
+    ids = torch.arange(7)[None]  # (batch, seq)
+    states = teacher.bert.embeddings(ids)  # (batch, seq, hidden)
+    for number in (1, 3, 5):
+        states = teacher.bert.encoder.layer[number](states)  # (batch, seq, hidden)
+    torch.testing.assert_close(student(ids).logits, teacher.classifier(teacher.bert.pooler(states)))
+    assert (student.config.num_hidden_layers, teacher.config.num_hidden_layers) == (3, 6)
 
 
 @pytest.mark.skipif(

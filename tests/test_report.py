@@ -19,6 +19,7 @@ from hf_moebert.report import (
     plot_distillation_losses,
     plot_expert_load,
     plot_pruning,
+    plot_quality_and_speed,
     plot_sparsity,
     rich_table,
     short_number,
@@ -260,12 +261,62 @@ def test_pruning_refuses_a_history_without_ratios(tmp_path):
         plot_pruning([{"step": 1, "platon_sparsity": 0.5}], tmp_path / "pruning.png")
 
 
+def quality_point(model, precision, accuracy, **speed_ups):
+    """A point whose intervals reach 0.1 down and 0.2 up."""
+    return {
+        "model": model,
+        "precision": precision,
+        "quality": {"value": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.2},
+        "speed_up": {way: {"median": r, "low": r - 0.1, "high": r + 0.2} for way, r in speed_ups.items()},
+    }
+
+
+POINTS = [
+    quality_point("dense", "stock", 0.7, one=1.0, many=1.0),
+    quality_point("dense", "int8", 0.6, one=2.0, many=3.0),
+    quality_point("small", "int8", 0.5, one=4.0, many=5.0),
+]
+
+
+def test_quality_and_speed_shows_every_model_at_every_precision(drawn):
+    plot_quality_and_speed(POINTS, "points.png", quality="accuracy")
+    (figure,) = drawn
+    for axes, speed_ups, way in zip(figure.axes, ([1, 2, 4], [1, 3, 5]), ("one", "many"), strict=True):
+        dots = axes.lines[:3]
+        assert [dot.get_xydata().tolist() for dot in dots] == [
+            [[x, y]] for x, y in zip(speed_ups, (0.7, 0.6, 0.5), strict=True)
+        ]
+        stock, dense, small = dots
+        assert stock.get_color() == dense.get_color() != small.get_color()
+        assert stock.get_marker() != dense.get_marker() == small.get_marker()
+        across, along = (bars.get_segments() for bars in axes.collections[-2:])
+        np.testing.assert_allclose(across, [[[speed_ups[2] - 0.1, 0.5], [speed_ups[2] + 0.2, 0.5]]])
+        np.testing.assert_allclose(along, [[[speed_ups[2], 0.4], [speed_ups[2], 0.7]]])
+        assert axes.get_xlabel() == f"speed-up, {way}"
+    assert figure.axes[0].get_ylabel() == "accuracy"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "small", "stock", "int8"]
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        ([], "`points` must hold at least one, all timed in the same ways"),
+        ([POINTS[0], quality_point("small", "int8", 0.5, one=4.0)], "all timed in the same ways"),
+        ([quality_point("dense", str(n), 0.5, one=1.0) for n in range(9)], "at most 7 precisions"),
+    ],
+)
+def test_quality_and_speed_refuses_what_cannot_be_told_apart(tmp_path, points, message):
+    with pytest.raises(ValueError, match=message):
+        plot_quality_and_speed(points, tmp_path / "points.png", quality="accuracy")
+
+
 def test_pictures_leave_pyplot_alone(tmp_path):
     open_before = pyplot.get_fignums()
     plot_expert_load(torch.ones(1, 2), tmp_path / "load.png")
     plot_distillation_losses([{"step": 1, "loss_prediction": 1.0}], tmp_path / "losses.png")
     plot_sparsity(pruning_history(), tmp_path / "sparsity.png")
     plot_pruning(pruning_history(), tmp_path / "pruning.png")
+    plot_quality_and_speed(POINTS, tmp_path / "points.png", quality="accuracy")
     assert pyplot.get_fignums() == open_before
 
 
