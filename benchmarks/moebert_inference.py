@@ -1,150 +1,230 @@
-"""Time MoEBERT's inference against dense BERT, and against the limit that no routing can beat.
+"""Time MoEBERT against what a user would pick instead: dense BERT in the same stack, and in ONNX Runtime.
 
     python benchmarks/moebert_inference.py
-    python benchmarks/moebert_inference.py --precision medium --threads 1 --shapes 1x128 --output build/inference.json
+    python benchmarks/moebert_inference.py --threads 1 --texts texts.jsonl --tokenizer FOLDER --output build/all.json
 
-All models have BERT-base's shape and random weights: nothing here speaks of quality. `limit` is the same BERT with one
-feed-forward network of an expert's size and no routing. All models run interleaved in one process on one stack; ratios
-are paired by round. One thread is timed by its own CPU time, which others on the machine disturb less; more threads by
-elapsed time.
+All models have BERT-base's shape and random weights: nothing here speaks of quality. MoEBERT has four experts of 768
+neurons. `stock` is plain torch; `float32`, `bfloat16` and `int8` are `optimize_for_inference` at that precision, and
+the same for both; `onnx` is ONNX Runtime with the quickest graph known to `onnx_models.py`. All run interleaved in one
+process; ratios are paired by round. One thread is timed by its own processor time, which others on the machine disturb
+less; more threads by elapsed time.
+
+Cases are `batch x tokens` with random ids, or `batch x real`: sentences of the texts given, or of drawn lengths
+(lognormal, 37 tokens on average), padded to the longest of their batch.
 """
 
+import copy
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import load_dataset
+from onnx_models import ort_call
 from torch import Tensor
-from transformers import BertConfig, BertModel, HfArgumentParser, PreTrainedModel
+from transformers import AutoTokenizer, BertConfig, BertModel, HfArgumentParser, PreTrainedModel
 
-from hf_moebert import MoEBertConfig, MoEBertModel
-from hf_moebert.benchmark import SpeedUp, compare_times, environment, time_rounds
+from hf_moebert import MoEBertConfig, MoEBertModel, optimize_for_inference
+from hf_moebert.benchmark import compare_times, environment, time_rounds
+from hf_moebert.linears import why_not
 from hf_moebert.report import markdown_table
 
 
-VOCAB_SIZE = BertConfig().vocab_size
-
-
-def moebert(routing: str, implementation: str = "sorted_mm") -> PreTrainedModel:
-    """Build four experts of 768 neurons, 512 of them shared."""
-    model = MoEBertModel(MoEBertConfig(routing=routing))
-    model.set_experts_implementation(implementation)
-    return model
-
-
-MODELS: dict[str, Callable[[], PreTrainedModel]] = {
-    "dense": lambda: BertModel(BertConfig()),
-    "limit": lambda: BertModel(BertConfig(intermediate_size=MoEBertConfig().expert_size)),
-    "6 layers": lambda: BertModel(BertConfig(num_hidden_layers=6)),
-    "hash-random": partial(moebert, "hash-random"),
-    "hash-balanced": partial(moebert, "hash-balanced"),
-    "gate-token": partial(moebert, "gate-token"),
-    "gate-sentence": partial(moebert, "gate-sentence"),
-    "hash-random, eager": partial(moebert, "hash-random", "eager"),
-    "hash-random, grouped_mm": partial(moebert, "hash-random", "grouped_mm"),
-    "hash-random, batched_mm": partial(moebert, "hash-random", "batched_mm"),
+Batch = dict[str, Tensor]
+# What MoEBERT should reach over its rivals, by case
+TARGETS = {
+    ("moebert float32", "dense onnx float32"): {"1x32": 1.5, "1x128": 1.6, "8x128": 1.9},
+    ("moebert float32", "dense float32"): {"1x32": 1.35, "1x128": 1.55, "8x128": 1.8, "8xreal": 1.7},
+    ("moebert int8", "dense int8"): {"1x32": 1.15, "1x128": 1.3, "8x128": 1.8},
+    ("moebert int8", "dense onnx int8"): {"1x32": 1.0, "1x128": 1.3, "8x128": 1.6},
+    ("moebert float32", "moebert float32 padded"): {"8xreal": 1.35},
 }
-SLOW = "hash-random, batched_mm"  # copies an expert for every token
 
 
 @dataclass
 class InferenceArguments:
     """What to time, and how."""
 
-    shapes: list[str] = field(
-        default_factory=lambda: ["1x32", "1x128", "8x32", "8x128"], metadata={"help": "Sequences x tokens."}
+    cases: list[str] = field(
+        default_factory=lambda: ["1x32", "1x128", "8x128", "1xreal", "8xreal"],
+        metadata={"help": "Sequences x tokens, or x real."},
     )
-    dtypes: list[str] = field(
-        default_factory=lambda: ["float32", "bfloat16"], metadata={"help": "Of weights and activations."}
+    precisions: list[str] = field(
+        default_factory=lambda: ["float32", "bfloat16", "int8"], metadata={"help": "Of the optimised models."}
     )
-    threads: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "Threads that torch computes with."})
-    models: list[str] = field(
-        default_factory=lambda: [name for name in MODELS if name != SLOW],
-        metadata={"help": f"Any of {list(MODELS)}; `dense` and `limit` always run."},
-    )
+    threads: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "Threads to compute with."})
+    routing: str = field(default="hash-random", metadata={"help": "See MoEBertConfig."})
     rounds: int = field(default=10, metadata={"help": "Timed passes of every model."})
-    precision: str = field(default="highest", metadata={"help": "See torch.set_float32_matmul_precision."})
-    seed: int = field(default=0, metadata={"help": "Of weights, token ids and bootstrap."})
+    onnx: bool = field(default=True, metadata={"help": "Whether to run ONNX Runtime."})
+    texts: Path | None = field(default=None, metadata={"help": "JSON lines whose sentences have real lengths."})
+    text_column: str = field(default="text", metadata={"help": "Where they are in it."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Hub id or folder of a BERT tokenizer for them."})
+    batches: int = field(default=4, metadata={"help": "Batches of real sentences, which are timed together."})
+    smoke: bool = field(default=False, metadata={"help": "Tiny models, to try the benchmark itself."})
+    seed: int = field(default=0, metadata={"help": "Of weights, ids, lengths, and bootstrap."})
     output: Path | None = field(default=None, metadata={"help": "JSON file for everything measured."})
 
     def __post_init__(self) -> None:
-        if unknown := set(self.models) - MODELS.keys():
-            raise ValueError(f"`models` must be among {list(MODELS)}, got {sorted(unknown)}.")
+        if (self.texts is None) != (self.tokenizer is None):
+            raise ValueError("`texts` and `tokenizer` must be given together.")
+
+    def sizes(self) -> dict[str, int]:
+        """Say how the models differ from BERT-base: not at all, but in a smoke test."""
+        return {"num_hidden_layers": 1, "hidden_size": 96} if self.smoke else {}
 
 
-def make_batch(shape: str, seed: int) -> dict[str, Tensor]:
+def random_batch(batch: int, seq: int, seed: int) -> Batch:
     """Draw token ids uniformly; every token is real, and the mask says so as a tokenizer would."""
-    batch, seq = (int(size) for size in shape.split("x"))
-    ids = torch.randint(VOCAB_SIZE, (batch, seq), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(1000, BertConfig().vocab_size, (batch, seq), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def fullest_expert(model: PreTrainedModel, batch: dict[str, Tensor]) -> str:
-    """Say which share of the tokens the fullest expert gets, mean over the layers."""
-    load = model(**batch, output_expert_load=True).get("expert_load")
-    if load is None:
-        return "-"
-    counts = torch.stack(load).double()  # (layers, experts)
-    return f"{(counts.amax(dim=1) / counts.sum(dim=1)).mean():.0%}"
+def drawn_batch(batch: int, seed: int) -> Batch:
+    """Draw sentences of lengths as in real texts, padded to the longest."""
+    lengths = np.random.default_rng(seed).lognormal(np.log(37) - 0.5**2 / 2, 0.5, batch).round().clip(4, 128)
+    made = random_batch(batch, int(lengths.max()), seed)
+    mask = torch.arange(int(lengths.max())) < torch.tensor(lengths).unsqueeze(1)
+    return {"input_ids": made["input_ids"] * mask, "attention_mask": mask.long()}
 
 
-def with_interval(name: str, speed_ups: Mapping[str, SpeedUp]) -> str:
-    """Write a ratio and its 95 % interval."""
-    if name not in speed_ups:
-        return "baseline"
-    ratio = speed_ups[name]
-    return f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
-
-
-def measure(models: dict[str, PreTrainedModel], shape: str, args: InferenceArguments) -> dict[str, Any]:
-    """Time one shape on the current threads and dtype, and print its table."""
-    batch, threads = make_batch(shape, args.seed), torch.get_num_threads()
-    clock = "cpu" if threads == 1 else "wall"
-    loads = {name: fullest_expert(model, batch) for name, model in models.items()}
-    times = time_rounds(
-        {name: partial(model, **batch) for name, model in models.items()}, rounds=args.rounds, clock=clock
-    )
-    over = {name: compare_times(times, baseline=name, clock=clock, seed=args.seed) for name in ("dense", "limit")}
-    rows = [
-        {
-            "model": name,
-            "speed-up over dense": with_interval(name, over["dense"]),
-            "share of the limit": with_interval(name, over["limit"]),
-            "fullest expert": loads[name],
-        }
-        for name in models
+def text_batches(args: InferenceArguments, batch: int) -> list[Batch]:
+    """Draw sentences from the texts given."""
+    texts = load_dataset("json", data_files=str(args.texts), split="train").shuffle(seed=args.seed)[args.text_column]
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    parts = [texts[i * batch : (i + 1) * batch] for i in range(args.batches)]
+    return [
+        dict(tokenizer(part, padding=True, truncation=True, max_length=128, return_tensors="pt")) for part in parts
     ]
-    dtype = str(models["dense"].dtype).removeprefix("torch.")
-    print(
-        f"\n{shape}, {dtype}, {threads} thread(s), {clock} clock, {args.rounds} rounds\n\n{markdown_table(rows)}",
-        flush=True,
-    )
-    ratios = {base: {name: asdict(ratio) for name, ratio in found.items()} for base, found in over.items()}
-    seconds = {name: values.tolist() for name, values in times.items()}
-    return {"shape": shape, "dtype": dtype, "seconds": seconds, "fullest_expert": loads, "speed_up_over": ratios}
+
+
+def make_batches(case: str, args: InferenceArguments) -> list[Batch]:
+    """Make the inputs of a case."""
+    batch, seq = case.split("x")
+    if seq != "real":
+        return [random_batch(int(batch), int(seq), args.seed)]
+    if args.texts is not None:
+        return text_batches(args, int(batch))
+    return [drawn_batch(int(batch), args.seed + i) for i in range(args.batches)]
+
+
+def make_models(args: InferenceArguments) -> dict[str, PreTrainedModel]:
+    """Build both models, and optimised copies that share their weights."""
+    torch.manual_seed(args.seed)
+    stock = {
+        "dense": BertModel(BertConfig(**args.sizes())),
+        "moebert": MoEBertModel(MoEBertConfig(routing=args.routing, **args.sizes())),
+    }
+    models = {f"{name} stock": model.eval() for name, model in stock.items()}
+    for precision in args.precisions:
+        if reason := why_not(precision, True):
+            print(f"{precision} is left out: {reason}.")
+            continue
+        models |= {f"{name} {precision}": optimized(model, precision=precision) for name, model in stock.items()}
+    models["moebert float32 padded"] = optimized(stock["moebert"], precision="float32", skip_padding=False)
+    return models
+
+
+def optimized(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
+    """Optimise a copy that shares the weights."""
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    return optimize_for_inference(copy.deepcopy(model, shared), **options)
+
+
+def run_all(calls: list[Callable[[], object]]) -> None:
+    """Run the batches of a case one after the other."""
+    for call in calls:
+        call()
+
+
+def make_calls(
+    models: dict[str, PreTrainedModel], batches: list[Batch], folder: Path, args: InferenceArguments
+) -> dict[str, Callable[[], object]]:
+    """Bind every contestant to the batches of a case."""
+    calls = {name: partial(run_all, [partial(model, **b) for b in batches]) for name, model in models.items()}
+    for name in ("dense", "moebert") if args.onnx else ():
+        for precision in [p for p in args.precisions if p != "bfloat16"]:
+            options: dict[str, Any] = {"precision": precision, "threads": torch.get_num_threads()}
+            runs = [ort_call(models[f"{name} stock"], b, folder / name, **options) for b in batches]
+            calls[f"{name} onnx {precision}"] = partial(run_all, runs)
+    return calls
+
+
+def largest_difference(model: PreTrainedModel, stock: PreTrainedModel, batches: list[Batch]) -> float:
+    """Compare the hidden states of the real tokens with those of the stock model."""
+    differences = [model(**b)[0] - stock(**b)[0] for b in batches]
+    return max(float(d[b["attention_mask"].bool()].abs().max()) for d, b in zip(differences, batches, strict=True))
+
+
+def measure(case: str, models: dict[str, PreTrainedModel], folder: Path, args: InferenceArguments) -> dict[str, Any]:
+    """Time one case on the current threads, and print its table and the targets."""
+    batches, threads = make_batches(case, args), torch.get_num_threads()
+    clock = "cpu" if threads == 1 else "wall"
+    calls = make_calls(models, batches, folder, args)
+    times = time_rounds(calls, rounds=args.rounds, clock=clock)
+    ratios = {name: compare_times(times, baseline=name, clock=clock, seed=args.seed) for name in times}
+    differences = {
+        name: largest_difference(model, models[f"{name.split()[0]} stock"], batches) for name, model in models.items()
+    }
+    rivals = [name for name in ("dense stock", "dense onnx float32", "dense onnx int8") if name in times]
+    rows = [
+        {"model": name}
+        | {f"over {rival}": f"{ratios[rival][name].median:.2f}x" if name != rival else "–" for rival in rivals}
+        | {"difference to stock": f"{differences[name]:.0e}" if name in differences else "–"}
+        for name in times
+    ]
+    tokens = sum(int(b["attention_mask"].sum()) for b in batches)
+    places = sum(b["input_ids"].numel() for b in batches)
+    print(f"\n{case}, {threads} thread(s), {clock} clock, {args.rounds} rounds, {tokens} real of {places} tokens\n")
+    print(markdown_table(rows), flush=True)
+    reached = target_rows(case, ratios)
+    if reached:
+        print(f"\n{markdown_table(reached)}", flush=True)
+    return {
+        "case": case,
+        "threads": threads,
+        "tokens": [tokens, places],
+        "seconds": {name: values.tolist() for name, values in times.items()},
+        "speed_up_over": {rival: {name: asdict(r) for name, r in of.items()} for rival, of in ratios.items()},
+        "differences": differences,
+        "targets": reached,
+    }
+
+
+def target_rows(case: str, ratios: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
+    """Say which targets of a case were reached."""
+    rows = []
+    for (mine, rival), targets in TARGETS.items():
+        if case in targets and mine in ratios and rival in ratios:
+            ratio = ratios[rival][mine]
+            rows.append(
+                {
+                    "MoEBERT": mine,
+                    "against": rival,
+                    "speed-up": f"{ratio.median:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]",
+                    "target": f"{targets[case]}x",
+                    "reached": "yes" if ratio.median >= targets[case] else "no",
+                }
+            )
+    return rows
 
 
 @torch.no_grad()
 def main(args: InferenceArguments) -> None:
-    """Time every shape in every dtype on every number of threads."""
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision(args.precision)
-    chosen = [name for name in MODELS if name in {"dense", "limit", *args.models}]
-    models = {name: MODELS[name]().eval() for name in chosen}
-    command = " ".join(["python", *sys.argv])
-    facts = {"command": command} | environment()
+    """Time every case on every number of threads."""
+    facts = {"command": " ".join(["python", *sys.argv])} | environment()
     print(markdown_table([{"what": key, "value": str(value)} for key, value in facts.items()]))
+    models = make_models(args)
     results = []
-    for dtype in args.dtypes:
-        for model in models.values():
-            model.to(getattr(torch, dtype))
+    with TemporaryDirectory() as folder:
         for threads in args.threads:
             torch.set_num_threads(threads)
-            results += [measure(models, shape, args) for shape in args.shapes]
+            results += [measure(case, models, Path(folder), args) for case in args.cases]
     if args.output is not None:
         args.output.write_text(
             json.dumps({"environment": facts, "results": results}, indent=2) + "\n", encoding="utf-8"

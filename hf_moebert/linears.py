@@ -115,7 +115,7 @@ class Int8Linear:
         self.scale = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)  # (out,)
         self.zero_point = torch.zeros(len(weight), dtype=torch.long)  # (out,)
         values = (weight / self.scale.unsqueeze(1)).round().to(torch.int8)  # (out, in)
-        self.weight = torch.ops.onednn.qlinear_prepack(values, None)
+        self.weight = torch.ops.onednn.qlinear_prepack(values, [32, weight.shape[1]])  # what a short text has
         self.bias = bias
         self.fused, self.algorithm, self.activation = fuse(activation)
 

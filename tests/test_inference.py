@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from tiny_classifiers import classifiers  # noqa: F401
 from torch import nn
 from transformers import (
     AutoModel,
@@ -24,6 +25,7 @@ from transformers import (
     RobertaForSequenceClassification,
     XLMRobertaConfig,
     XLMRobertaModel,
+    pipeline,
 )
 from transformers import logging as host_logging
 
@@ -344,6 +346,24 @@ def test_torch_compile_and_export_see_the_hosts_model():
     exported = torch.export.export(model, (), batch)
     found = exported.module()(**batch).last_hidden_state
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_inference_mode_and_weights_made_in_it():
+    batch = padded()
+    with torch.inference_mode():
+        model = make()
+        expected = model(**batch).logits
+        torch.testing.assert_close(optimize_for_inference(model)(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pipeline_takes_an_optimised_model(classifiers):  # noqa: F811
+    texts = ["a good film", "bad", "not very good film film"]
+    classify = pipeline("text-classification", model=str(classifiers / "large"), batch_size=3)
+    expected = classify(texts, top_k=None)
+    optimize_for_inference(classify.model)
+    for mine, his in zip(classify(texts, top_k=None), expected, strict=True):
+        assert [label["label"] for label in mine] == [label["label"] for label in his]
+        assert [label["score"] for label in mine] == pytest.approx([label["score"] for label in his], abs=1e-5)
 
 
 @torch.no_grad()
