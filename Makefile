@@ -47,7 +47,9 @@ types: $(VENV)/.installed
 check: quality types test
 
 benchmark: $(VENV)/.installed
+	$(PY) benchmarks/moebert_routing.py
 	$(PY) benchmarks/moebert_inference.py
+	$(PY) benchmarks/moebert_scale.py
 	$(PY) benchmarks/platon_overhead.py
 
 wheel: $(VENV)/.installed

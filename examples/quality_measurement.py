@@ -21,6 +21,7 @@ from hf_moebert.report import escape_markdown, markdown_table, picture_link, plo
 
 
 STOCK = "stock"  # the precision of a model that nothing was done to
+LOAD_EXAMPLES = 512  # validation examples that the shares of experts are counted on
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Measurement:
         """Count the tokens that each expert of each layer gets, `(layers, experts)`, of every model with experts."""
         models = {run.name: self.study.load(run.name, seed) for run in self.runs}
         data, collator = self.study.task.data["validation"], self.study.task.collator
+        data = data.select(range(min(LOAD_EXAMPLES, len(data))))
         return {
             name: measure_expert_load(model, data, collator).tolist()
             for name, model in models.items()
