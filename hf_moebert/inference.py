@@ -203,10 +203,25 @@ class OptimizedLinear(Optimized):
 
 
 def run_slices(forms: Sequence[LinearForm], prepared: Any, counts: list[int]) -> Tensor:
-    """Apply each form to its slice of rows; one that has none is not called."""
-    slices = zip(forms, prepared.split(counts), counts, strict=True)
-    outputs = [form(part) for form, part, count in slices if count]
+    """Apply each form to its slice of rows; one that has none is not called.
+
+    oneDNN compiles a product for every number of rows, which takes longer than a small product does, and slices have
+    another number with every batch. So a form gets a few of its neighbours' rows too, and their results are dropped.
+    """
+    start, total, outputs = 0, sum(counts), []
+    for form, count in zip(forms, counts, strict=True):
+        if count:
+            rows = min(round_up(count), total)
+            first = min(start, total - rows)
+            outputs.append(form(prepared.narrow(0, first, rows)).narrow(0, start - first, count))
+        start += count
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def round_up(count: int) -> int:
+    """Round a number of rows up to one of sixteen for each power of two; small ones stay."""
+    step = 1 << max(count.bit_length() - 5, 0)
+    return -(-count // step) * step
 
 
 def normalize(norm: nn.LayerNorm, x: Tensor, residual: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """The forms that a linear layer can take for inference: packed for oneDNN, in bfloat16, and in int8.
 
 A form is made once from a weight and a bias, and changes neither. Forms of one kind that read the same input prepare
-it once: `form(form.prepare(x))`, where what was prepared can be split into the rows of each form.
+it once: `form(form.prepare(x))`, where rows can be taken (`narrow`) of what was prepared.
 
 oneDNN's operators are not part of torch's public interface. So each is tried on small tensors before it is used
 (`why_not`), and never relied on.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -46,9 +46,9 @@ class Quantized(NamedTuple):
     scale: float
     zero_point: int
 
-    def split(self, counts: Sequence[int]) -> list["Quantized"]:
-        """Cut into consecutive rows, which stay on one grid."""
-        return [Quantized(part, self.scale, self.zero_point) for part in self.values.split(counts)]
+    def narrow(self, dim: int, start: int, length: int) -> "Quantized":
+        """Take consecutive rows, as of a tensor; they stay on the grid of all."""
+        return self._replace(values=self.values.narrow(dim, start, length))
 
 
 def quantize(x: Tensor) -> Quantized:

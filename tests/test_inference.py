@@ -30,8 +30,8 @@ from transformers import (
 from transformers import logging as host_logging
 
 from hf_moebert import inference, optimize_for_inference, revert_optimizations
-from hf_moebert.inference import Optimized
-from hf_moebert.linears import why_not
+from hf_moebert.inference import Optimized, round_up, run_slices
+from hf_moebert.linears import make_linear, why_not
 
 
 TINY = {
@@ -399,6 +399,22 @@ def test_a_decoder_is_not_taken_for_an_encoder(said):
     assert "`skip_padding` is skipped" in said.text
     torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, atol=1e-5, rtol=1e-5)
     assert found.past_key_values.get_seq_length() == 9
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 40, 1], [70, 33, 0, 0], [0, 0, 0, 35], [33, 33, 33, 33], [1, 1, 1, 1]])
+def test_slices_are_those_of_separate_products(counts):
+    torch.manual_seed(0)
+    x, weights = torch.randn(sum(counts), 8), torch.randn(4, 6, 8)
+    forms = [make_linear(weight, None, precision="float32", packed=False) for weight in weights]
+    expected = torch.cat([part @ weight.T for part, weight in zip(x.split(counts), weights, strict=True)])
+    torch.testing.assert_close(run_slices(forms, x, counts), expected)
+
+
+def test_few_numbers_of_rows_are_ever_multiplied():
+    rounded = [round_up(count) for count in range(1, 1025)]
+    assert rounded[:32] == list(range(1, 33))
+    assert all(count <= more <= count * 1.07 for count, more in enumerate(rounded, start=1))
+    assert len(set(rounded)) == 32 + 5 * 16
 
 
 def test_bad_arguments_are_refused():
