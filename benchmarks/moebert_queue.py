@@ -1,7 +1,7 @@
 """Time models of BERT-base's shape on a queue of real sentences: order, padding, precision, threads and processes.
 
     python benchmarks/moebert_queue.py --texts train.jsonl --tokenizer folder --output build/queue
-    python benchmarks/moebert_queue.py --texts train.jsonl --tokenizer folder --sentences 10000 --slices 8
+    python benchmarks/moebert_queue.py --texts train.jsonl --tokenizer folder --sentences 10000 --slices 10 --rounds 3
 
 All models have random weights: nothing here speaks of quality. `dense, plain` is the host's BERT as it comes; the
 others went through `optimize_for_inference` in the precision they are named after. MoEBERT has four experts of a
@@ -57,6 +57,7 @@ class QueueArguments:
     text_column: str = field(default="text", metadata={"help": "Where the text is in each object."})
     sentences: int = field(default=1024, metadata={"help": "Length of the queue: the first of the texts."})
     slices: int = field(default=4, metadata={"help": "Slices of the queue, each a round of the measurement."})
+    rounds: int | None = field(default=None, metadata={"help": "Slices that are timed, if not all."})
     batch_size: int = field(default=32, metadata={"help": "Sentences of a batch."})
     settings: list[str] = field(
         default_factory=lambda: ["1x1", "1x2", "2x1"], metadata={"help": "Processes x threads of each of them."}
@@ -216,7 +217,7 @@ def time_queue(args: QueueArguments, queue: list[Sentences]) -> tuple[dict[tuple
         for name in names
         for way in ways(name)
     }
-    times = time_rounds(calls, rounds=args.slices, warmup=0)
+    times = time_rounds(calls, rounds=args.rounds or args.slices, warmup=0)
     for connection in chain(*workers.values()):
         connection.send(None)
     return times, {name: max(connection.recv() for connection in mine) for name, mine in workers.items()}
@@ -276,7 +277,11 @@ def main(args: QueueArguments) -> None:
     facts = {"command": " ".join(["python", *sys.argv])} | environment()
     print(markdown_table([{"what": key, "value": str(value)} for key, value in facts.items()]))
     padding = {order: share_of_padding(queue, order, args.batch_size) for order in ORDERS}
-    print(f"\n{args.slices} slices of {len(queue[0])} sentences, in batches of {args.batch_size}; padding is", end=" ")
+    timed = args.rounds or args.slices
+    print(
+        f"\n{args.slices} slices of {len(queue[0])} sentences, {timed} of them timed, in batches of {args.batch_size};"
+    )
+    print("padding is", end=" ")
     print(", ".join(f"{share:.0%} {order}" for order, share in padding.items()), flush=True)
     times, memory = time_queue(args, queue)
     points = compare(times, args)
