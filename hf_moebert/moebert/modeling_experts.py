@@ -25,6 +25,7 @@ from .functional import (
     sentence_means,
     sort_by_expert,
 )
+from .modeling_export import export_experts_forward, is_exporting
 
 
 # Slots in order of their expert, the inverse permutation, slots per expert
@@ -37,7 +38,7 @@ Route = tuple[Tensor | None, Dispatch | None]
 class MoEBertExperts(nn.Module):
     """The experts of one layer: up-projection, activation, down-projection, stacked along the first dimension."""
 
-    prefers_slices = False  # whether `sorted_mm` takes slices in all inference
+    prefers_slices = False  # whether `sorted_mm` multiplies slices on any device
 
     def __init__(self, config: MoEBertConfig) -> None:
         super().__init__()
@@ -114,10 +115,10 @@ def plan_dispatch(expert_index: Tensor, num_experts: int) -> list[Dispatch]:
     return list(zip(order, inverse, counts.tolist(), strict=True))
 
 
-def runs_slices(hidden_states: Tensor) -> bool:
-    """Whether `sorted_mm` multiplies slices here by choice: inference on a CPU."""
-    inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return inference and hidden_states.device.type == "cpu"
+def runs_slices(hidden_states: Tensor, everywhere: bool = False) -> bool:
+    """Whether `sorted_mm` multiplies slices here by choice: inference on a CPU, or on any device."""
+    inference = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_exporting())
+    return inference and (everywhere or hidden_states.device.type == "cpu")
 
 
 def sorted_mm_experts_forward(
@@ -129,10 +130,13 @@ def sorted_mm_experts_forward(
 ) -> Tensor:
     """Run the experts the fastest way that is known for the device: the default implementation.
 
-    CPU inference multiplies sorted slices. Elsewhere the host's `grouped_mm` does the work, and slices again where it
-    cannot: a single expert, float64, rows that are no multiple of 16 bytes, and autocast, which it ignores.
+    CPU inference multiplies sorted slices, and what is exported there collects each expert's tokens. Elsewhere the
+    host's `grouped_mm` does the work, and slices again where it cannot: a single expert, float64, rows that are no
+    multiple of 16 bytes, and autocast, which it ignores.
     """
-    if runs_slices(hidden_states) or (self.prefers_slices and not torch.is_grad_enabled()):
+    if is_exporting() and hidden_states.device.type == "cpu":
+        return export_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    if runs_slices(hidden_states, self.prefers_slices):
         return self.run_slices(hidden_states, top_k_index, top_k_weights, dispatch)
     dtype, sizes = self.up_proj.dtype, self.up_proj.shape[1:]
     grouped = dtype != torch.float64 and all(size * dtype.itemsize % 16 == 0 for size in sizes)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from datasets import Dataset
@@ -29,7 +28,6 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
-from transformers.exporters import OnnxConfig, OnnxExporter
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_moebert import (
@@ -283,18 +281,6 @@ def test_exported_with_any_batch_and_length(one_layer, batch, routing):
     for rows, length in ((1, 1), (1, 7), (3, 32)):
         inputs = make_inputs(rows, length)
         torch.testing.assert_close(program(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.filterwarnings("ignore")  # of the exporter
-def test_onnx_runtime_gives_the_same_logits(tmp_path, one_layer, inputs, routing):
-    model = one_layer(routing)
-    OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True)).save_pretrained(tmp_path)
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    for rows, length in ((1, 1), (1, 7), (2, 5), (3, 20), (5, 32)):
-        inputs = make_inputs(rows, length)
-        logits, *_ = session.run(None, {name: value.numpy() for name, value in inputs.items()})
-        np.testing.assert_allclose(logits, model(**inputs).logits.detach(), atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------ precision

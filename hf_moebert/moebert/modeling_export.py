@@ -1,0 +1,39 @@
+"""The experts in a form that can be written down as a graph, for exporters."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def is_exporting() -> bool:
+    """Whether a graph is recorded for others to run: by `torch.export` and what builds on it, or by TorchScript."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def export_experts_forward(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor | None
+) -> Tensor:
+    """Collect each expert's tokens, apply it, and put the results back: no size in the graph is a number.
+
+    In ONNX that is NonZero, Gather, Gemm, activation and Gemm for each expert, and one ScatterND: every weight is a
+    constant, which runtimes pack and quantisers find, and an expert that gets no token takes no time.
+    """
+    top_k = top_k_index.shape[1]
+    index = top_k_index.flatten()  # (tokens * top_k,)
+    slots = [(index == expert).nonzero().squeeze(1) for expert in range(self.num_experts)]
+    weights = zip(self.up_proj, self.up_proj_bias, self.down_proj, self.down_proj_bias, strict=True)
+    outputs = []
+    for chosen, (up, up_bias, down, down_bias) in zip(slots, weights, strict=True):
+        x = hidden_states.index_select(0, chosen if top_k == 1 else chosen // top_k)  # (chosen, hidden)
+        outputs.append(F.linear(self.act_fn(F.linear(x, up, up_bias)), down, down_bias))
+    output = hidden_states.new_empty(index.shape[0], hidden_states.shape[1])
+    output = output.index_copy(0, torch.cat(slots), torch.cat(outputs))  # (tokens * top_k, hidden)
+    if top_k_weights is None:
+        return output
+    if top_k == 1:
+        output = output * top_k_weights
+    else:
+        output = (output.view(-1, top_k, output.shape[1]) * top_k_weights.unsqueeze(-1)).sum(dim=1)
+    return output.to(hidden_states.dtype)

@@ -1,0 +1,145 @@
+"""A graph that the stock exporter writes gives in ONNX Runtime what the model gives in torch, whatever the batch."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnxruntime.quantization import quantize_dynamic
+from transformers.exporters import OnnxConfig, OnnxExporter
+
+from hf_moebert import (
+    MoEBertConfig,
+    MoEBertForQuestionAnswering,
+    MoEBertForSequenceClassification,
+    MoEBertForTokenClassification,
+)
+
+
+ROUTINGS = {
+    "hash-random": {},
+    "hash-balanced": {},
+    "gate-token": {},
+    "gate-sentence": {},
+    "gate-token, top 2": {"top_k": 2},
+    "gate-sentence, top 2": {"top_k": 2},
+    "gate-token, probability": {"gate_scaling": "probability"},
+    "gate-token, reference": {"gate_scaling": "reference"},
+}
+SHAPES = ((1, 1), (1, 7), (1, 32), (2, 5), (3, 16), (8, 128))
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporter
+
+
+def make_model(routing="hash-random", head=MoEBertForSequenceClassification, **options):
+    torch.manual_seed(0)
+    config = MoEBertConfig(
+        vocab_size=100,
+        hidden_size=32,
+        num_hidden_layers=1,  # what an exporter takes long for is the same in every layer
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        initializer_range=0.2,  # so that different routes give visibly different outputs
+        num_labels=2,
+        num_shared_neurons=0,
+        routing=routing,
+        **{"num_experts": 4, "expert_size": 16} | options,
+    )
+    return head(config).eval()
+
+
+def make_inputs(rows, length, pad=0, side="right"):
+    ids = torch.randint(5, 100, (rows, length), generator=torch.Generator().manual_seed(rows * length))
+    mask = torch.ones_like(ids)
+    mask[-1, length - pad :] = 0
+    if side == "left":
+        mask = mask.flip(1)
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def export(model, folder):
+    """Export once, from a batch whose shape is none of those that are run."""
+    OnnxExporter().export(model, make_inputs(2, 9, pad=2), OnnxConfig(dynamic=True)).save_pretrained(folder)
+    return onnxruntime.InferenceSession(folder / "model.onnx")
+
+
+def run(session, inputs):
+    return session.run(None, {name: value.numpy() for name, value in inputs.items()})
+
+
+@torch.no_grad()
+def assert_same(session, model, inputs, atol=1e-4):
+    wanted = model(**inputs).to_tuple()
+    for got, tensor in zip(run(session, inputs), wanted, strict=True):
+        np.testing.assert_allclose(got, tensor, atol=atol, rtol=1e-4)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_one_export_serves_every_batch_and_padding(tmp_path, routing):
+    model = make_model(routing.split(",")[0], **ROUTINGS[routing])
+    session = export(model, tmp_path)
+    for rows, length in SHAPES:
+        assert_same(session, model, make_inputs(rows, length))
+    for side in ("left", "right"):
+        for pad in (3, 16):  # 16: a row of padding alone
+            assert_same(session, model, make_inputs(3, 16, pad, side))
+
+
+@pytest.mark.parametrize("head", [MoEBertForTokenClassification, MoEBertForQuestionAnswering])
+def test_other_heads(tmp_path, head):
+    model = make_model(head=head)
+    session = export(model, tmp_path)
+    for rows, length in SHAPES:
+        assert_same(session, model, make_inputs(rows, length, pad=length // 3))
+
+
+@torch.no_grad()
+def test_experts_that_get_no_token(tmp_path):
+    model = make_model()
+    session = export(model, tmp_path)
+    table = model.base_model.router.table
+    for expert in range(4):
+        ids = (table[0] == expert).nonzero().flatten()[:6].view(2, 3)  # all tokens go to one expert
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        assert_same(session, model, inputs)
+
+
+@pytest.mark.parametrize("options", [{"expert_size": 13}, {"num_experts": 1, "expert_size": 64}])
+def test_sizes_that_grouped_kernels_refuse(tmp_path, options):
+    model = make_model(**options)
+    session = export(model, tmp_path)
+    assert_same(session, model, make_inputs(3, 16))
+
+
+def test_the_graph_multiplies_each_expert_with_its_own_tokens_only(tmp_path):
+    export(make_model(), tmp_path)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    assert kinds.count("NonZero") == 4
+    assert kinds.count("ScatterND") == 1
+    assert not {"TopK", "Loop", "If", "Scan"} & set(kinds)
+
+
+@torch.no_grad()
+def test_torchscript_does_not_freeze_the_routes():
+    model = make_model(return_dict=False).base_model
+    traced = torch.jit.trace(model, tuple(make_inputs(2, 9).values()))
+    for rows, length in SHAPES:
+        inputs = make_inputs(rows, length)
+        torch.testing.assert_close(traced(*inputs.values()), model(**inputs), atol=1e-5, rtol=1e-4)
+
+
+def test_int8_quantisation_finds_every_expert(tmp_path):
+    model = make_model()
+    export(model, tmp_path)
+    options = onnxruntime.SessionOptions()  # the experts' weights become constants of their own
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(tmp_path / "folded.onnx")
+    onnxruntime.InferenceSession(tmp_path / "model.onnx", options)
+    folded = onnx.load(tmp_path / "folded.onnx")
+    del folded.graph.value_info[:]  # the shapes of before
+    quantize_dynamic(folded, tmp_path / "int8.onnx", per_channel=True)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node]
+    assert kinds.count("MatMulInteger") == 4 + 2 * 4 + 2  # attention, experts, pooler and head
+    session = onnxruntime.InferenceSession(tmp_path / "int8.onnx")
+    for rows, length in SHAPES:  # in the first, three experts get no token
+        assert_same(session, model, make_inputs(rows, length), atol=0.3)
