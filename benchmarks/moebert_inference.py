@@ -15,6 +15,7 @@ Cases are `batch x tokens` with random ids, or `batch x real`: sentences of the 
 
 import copy
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -217,6 +218,7 @@ def target_rows(case: str, ratios: dict[str, dict[str, Any]]) -> list[dict[str, 
 @torch.no_grad()
 def main(args: InferenceArguments) -> None:
     """Time every case on every number of threads."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "65536")  # what one model needs, for all that are timed
     facts = {"command": " ".join(["python", *sys.argv])} | environment()
     print(markdown_table([{"what": key, "value": str(value)} for key, value in facts.items()]))
     models = make_models(args)
