@@ -189,3 +189,53 @@ def test_growth_on_a_gpu(scale, tmp_path):
     scale.main(scale.ScaleArguments(device="cuda", gpu_batches=[2, 4], rounds=2, tiny=True, output=tmp_path))
     (points,) = json.loads((tmp_path / "growth_cuda.json").read_text())["results"].values()
     assert {(point["model"], point["size"]) for point in points} == {(n, b) for n in scale.GPU_MODELS for b in (2, 4)}
+
+
+def test_stacks_are_compared_with_their_rivals(queue, monkeypatch, tmp_path, capsys):
+    stacks = importlib.import_module("moebert_inference")
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
+    output = tmp_path / "stacks.json"
+    chosen = {"cases": ["1x32", "2xreal"], "precisions": ["float32"], "threads": [1], "rounds": 2, "onnx": False}
+    stacks.main(stacks.InferenceArguments(**chosen, batches=2, smoke=True, output=output))
+    random, real = json.loads(output.read_text())["results"]
+    assert random["tokens"] == [32, 32]
+    assert real["tokens"][0] < real["tokens"][1]  # some of it is padding
+    assert random["seconds"].keys() == {f"{k} {s}" for k in ("dense", "moebert") for s in ("stock", "float32")} | {
+        "moebert float32 padded"
+    }
+    assert max(random["differences"].values()) < 1e-4
+    assert [row["against"] for row in random["targets"]] == ["dense float32"]
+    assert "| moebert float32 | dense float32 |" in capsys.readouterr().out
+
+
+def test_sentences_of_the_texts_given_are_timed(queue, tiny_teacher, tmp_path):
+    stacks = importlib.import_module("moebert_inference")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("\n".join(json.dumps({"text": text}) for text in SENTENCES))
+    args = stacks.InferenceArguments(texts=texts, tokenizer=str(tiny_teacher), batches=2)
+    batches = stacks.make_batches("3xreal", args)
+    lengths = sorted(int(length) for batch in batches for length in batch["attention_mask"].sum(dim=1))
+    assert lengths == sorted(len(text.split()) + 2 for text in SENTENCES)
+    with pytest.raises(ValueError, match="`texts` and `tokenizer` must be given together"):
+        stacks.InferenceArguments(texts=texts)
+
+
+@pytest.mark.filterwarnings("ignore")  # of exporters
+@pytest.mark.parametrize("kind", ["dense", "moebert"])
+def test_onnx_runtime_takes_part_only_with_the_right_numbers(queue, monkeypatch, tmp_path, kind):
+    rivals = importlib.import_module("onnx_models")
+    model = queue.build(f"{kind}, plain", tiny=True)
+    model.encoder.layer = model.encoder.layer[:1]
+    model.config.num_hidden_layers = 1
+    ids = torch.arange(1000, 1012).view(2, 6)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        expected = model(**batch)[0].numpy()
+    for precision, tolerance in (("float32", 1e-4), ("int8", 0.2)):
+        found = rivals.ort_call(model, batch, tmp_path / kind, precision=precision, threads=1)()[0]
+        np.testing.assert_allclose(found, expected, atol=tolerance)
+    monkeypatch.setattr(rivals, "TOLERANCE", -1)
+    with pytest.raises(ValueError, match="ONNX Runtime must give what torch gives"):
+        rivals.ort_call(model, batch, tmp_path / kind, threads=1)
+    with pytest.raises(ValueError, match='`precision` must be "float32" or "int8", got \'int4\''):
+        rivals.ort_call(model, batch, tmp_path / kind, precision="int4", threads=1)
