@@ -33,8 +33,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, HfArgumentParser,
 
 from hf_moebert import MoEBertConfig, MoEBertModel, optimize_for_inference
 from hf_moebert.benchmark import compare_times, environment, time_rounds
-from hf_moebert.inference import PRECISIONS
-from hf_moebert.linears import why_not
+from hf_moebert.linears import check_precision
 from hf_moebert.report import markdown_table
 
 
@@ -70,18 +69,10 @@ class QueueArguments:
     output: Path | None = field(default=None, metadata={"help": "Folder for everything measured, and a picture."})
 
     def __post_init__(self) -> None:
-        check_precisions(self.precisions)
+        for precision in self.precisions:
+            check_precision(precision)
         if wrong := [setting for setting in self.settings if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", setting)]:
             raise ValueError(f"`settings` must be processes x threads, such as 2x1, got {wrong}.")
-
-
-def check_precisions(precisions: list[str]) -> None:
-    """Refuse what this machine would silently run in another precision."""
-    for precision in precisions:
-        if precision not in PRECISIONS:
-            raise ValueError(f"`precisions` must be among {PRECISIONS}, got {precision!r}.")
-        if reason := why_not(precision, True):
-            raise ValueError(f"`precisions` must work here, {precision!r} does not: {reason}. Leave it out.")
 
 
 def model_names(precisions: list[str]) -> list[str]:

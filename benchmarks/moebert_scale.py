@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
-from moebert_queue import PLAIN, Point, build, check_precisions, model_names, ratio
+from moebert_queue import PLAIN, Point, build, model_names, ratio
 from torch import Tensor
 from transformers import BertConfig, HfArgumentParser
 
 from hf_moebert.benchmark import environment, time_rounds
 from hf_moebert.footprint import measure_footprint
+from hf_moebert.linears import check_precision
 from hf_moebert.report import markdown_table
 
 
@@ -81,7 +82,8 @@ class ScaleArguments:
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"`device` must be cpu or cuda, got {self.device!r}.")
         if self.device == "cpu":
-            check_precisions(self.precisions)
+            for precision in self.precisions:
+                check_precision(precision)
 
 
 def random_batch(batch: int, seq: int, seed: int) -> dict[str, Tensor]:

@@ -68,6 +68,7 @@ def open_session(graph: Path, threads: int, fuses_norms: bool) -> onnxruntime.In
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or it takes a core from whoever runs next
     options.log_severity_level = 3
     disabled = {} if fuses_norms else {"disabled_optimizers": [SLOW_FUSION]}
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"], **disabled)

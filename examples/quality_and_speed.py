@@ -29,6 +29,7 @@ from torch import nn
 from transformers import AutoConfig, HfArgumentParser, PreTrainedModel, TrainingArguments
 
 from hf_moebert import DistillationConfig, MoEBertForSequenceClassification, PlatonConfig, measure_importance
+from hf_moebert.linears import check_precision
 from hf_moebert.moebert.training import count_tokens, load_importance, save_importance
 
 
@@ -179,6 +180,8 @@ def main() -> None:
     parser = HfArgumentParser((TaskArguments, ExampleArguments, TrainingArguments, PlatonConfig, DistillationConfig))
     parser.set_defaults(final_ratio=0.5, granularity="structured")
     arguments, example, args, recipe, distillation = parser.parse_args_into_dataclasses()
+    for precision in example.precisions:
+        check_precision(precision)
     if arguments.smoke:
         make_smoke_inputs(arguments, Path(args.output_dir) / "inputs")
         args.logging_steps, args.save_strategy = 1, "no"

@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from .inference import Optimized
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -47,8 +49,14 @@ def measure_footprint(model: nn.Module, *, seq_len: int = 128, folder: str | Pat
         folder: Where the model was saved, to add up its `*.safetensors` files.
 
     Raises:
-        ValueError: If `seq_len` does not fit the model, or if `folder` holds no safetensors file.
+        ValueError: If `seq_len` does not fit the model, if the model is optimised for inference, or if `folder` holds
+            no safetensors file.
     """
+    if any(isinstance(module, Optimized) for module in model.modules()):
+        raise ValueError(
+            "`model` must not be optimised for inference, whose operators cannot be counted. Measure it before, or "
+            "after `revert_optimizations`."
+        )
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if seq_len < 1 or (positions is not None and seq_len > positions):
         limit = "1" if positions is None else f"1 and at most the model's {positions} positions"

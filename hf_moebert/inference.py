@@ -15,17 +15,19 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .linears import LinearForm, Precision, make_linear, why_not
-from .unpadding import Sentences, Unpadding, attend, why_not_unpadded
+from .linears import PRECISIONS, LinearForm, Precision, make_linear, why_not
+from .unpadding import BEYOND, Sentences, Unpadding, attend, is_free, why_not_unpadded
 
 
 logger = logging.get_logger(__name__)
 
-PRECISIONS = ("float32", "bfloat16", "int8")
-# The host's classes that compute what BERT's do; many others have parts of the same names, and compute something else
-FAMILIES = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
-ATTENTIONS = {f"{family}Attention" for family in FAMILIES}
-LAYERS = {f"{family}Layer" for family in FAMILIES}
+# The host's modules whose classes compute what BERT's do; many others have parts of the same names, and compute
+# something else
+FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm_roberta": "XLMRoberta", "camembert": "Camembert"}
+FAMILIES |= {"electra": "Electra"}
+ATTENTIONS = {f"transformers.models.{file}.modeling_{file}.{name}Attention" for file, name in FAMILIES.items()}
+LAYERS = {f"transformers.models.{file}.modeling_{file}.{name}Layer" for file, name in FAMILIES.items()}
+SAMPLES = 8  # elements of a weight that are looked at for changes which torch does not count
 
 Forms = tuple[LinearForm, ...]
 
@@ -35,11 +37,16 @@ class Optimized:
 
     training: bool
     make_linear: Callable[..., LinearForm]
-    made_from: list[tuple[int, int]] | None = None
+    made_for: torch.device
+    made_from: list[tuple] | None = None
     made: Forms | None = None
 
     def linears(self) -> list[nn.Linear]:
         """Name the linear layers whose forms are used in their place."""
+        return []
+
+    def others(self) -> list[nn.Module]:
+        """Name the other modules that are not called while forms are used."""
         return []
 
     def sources(self) -> list[Tensor | None]:
@@ -51,31 +58,49 @@ class Optimized:
         raise NotImplementedError
 
     def forms(self, x: Tensor) -> Forms | None:
-        """Return the forms where they apply: in plain inference in float32, with layers nobody has wrapped or hooked.
+        """Return the forms where they apply: in plain inference in float32, with modules nobody has wrapped or hooked.
 
-        They are made again after a weight was trained, loaded or moved.
+        They are made again after a weight was trained, loaded, merged or moved.
         """
         if torch.is_grad_enabled() or self.training or x.dtype != torch.float32 or not x.numel():
             return None
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled(x.device.type):
             return None
-        if not all(is_plain(linear) for linear in self.linears()):
+        if not all(map(is_plain, self.linears())) or not all(map(is_untouched, self.others())):
+            self.made_from = None
             return None
-        sources = [source for source in self.sources() if source is not None]
-        state = [(source.data_ptr(), 0 if source.is_inference() else source._version) for source in sources]
+        state = [fingerprint(source) for source in self.sources() if source is not None]
         if state != self.made_from:
-            fit = all(source.dtype == x.dtype and source.device == x.device for source in sources)
-            self.made, self.made_from = self.make_forms() if fit else None, state
+            self.made, self.made_from = self.make_forms() if self.fits(x) else None, state
         return self.made
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether weights and input are in float32, and where the model was optimised."""
+        tensors = [x, *(source for source in self.sources() if source is not None)]
+        return all(tensor.dtype == torch.float32 and tensor.device == self.made_for for tensor in tensors)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the forms out of copies, which make their own."""
         return {name: value for name, value in self.__dict__.items() if name not in ("made", "made_from")}
 
 
+def fingerprint(source: Tensor) -> tuple:
+    """Say whether a tensor is still the same one, and of the same values, in a moment's time."""
+    version = 0 if source.is_inference() else source._version
+    if source.device.type != "cpu" or source.dim() < 2 or source.dtype == torch.bfloat16:
+        return source.data_ptr(), version
+    values = source.detach().numpy().reshape(-1)  # edits of `.data` raise no version
+    return source.data_ptr(), version, values[:: max(values.size // SAMPLES, 1)].tobytes()
+
+
 def is_plain(linear: nn.Module) -> bool:
     """Whether a layer is torch's own linear layer and nobody watches or changes it."""
-    return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
+    return type(linear) is nn.Linear and is_free(linear) and not (linear._forward_hooks or linear._forward_pre_hooks)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether a module does in inference what its class does, and nobody watches or changes it."""
+    return is_free(module) and not (module.training or module._forward_hooks or module._forward_pre_hooks)
 
 
 class OptimizedAttention(Optimized):
@@ -87,6 +112,10 @@ class OptimizedAttention(Optimized):
     def linears(self) -> list[nn.Linear]:
         """Queries, keys, values, and the output."""
         return [self.self.query, self.self.key, self.self.value, self.output.dense]
+
+    def others(self) -> list[nn.Module]:
+        """Dropout and LayerNorm."""
+        return [self.self.dropout, self.output, self.output.dropout, self.output.LayerNorm]
 
     def make_forms(self) -> Forms:
         """One form for the three, and one for the output."""
@@ -104,7 +133,13 @@ class OptimizedAttention(Optimized):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend, add the residual and normalise; like the host's sdpa, without returning the weights of attention."""
-        forms = self.forms(hidden_states) if self.self.config._attn_implementation == "sdpa" else None
+        forms = None
+        if (
+            self.self.config._attn_implementation == "sdpa"
+            and not args
+            and all(kwargs.get(name) is None for name in BEYOND)
+        ):
+            forms = self.forms(hidden_states)
         if forms is not None:
             project, close = forms
             qkv = project(project.prepare(hidden_states))
@@ -133,6 +168,10 @@ class OptimizedFeedForward(Optimized):
     def linears(self) -> list[nn.Linear]:
         """Up and down."""
         return [self.intermediate.dense, self.output.dense]
+
+    def others(self) -> list[nn.Module]:
+        """What is around them."""
+        return [self.intermediate, self.output, self.output.dropout, self.output.LayerNorm]
 
     def make_forms(self) -> Forms:
         """Up with its activation, and down."""
@@ -194,12 +233,12 @@ class OptimizedLinear(Optimized):
         """One form."""
         return (self.make_linear(self.weight, self.bias),)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map, `(..., in)` to `(..., out)`."""
-        forms = self.forms(x)
+        forms = self.forms(input)
         if forms is None:
-            return super().forward(x)  # type: ignore[misc]
-        return forms[0](forms[0].prepare(x)).to(x.dtype)
+            return super().forward(input)  # type: ignore[misc]
+        return forms[0](forms[0].prepare(input)).to(input.dtype)
 
 
 def run_slices(forms: Sequence[LinearForm], prepared: Any, counts: list[int]) -> Tensor:
@@ -237,19 +276,26 @@ def optimize_for_inference(
 
     Linear layers and stacked experts are packed for oneDNN, with one product for queries, keys and values and with the
     activation within the product; and padding is left out. Heads stay as they are. What this machine or this model
-    does not support is skipped, with one line that says so. Calls that train, compile, export, or record more than the
-    last hidden states run as before. The packed weights are copies: they take memory beside the weights.
+    does not support is skipped, with one line that says so.
+
+    Calls that train, compile, export, or record more than the last hidden states run as before. In others, layers may
+    see one row of all real tokens, and do not call the modules within them. Packed weights are copies: they take
+    memory beside the weights. oneDNN keeps a program for each shape it meets: a model whose layers all differ in width
+    needs a larger `ONEDNN_PRIMITIVE_CACHE_CAPACITY` than 1024.
 
     Args:
         model: A transformers model in float32. All parts apply to MoEBERT and to models with the layers of BERT,
             RoBERTa, XLM-RoBERTa, CamemBERT and Electra; others get packed linear layers.
-        precision: What linear layers and experts compute in. `float32` changes outputs by rounding alone;
-            `bfloat16` and `int8` (weights by output, activations by tensor as they come) cost accuracy: measure it.
+        precision: What linear layers and experts compute in. `float32` changes outputs by rounding alone, by which a
+            gate may decide a tie differently; `bfloat16` and `int8` (weights by output, activations by tensor as they
+            come) cost accuracy: measure it.
         prepack: Whether oneDNN multiplies packed weights; in `int8` it always does.
-        skip_padding: Whether only real tokens run through the encoder.
+        skip_padding: Whether only real tokens run through the encoder, whose outputs are then zero at padding. A batch
+            in which a sentence begins with padding keeps it: heads read the first place of each row.
 
     Returns:
-        The same model, in eval mode. `revert_optimizations` undoes it; calling this again replaces it.
+        The same model, in eval mode. `revert_optimizations` undoes it, and has to before `pickle`; calling this again
+        replaces it.
 
     Raises:
         ValueError: If the precision does not exist, or the model is not one of transformers in float32.
@@ -279,7 +325,7 @@ def revert_optimizations(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, Optimized):
             module.__class__ = type(module).__bases__[1]
-            for name in ("make_linear", "made", "made_from"):
+            for name in ("make_linear", "made_for", "made", "made_from"):
                 module.__dict__.pop(name, None)
         elif "unpadding" in module.__dict__:
             module.__dict__.pop("unpadding").remove()
@@ -315,10 +361,11 @@ def change_classes(base: PreTrainedModel, make: Callable[..., LinearForm]) -> No
         if kind is None or module in covered:
             continue
         module.__class__ = optimized_class(kind, type(module))  # type: ignore[arg-type]  # classes are hashable
-        module.make_linear = make
+        module.make_linear, module.made_for = make, base.device
         covered.update(module.linears())
-        if module.forms(torch.empty(1, 1, device=base.device)) is None:  # now, not in the first call
-            stuck.append(name)
+        with torch.autocast(base.device.type, enabled=False):
+            if module.forms(torch.empty(1, 1, device=base.device)) is None:  # now, not in the first call
+                stuck.append(name)
     if stuck:
         logger.warning(f"Linear layers that are wrapped, hooked or not in float32 stay as they are, in {stuck}.")
     experts = getattr(base.config, "_experts_implementation", None)
@@ -328,9 +375,9 @@ def change_classes(base: PreTrainedModel, make: Callable[..., LinearForm]) -> No
 
 def kind_of(module: nn.Module) -> type[Optimized] | None:
     """Say which faster way a module has."""
-    if is_attention(module):
+    if is_attention(module) and module.self.config._attn_implementation == "sdpa":  # type: ignore[union-attr]
         return OptimizedAttention
-    if type(module).__name__ in LAYERS:
+    if class_name(module) in LAYERS:
         return OptimizedFeedForward
     if hasattr(module, "run_sorted"):
         return OptimizedExperts
@@ -339,7 +386,12 @@ def kind_of(module: nn.Module) -> type[Optimized] | None:
 
 def is_attention(module: Any) -> bool:
     """Whether a module is attention as BERT computes it, to both sides and within the sentence."""
-    return type(module).__name__ in ATTENTIONS and not module.is_cross_attention and not module.self.is_causal
+    return class_name(module) in ATTENTIONS and not module.is_cross_attention and not module.self.is_causal
+
+
+def class_name(module: Any) -> str:
+    """Name a module's class and where it is from."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 @cache

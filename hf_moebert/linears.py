@@ -7,6 +7,7 @@ oneDNN's operators are not part of torch's public interface. So each is tried on
 (`why_not`), and never relied on.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, NamedTuple, Protocol
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 
 Precision = Literal["float32", "bfloat16", "int8"]
+PRECISIONS = ("float32", "bfloat16", "int8")
 Activation = Callable[[Tensor], Tensor]
 
 # Any of these, by the names of `torch.cpu.get_capabilities`: emulation would take longer than float32
@@ -25,6 +27,7 @@ PROCESSOR_NEEDS = {
     "int8": {"avx512_vnni", "avx_vnni", "amx_int8"},
 }
 # What oneDNN computes along with the product: operation and algorithm, by the class of the host's activation
+TINIEST = torch.finfo(torch.float32).tiny
 FUSED = {
     "GELUActivation": ("gelu", "none"),
     "NewGELUActivation": ("gelu", "tanh"),
@@ -55,7 +58,10 @@ def quantize(x: Tensor) -> Quantized:
     """Put activations on a grid of 255 steps that holds all of them, and zero itself."""
     low, high = (float(bound) for bound in torch.aminmax(x))
     low, high = min(low, 0.0), max(high, 0.0)
-    scale = (high - low) / 254 or 1.0  # not 255: zero is rounded to the grid, by which either end moves half a step
+    if not math.isfinite(high - low):  # the product is then NaN everywhere, as it would be without quantisation
+        return Quantized(torch.zeros_like(x, dtype=torch.uint8), math.nan, 0)
+    # 254 steps: zero is rounded to the grid, by which either end moves half a step
+    scale = max((high - low) / 254, TINIEST)
     zero_point = round(-low / scale)
     steps = torch.add(torch.tensor(zero_point - 128.0), x, alpha=1 / scale).round_()
     # To int8, and a flip of the sign bit: several times faster than torch's way from floats to uint8
@@ -112,7 +118,7 @@ class Int8Linear:
     """The product of int8 weights, one scale for each output, with activations quantised as they come."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> None:
-        self.scale = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)  # (out,)
+        self.scale = (weight.abs().amax(dim=1) / 127).clamp(min=TINIEST)  # (out,)
         self.zero_point = torch.zeros(len(weight), dtype=torch.long)  # (out,)
         values = (weight / self.scale.unsqueeze(1)).round().to(torch.int8)  # (out, in)
         self.weight = torch.ops.onednn.qlinear_prepack(values, [32, weight.shape[1]])  # what a short text has
@@ -176,3 +182,15 @@ def why_not(precision: Precision, packed: bool) -> str | None:
     expected = F.linear(x, weight, weight[:, 0])
     allowed = {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.02}[precision] * expected.abs().max()
     return None if (found - expected).abs().max() <= allowed else "the operator gives wrong numbers here"
+
+
+def check_precision(precision: Precision) -> None:
+    """Refuse a precision that this machine cannot compute in, where another must not take its place.
+
+    Raises:
+        ValueError: If it does not exist or does not work here.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"`precision` must be one of {PRECISIONS}, got {precision!r}.")
+    if reason := why_not(precision, True):
+        raise ValueError(f"`precision` must work on this machine, {precision!r} does not: {reason}. Leave it out.")

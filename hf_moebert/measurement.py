@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from .data import encode_text
 from .evaluation import CLASSIFICATION_SCORES, REGRESSION_SCORES, paired_bootstrap, predict_logits, score
 from .footprint import measure_footprint
 from .inference import optimize_for_inference
+from .linears import Precision, check_precision
 from .metrics import metrics_for_task
 
 
@@ -107,13 +108,17 @@ def measure(
     for name, value in (("max_examples", max_examples), ("threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}. Leave it out for the default.")
+    for precision in optimized:
+        check_precision(cast(Precision, precision))
+    forms = {f"{name}, {form}": (name, form) for name in models for form in optimized}
+    if clash := sorted(forms.keys() & models.keys()):
+        raise ValueError(f"`models` must not have the names of optimised ones, got {clash}. Name them differently.")
     with _threads(threads):
         loaded = {name: _load(source, columns.max_length) for name, source in models.items()}
         footprints = {
             name: measure_footprint(entry.model, seq_len=latency.seq, folder=entry.folder)
             for name, entry in loaded.items()
         }
-        forms = {f"{name}, {form}": (name, form) for name in models for form in optimized}
         loaded |= {new: _optimize(loaded[name], form) for new, (name, form) in forms.items()}
         calls = _forward_passes(loaded, latency, seed)  # before the scores: they take longer and refuse less
         speed_ups = compare_latency(calls, baseline=baseline, rounds=latency.rounds, clock=latency.clock, seed=seed)

@@ -13,11 +13,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 
-RECORDS = (
-    "output_hidden_states",
-    "output_attentions",
-    "output_router_logits",
-)  # one value for each token, also padding
+# What has a value for each token, also for padding
+RECORDS = ("output_hidden_states", "output_attentions", "output_router_logits")
+# What lets a token attend to more than its sentence, or less
+BEYOND = ("past_key_values", "encoder_hidden_states", "encoder_attention_mask", "is_causal")
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,8 @@ def attend(qkv: Tensor, mask: Tensor | None, sentences: Sentences | None, *, sca
     if sentences is None:
         return _attend(qkv, mask, scale)
     runs = [(length, len(list(run))) for length, run in groupby(n for n in sentences.lengths if n)]
-    parts = qkv.squeeze(0).split(
-        [length * count for length, count in runs]
-    )  # (tokens of the run, 3, heads, head_size)
-    parts = [part.view(count, length, *part.shape[1:]) for part, (length, count) in zip(parts, runs, strict=True)]
+    parts = qkv.squeeze(0).split([length * count for length, count in runs])  # (tokens of a run, 3, heads, head_size)
+    parts = [part.unflatten(0, (count, length)) for part, (length, count) in zip(parts, runs, strict=True)]
     return torch.cat([_attend(part, None, scale).flatten(0, 1) for part in parts]).unsqueeze(0)
 
 
@@ -103,8 +100,8 @@ class Unpadding:
         """Replace a padded batch by one row of its real tokens; anything else passes as it is."""
         given = self.signature.bind(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
-        mask = given.get("attention_mask")
-        if mask is None or mask.dim() != 2 or not self.applies(given) or mask.all():
+        mask, ids = given.get("attention_mask"), given.get("input_ids", given.get("inputs_embeds"))
+        if mask is None or ids is None or mask.shape != ids.shape[:2] or not self.applies(given) or mask.all():
             return None
         mask = mask.to(torch.bool)
         if not torch.equal(mask[:, 0], mask.any(dim=1)):
@@ -120,13 +117,17 @@ class Unpadding:
 
     def applies(self, given: dict[str, Any]) -> bool:
         """Whether this call is one of plain inference, which records nothing for each token."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or self.base.training:
             return False
         config = self.base.config
         if any(given.get(name) or getattr(config, name, False) for name in RECORDS):
             return False
+        if any(given.get(name) is not None for name in BEYOND) or given["attention_mask"].device.type != "cpu":
+            return False
         named = hasattr(self.base.embeddings, "create_position_ids_from_input_ids")  # RoBERTa counts past its padding
-        return config._attn_implementation == "sdpa" and not (named and given.get("input_ids") is None)
+        if config._attn_implementation != "sdpa" or (named and given.get("input_ids") is None):
+            return False
+        return all(is_free(layer) and is_free(layer.attention) for layer in self.base.encoder.layer)
 
     def positions(self, given: dict[str, Any]) -> Tensor:
         """Say the position of every token of the padded batch, `(batch or 1, seq)`."""
@@ -159,4 +160,18 @@ def why_not_unpadded(base: PreTrainedModel, is_attention: Callable[[Any], bool])
         return f"the attention of {type(base).__name__} is not known to keep sentences apart"
     if base.config._attn_implementation != "sdpa":
         return f"attention is {base.config._attn_implementation!r}, not 'sdpa'"
+    if not all(is_free(layer) and is_free(layer.attention) and knows_sentences(layer) for layer in layers):
+        return "the layers' forward is not the one known here"
     return None
+
+
+def is_free(module: nn.Module) -> bool:
+    """Whether nobody, such as accelerate, gave this one module another `forward`."""
+    return "forward" not in module.__dict__
+
+
+def knows_sentences(layer: nn.Module) -> bool:
+    """Whether a layer treats tokens alone, as the host's do, or has a way to tell sentences apart."""
+    if type(layer).__module__.startswith("transformers.models."):
+        return True
+    return "sentences" in inspect.signature(layer.forward).parameters

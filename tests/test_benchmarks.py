@@ -122,7 +122,7 @@ def test_the_batch_says_whether_padding_is_skipped(queue, queue_arguments, name)
 def test_queue_refuses_what_it_cannot_run(queue, queue_arguments):
     with pytest.raises(ValueError, match=r"`settings` must be processes x threads, such as 2x1, got \['2'\]"):
         queue.QueueArguments(texts=["a"], tokenizer="b", settings=["1x1", "2"])
-    with pytest.raises(ValueError, match="`precisions` must be among .*, got 'int4'"):
+    with pytest.raises(ValueError, match="`precision` must be one of .*, got 'int4'"):
         queue.QueueArguments(texts=["a"], tokenizer="b", precisions=["int4"])
     queue_arguments.slices = 13
     with pytest.raises(ValueError, match="`texts` must hold a sentence for each of 13 slices, got 12"):
