@@ -30,8 +30,9 @@ from transformers import (
 from transformers import logging as host_logging
 
 from hf_moebert import inference, optimize_for_inference, revert_optimizations
+from hf_moebert.footprint import measure_footprint
 from hf_moebert.inference import Optimized, round_up, run_slices
-from hf_moebert.linears import make_linear, why_not
+from hf_moebert.linears import PackedLinear, PlainLinear, make_linear, why_not
 
 
 TINY = {
@@ -118,6 +119,8 @@ def test_each_part_can_be_chosen(prepack, skip_padding):
     expected = model(**batch)
     optimize_for_inference(model, prepack=prepack, skip_padding=skip_padding)
     assert is_optimized(model) == (prepack or skip_padding)
+    kinds = {type(form) for module in model.modules() if isinstance(module, Optimized) for form in module.made}
+    assert kinds == ({PackedLinear} if prepack else {PlainLinear} if skip_padding else set())
     assert_equal_on_real_tokens(model(**batch), expected, batch["attention_mask"])
 
 
@@ -298,6 +301,85 @@ def test_layers_that_peft_wraps_stay_as_they_are(said):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's
+def test_adapters_that_were_merged_are_seen():
+    from peft import LoraConfig, get_peft_model
+
+    model, batch = optimize_for_inference(make()), padded()
+    model(**batch)
+    torch.manual_seed(3)
+    config = LoraConfig(target_modules=["query", "dense"], init_lora_weights=False)
+    merged = get_peft_model(model, config).merge_and_unload()  # edits weights in a way that torch does not count
+    found = merged(**batch).logits
+    torch.testing.assert_close(found, revert_optimizations(merged)(**batch).logits, atol=1e-5, rtol=1e-5)
+    assert (found - make()(**batch).logits).abs().max() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's
+def test_prefix_tuning_takes_the_hosts_way():
+    from peft import PrefixTuningConfig, get_peft_model
+
+    torch.manual_seed(0)
+    tuned = get_peft_model(make(), PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)).eval()
+    expected = tuned(**padded()).logits
+    optimize_for_inference(tuned.base_model)
+    torch.testing.assert_close(tuned(**padded()).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_another_forward_of_one_module_is_respected(said):
+    def replaced(model):
+        layer = model.encoder.layer[1]
+        plain = type(layer.attention).forward.__get__(layer.attention)
+        layer.attention.forward = lambda *args, **kwargs: plain(*args, **kwargs)  # as accelerate does
+        return model
+
+    batch = padded()
+    real = batch["attention_mask"].bool()
+    expected = make("bert")(**batch).last_hidden_state[real]
+    before = optimize_for_inference(replaced(make("bert")))
+    assert "`skip_padding` is skipped: the layers' forward is not the one known here" in said.text
+    torch.testing.assert_close(before(**batch).last_hidden_state[real], expected, atol=1e-5, rtol=1e-5)
+    after = optimize_for_inference(make("bert"))
+    after.encoder.layer[0].intermediate.dense.forward = lambda x: torch.zeros(*x.shape[:-1], 64)
+    twin = make("bert")
+    twin.encoder.layer[0].intermediate.dense.forward = lambda x: torch.zeros(*x.shape[:-1], 64)
+    found, expected = after(**batch).last_hidden_state[real], twin(**batch).last_hidden_state[real]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_dropout_at_inference_stays():
+    model, batch = optimize_for_inference(make()), padded()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    assert not torch.equal(model(**batch).logits, model(**batch).logits)
+    model.train()
+    assert not torch.equal(model(**batch).logits, model(**batch).logits)
+
+
+@torch.no_grad()
+def test_layers_of_the_same_name_from_elsewhere_are_left_alone():
+    class BertLayer(type(make("bert").encoder.layer[0])):
+        def feed_forward_chunk(self, attention_output):
+            return super().feed_forward_chunk(attention_output) * 2
+
+    model, batch = make("bert"), padded((5, 5))
+    for layer in model.encoder.layer:
+        layer.__class__ = BertLayer
+    expected = model(**batch).last_hidden_state
+    found = optimize_for_inference(model)(**batch).last_hidden_state
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_footprint_of_an_optimised_model_is_refused():
+    with pytest.raises(ValueError, match="`model` must not be optimised for inference"):
+        measure_footprint(optimize_for_inference(make("bert")), seq_len=4)
+
+
+@torch.no_grad()
 def test_whoever_watches_a_linear_layer_sees_it():
     model, seen = optimize_for_inference(make("bert")), []
     model.encoder.layer[0].intermediate.dense.register_forward_hook(lambda *args: seen.append(1))
@@ -323,29 +405,38 @@ def test_threads_may_share_a_model():
     model = optimize_for_inference(make())
     batches = [padded((2, 5)), padded((9, 1, 4)), padded((6, 6, 6, 3))]
     expected = [model(**batch).logits for batch in batches]
-    wrong = []
+    right = []
 
     def work(i):
-        for _ in range(20):
-            if not torch.equal(torch.no_grad()(model)(**batches[i]).logits, expected[i]):
-                wrong.append(i)
+        equal = 0
+        with torch.no_grad():
+            for _ in range(20):
+                equal += torch.equal(model(**batches[i]).logits, expected[i])
+        right.append(equal)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert right == [20, 20, 20]
 
 
-def test_torch_compile_and_export_see_the_hosts_model():
+@torch.no_grad()
+def test_export_sees_the_hosts_model():
     model, batch = make("bert"), padded()
-    with torch.no_grad():
-        expected = model(**batch).last_hidden_state
-    optimize_for_inference(model)
-    exported = torch.export.export(model, (), batch)
-    found = exported.module()(**batch).last_hidden_state
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    expected = model(**batch).last_hidden_state
+    exported = torch.export.export(optimize_for_inference(model), (), batch)
+    assert not any("mkldnn" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(**batch).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_torch_compile_sees_the_hosts_model():
+    model, batch = make("bert"), padded()
+    expected = model(**batch).last_hidden_state
+    compiled = torch.compile(optimize_for_inference(model), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**batch).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_inference_mode_and_weights_made_in_it():

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from hf_moebert import linears
-from hf_moebert.linears import make_linear, quantize, why_not
+from hf_moebert.linears import check_precision, make_linear, quantize, why_not
 
 
 needs_int8 = pytest.mark.skipif(why_not("int8", True) is not None, reason="the processor lacks int8 products")
@@ -67,6 +67,22 @@ def test_activations_are_rounded_to_the_nearest_step(values):
     back = (q.values.double() - q.zero_point) * q.scale
     assert (back - x.double()).abs().max() <= q.scale * 0.501 + 1e-12
     assert 0 <= q.zero_point <= 255  # zero has a step of its own
+
+
+@needs_int8
+def test_what_is_not_finite_is_not_hidden(layer):
+    form = make_linear(layer.weight, layer.bias, precision="int8", packed=True)
+    for value in (float("nan"), float("inf")):
+        x = torch.randn(3, 48)
+        x[1, 2] = value
+        assert apply(form, x).isnan().any()
+    assert apply(form, torch.full((3, 48), 1e-42)).isfinite().all()
+
+
+def test_a_precision_that_must_work_is_refused_where_it_does_not(monkeypatch):
+    monkeypatch.setattr(linears, "why_not", lambda precision, packed: "no VNNI")
+    with pytest.raises(ValueError, match="`precision` must work on this machine, 'int8' does not: no VNNI"):
+        check_precision("int8")
 
 
 @pytest.mark.parametrize("x", [torch.zeros(2, 3), torch.full((2, 3), 5.0), torch.full((2, 3), -5.0)])

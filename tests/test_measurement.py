@@ -111,6 +111,12 @@ def test_optimised_models_are_measured_beside_the_plain_ones(classifiers, exampl
         assert optimized["speed_up"]["rounds"] == QUICK["latency"].rounds
 
 
+def test_refuses_a_model_with_the_name_of_an_optimised_one(classifiers, examples):  # noqa: F811
+    sources = dict.fromkeys(("a", "a, float32"), str(classifiers / "large"))
+    with pytest.raises(ValueError, match=r"must not have the names of optimised ones, got \['a, float32'\]"):
+        measure(sources, examples, baseline="a", optimized=["float32"], **QUICK)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
