@@ -31,8 +31,8 @@ from transformers import logging as host_logging
 
 from hf_moebert import inference, optimize_for_inference, revert_optimizations
 from hf_moebert.footprint import measure_footprint
-from hf_moebert.inference import Optimized, round_up, run_slices
 from hf_moebert.linears import PackedLinear, PlainLinear, make_linear, why_not
+from hf_moebert.optimized import Optimized, round_up, run_slices
 
 
 TINY = {

@@ -13,9 +13,9 @@ from hf_moebert import (
     optimize_for_inference,
     revert_optimizations,
 )
-from hf_moebert.inference import OptimizedExperts
 from hf_moebert.linears import why_not
 from hf_moebert.moebert.functional import masked_mean, sentence_means
+from hf_moebert.optimized import OptimizedExperts
 
 
 TINY = {
