@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .linears import LinearForm
 from .unpadding import BEYOND, Sentences, attend, is_free
@@ -77,8 +76,8 @@ def fingerprint(source: Tensor) -> tuple:
     version = 0 if source.is_inference() else source._version
     if source.device.type != "cpu" or source.dim() < 2 or source.dtype == torch.bfloat16:
         return source.data_ptr(), version
-    values = source.detach().numpy().reshape(-1)  # edits of `.data` raise no version
-    return source.data_ptr(), version, values[:: max(values.size // SAMPLES, 1)].tobytes()
+    values = source.detach().numpy()[:: max(len(source) // SAMPLES, 1)]  # edits of `.data` raise no version
+    return source.data_ptr(), version, values[(..., *[0] * (source.dim() - 1))].tobytes()
 
 
 def is_plain(linear: nn.Module) -> bool:
@@ -102,8 +101,8 @@ class OptimizedAttention(Optimized):
         return [self.self.query, self.self.key, self.self.value, self.output.dense]
 
     def others(self) -> list[nn.Module]:
-        """Dropout and LayerNorm."""
-        return [self.self.dropout, self.output, self.output.dropout, self.output.LayerNorm]
+        """What is around them."""
+        return [self.self.dropout, self.output, self.output.dropout]
 
     def make_forms(self) -> Forms:
         """One form for the three, and one for the output."""
@@ -132,7 +131,7 @@ class OptimizedAttention(Optimized):
             project, close = forms
             qkv = project(project.prepare(hidden_states))
             context = self.attend(qkv, attention_mask, sentences)
-            return normalize(self.output.LayerNorm, close(close.prepare(context)), hidden_states), None
+            return self.output.LayerNorm(close(close.prepare(context)) + hidden_states), None
         if sentences is None:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
         three = (self.self.query, self.self.key, self.self.value)
@@ -159,7 +158,7 @@ class OptimizedFeedForward(Optimized):
 
     def others(self) -> list[nn.Module]:
         """What is around them."""
-        return [self.intermediate, self.output, self.output.dropout, self.output.LayerNorm]
+        return [self.intermediate, self.output, self.output.dropout]
 
     def make_forms(self) -> Forms:
         """Up with its activation, and down."""
@@ -174,7 +173,7 @@ class OptimizedFeedForward(Optimized):
             return super().feed_forward_chunk(attention_output)  # type: ignore[misc]
         up, down = forms
         output = down(down.prepare(up(up.prepare(attention_output))))
-        return normalize(self.output.LayerNorm, output, attention_output)
+        return self.output.LayerNorm(output + attention_output)
 
 
 class OptimizedExperts(Optimized):
@@ -249,8 +248,3 @@ def round_up(count: int) -> int:
     """Round a number of rows up to one of sixteen for each power of two; small ones stay."""
     step = 1 << max(count.bit_length() - 5, 0)
     return -(-count // step) * step
-
-
-def normalize(norm: nn.LayerNorm, x: Tensor, residual: Tensor) -> Tensor:
-    """Add a residual and normalise, in the residual's dtype."""
-    return F.layer_norm(x + residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps)

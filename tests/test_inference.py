@@ -350,6 +350,15 @@ def test_another_forward_of_one_module_is_respected(said):
 
 
 @torch.no_grad()
+def test_a_replaced_norm_is_used():
+    model, twin, batch = optimize_for_inference(make("bert")), make("bert"), padded((5, 5))
+    for each in (model, twin):
+        each.encoder.layer[0].output.LayerNorm = nn.Identity()
+    expected = twin(**batch).last_hidden_state
+    torch.testing.assert_close(model(**batch).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_dropout_at_inference_stays():
     model, batch = optimize_for_inference(make()), padded()
     for module in model.modules():
