@@ -76,8 +76,10 @@ def fingerprint(source: Tensor) -> tuple:
     version = 0 if source.is_inference() else source._version
     if source.device.type != "cpu" or source.dim() < 2 or source.dtype == torch.bfloat16:
         return source.data_ptr(), version
-    values = source.detach().numpy()[:: max(len(source) // SAMPLES, 1)]  # edits of `.data` raise no version
-    return source.data_ptr(), version, values[(..., *[0] * (source.dim() - 1))].tobytes()
+    values = source.detach()[:: max(len(source) // SAMPLES, 1)]
+    for _ in range(source.dim() - 1):
+        values = values.select(-1, 0)
+    return source.data_ptr(), version, values.numpy().tobytes()  # edits of `.data` raise no version
 
 
 def is_plain(linear: nn.Module) -> bool:
