@@ -247,6 +247,6 @@ def run_slices(forms: Sequence[LinearForm], prepared: Any, counts: list[int]) ->
 
 
 def round_up(count: int) -> int:
-    """Round a number of rows up to one of sixteen for each power of two; small ones stay."""
-    step = 1 << max(count.bit_length() - 5, 0)
+    """Round a number of rows up to one of 32 for each power of two; those below 64 stay."""
+    step = 1 << max(count.bit_length() - 6, 0)
     return -(-count // step) * step
