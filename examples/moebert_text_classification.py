@@ -28,6 +28,7 @@ from transformers import (
 
 from hf_moebert import DistillationConfig, DistillationTrainer, MoEBertForSequenceClassification, measure_importance
 from hf_moebert.hub import write_model_card
+from hf_moebert.linears import why_not
 from hf_moebert.moebert.training import count_tokens, measure_expert_load, save_importance
 from hf_moebert.report import measurement_rows, plot_distillation_losses, plot_expert_load, write_report
 
@@ -131,7 +132,10 @@ class Pipeline:
         for name, value in options.items():
             command += [] if value is None else [f"--{name}", str(value)]
         for precision in self.example.optimized:
-            command += ["--optimized", precision]
+            if reason := why_not(precision, True):
+                print(f"{precision} is not measured: {reason}.")
+            else:
+                command += ["--optimized", precision]
         subprocess.run(command, check=True)
         return json.loads(file.read_text())
 
