@@ -12,6 +12,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_moebert.footprint import load_model
+from hf_moebert.linears import why_not
 from hf_moebert.metrics.squad.squad import squad_scores
 
 
@@ -160,7 +161,8 @@ def test_answers_are_found_among_the_tokens_unless_they_were_cut_off(monkeypatch
     assert find_answer(offsets, [3, 4, 5], start, text) == tokens
 
 
-QUALITY = ("examples/quality_and_speed.py", "--smoke", "--seeds", "0", "1", "--precisions", "float32", "int8")
+WORKING = [precision for precision in ("float32", "int8") if why_not(precision, True) is None]
+QUALITY = ("examples/quality_and_speed.py", "--smoke", "--seeds", "0", "1", "--precisions", *WORKING)
 
 
 def test_quality_and_speed(tmp_path):
@@ -173,7 +175,7 @@ def test_quality_and_speed(tmp_path):
         for line in report.splitlines()
         if re.match(r"\| [a-z-]+ \| (stock|float|int)", line)
     ]
-    assert [row[:2] for row in rows] == [["teacher", "stock"]] + [[m, p] for m in models for p in ("float32", "int8")]
+    assert [row[:2] for row in rows] == [["teacher", "stock"]] + [[m, p] for m in models for p in WORKING]
     assert all(re.search(r"\dx .* \| .*\dx ", " | ".join(row[5:])) for row in rows[1:])
     assert (tmp_path / "quality_and_speed.png").stat().st_size > 0
 
