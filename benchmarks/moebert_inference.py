@@ -226,11 +226,11 @@ def main(args: InferenceArguments) -> None:
     with TemporaryDirectory() as folder:
         for threads in args.threads:
             torch.set_num_threads(threads)
-            results += [measure(case, models, Path(folder), args) for case in args.cases]
-    if args.output is not None:
-        args.output.write_text(
-            json.dumps({"environment": facts, "results": results}, indent=2) + "\n", encoding="utf-8"
-        )
+            for case in args.cases:
+                results.append(measure(case, models, Path(folder), args))
+                if args.output is not None:  # each time: a long run may not come to its end
+                    found = {"environment": facts, "results": results}
+                    args.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

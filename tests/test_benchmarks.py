@@ -214,6 +214,7 @@ def test_sentences_of_the_texts_given_are_timed(queue, tiny_teacher, tmp_path):
     texts.write_text("\n".join(json.dumps({"text": text}) for text in SENTENCES))
     args = stacks.InferenceArguments(texts=texts, tokenizer=str(tiny_teacher), batches=2)
     batches = stacks.make_batches("3xreal", args)
+    assert all(batch.keys() == {"input_ids", "attention_mask"} for batch in batches)  # as of random ids
     lengths = sorted(int(length) for batch in batches for length in batch["attention_mask"].sum(dim=1))
     assert lengths == sorted(len(text.split()) + 2 for text in SENTENCES)
     with pytest.raises(ValueError, match="`texts` and `tokenizer` must be given together"):
