@@ -98,10 +98,9 @@ def text_batches(args: InferenceArguments, batch: int) -> list[Batch]:
     """Draw sentences from the texts given."""
     texts = load_dataset("json", data_files=str(args.texts), split="train").shuffle(seed=args.seed)[args.text_column]
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    parts = [texts[i * batch : (i + 1) * batch] for i in range(args.batches)]
-    return [
-        dict(tokenizer(part, padding=True, truncation=True, max_length=128, return_tensors="pt")) for part in parts
-    ]
+    options = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
+    parts = [list(texts[i * batch : (i + 1) * batch]) for i in range(args.batches)]
+    return [dict(tokenizer(part, return_token_type_ids=False, **options)) for part in parts]
 
 
 def make_batches(case: str, args: InferenceArguments) -> list[Batch]:
