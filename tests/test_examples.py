@@ -17,6 +17,7 @@ from hf_moebert.metrics.squad.squad import squad_scores
 
 
 ROOT = Path(__file__).parents[1]
+WORKING = [precision for precision in ("float32", "int8") if why_not(precision, True) is None]
 
 
 def run(*arguments, **environment):
@@ -35,7 +36,8 @@ def test_moebert_text_classification(tmp_path):
         "examples/moebert_text_classification.py", "--smoke", "--output_dir", tmp_path, "--num_train_epochs", "2"
     ).stdout
     measurement = json.loads((tmp_path / "measurement.json").read_text())
-    assert list(measurement["models"]) == ["teacher", "converted", "student", "undistilled"]
+    models = ["teacher", "converted", "student", "undistilled"]
+    assert list(measurement["models"]) == models + [f"{model}, {form}" for model in models for form in WORKING]
     assert "| effective |" in (tmp_path / "student/report.md").read_text()
     for file in ("README.md", "expert_load.png", "distillation_loss.png", "model.safetensors", "modeling_heads.py"):
         assert (tmp_path / "student" / file).stat().st_size > 0, file
@@ -161,7 +163,6 @@ def test_answers_are_found_among_the_tokens_unless_they_were_cut_off(monkeypatch
     assert find_answer(offsets, [3, 4, 5], start, text) == tokens
 
 
-WORKING = [precision for precision in ("float32", "int8") if why_not(precision, True) is None]
 QUALITY = ("examples/quality_and_speed.py", "--smoke", "--seeds", "0", "1", "--precisions", *WORKING)
 
 

@@ -19,7 +19,8 @@ from hf_moebert import MoEBertForQuestionAnswering, MoEBertForTokenClassificatio
 
 
 SIZES = {"num_experts": 4, "expert_size": 16, "num_shared_neurons": 8}
-CODE = {"configuration_moebert.py", "functional.py", "modeling_experts.py", "modeling_moebert.py"}
+CODE = {f"modeling_{name}.py" for name in ("experts", "export", "moebert")}
+CODE |= {"configuration_moebert.py", "functional.py"}
 START = """
 import json, os, pathlib, sys
 import torch
