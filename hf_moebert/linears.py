@@ -26,8 +26,8 @@ PROCESSOR_NEEDS = {
     "bfloat16": {"avx512_bf16", "amx_bf16", "bf16"},
     "int8": {"avx512_vnni", "avx_vnni", "amx_int8"},
 }
-# What oneDNN computes along with the product: operation and algorithm, by the class of the host's activation
 TINIEST = torch.finfo(torch.float32).tiny
+# What oneDNN computes along with the product: operation and algorithm, by the class of the host's activation
 FUSED = {
     "GELUActivation": ("gelu", "none"),
     "NewGELUActivation": ("gelu", "tanh"),

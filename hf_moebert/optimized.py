@@ -122,13 +122,8 @@ class OptimizedAttention(Optimized):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend, add the residual and normalise; like the host's sdpa, without returning the weights of attention."""
-        forms = None
-        if (
-            self.self.config._attn_implementation == "sdpa"
-            and not args
-            and all(kwargs.get(name) is None for name in BEYOND)
-        ):
-            forms = self.forms(hidden_states)
+        within = not args and all(kwargs.get(name) is None for name in BEYOND)
+        forms = self.forms(hidden_states) if within and self.self.config._attn_implementation == "sdpa" else None
         if forms is not None:
             project, close = forms
             qkv = project(project.prepare(hidden_states))

@@ -100,8 +100,9 @@ class Unpadding:
         """Replace a padded batch by one row of its real tokens; anything else passes as it is."""
         given = self.signature.bind(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
-        mask, ids = given.get("attention_mask"), given.get("input_ids", given.get("inputs_embeds"))
-        if mask is None or ids is None or mask.shape != ids.shape[:2] or not self.applies(given) or mask.all():
+        mask, tokens = given.get("attention_mask"), given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        if mask is None or tokens is None or mask.shape != tokens.shape[:2] or not self.applies(given) or mask.all():
             return None
         mask = mask.to(torch.bool)
         if not torch.equal(mask[:, 0], mask.any(dim=1)):

@@ -170,6 +170,16 @@ def test_a_mask_with_holes_and_every_other_input():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("given", ["input_ids", "inputs_embeds"])
+def test_heads_leave_padding_out_whatever_they_are_given(given):
+    model, batch, seen = optimize_for_inference(make()), padded(), []
+    batch["inputs_embeds"] = model.bert.embeddings.word_embeddings(batch["input_ids"])
+    model.bert.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    model(**{given: batch[given]}, attention_mask=batch["attention_mask"])
+    assert seen == [(1, int(batch["attention_mask"].sum()), 32)]
+
+
+@torch.no_grad()
 def test_roberta_counts_positions_from_the_ids_and_from_embeddings():
     model, batch = make("roberta").roberta, padded()
     embeddings = model.embeddings.word_embeddings(batch["input_ids"])

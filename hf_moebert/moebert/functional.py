@@ -201,6 +201,23 @@ def sentence_means(hidden_states: Tensor, lengths: list[int]) -> Tensor:
     return sums / counts.clamp(min=1).unsqueeze(1)
 
 
+def weigh_experts(outputs: Tensor, weights: Tensor) -> Tensor:
+    """Add up the outputs of each token's experts by their weights.
+
+    Args:
+        outputs: Of each token's experts, one after the other. Shape `(tokens * top_k, hidden)`.
+        weights: Shape `(tokens, top_k)`.
+
+    Returns:
+        Shape `(tokens, hidden)`.
+
+    Source: eq. 3.
+    """
+    if weights.shape[1] == 1:
+        return outputs * weights
+    return (outputs.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
+
+
 def load_balancing_loss(logits: Tensor, mask: Tensor, top_k: int) -> Tensor:
     """Penalise one layer's gate for using its experts unevenly; 1 when probabilities and choices are uniform.
 

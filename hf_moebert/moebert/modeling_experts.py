@@ -24,6 +24,7 @@ from .functional import (
     random_table,
     sentence_means,
     sort_by_expert,
+    weigh_experts,
 )
 from .modeling_export import export_experts_forward, is_exporting
 
@@ -85,13 +86,7 @@ class MoEBertExperts(nn.Module):
             order, inverse, _ = dispatch or plan_dispatch(top_k_index.reshape(1, -1), self.num_experts)[0]
             slots = hidden_states.index_select(0, order if top_k == 1 else order // top_k)
             output = self.run_sorted(slots, counts).index_select(0, inverse)  # (tokens * top_k, hidden)
-        if top_k_weights is None:
-            return output
-        if top_k == 1:
-            output = output * top_k_weights
-        else:
-            output = (output.view(tokens, top_k, -1) * top_k_weights.unsqueeze(-1)).sum(dim=1)
-        return output.to(hidden_states.dtype)
+        return output if top_k_weights is None else weigh_experts(output, top_k_weights).to(hidden_states.dtype)
 
     def run_sorted(self, slots: Tensor, counts: list[int]) -> Tensor:
         """Apply each expert to its slice of the sorted slots, of `counts` rows, `(slots, hidden)`."""

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .functional import weigh_experts
+
 
 def is_exporting() -> bool:
     """Whether a graph is recorded for others to run: by `torch.export` and what builds on it, or by TorchScript."""
@@ -30,10 +32,4 @@ def export_experts_forward(
         outputs.append(F.linear(self.act_fn(F.linear(x, up, up_bias)), down, down_bias))
     output = hidden_states.new_empty(index.shape[0], hidden_states.shape[1])
     output = output.index_copy(0, torch.cat(slots), torch.cat(outputs))  # (tokens * top_k, hidden)
-    if top_k_weights is None:
-        return output
-    if top_k == 1:
-        output = output * top_k_weights
-    else:
-        output = (output.view(-1, top_k, output.shape[1]) * top_k_weights.unsqueeze(-1)).sum(dim=1)
-    return output.to(hidden_states.dtype)
+    return output if top_k_weights is None else weigh_experts(output, top_k_weights).to(hidden_states.dtype)
