@@ -46,6 +46,7 @@ setup(
             "onnx",
             "onnxruntime",
             "onnxscript",
+            "tensorly",
         ],
         "quality": ["ruff==0.17.5", "mypy==2.4.1"],
     },

@@ -11,6 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_moebert"
 ROLES = {"configuration", "functional", "modeling", "training"}
 FRIENDS = {("mpoe", "mpo")}  # the one system that may import another
+STAY = {"mpo", "mpoe"}  # read with the package only: their models are any architecture's, in another form
 SYSTEMS = sorted(p.parent.name for p in PACKAGE.glob("*/functional.py"))
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
@@ -46,7 +47,7 @@ def test_a_system_holds_the_four_roles_and_nothing_else(system):
 def test_imports_point_one_way(system):
     below = {
         "configuration": set(),
-        "functional": set(),
+        "functional": {"functional"},
         "modeling": {"modeling", "functional", "configuration"},
         "training": ROLES,
     }
@@ -74,16 +75,17 @@ def test_shared_modules_know_no_system(path):
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_equations_live_on_tensors(system):
-    tree = (PACKAGE / system / "functional.py").read_text()
-    for name in imports(PACKAGE / system / "functional.py"):
-        assert name.split(".")[0] in {"torch", "numpy"} | sys.stdlib_module_names, name
-    assert not re.search(r"nn\.Module|nn\.Parameter", tree)
+    for path in (PACKAGE / system).glob("functional*.py"):
+        for name in imports(path):
+            allowed = {"torch", "numpy"} | sys.stdlib_module_names
+            assert name.split(".")[0] in allowed or name.startswith(".functional"), name
+        assert not re.search(r"nn\.Module|nn\.Parameter", path.read_text())
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_what_travels_is_self_contained(system):
     """`save_pretrained` copies these files; the copier understands `from .name import x` only."""
-    if not list((PACKAGE / system).glob("modeling_*.py")):
+    if not list((PACKAGE / system).glob("modeling_*.py")) or system in STAY:
         return
     for path in (PACKAGE / system).glob("*.py"):
         if role(path) in {"configuration", "functional", "modeling"}:

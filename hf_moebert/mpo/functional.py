@@ -1,0 +1,322 @@
+"""Matrix product operators: a matrix as a chain of small tensors, and the algebra of such chains.
+
+Core `k` of `n` has shape `(bond, rows, columns, next bond)`, the outer bonds being 1. A row index counts through the
+`row_factors`, a column index through the `column_factors`, the last fastest; an entry of the matrix is the product of
+the slices of all cores at its row's and its column's digits. The core in the middle is the central tensor, the others
+are the auxiliary tensors.
+
+Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205; Gao et al. 2022, https://arxiv.org/abs/2203.01104.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .functional_shapes import check_bonds, full_bonds
+
+
+GAUGES = ("symmetric", "left", "centre")
+TRUNCATIONS = ("sequential", "simultaneous")
+RANK_TOLERANCE = 1e-12  # of the largest Schmidt value: what is below is rounding of float64
+
+
+def decompose(
+    matrix: Tensor,
+    row_factors: Sequence[int],
+    column_factors: Sequence[int],
+    *,
+    bonds: Sequence[int] | None = None,
+    gauge: str = "symmetric",
+    truncation: str = "sequential",
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Write a matrix as a chain of cores, in float64, by one singular value decomposition per bond.
+
+    A matrix smaller than the product of its factors is padded with zeros. Directions without any weight are dropped,
+    so that the bonds of a rank-deficient matrix come out smaller than asked for.
+
+    Args:
+        matrix: Shape `(rows, columns)`.
+        row_factors: One for each core; their product is at least `rows`.
+        column_factors: Likewise for the columns.
+        bonds: Most directions to keep at each bond, `num_cores - 1` of them; None keeps all.
+        gauge: Who carries the weight of a bond: `symmetric`, both sides alike, as the authors' code does; `left`,
+            the last core all of it; `centre`, the central tensor all of it (our own option).
+        truncation: `sequential` leaves directions out while it decomposes; `simultaneous` decomposes first, as the
+            authors' code does, and is a little worse.
+
+    Returns:
+        The cores, of the matrix's dtype, and the singular values at each bond, also those left out, in float64:
+        without truncation, and with the simultaneous one, these are the Schmidt values of the matrix.
+
+    Raises:
+        ValueError: If factors or bonds do not fit the matrix, if an option is unknown, or if a value is not finite.
+
+    Source: Liu et al. 2021, section 3.2 and algorithm 1; Oseledets 2011 for the sequential truncation.
+    """
+    _check_matrix(matrix, row_factors, column_factors)
+    _check_option("gauge", gauge, GAUGES)
+    _check_option("truncation", truncation, TRUNCATIONS)
+    full = full_bonds(row_factors, column_factors)
+    wanted = full if bonds is None else check_bonds(bonds, full)
+    limits = wanted if truncation == "sequential" else full
+    rest = _interleave(matrix.detach().double(), row_factors, column_factors)
+    sizes = list(zip(row_factors, column_factors, strict=True))
+    left: list[Tensor] = []
+    values: list[Tensor] = []
+    bond = 1
+    for (i, j), limit in zip(sizes, limits, strict=False):
+        core, spectrum, rest = _split(rest.reshape(bond * i * j, -1), limit)
+        left.append(core.reshape(bond, i, j, -1))
+        values.append(spectrum)
+        bond = core.shape[1]
+    left.append(rest.reshape(bond, *sizes[-1], 1))
+    if truncation == "simultaneous":
+        left = _cut(left, wanted)
+    exact = all(core.shape[-1] == _rank(spectrum) for core, spectrum in zip(left, values, strict=False))
+    cores = _set_gauge(left, values if exact else None, gauge)
+    return [core.to(matrix.dtype) for core in cores], values
+
+
+def round_cores(
+    cores: Sequence[Tensor], bonds: Sequence[int] | None = None, *, gauge: str = "symmetric"
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Cut the bonds of a chain to the best directions, without building the matrix, and set its gauge anew.
+
+    The error against the chain as it was is the root of the sum of the squares of what is left out, and equals that
+    of decomposing the matrix afresh.
+
+    Args:
+        cores: In any gauge, trained or not.
+        bonds: Most directions to keep at each bond; None keeps all that carry weight.
+        gauge: As in `decompose`.
+
+    Returns:
+        The cores, of the dtype they had, and the singular values at each bond, also those left out, in float64.
+
+    Raises:
+        ValueError: If there is not one bond between every two cores, if one is below 1, or if a value is not finite.
+
+    Source: Oseledets 2011, https://doi.org/10.1137/090752286, algorithm 2.
+    """
+    _check_option("gauge", gauge, GAUGES)
+    if not all(bool(core.isfinite().all()) for core in cores):
+        raise ValueError("`cores` must hold finite values, got NaN or infinity. Go back to a checkpoint without them.")
+    limits = tuple(core.shape[-1] for core in cores[:-1])
+    if bonds is not None:
+        limits = tuple(min(pair) for pair in zip(limits, check_bonds(bonds, None, len(limits)), strict=True))
+    chain = [core.detach().double() for core in cores]
+    left, values = _sweep(chain, limits)
+    exact = all(core.shape[-1] == _rank(spectrum) for core, spectrum in zip(left, values, strict=False))
+    rounded = _set_gauge(left, values if exact else None, gauge)
+    return [core.to(cores[0].dtype) for core in rounded], values
+
+
+def contract(cores: Sequence[Tensor], rows: int | None = None, columns: int | None = None) -> Tensor:
+    """Rebuild the matrix of a chain: either side is merged first, so that two large products and one copy are left.
+
+    Args:
+        cores: Each `(..., bond, rows, columns, next bond)`; leading dimensions are broadcast, so that
+            auxiliary tensors may be stacked while the central tensor is not.
+        rows: Of the matrix without padding; None for all.
+        columns: Likewise.
+
+    Returns:
+        Shape `(..., rows, columns)`. Gradients flow to every core that wants them.
+    """
+    centre = len(cores) // 2
+    left, middle, right = merge(cores[:centre]), cores[centre], merge(cores[centre + 1 :])
+    behind = (middle.flatten(-4, -2) @ right.flatten(-3, -1)).unflatten(-2, (left.shape[-1], -1))
+    whole = left.flatten(-4, -2) @ behind.flatten(-2, -1)  # (..., rows * columns of left, those of middle and right)
+    digits = (*left.shape[-3:-1], *middle.shape[-3:-1], *right.shape[-3:-1])
+    digits = whole.unflatten(-1, digits[2:]).unflatten(-5, digits[:2])  # (..., row, column, row, column, row, column)
+    matrix = digits.movedim((-5, -3), (-3, -2)).flatten(-6, -4).flatten(-3, -1)  # (..., rows, columns)
+    return matrix[..., :rows, :columns]
+
+
+def merge(cores: Sequence[Tensor]) -> Tensor:
+    """Multiply neighbouring cores into one.
+
+    Args:
+        cores: Each `(..., bond, rows, columns, next bond)`.
+
+    Returns:
+        Shape `(..., bond, all rows, all columns, next bond)`.
+    """
+    merged = cores[0]
+    for core in cores[1:]:
+        product = merged.flatten(-4, -2) @ core.flatten(-3, -1)  # (..., bond * rows * columns, the same of `core`)
+        product = product.unflatten(-1, core.shape[-3:]).unflatten(-4, merged.shape[-4:-1])
+        merged = product.transpose(-4, -3).flatten(-5, -4).flatten(-3, -2)
+    return merged
+
+
+def contract_activation(x: Tensor, cores: Sequence[Tensor]) -> Tensor:
+    """Multiply an activation by the matrix of a chain, core by core, without building the matrix.
+
+    Args:
+        x: Shape `(..., columns)`, as wide as the product of the column factors.
+        cores: Each `(bond, rows, columns, next bond)`.
+
+    Returns:
+        `x @ matrix.T`, shape `(..., rows)`, as high as the product of the row factors.
+    """
+    state, done = x.reshape(-1, x.shape[-1]), 1
+    tokens = len(state)
+    for core in cores:
+        bond, rows, columns, after = core.shape
+        link = core.permute(1, 3, 0, 2).reshape(rows * after, bond * columns)
+        if state.shape[1] == bond * columns:  # the last one: a plain product
+            state = state @ link.T
+        else:
+            state = link @ state.unflatten(1, (bond * columns, -1))  # (tokens * rows so far, rows * after, rest)
+        done *= rows
+        state = state.reshape(tokens * done, -1)  # (tokens * rows so far, after * rest)
+    return state.reshape(*x.shape[:-1], done)
+
+
+def gather_rows(cores: Sequence[Tensor], ids: Tensor, columns: int | None = None) -> Tensor:
+    """Rebuild some rows of the matrix of a chain.
+
+    Rows that share their first and middle digits share the product over the left side and the central tensor.
+
+    Args:
+        cores: Each `(bond, rows, columns, next bond)`.
+        ids: Index of each row. Shape `(count,)`.
+        columns: Of the matrix without padding; None for all.
+
+    Returns:
+        Shape `(count, columns)`. Gradients flow to every core that wants them.
+    """
+    centre = len(cores) // 2
+    left, right = merge(cores[: centre + 1])[0], merge(cores[centre + 1 :])[..., 0]
+    first, last = ids // right.shape[1], ids % right.shape[1]
+    heads = left[first]  # (count, columns of left and middle, bond)
+    return (heads @ right[:, last].movedim(1, 0)).flatten(1)[:, :columns]
+
+
+def project_centre(matrix: Tensor, left: Sequence[Tensor], right: Sequence[Tensor], digits: tuple[int, int]) -> Tensor:
+    """Find the central tensor that brings a chain closest to a matrix, the auxiliary tensors being given.
+
+    For the auxiliary tensors of `decompose` that is the central tensor of `decompose`, without its singular value
+    decompositions and whatever the signs of these (our design).
+
+    Args:
+        matrix: Shape `(rows, columns)`.
+        left: Auxiliary tensors before the centre.
+        right: Auxiliary tensors behind it.
+        digits: Rows and columns of the central tensor.
+
+    Returns:
+        Shape `(bond, rows, columns, next bond)`, of the matrix's dtype.
+    """
+    before, behind = merge([core.double() for core in left]), merge([core.double() for core in right])
+    head, tail = before.flatten(0, 2), behind.flatten(1)  # (rows * columns of left, bond), (bond, rows * columns)
+    rows, columns = zip(before.shape[1:3], digits, behind.shape[1:3], strict=True)
+    rest = _interleave(matrix.detach().double(), rows, columns).reshape(len(head), -1)
+    rest = (torch.linalg.pinv(head) @ rest).reshape(-1, tail.shape[1])  # (bond * rows * columns, those of the right)
+    return (rest @ torch.linalg.pinv(tail)).reshape(-1, *digits, len(tail)).to(matrix.dtype)
+
+
+def _interleave(matrix: Tensor, row_factors: Sequence[int], column_factors: Sequence[int]) -> Tensor:
+    """Pad with zeros and order the entries by first row digit, first column digit, second row digit, ..."""
+    count, (rows, columns) = len(row_factors), matrix.shape
+    right, below = math.prod(column_factors) - columns, math.prod(row_factors) - rows
+    padded = torch.nn.functional.pad(matrix, (0, right, 0, below))
+    order = [side * count + k for k in range(count) for side in (0, 1)]
+    return padded.reshape(*row_factors, *column_factors).permute(order)
+
+
+def _split(matrix: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the kept left singular vectors, all singular values, and what is left of the matrix in their basis."""
+    try:
+        u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:  # slower and good to half the digits, but it always converges
+        squares, u = torch.linalg.eigh(matrix @ matrix.mT)
+        squares, u = squares.flip(0).clamp(min=0), u.flip(1)
+        values, vh = squares.sqrt(), u.mT @ matrix / squares.sqrt().clamp(min=1e-300).unsqueeze(1)
+    kept = min(limit, _rank(values))
+    u, vh = u[:, :kept], vh[:kept]
+    largest = u.gather(0, u.abs().argmax(dim=0, keepdim=True))  # (1, kept)
+    signs = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)  # so that the same matrix gives the same cores
+    return u * signs, values, values[:kept, None] * vh * signs.mT
+
+
+def _rank(values: Tensor) -> int:
+    return max(int((values > RANK_TOLERANCE * values[0]).count_nonzero()), 1)
+
+
+def _sweep(cores: Sequence[Tensor], limits: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """Orthogonalise from right to left, then truncate from left to right."""
+    chain, carry = list(cores), torch.eye(1, dtype=torch.float64, device=cores[0].device)
+    for k in range(len(chain) - 1, 0, -1):
+        core = chain[k] @ carry  # (bond, rows, columns, next bond)
+        q, r = torch.linalg.qr(core.flatten(1).mT)
+        chain[k], carry = q.mT.reshape(-1, *core.shape[1:]), r.mT
+    chain[0] = chain[0] @ carry
+    left, values = [], []
+    rest = torch.eye(1, dtype=torch.float64, device=cores[0].device)
+    for core, limit in zip(chain, limits, strict=False):
+        core = (rest @ core.flatten(1)).reshape(-1, *core.shape[1:])
+        kept, spectrum, rest = _split(core.flatten(0, 2), limit)
+        left.append(kept.reshape(*core.shape[:3], -1))
+        values.append(spectrum)
+    left.append((rest @ chain[-1].flatten(1)).reshape(-1, *chain[-1].shape[1:]))
+    return left, values
+
+
+def _cut(cores: Sequence[Tensor], bonds: Sequence[int]) -> list[Tensor]:
+    ends = (1, *bonds, 1)
+    return [core[:a, :, :, :b] for core, a, b in zip(cores, ends, ends[1:], strict=False)]
+
+
+def _set_gauge(left: Sequence[Tensor], values: Sequence[Tensor] | None, gauge: str) -> list[Tensor]:
+    """Move the weight from the last core of a chain of isometries to where the gauge wants it."""
+    if gauge == "left":
+        return list(left)
+    if gauge == "centre":
+        chain, carry = list(left), torch.eye(1, dtype=torch.float64, device=left[0].device)
+        for k in range(len(chain) - 1, len(chain) // 2, -1):
+            core = chain[k] @ carry
+            q, r = torch.linalg.qr(core.flatten(1).mT)
+            chain[k], carry = q.mT.reshape(-1, *core.shape[1:]), r.mT
+        chain[len(chain) // 2] = chain[len(chain) // 2] @ carry
+        return chain
+    if values is None:  # of a chain that was truncated: its own Schmidt values
+        left, values = _sweep(left, [core.shape[-1] for core in left[:-1]])
+    roots = [spectrum[: core.shape[-1]].sqrt() for core, spectrum in zip(left, values, strict=False)]
+    roots = [torch.where(root > 0, root, 1.0) for root in roots]
+    one = torch.ones(1, dtype=torch.float64, device=left[0].device)
+    return [
+        core * after / before[:, None, None, None]
+        for core, before, after in zip(left, [one, *roots], [*roots, one], strict=True)
+    ]
+
+
+def _check_matrix(matrix: Tensor, row_factors: Sequence[int], column_factors: Sequence[int]) -> None:
+    if matrix.dim() != 2 or not matrix.numel() or not matrix.is_floating_point():
+        raise ValueError(
+            f"`matrix` must be a floating point matrix that is not empty, got {matrix.dtype} of shape "
+            f"{tuple(matrix.shape)}."
+        )
+    if len(row_factors) != len(column_factors):
+        raise ValueError(
+            f"`row_factors` and `column_factors` must be as many, got {len(row_factors)} and {len(column_factors)}."
+        )
+    for name, factors, size in (
+        ("row_factors", row_factors, matrix.shape[0]),
+        ("column_factors", column_factors, matrix.shape[1]),
+    ):
+        if min(factors) < 1 or math.prod(factors) < size:
+            raise ValueError(
+                f"`{name}` must be positive and multiply to {size} or more, got {tuple(factors)}. Use "
+                f"`factor_shape({size}, {len(factors)})`."
+            )
+    if not bool(matrix.isfinite().all()):
+        raise ValueError("`matrix` must hold finite values, got NaN or infinity. Repair the checkpoint first.")
+
+
+def _check_option(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
