@@ -30,7 +30,8 @@ from hf_moebert import DistillationConfig, DistillationTrainer, MoEBertForSequen
 from hf_moebert.hub import write_model_card
 from hf_moebert.linears import why_not
 from hf_moebert.moebert.training import count_tokens, measure_expert_load, save_importance
-from hf_moebert.report import measurement_rows, plot_distillation_losses, plot_expert_load, write_report
+from hf_moebert.pictures import plot_distillation_losses, plot_expert_load
+from hf_moebert.report import measurement_rows, write_report
 
 
 @dataclass

@@ -24,15 +24,8 @@ from hf_moebert import (
 from hf_moebert.benchmark import compare_latency, environment
 from hf_moebert.evaluation import Interval, Score, bootstrap_interval, paired_bootstrap
 from hf_moebert.footprint import measure_footprint
-from hf_moebert.report import (
-    Rows,
-    escape_markdown,
-    markdown_table,
-    picture_link,
-    plot_pruning,
-    plot_sparsity,
-    short_number,
-)
+from hf_moebert.pictures import plot_pruning, plot_sparsity
+from hf_moebert.report import Rows, escape_markdown, markdown_table, picture_link, short_number
 
 
 class Task(Protocol):
@@ -123,21 +116,34 @@ class PruningStudy:
             return
         print(f"Seed {seed}: {run.name}", flush=True)
         trainer = self.train(run, seed)
-        save(trainer.model.eval(), run.recipe, folder)
+        self.save(trainer.model.eval(), run, folder)
         if self.task.tokenizer is not None:
             self.task.tokenizer.save_pretrained(folder)
         if run.recipe is not None:
             plot_sparsity(trainer.state.log_history, folder / "sparsity.png")
             plot_pruning(trainer.state.log_history, folder / "pruning.png")
-        model = self.load(run.name, seed).to(self.args.device)
-        footprint = measure_footprint(model, seq_len=1, folder=folder)
         result = {
-            "predictions": self.task.predict(model),
-            "sizes": {"stored": footprint.total, "not zero": footprint.nonzero, "bytes": footprint.bytes_on_disk},
+            "predictions": self.task.predict(self.load(run.name, seed).to(self.args.device)),
+            "sizes": self.sizes(trainer.model, run, seed),
             "settings": settings,
             "command": " ".join(["python", *sys.argv]),
+            **self.findings(trainer, run),
         }
         (folder / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+
+    def save(self, model: PreTrainedModel, run: Run, folder: Path) -> None:
+        """Save what was trained, as small as it has become."""
+        save(model, run.recipe, folder)
+
+    def sizes(self, model: PreTrainedModel, run: Run, seed: int) -> dict[str, int]:
+        """Count the weights of what a run trained and saved, and its bytes on disk."""
+        folder = self.folder(run.name, seed)
+        footprint = measure_footprint(self.load(run.name, seed), seq_len=1, folder=folder)
+        return {"stored": footprint.total, "not zero": footprint.nonzero, "bytes": footprint.bytes_on_disk}
+
+    def findings(self, trainer: Trainer, run: Run) -> dict[str, Any]:
+        """Say what else is worth keeping of a run, in a form that JSON knows."""
+        return {}
 
     def settings(self, run: Run) -> dict:
         """Say what decides how a run ends, in a form that JSON knows."""
@@ -152,6 +158,10 @@ class PruningStudy:
     def distillation_of(self, run: Run) -> DistillationConfig | None:
         """Say how a run follows its teacher; all alike, unless a study says otherwise."""
         return self.distillation
+
+    def extras(self, run: Run) -> dict[str, Any]:
+        """Say what else the Trainer is given for a run."""
+        return {"callbacks": [] if run.recipe is None else [PlatonPruningCallback(run.recipe)]}
 
     def start(self, run: Run, seed: int) -> PreTrainedModel:
         """Make the model that a run trains."""
@@ -172,8 +182,8 @@ class PruningStudy:
             train_dataset=self.task.train_dataset,
             data_collator=self.task.collator,
             processing_class=self.task.tokenizer,
-            callbacks=[] if run.recipe is None else [PlatonPruningCallback(run.recipe)],
             **teaching,
+            **self.extras(run),
         )
         trainer.train()
         return trainer
@@ -193,9 +203,10 @@ class PruningStudy:
             row = {"run": run.name}
             for metric, score in self.task.metrics.items():
                 row |= self.score_row(metric, score, predictions[run.name], predictions.get(run.peer), run.peer)
-            sizes = {key: np.mean([r["sizes"][key] for r in results[run.name]]) for key in ("stored", "not zero")}
-            row |= {f"weights {key}": short_number(round(mean)) for key, mean in sizes.items()}
-            row["on disk"] = short_number(round(np.mean([r["sizes"]["bytes"] for r in results[run.name]]))) + "B"
+            of_run = [result["sizes"] for result in results[run.name]]
+            sizes = {key: short_number(round(np.mean([of[key] for of in of_run]))) for key in of_run[0]}
+            row |= {f"weights {key}": size for key, size in sizes.items() if key != "bytes"}
+            row["on disk"] = sizes["bytes"] + "B"
             rows.append(row)
         return rows
 
@@ -223,22 +234,26 @@ class PruningStudy:
         ]
 
     def report(self, title: str, about: str, runs: list[Run], seeds: list[int], *, speed: Rows = ()) -> None:
-        """Write report.md: tables, what they were made by, and the pictures of the first seed; print the tables."""
+        """Write report.md: tables, what they were made by, and pictures; print the tables."""
         tables = [markdown_table(self.rows(runs, seeds)), *([markdown_table(speed)] if speed else [])]
         commands = dict.fromkeys(self.result(run.name, seed)["command"] for seed in seeds for run in runs)
         facts = {"command": "; ".join(commands), **environment()}
-        pictures = [
-            picture_link(self.output, f"{run.name}: {caption}", self.folder(run.name, seeds[0]) / file)
-            for run in runs
-            if run.recipe is not None
-            for caption, file in (("zeros of each matrix", "sparsity.png"), ("course", "pruning.png"))
-        ]
+        pictures = [picture_link(self.output, *picture) for picture in self.pictures(runs, seeds)]
         intervals = "Means over the seeds; intervals (95 %) are bootstrapped over the validation examples."
         facts_table = markdown_table([{"what": key, "value": str(value)} for key, value in facts.items()])
         parts = [f"# {escape_markdown(title)}", escape_markdown(about), *tables, intervals, facts_table, *pictures]
         report = self.output / "report.md"
         report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
         print("\n\n".join([about, *tables, f"Report: {report}"]))
+
+    def pictures(self, runs: list[Run], seeds: list[int]) -> list[tuple[str, Path]]:
+        """Return caption and file of the pictures of the report: those of the first seed."""
+        return [
+            (f"{run.name}: {caption}", self.folder(run.name, seeds[0]) / file)
+            for run in runs
+            if run.recipe is not None
+            for caption, file in (("zeros of each matrix", "sparsity.png"), ("course", "pruning.png"))
+        ]
 
 
 def save(model: PreTrainedModel, recipe: PlatonConfig | None, folder: Path) -> None:

@@ -5,9 +5,11 @@ from typing import Any
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -22,6 +24,15 @@ from .moebert import (
     MoEBertModel,
     measure_importance,
 )
+from .mpo import MPOConfig, MPOSqueezingCallback, MPOSqueezingConfig, compress_mpo
+from .mpoe import (
+    GradientMaskConfig,
+    MPOEBertForSequenceClassification,
+    MPOEGPT2LMHeadModel,
+    MPOEGradientMaskCallback,
+    MPOET5ForConditionalGeneration,
+)
+from .mpoe.configuration_mpoe import MPOEBertConfig, MPOEGPT2Config, MPOET5Config
 from .packing import save_packed
 from .platon import PlatonConfig, PlatonPruningCallback, shrink
 from .platon.configuration_shrunk import (
@@ -56,6 +67,14 @@ __version__ = "0.1.0"
 __all__ = [
     "DistillationConfig",
     "DistillationTrainer",
+    "GradientMaskConfig",
+    "MPOConfig",
+    "MPOEBertForSequenceClassification",
+    "MPOEGPT2LMHeadModel",
+    "MPOEGradientMaskCallback",
+    "MPOET5ForConditionalGeneration",
+    "MPOSqueezingCallback",
+    "MPOSqueezingConfig",
     "MoEBertConfig",
     "MoEBertForQuestionAnswering",
     "MoEBertForSequenceClassification",
@@ -63,6 +82,7 @@ __all__ = [
     "MoEBertModel",
     "PlatonConfig",
     "PlatonPruningCallback",
+    "compress_mpo",
     "measure_importance",
     "optimize_for_inference",
     "revert_optimizations",
@@ -70,8 +90,8 @@ __all__ = [
     "shrink",
 ]
 
-# What `AutoModel….from_pretrained` finds after `import hf_moebert`; and what `save_pretrained` ships as code, for
-# users without this package (`trust_remote_code=True`).
+# What `AutoModel….from_pretrained` finds after `import hf_moebert`; and, but for what stays, what `save_pretrained`
+# ships as code, for users without this package (`trust_remote_code=True`).
 _TABLE: dict[Any, dict[Any, Any]] = {
     MoEBertConfig: {
         AutoModel: MoEBertModel,
@@ -104,10 +124,16 @@ _TABLE: dict[Any, dict[Any, Any]] = {
         AutoModel: ShrunkViTModel,
         AutoModelForImageClassification: ShrunkViTForImageClassification,
     },
+    MPOEBertConfig: {AutoModelForSequenceClassification: MPOEBertForSequenceClassification},
+    MPOEGPT2Config: {AutoModelForCausalLM: MPOEGPT2LMHeadModel},
+    MPOET5Config: {AutoModelForSeq2SeqLM: MPOET5ForConditionalGeneration},
 }
+_STAY = (MPOEBertConfig, MPOEGPT2Config, MPOET5Config)  # two systems make them: too much to ship
 for _config, _models in _TABLE.items():
     AutoConfig.register(_config.model_type, _config)
-    _config.register_for_auto_class()
     for _auto, _model in _models.items():
         _auto.register(_config, _model)
-        _model.register_for_auto_class(_auto.__name__)
+        if not issubclass(_config, _STAY):
+            _model.register_for_auto_class(_auto.__name__)
+    if not issubclass(_config, _STAY):
+        _config.register_for_auto_class()

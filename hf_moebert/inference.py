@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .caching import Derived
 from .linears import PRECISIONS, LinearForm, Precision, make_linear, why_not
 from .optimized import (
     Optimized,
@@ -93,7 +94,7 @@ def revert_optimizations(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, Optimized):
             module.__class__ = type(module).__bases__[1]
-            for name in ("make_linear", "made_for", "made", "made_from"):
+            for name in ("make_linear", "made_for", "made"):
                 module.__dict__.pop(name, None)
         elif "unpadding" in module.__dict__:
             module.__dict__.pop("unpadding").remove()
@@ -129,7 +130,7 @@ def change_classes(base: PreTrainedModel, make: Callable[..., LinearForm]) -> No
         if kind is None or module in covered:
             continue
         module.__class__ = optimized_class(kind, type(module))  # type: ignore[arg-type]  # classes are hashable
-        module.make_linear, module.made_for = make, base.device
+        module.make_linear, module.made_for, module.made = make, base.device, Derived()
         covered.update(module.linears())
         with torch.autocast(base.device.type, enabled=False):
             if module.forms(torch.empty(1, 1, device=base.device)) is None:  # now, not in the first call

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .caching import Derived
 from .linears import LinearForm
 from .unpadding import BEYOND, Sentences, attend, is_free
 
-
-SAMPLES = 8  # elements of a weight that are looked at for changes which torch does not count
 
 Forms = tuple[LinearForm, ...]
 
@@ -25,8 +24,7 @@ class Optimized:
     training: bool
     make_linear: Callable[..., LinearForm]
     made_for: torch.device
-    made_from: list[tuple] | None = None
-    made: Forms | None = None
+    made: Derived[Forms]
 
     def linears(self) -> list[nn.Linear]:
         """Name the linear layers whose forms are used in their place."""
@@ -54,32 +52,15 @@ class Optimized:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled(x.device.type):
             return None
         if not all(map(is_plain, self.linears())) or not all(map(is_untouched, self.others())):
-            self.made_from = None
+            self.made.clear()
             return None
-        state = [fingerprint(source) for source in self.sources() if source is not None]
-        if state != self.made_from:
-            self.made, self.made_from = self.make_forms() if self.fits(x) else None, state
-        return self.made
+        sources = [source for source in self.sources() if source is not None]
+        return self.made.get(sources, lambda: self.make_forms() if self.fits(x) else ()) or None
 
     def fits(self, x: Tensor) -> bool:
         """Whether weights and input are in float32, and where the model was optimised."""
         tensors = [x, *(source for source in self.sources() if source is not None)]
         return all(tensor.dtype == torch.float32 and tensor.device == self.made_for for tensor in tensors)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the forms out of copies, which make their own."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("made", "made_from")}
-
-
-def fingerprint(source: Tensor) -> tuple:
-    """Say whether a tensor is still the same one, and of the same values, in a moment's time."""
-    version = 0 if source.is_inference() else source._version
-    if source.device.type != "cpu" or source.dim() < 2 or source.dtype == torch.bfloat16:
-        return source.data_ptr(), version
-    values = source.detach()[:: max(len(source) // SAMPLES, 1)]
-    for _ in range(source.dim() - 1):
-        values = values.select(-1, 0)
-    return source.data_ptr(), version, values.numpy().tobytes()  # edits of `.data` raise no version
 
 
 def is_plain(linear: nn.Module) -> bool:

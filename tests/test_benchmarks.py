@@ -240,3 +240,27 @@ def test_onnx_runtime_takes_part_only_with_the_right_numbers(queue, monkeypatch,
         rivals.ort_call(model, batch, tmp_path / kind, threads=1)
     with pytest.raises(ValueError, match='`precision` must be "float32" or "int8", got \'int4\''):
         rivals.ort_call(model, batch, tmp_path / kind, precision="int4", threads=1)
+
+
+def test_matrix_product_operators_are_timed_case_by_case(queue, tmp_path, capsys):
+    mpo, output = importlib.import_module("mpo"), tmp_path / "mpo.json"
+    tiny = {"rounds": 2, "step_rounds": 2, "layers": 1, "batch": 2, "seq": 8, "smoke": True}
+    mpo.main(mpo.MPOBenchmarkArguments(**tiny, output=output))
+    found = json.loads(output.read_text())["results"]
+    assert list(found) == list(mpo.CASES)
+    assert [row["layer"] for row in found["evaluation"]] == 2 * ["48 to 96"] + 2 * ["96 to 48"]
+    assert {row["bonds"] for row in found["rebuild"]} == {"full", 128, 64, 32}
+    for row in found["chain"]:  # a target stands where the layer picked the chain
+        assert (row["target"] is not None) == (row["tokens"] <= 64 and row["multiplications over dense"] < 0.7)
+    assert {row["matrices"] for row in found["compression"]} == {12 * 6 + 2}
+    assert "\nrebuild, cpu clock, " in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"`cases` must be among \['evaluation', .*\], got \['speed'\]"):
+        mpo.MPOBenchmarkArguments(cases=["speed"])
+
+
+def test_rebuilding_is_compared_with_the_same_matrix(queue):
+    mpo = importlib.import_module("mpo")
+    for num_cores in (3, 5):
+        cores = mpo.random_cores(48, 96, num_cores, 4)
+        assert max(core.shape[-1] for core in cores) == 4
+        torch.testing.assert_close(mpo.left_to_right(cores), mpo.contract(cores))

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
+from hf_moebert import MPOEGPT2LMHeadModel, MPOET5ForConditionalGeneration
 from hf_moebert.footprint import load_model
 from hf_moebert.linears import why_not
 from hf_moebert.metrics.squad.squad import squad_scores
@@ -220,3 +222,59 @@ def test_demo_data(tmp_path):
     assert {row["sentiment"] for row in rows} <= {"negative", "neutral", "positive"}
     validation = {json.loads(line)["text"] for line in Path(arguments["validation_file"]).read_text().splitlines()}
     assert not validation & {row["text"] for row in rows}
+
+
+def test_mpoe_generation(tmp_path):
+    output = run("examples/mpoe_generation.py", "--smoke", "--output_dir", tmp_path, "--seeds", "0", "1").stdout
+    report = (tmp_path / "report.md").read_text()
+    scores = ["perplexity", "perplexity of each seed", "perplexity difference"]
+    table = ["run", *scores, "weights stored", "weights active", "on disk", "largest share"]
+    (timed,) = (line for line in columns(report) if line != table)
+    assert timed[1].startswith("time of a step over dense")
+    assert columns(output) == [table, timed]
+    kinds = ["mpoe", "mpoe-switch", "mpoe-masked", "unshared"]
+    assert {"start", "dense", *kinds, "command"} <= set(names_of(report))
+    for picture in ("perplexity.png", "updates.png"):
+        assert picture in report
+        assert (tmp_path / picture).stat().st_size > 0
+
+    models = {kind: load_model(tmp_path / "seed-1" / kind) for kind in ["dense", *kinds]}
+    sizes = {kind: sum(p.numel() for p in model.parameters()) for kind, model in models.items()}
+    assert sizes["dense"] < sizes["mpoe"] == sizes["mpoe-switch"] == sizes["mpoe-masked"] < sizes["unshared"]
+    results = {kind: json.loads((tmp_path / f"seed-1/{kind}/result.json").read_text()) for kind in models}
+    for kind in kinds:
+        for load in results[kind]["load"]:
+            assert len(load) == 4
+            assert sum(load) == pytest.approx(1)
+    first = {kind: next(entry for entry in results[kind]["log"] if "central" in entry) for kind in kinds}
+    assert all(entry["auxiliary"] > 0 for entry in first.values())
+    assert 0 <= first["mpoe-masked"]["central"] < first["mpoe"]["central"]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_losses_of_blocks_are_those_of_the_model(monkeypatch, tmp_path, kind):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from language_task import LanguageArguments, LanguageTask, make_smoke_text, train_tokenizer
+
+    arguments = LanguageArguments(max_validation_blocks=3)
+    make_smoke_text(arguments, tmp_path)
+    if kind == "t5":
+        tokenizer = train_tokenizer(Path(arguments.train_file).read_text(), 300)
+        tokenizer.save_pretrained(tmp_path / "t5")
+        sizes = {"vocab_size": len(tokenizer), "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+        T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).save_pretrained(tmp_path / "t5")
+        arguments.from_scratch, arguments.model_name_or_path = False, str(tmp_path / "t5")
+    task = LanguageTask(arguments)
+    dense = task.new_model().eval()
+    model = {"gpt2": MPOEGPT2LMHeadModel, "t5": MPOET5ForConditionalGeneration}[kind].from_dense(dense, num_experts=2)
+    ids = torch.tensor(task.validation["input_ids"])  # (blocks, tokens)
+    assert ids.shape == (3, 16 if kind == "gpt2" else 8)
+    expected = [
+        dense(input_ids=row[None], labels=torch.tensor([task.validation[n]["labels"]])).loss
+        for n, row in enumerate(ids)
+    ]
+    assert task.predict(dense) == pytest.approx(torch.stack(expected).tolist(), rel=1e-5)
+    assert task.predict(model) == pytest.approx(torch.stack(expected).tolist(), rel=1e-4)
+    load = np.array(task.measure_load(model))
+    assert load.shape == (2, 2)
+    np.testing.assert_allclose(load.sum(axis=1), 1)

@@ -12,19 +12,14 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from hf_moebert.report import (
-    escape_markdown,
-    markdown_table,
-    measurement_rows,
+from hf_moebert.pictures import (
     plot_distillation_losses,
     plot_expert_load,
     plot_pruning,
     plot_quality_and_speed,
     plot_sparsity,
-    rich_table,
-    short_number,
-    write_report,
 )
+from hf_moebert.report import escape_markdown, markdown_table, measurement_rows, rich_table, short_number, write_report
 
 
 MEASUREMENT = {

@@ -19,6 +19,7 @@ from .functional_shapes import check_bonds, full_bonds
 
 GAUGES = ("symmetric", "left", "centre")
 TRUNCATIONS = ("sequential", "simultaneous")
+TOKENS_AT_ONCE = 64  # through a chain of cores: what lies between two of them then stays in the cache
 RANK_TOLERANCE = 1e-12  # of the largest Schmidt value: what is below is rounding of float64
 
 
@@ -56,8 +57,8 @@ def decompose(
     Source: Liu et al. 2021, section 3.2 and algorithm 1; Oseledets 2011 for the sequential truncation.
     """
     _check_matrix(matrix, row_factors, column_factors)
-    _check_option("gauge", gauge, GAUGES)
-    _check_option("truncation", truncation, TRUNCATIONS)
+    check_option("gauge", gauge, GAUGES)
+    check_option("truncation", truncation, TRUNCATIONS)
     full = full_bonds(row_factors, column_factors)
     wanted = full if bonds is None else check_bonds(bonds, full)
     limits = wanted if truncation == "sequential" else full
@@ -100,7 +101,7 @@ def round_cores(
 
     Source: Oseledets 2011, https://doi.org/10.1137/090752286, algorithm 2.
     """
-    _check_option("gauge", gauge, GAUGES)
+    check_option("gauge", gauge, GAUGES)
     if not all(bool(core.isfinite().all()) for core in cores):
         raise ValueError("`cores` must hold finite values, got NaN or infinity. Go back to a checkpoint without them.")
     limits = tuple(core.shape[-1] for core in cores[:-1])
@@ -127,8 +128,13 @@ def contract(cores: Sequence[Tensor], rows: int | None = None, columns: int | No
     """
     centre = len(cores) // 2
     left, middle, right = merge(cores[:centre]), cores[centre], merge(cores[centre + 1 :])
-    behind = (middle.flatten(-4, -2) @ right.flatten(-3, -1)).unflatten(-2, (left.shape[-1], -1))
-    whole = left.flatten(-4, -2) @ behind.flatten(-2, -1)  # (..., rows * columns of left, those of middle and right)
+    head, tail = left.flatten(-4, -2), right.flatten(-3, -1)  # (..., entries, bond), (..., next bond, entries)
+    (before, bond), (after, behind) = head.shape[-2:], tail.shape[-2:]
+    if bond * behind * (before + after) <= before * after * (bond + behind):  # the order with fewer multiplications
+        whole = head @ (middle.flatten(-4, -2) @ tail).unflatten(-2, (bond, -1)).flatten(-2, -1)
+    else:
+        whole = (head @ middle.flatten(-3, -1)).unflatten(-1, (-1, after)).flatten(-3, -2) @ tail
+        whole = whole.unflatten(-2, (before, -1)).flatten(-2, -1)  # (..., entries of left, those of middle and right)
     digits = (*left.shape[-3:-1], *middle.shape[-3:-1], *right.shape[-3:-1])
     digits = whole.unflatten(-1, digits[2:]).unflatten(-5, digits[:2])  # (..., row, column, row, column, row, column)
     matrix = digits.movedim((-5, -3), (-3, -2)).flatten(-6, -4).flatten(-3, -1)  # (..., rows, columns)
@@ -162,24 +168,17 @@ def contract_activation(x: Tensor, cores: Sequence[Tensor]) -> Tensor:
     Returns:
         `x @ matrix.T`, shape `(..., rows)`, as high as the product of the row factors.
     """
-    state, done = x.reshape(-1, x.shape[-1]), 1
-    tokens = len(state)
-    for core in cores:
-        bond, rows, columns, after = core.shape
-        link = core.permute(1, 3, 0, 2).reshape(rows * after, bond * columns)
-        if state.shape[1] == bond * columns:  # the last one: a plain product
-            state = state @ link.T
-        else:
-            state = link @ state.unflatten(1, (bond * columns, -1))  # (tokens * rows so far, rows * after, rest)
-        done *= rows
-        state = state.reshape(tokens * done, -1)  # (tokens * rows so far, after * rest)
-    return state.reshape(*x.shape[:-1], done)
+    links = [core.permute(1, 3, 0, 2).flatten(2).flatten(0, 1) for core in cores]  # (rows * next bond, bond * columns)
+    parts = x.reshape(-1, x.shape[-1]).split(TOKENS_AT_ONCE)
+    passed = torch.cat([_pass(part, cores, links) for part in parts])  # (tokens, rows)
+    return passed.reshape(*x.shape[:-1], passed.shape[-1])
 
 
 def gather_rows(cores: Sequence[Tensor], ids: Tensor, columns: int | None = None) -> Tensor:
     """Rebuild some rows of the matrix of a chain.
 
-    Rows that share their first and middle digits share the product over the left side and the central tensor.
+    Rows that share all digits but the last share the product over the left side and the central tensor; of that,
+    only what these rows need is computed.
 
     Args:
         cores: Each `(bond, rows, columns, next bond)`.
@@ -190,17 +189,26 @@ def gather_rows(cores: Sequence[Tensor], ids: Tensor, columns: int | None = None
         Shape `(count, columns)`. Gradients flow to every core that wants them.
     """
     centre = len(cores) // 2
-    left, right = merge(cores[: centre + 1])[0], merge(cores[centre + 1 :])[..., 0]
-    first, last = ids // right.shape[1], ids % right.shape[1]
-    heads = left[first]  # (count, columns of left and middle, bond)
-    return (heads @ right[:, last].movedim(1, 0)).flatten(1)[:, :columns]
+    left, right = (
+        merge(cores[:centre])[0],
+        merge(cores[centre + 1 :])[..., 0],
+    )  # (rows, columns, bond), (bond, rows, columns)
+    middles = cores[centre].flatten(2).unbind(1)  # of each digit: (bond, columns * next bond)
+    shared, places = (ids // right.shape[1]).unique(return_inverse=True)
+    digits, first = shared % len(middles), shared // len(middles)
+    order = digits.argsort(stable=True)
+    groups = zip(middles, first[order].split(digits.bincount(minlength=len(middles)).tolist()), strict=True)
+    heads = torch.cat([(left[rows] @ middle).flatten(1) for middle, rows in groups if len(rows)])
+    heads = heads[order.argsort()[places]].unflatten(1, (-1, len(right)))  # (count, columns of left and middle, bond)
+    return (heads @ right[:, ids % right.shape[1]].movedim(1, 0)).flatten(1)[:, :columns]
 
 
 def project_centre(matrix: Tensor, left: Sequence[Tensor], right: Sequence[Tensor], digits: tuple[int, int]) -> Tensor:
     """Find the central tensor that brings a chain closest to a matrix, the auxiliary tensors being given.
 
     For the auxiliary tensors of `decompose` that is the central tensor of `decompose`, without its singular value
-    decompositions and whatever the signs of these (our design).
+    decompositions and whatever the signs of these, if only the two bonds of the centre were cut; if others were too,
+    it comes closer to the matrix (our design).
 
     Args:
         matrix: Shape `(rows, columns)`.
@@ -219,6 +227,19 @@ def project_centre(matrix: Tensor, left: Sequence[Tensor], right: Sequence[Tenso
     return (rest @ torch.linalg.pinv(tail)).reshape(-1, *digits, len(tail)).to(matrix.dtype)
 
 
+def _pass(x: Tensor, cores: Sequence[Tensor], links: Sequence[Tensor]) -> Tensor:
+    """Send a few tokens through a chain, the tokens last, so that the products are few and wide."""
+    (tokens, rest), done, state = x.shape, 1, x.mT
+    for core, link in zip(cores, links, strict=True):
+        bond, rows, columns, _ = core.shape
+        rest //= columns
+        state = state.reshape(done, bond * columns, rest * tokens)
+        # One column left of each: a plain product instead of a batch of them.
+        state = state[..., 0] @ link.mT if rest * tokens == 1 else link @ state
+        done *= rows
+    return state.reshape(done, tokens).mT
+
+
 def _interleave(matrix: Tensor, row_factors: Sequence[int], column_factors: Sequence[int]) -> Tensor:
     """Pad with zeros and order the entries by first row digit, first column digit, second row digit, ..."""
     count, (rows, columns) = len(row_factors), matrix.shape
@@ -230,17 +251,20 @@ def _interleave(matrix: Tensor, row_factors: Sequence[int], column_factors: Sequ
 
 def _split(matrix: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the kept left singular vectors, all singular values, and what is left of the matrix in their basis."""
+    if matrix.shape[0] < matrix.shape[1]:  # the right singular vectors are not wanted: five times faster without
+        basis, square = None, torch.linalg.qr(matrix.mT, mode="r")[1].mT
+    else:
+        basis, square = torch.linalg.qr(matrix)
     try:
-        u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
+        u, values, _ = torch.linalg.svd(square)
     except torch.linalg.LinAlgError:  # slower and good to half the digits, but it always converges
-        squares, u = torch.linalg.eigh(matrix @ matrix.mT)
-        squares, u = squares.flip(0).clamp(min=0), u.flip(1)
-        values, vh = squares.sqrt(), u.mT @ matrix / squares.sqrt().clamp(min=1e-300).unsqueeze(1)
-    kept = min(limit, _rank(values))
-    u, vh = u[:, :kept], vh[:kept]
+        squares, u = torch.linalg.eigh(square @ square.mT)
+        u, values = u.flip(1), squares.flip(0).clamp(min=0).sqrt()
+    u = u[:, : min(limit, _rank(values))]
+    u = u if basis is None else basis @ u
     largest = u.gather(0, u.abs().argmax(dim=0, keepdim=True))  # (1, kept)
-    signs = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)  # so that the same matrix gives the same cores
-    return u * signs, values, values[:kept, None] * vh * signs.mT
+    u = u * torch.where(largest < 0, -1.0, 1.0).to(u.dtype)  # so that the same matrix gives the same cores
+    return u, values, u.mT @ matrix
 
 
 def _rank(values: Tensor) -> int:
@@ -317,6 +341,11 @@ def _check_matrix(matrix: Tensor, row_factors: Sequence[int], column_factors: Se
         raise ValueError("`matrix` must hold finite values, got NaN or infinity. Repair the checkpoint first.")
 
 
-def _check_option(name: str, value: str, allowed: Sequence[str]) -> None:
+def check_option(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Refuse an option that is not one of those.
+
+    Raises:
+        ValueError: With the ones there are.
+    """
     if value not in allowed:
         raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")

@@ -1,0 +1,84 @@
+"""What config.json says of a model whose matrices are chains of cores, and how they came to be."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .functional_shapes import check_bonds, full_bonds
+
+
+FORMAT_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class MatrixShape:
+    """Factors and bonds of one matrix.
+
+    Raises:
+        ValueError: If the two sides have different numbers of factors, or the bonds do not fit them.
+    """
+
+    row_factors: tuple[int, ...]
+    column_factors: tuple[int, ...]
+    bonds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.row_factors) != len(self.column_factors):
+            raise ValueError(
+                f"`row_factors` and `column_factors` must be as many, got {self.row_factors} and "
+                f"{self.column_factors}."
+            )
+        check_bonds(self.bonds, full_bonds(self.row_factors, self.column_factors))
+
+
+@register_quantization_config("mpo")
+class MPOCompressionConfig(QuantizationConfigMixin):
+    """Which modules of a model are chains of cores, with which factors and bonds.
+
+    Args:
+        matrices: By the module's path, with factors and bonds as lists.
+        tied: Paths of modules that share the matrix of another one, and that one's path.
+        train_centre: Whether central tensors learn; they are frozen otherwise.
+        gauge: In which later cuts leave the cores; see `decompose`.
+
+    Raises:
+        ValueError: If a newer release wrote it, or if a matrix is not described in full.
+    """
+
+    def __init__(
+        self,
+        matrices: dict[str, dict[str, list[int]]],
+        tied: dict[str, str] | None = None,
+        train_centre: bool = False,
+        gauge: str = "symmetric",
+        format_version: str = FORMAT_VERSION,
+        **_: Any,
+    ) -> None:
+        if format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"`format_version` of matrix product operators must be {FORMAT_VERSION!r} for this release, got "
+                f"{format_version!r}. Update hf_moebert."
+            )
+        self.quant_method = "mpo"
+        self.matrices = matrices
+        self.tied = tied or {}
+        self.train_centre, self.gauge = train_centre, gauge
+        self.format_version = format_version
+        for name, source in self.tied.items():
+            if source not in matrices:
+                raise ValueError(
+                    f"`tied` must name one of `matrices`, got {source!r} for {name!r}. Save the model again."
+                )
+        self.shapes()
+
+    def shapes(self) -> dict[str, MatrixShape]:
+        """Return the shapes by the module's path."""
+        found = {}
+        for name, shape in self.matrices.items():
+            try:
+                found[name] = MatrixShape(**{key: tuple(value) for key, value in shape.items()})
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"`matrices[{name!r}]` must hold factors and bonds, got {shape}: {error}") from error
+        return found

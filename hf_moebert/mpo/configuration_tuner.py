@@ -1,0 +1,116 @@
+"""What an adapter of auxiliary tensors is made of, as PEFT saves it next to the adapter."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from peft import PeftConfig
+
+
+SUPPORTED_PEFT = "peft>=0.21"
+GAUGES = ("symmetric", "left", "centre")
+
+
+class ExtraPeftType(str, Enum):  # noqa: UP042 - as PEFT's own; its tables are asked for the plain string, too
+    """The method's name in `adapter_config.json`; PEFT's own enumeration is closed."""
+
+    MPO = "MPO"
+
+
+@dataclass
+class MPOConfig(PeftConfig):
+    """Which matrices get trainable auxiliary tensors, and how these are cut out of the matrices.
+
+    Raises:
+        ValueError: If a value breaks the rule in its help text; the message names rule and remedy.
+
+    Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205, for `num_cores`; their code for `gauge`. `bond` is our
+    own design for fine-tuning.
+    """
+
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of linear layers and embeddings, or ends of names; a regular expression if it is a string;"
+            " 'all-linear' for all linear layers but the output. None for attention and feed-forward matrices."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave out, named as in `target_modules`."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers that get an adapter; None for all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers that `layers_to_transform` counts, such as 'h'."}
+    )
+    num_cores: int = field(
+        default=5,
+        metadata={"help": "Tensors in the chain of each matrix, odd and at least 3; all but the middle one train."},
+    )
+    bond: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most directions between two tensors, at least 1; None for all. Fewer make a smaller adapter, and"
+            " what they cannot hold of a matrix stays as it is."
+        },
+    )
+    gauge: str = field(
+        default="symmetric",
+        metadata={
+            "help": "Which tensors carry the weight of a matrix, and so how learning rates act: 'symmetric' (as the"
+            " authors' code), 'left' (the last tensor) or 'centre' (the frozen one)."
+        },
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules that train as a whole and are saved with the adapter, such as a head."},
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to decompose the matrices now. False leaves the adapter empty until a file is loaded into"
+            " it, and is what is saved."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = ExtraPeftType.MPO
+        if not _is_whole(self.num_cores) or self.num_cores < 3 or self.num_cores % 2 == 0:
+            raise ValueError(
+                f"`num_cores` must be odd and at least 3, got {self.num_cores!r}. Use 5, as published: one central"
+                " tensor and two auxiliary tensors on either side."
+            )
+        if self.bond is not None and (not _is_whole(self.bond) or self.bond < 1):
+            raise ValueError(
+                f"`bond` must be a whole number of at least 1, got {self.bond!r}. Use None to cut nothing."
+            )
+        if self.gauge not in GAUGES:
+            raise ValueError(f"`gauge` must be one of {', '.join(GAUGES)}, got {self.gauge!r}. Use 'symmetric'.")
+        if self.init_weights not in (True, False):
+            raise ValueError(f"`init_weights` must be True or False, got {self.init_weights!r}. Write it unquoted.")
+        self._check_modules()
+
+    def _check_modules(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            names = isinstance(value, list | tuple | set) and all(isinstance(n, str) and n for n in value)
+            if not names and not isinstance(value, str | None):
+                raise ValueError(f"`{name}` must list names of modules, got {value!r}. Use ['query', 'value'].")
+            if names:
+                setattr(self, name, set(value))  # the form that PEFT's matching is written for
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"`layers_to_transform` must be given with `layers_pattern`, got None and {self.layers_pattern!r}."
+                " Name the layers to adapt, or leave the pattern out."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is saved: a saved adapter is filled from its file, so that loading decomposes nothing."""
+        saved = {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
+        return {**saved, "init_weights": False}
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

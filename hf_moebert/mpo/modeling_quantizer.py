@@ -1,0 +1,149 @@
+"""Build the layers of a compressed model, as its config.json says, before the host loads the weights."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantizer
+
+from .configuration_mpo import MPOCompressionConfig
+from .modeling_mpo import MPOMatrix, TiedMPOEmbedding, TiedMPOLinear, make_layer, restore_layer, tie_layer
+
+
+def replace_matrices(model: PreTrainedModel, config: MPOCompressionConfig) -> None:
+    """Put layers of zero cores where the configuration says so, and take these matrices out of the host's ties.
+
+    Args:
+        model: Dense; it may be on the meta device.
+        config: Its paths may have the prefix of the model with a head, or lack it; they become those of this model.
+
+    Raises:
+        ValueError: If the model has no such module, or one of another size.
+    """
+    places = _find_places(model, [*config.matrices, *config.tied])
+    config.matrices = {places[path]: shape for path, shape in config.matrices.items() if path in places}
+    config.tied = {places[path]: places[source] for path, source in config.tied.items() if path in places}
+    _forget_ties(model, {f"{place}.weight" for place in places.values()})
+    for place, shape in config.shapes().items():
+        module = model.get_submodule(place)
+        assert isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+        model.set_submodule(place, make_layer(module, **asdict(shape)))
+    for place, source in config.tied.items():
+        table = model.get_submodule(source)
+        assert isinstance(table, MPOMatrix)
+        model.set_submodule(place, tie_layer(model.get_submodule(place), table))
+
+
+def _find_places(model: PreTrainedModel, paths: Sequence[str]) -> dict[str, str]:
+    """Find modules in a model with or without head; those of another head are left out."""
+    modules, prefix = dict(model.named_modules(remove_duplicate=False)), f"{model.base_model_prefix}."
+    with_head = any(path.startswith(prefix) for path in paths)
+    places = {}
+    for path in paths:
+        candidates = (path, path.removeprefix(prefix), prefix + path)
+        if place := next((candidate for candidate in candidates if candidate in modules), None):
+            places[path] = place
+        elif path.startswith(prefix) or not with_head:
+            raise ValueError(
+                f"The model must have the module {path!r} that the checkpoint decomposes, got {type(model).__name__}. "
+                "Load it with the architecture it was saved with."
+            )
+    return places
+
+
+def _forget_ties(model: PreTrainedModel, gone: set[str]) -> None:
+    """Keep only ties of other parameters: a decomposed matrix is shared by the module that holds it."""
+    for name, part in model.named_modules():
+        if isinstance(part, PreTrainedModel):
+            dot = f"{name}." if name else ""
+            ties = part.get_expanded_tied_weights_keys(all_submodels=False)
+            part._tied_weights_keys = {k: v for k, v in ties.items() if not {dot + k, dot + v} & gone}
+            ties = getattr(part, "all_tied_weights_keys", ties)
+            part.all_tied_weights_keys = {k: v for k, v in ties.items() if not {dot + k, dot + v} & gone}
+
+
+@register_quantizer("mpo")
+class MPOQuantizer(HfQuantizer):
+    """Build the layers of a compressed checkpoint before the host loads its weights."""
+
+    requires_calibration = True  # the host then refuses it for a checkpoint that is not compressed
+    quantization_config: MPOCompressionConfig
+
+    def is_serializable(self) -> bool:
+        """Say that a model can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Say that the Trainer may train a model."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Say that it may do so without adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Say that `generate` may compile a model."""
+        return True
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Write the bonds as they are now: they may have been squeezed."""
+        for path, shape in self.quantization_config.matrices.items():
+            layer = model.get_submodule(path)
+            assert isinstance(layer, MPOMatrix)
+            shape["bonds"] = list(layer.bonds)
+        return None, {}
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        check_files(kwargs.get("checkpoint_files") or [], self.quantization_config)
+        replace_matrices(model, self.quantization_config)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for module in model.modules():
+            if isinstance(module, MPOMatrix):
+                module.centre.requires_grad_(self.quantization_config.train_centre)
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        for path, module in list(model.named_modules()):
+            if isinstance(module, MPOMatrix | TiedMPOEmbedding | TiedMPOLinear):
+                model.set_submodule(path, restore_layer(module))
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                vars(part).pop("_tied_weights_keys", None)
+                part.all_tied_weights_keys = part.get_expanded_tied_weights_keys(all_submodels=False)
+        model.tie_weights()
+        return model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)  # config.json holds its name
+
+
+def check_files(files: Sequence[str], config: MPOCompressionConfig) -> None:
+    """Refuse a checkpoint that lacks cores or has them in other shapes than config.json says.
+
+    Args:
+        files: All weights files of the checkpoint.
+        config: What config.json says.
+
+    Raises:
+        ValueError: With the first tensor that is wrong.
+    """
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            names = list(opened.keys())
+            shapes |= {name: opened.get_slice(name).get_shape() for name in names if ".cores." in name}
+    for path, shape in config.shapes().items() if files else ():
+        ends = (1, *shape.bonds, 1)
+        for k, digits in enumerate(zip(shape.row_factors, shape.column_factors, strict=True)):
+            name, wanted = f"{path}.cores.{k}", [ends[k], *digits, ends[k + 1]]
+            if (saved := shapes.get(name)) != wanted:
+                raise ValueError(
+                    f"The checkpoint must hold {name!r} of shape {wanted}, got {saved}. Copy or save it again."
+                )

@@ -1,0 +1,116 @@
+"""Light fine-tuning as a PEFT method: the auxiliary tensors of a matrix train, the central tensor and the rest do not.
+
+Importing this module enters the method in PEFT's tables, so that `get_peft_model` and every loader know it.
+
+Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205, section 4.1.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import peft.mapping
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .configuration_tuner import SUPPORTED_PEFT, ExtraPeftType, MPOConfig
+
+
+try:
+    from peft.tuners.tuners_utils import BaseTuner
+
+    from .modeling_tuner import AdaptedEmbedding, AdaptedLinear, MPOLayer
+except ImportError as error:
+    raise ImportError(f"The MPO adapter needs {SUPPORTED_PEFT}, got {peft.__version__}: {error}.") from error
+
+ENCODER = ["query", "key", "value", "output.dense", "intermediate.dense"]
+DECODER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BART = ["q_proj", "k_proj", "v_proj", "self_attn.out_proj", "encoder_attn.out_proj", "fc1", "fc2"]
+NEOX = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+T5 = ["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"]
+TARGETS = {  # attention and feed-forward matrices
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), ENCODER),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), DECODER),
+    **dict.fromkeys(("bart", "mbart", "opt"), BART),
+    **dict.fromkeys(("gpt_neox", "bloom"), NEOX),
+    **dict.fromkeys(("t5", "mt5"), T5),
+    "albert": ["query", "key", "value", "attention.dense", "ffn", "ffn_output"],
+    "deberta-v2": ["query_proj", "key_proj", "value_proj", "output.dense", "intermediate.dense"],
+    "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
+    "gpt2": ["c_attn", "q_attn", "c_proj", "c_fc"],
+    "modernbert": ["Wqkv", "Wo", "Wi"],
+    "phi": ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"],
+    "vit": ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],
+}
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class MPOModel(BaseTuner):
+    """Any model whose linear layers or embeddings get adapters of auxiliary tensors; made by `get_peft_model`.
+
+    Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205, section 4.1.
+    """
+
+    prefix = "mpo_"
+    tuner_layer_cls = MPOLayer
+    target_module_mapping = TARGETS
+
+    def _create_and_replace(
+        self,
+        peft_config: MPOConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target if isinstance(target, MPOLayer) else _wrap(target, current_key)
+        try:
+            layer.update_layer(adapter_name, peft_config)
+        except ValueError as error:
+            raise ValueError(f"`{current_key}` cannot get an adapter: {error}") from error
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT enters this around every forward; it would drop names of adapters without a word."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"`adapter_names` must be None for MPO adapters, got {kwargs['adapter_names']}: all rows of a batch"
+                " share one matrix. Call `set_adapter` and run one batch for each adapter."
+            )
+        yield
+
+
+def _wrap(target: nn.Module, name: str) -> MPOLayer:
+    # The exact types: a subclass may be quantised, or use its weight in another way.
+    weight = getattr(target, "weight", None)
+    plain = type(weight) is nn.Parameter and weight.dtype in DTYPES
+    if plain and type(target) in (nn.Linear, Conv1D):
+        return AdaptedLinear(target, transposed=isinstance(target, Conv1D))
+    if plain and type(target) is nn.Embedding and target.max_norm is None and not target.sparse:
+        return AdaptedEmbedding(target)
+    raise ValueError(
+        "`target_modules` must be `nn.Linear`, `Conv1D` or `nn.Embedding` (without `max_norm` and `sparse`) that are"
+        f" not quantised, got `{name}`, a {type(target).__name__}. Leave it out with `exclude_modules`, or load the"
+        " model without quantisation."
+    )
+
+
+def _register() -> None:
+    """Enter the method in PEFT's tables, again and again if need be; its own way in asks for a closed enumeration."""
+    entries = {"CONFIG": MPOConfig, "TUNER": MPOModel, "PREFIX": MPOModel.prefix}
+    tables = {kind: getattr(peft.mapping, f"PEFT_TYPE_TO_{kind}_MAPPING", None) for kind in entries}
+    for kind, table in tables.items():
+        if table is None:
+            raise ImportError(
+                f"The MPO adapter needs {SUPPORTED_PEFT}, got {peft.__version__}, which has no table of type {kind}."
+            )
+        table[ExtraPeftType.MPO] = entries[kind]
+
+
+_register()

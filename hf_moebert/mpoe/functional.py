@@ -1,0 +1,150 @@
+"""The equations of MPOE on tensors: routing, balance, and the draws of the gradient mask.
+
+Source: Gao et al. 2022, https://arxiv.org/abs/2203.01104. What is our own is said to be so.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def choose_expert(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose the most probable expert of each token, and a gate of value 1 that carries the router's gradient.
+
+    Args:
+        logits: Of the router, in float32. Shape `(tokens, experts)`.
+
+    Returns:
+        Index, ties going to the lowest, `(tokens,)`, and the probability over its own detached value, `(tokens, 1)`.
+
+    Source: The authors' code.
+    """
+    probability, index = logits.softmax(dim=-1).max(dim=-1, keepdim=True)
+    return index.squeeze(-1), probability / probability.detach()
+
+
+def balance_loss(logits: Tensor, mask: Tensor) -> Tensor:
+    """Penalise one layer's router for using its experts unevenly.
+
+    Args:
+        logits: Shape `(tokens, experts)`.
+        mask: True at the tokens that count. Shape `(tokens,)`.
+
+    Returns:
+        `experts * sum(share of tokens * mean probability)`: 1 if both are uniform, the number of experts if one gets
+        all. Scalar; the shares carry no gradient.
+
+    Source: Fedus et al. 2021, https://arxiv.org/abs/2101.03961, section 2.2.
+    """
+    probabilities = logits.float().softmax(dim=-1)
+    weight = mask.to(probabilities.dtype) / mask.sum().clamp(min=1)  # (tokens,)
+    share = expert_load(logits, mask) / mask.sum().clamp(min=1)  # (experts,)
+    return logits.shape[-1] * (share * (probabilities * weight[:, None]).sum(dim=0)).sum()
+
+
+def expert_load(logits: Tensor, mask: Tensor) -> Tensor:
+    """Count the tokens that each expert gets.
+
+    Args:
+        logits: Shape `(tokens, experts)`.
+        mask: True at the tokens that count. Shape `(tokens,)`.
+
+    Returns:
+        Shape `(experts,)`, int64.
+    """
+    chosen = F.one_hot(logits.argmax(dim=-1), logits.shape[-1])  # (tokens, experts)
+    return (chosen * mask[:, None]).sum(dim=0)
+
+
+def real_tokens(attention_mask: Tensor | None, shape: Sequence[int]) -> Tensor:
+    """Say which of the newest tokens are not padding, from any kind of attention mask.
+
+    Args:
+        attention_mask: `None`, or of any dtype and shape `(batch, past + seq)`, or boolean or additive of shape
+            `(batch, 1, seq, past + seq)`, where a real token is one that some other may look at.
+        shape: `(batch, seq)`.
+
+    Returns:
+        True at real tokens. Shape `(batch, seq)`.
+    """
+    if attention_mask is None:
+        return torch.ones(tuple(shape), dtype=torch.bool)
+    if attention_mask.dim() == 2:
+        return attention_mask.to(torch.bool)[:, -shape[1] :]
+    allowed = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0  # 0, or very negative
+    return allowed.flatten(1, 2).any(dim=1)[:, -shape[1] :]
+
+
+def pad_core(core: Tensor, shape: Sequence[int]) -> Tensor:
+    """Fill a core up with zeros to the bonds that its place in the chain has.
+
+    A matrix of low rank decomposes into fewer directions than its sizes allow; shapes must follow from sizes alone.
+
+    Args:
+        core: Shape `(bond, rows, columns, next bond)`.
+        shape: The one wanted, larger in the bonds only.
+
+    Returns:
+        Of the shape wanted; the matrix of the chain is the same.
+    """
+    return F.pad(core, (0, shape[3] - core.shape[3], 0, 0, 0, 0, 0, shape[0] - core.shape[0]))
+
+
+def copy_to_experts(core: Tensor, num_experts: int, *, noise: float, generator: torch.Generator) -> Tensor:
+    """Give every expert a copy of a tensor, with noise if asked for.
+
+    Args:
+        core: Any shape.
+        num_experts: Number of experts.
+        noise: Standard deviation, relative to the root mean square of the entries (our own design: the gauge then
+            does not matter).
+        generator: Where the noise comes from.
+
+    Returns:
+        Shape `(experts, *core.shape)`.
+    """
+    stack = core.repeat(num_experts, *[1] * core.dim())
+    if noise:
+        drawn = torch.randn(stack.shape, generator=generator, device=generator.device).to(core)
+        stack += noise * core.square().mean().sqrt() * drawn
+    return stack
+
+
+def draw_mask(
+    shape: Sequence[int], keep: float, *, seed: int, step: int, index: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Draw whether a central tensor, or each of its entries, may be updated in one optimiser step.
+
+    Args:
+        shape: `()` for the whole tensor, or its shape.
+        keep: Probability of an update, in [0, 1].
+        seed: Seed of the run.
+        step: Optimiser steps done before this one.
+        index: Which central tensor.
+        device: Where to draw; devices of one kind draw the same.
+
+    Returns:
+        True where updated. Of the shape asked for, whatever drew random numbers before.
+
+    Source: The paper masks the gradient of the central tensor at random; form and probability are our own.
+    """
+    digest = hashlib.sha256(f"{seed}/{step}/{index}".encode()).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.rand(shape, generator=generator, device=device, dtype=torch.float64) < keep
+
+
+def apply_mask(gradient: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Zero the gradient where there is no update, also a NaN, and scale the rest.
+
+    Args:
+        gradient: Of a central tensor.
+        mask: From `draw_mask`.
+        scale: Factor of what is left.
+
+    Returns:
+        Shape of `gradient`.
+    """
+    return torch.where(mask.to(gradient.device), gradient * scale, torch.zeros_like(gradient))

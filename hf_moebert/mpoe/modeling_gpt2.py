@@ -1,0 +1,105 @@
+"""GPT-2 whose feed-forward networks are experts that share central tensors."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_mpoe import MPOEGPT2Config
+from .functional import real_tokens
+from .modeling_experts import MPOEFeedForward, recording
+from .modeling_mpoe import MPOEMixin, RoutingOutput, lay_out
+
+
+@dataclass
+class MPOECausalLMOutput(RoutingOutput, CausalLMOutputWithCrossAttentions):
+    """Output of `MPOEGPT2LMHeadModel`."""
+
+
+class MPOEGPT2LMHeadModel(MPOEMixin, GPT2LMHeadModel):
+    """GPT-2 whose feed-forward networks are experts that share central tensors."""
+
+    config: MPOEGPT2Config
+    config_class = MPOEGPT2Config
+    transposes_dense = True
+
+    def __init__(self, config: MPOEGPT2Config) -> None:
+        super().__init__(config)
+        for block in lay_out(config, list(self.transformer.h)):
+            block.mlp = MPOEFeedForward(
+                config, config.activation_function, outer_dropout=config.resid_pdrop, has_bias=True
+            )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> MPOECausalLMOutput:
+        """Run like the host; the routers' logits and their balance loss are in the output.
+
+        Args:
+            input_ids: Shape `(batch, seq)`.
+            past_key_values: As for the host.
+            attention_mask: Also of the tokens in the cache. Shape `(batch, past + seq)`.
+            token_type_ids: Shape `(batch, seq)`.
+            position_ids: Shape `(batch, seq)`.
+            inputs_embeds: Shape `(batch, seq, hidden)`.
+            encoder_hidden_states: As for the host.
+            encoder_attention_mask: As for the host.
+            labels: The tokens themselves, -100 where there is no loss. Shape `(batch, seq)`.
+            use_cache: As for the host.
+            logits_to_keep: As for the host.
+            output_router_logits: Whether the routers' logits are returned.
+            **kwargs: As for the host.
+
+        Raises:
+            ValueError: If an id or a label does not exist, or the sequence is too long.
+        """
+        self._check_ids("input_ids", input_ids, self.transformer.wte.num_embeddings)
+        self._check_ids("labels", labels, self.config.vocab_size, ignored=True)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        length = 0 if given is None else given.shape[1]
+        length += 0 if past_key_values is None else past_key_values.get_seq_length()
+        if position_ids is None and length > self.config.n_positions:
+            raise ValueError(
+                f"Sequences must have 1 to {self.config.n_positions} tokens, got {length}. Truncate longer ones."
+            )
+        with recording() as records:
+            outputs = super().forward(
+                input_ids=input_ids,
+                past_key_values=past_key_values,
+                attention_mask=attention_mask,
+                token_type_ids=token_type_ids,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                return_dict=True,
+                **kwargs,
+            )
+        if labels is not None and not (labels[..., 1:] != -100).any():  # the host's mean over no target is NaN
+            outputs.loss = outputs.logits.sum() * 0.0
+        masks = [real_tokens(attention_mask, x.shape[:2]) for x in records]
+        return self._finish(MPOECausalLMOutput, outputs, records, masks, output_router_logits)
+
+
+__all__ = ["MPOEGPT2LMHeadModel"]

@@ -1,0 +1,253 @@
+"""What the models with shared central tensors have in common: conversion, loading, and the routing in outputs."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from .configuration_mpoe import MPOEFields
+from .functional import balance_loss, expert_load
+from .modeling_experts import ROUTER_STD, MPOEFeedForward
+
+
+logger = logging.get_logger(__name__)
+WATCH_STEPS = 100  # training steps without a token after which an expert counts as dead
+
+
+@dataclass
+class RoutingOutput(ModelOutput):
+    """What every output here adds to the host's.
+
+    Args:
+        aux_loss: Balance loss summed over blocks, unweighted; only with `balance_coef > 0`.
+        router_logits: Of each converted block, `(batch, seq, experts)`; in T5 the encoder's, then the decoder's.
+    """
+
+    aux_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+class MPOEMixin(PreTrainedModel):
+    """What all models here share; a model names its dense weights and lays its networks out."""
+
+    accepts_loss_kwargs = False  # losses are means over the batch: the Trainer divides by accumulation steps
+    _can_compile_fullgraph = False  # which experts have tokens decides what is rebuilt
+    transposes_dense = False  # whether the dense matrices lie `(in, out)`
+
+    @staticmethod
+    def dense_name(path: str, matrix: str) -> str:
+        """Say where the dense model keeps a matrix of the network at `path`, without `.weight`."""
+        return f"{path}.{matrix}"
+
+    @classmethod
+    @torch.no_grad()
+    def from_dense(
+        cls,
+        model: PreTrainedModel,
+        *,
+        num_experts: int = 8,
+        num_cores: int = 5,
+        bond: int | None = None,
+        gauge: str = "symmetric",
+        router: str = "reference",
+        share_centre: bool = True,
+        router_aux_loss_coef: float | None = None,
+        layers: list[int] | None = None,
+        noise: float = 0.0,
+        seed: int = 0,
+    ) -> Self:
+        """Convert a dense model: every expert starts as the whole feed-forward network.
+
+        With all bonds the new model gives the dense model's outputs, whatever its routers say.
+
+        Args:
+            model: Of the class that this one extends. It is not changed.
+            num_experts: Experts of each converted block.
+            num_cores: Tensors in the chain of each matrix.
+            bond: Most directions at each bond; `None` keeps all.
+            gauge: See `MPOEFields`.
+            router: See `MPOEFields`.
+            share_centre: See `MPOEFields`.
+            router_aux_loss_coef: See `MPOEFields`.
+            layers: Blocks to convert; see `MPOEFields.mpoe_layers`.
+            noise: Standard deviation of noise on the experts' own tensors, relative to their entries' root mean
+                square (our own design). Without it experts separate only because they see different tokens.
+            seed: Seed of routers and noise.
+
+        Returns:
+            The new model in eval mode, with the dense model's dtypes and device.
+
+        Raises:
+            ValueError: If the model or an option does not fit.
+
+        Source: The authors' code.
+        """
+        if not 0 <= noise < float("inf"):
+            raise ValueError(f"`noise` must be finite and >= 0, got {noise}. Use 0.01, or leave it out.")
+        config = cls.config_class.from_dense(
+            model.config,
+            num_experts=num_experts,
+            num_cores=num_cores,
+            bond=bond,
+            gauge=gauge,
+            router=router,
+            share_centre=share_centre,
+            router_aux_loss_coef=router_aux_loss_coef,
+            mpoe_layers=layers,
+        )
+        with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten
+            student = cls(config)
+        state = student._cut_state(model.state_dict(), noise, torch.Generator().manual_seed(seed))
+        missing, unexpected = student.load_state_dict(state, strict=False, assign=True)
+        if missing or unexpected:
+            raise ValueError(
+                f"`model` must have the body and head of a dense {cls.__name__}, got {type(model).__name__}: missing "
+                f"{missing}, unexpected {unexpected}. Convert with the class that has the same head."
+            )
+        student.tie_weights()
+        if model.can_generate():
+            student.generation_config = copy.deepcopy(model.generation_config)
+        return student.to(model.device).eval()
+
+    def networks(self) -> dict[str, MPOEFeedForward]:
+        """Return the converted feed-forward networks by path."""
+        return {path: module for path, module in self.named_modules() if isinstance(module, MPOEFeedForward)}
+
+    def _cut_state(self, dense: dict[str, Tensor], noise: float, generator: torch.Generator) -> dict[str, Tensor]:
+        """Decompose the feed-forward weights of a dense state dict, and copy the others."""
+        paths = {path: (network, list(network.sizes)) for path, network in self.networks().items()}
+        wanted = [f"{self.dense_name(path, name)}.weight" for path, (_, names) in paths.items() for name in names]
+        if lost := [name for name in wanted if name not in dense or dense[name].is_meta]:
+            raise ValueError(f"`model` must hold its feed-forward weights in memory, it lacks {lost}. Load it whole.")
+        dense = dict(dense)
+        state: dict[str, Tensor] = {}
+        for path, (network, names) in paths.items():
+            for name in names:
+                place = self.dense_name(path, name)
+                weight = dense.pop(f"{place}.weight")
+                weight = weight.T if self.transposes_dense else weight
+                options: Any = {"gauge": self.config.gauge, "noise": noise, "generator": generator}
+                cut = network.cut_matrix(name, weight, **options)
+                if name in network.biases:
+                    cut[f"biases.{name}"] = dense.pop(f"{place}.bias").repeat(network.num_experts, 1)
+                state |= {f"{path}.{key}": value for key, value in cut.items()}
+            drawn = torch.randn(network.router.weight.shape, generator=generator) * ROUTER_STD
+            state[f"{path}.router.weight"] = drawn.to(weight)
+            state[f"{path}.router.bias"] = weight.new_zeros(network.num_experts)
+        return state | {name: tensor.clone() for name, tensor in dense.items()}
+
+    @classmethod
+    def from_pretrained(
+        cls, *args: Any, output_loading_info: bool = False, allow_nonfinite: bool = False, **kwargs: Any
+    ) -> Any:
+        """Load like the host, but never make up experts or routers that the checkpoint lacks.
+
+        Args:
+            *args: As for the host.
+            output_loading_info: As for the host.
+            allow_nonfinite: Whether weights may be NaN or infinite.
+            **kwargs: As for the host.
+
+        Raises:
+            ValueError: If experts are incomplete, e.g. in the checkpoint of a dense model, or a weight is not finite.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        paths = tuple(f"{path}." for path in model.networks())
+        lost = sorted(name for name in info["missing_keys"] if paths and name.startswith(paths))
+        if lost:
+            raise ValueError(
+                f"The checkpoint must hold all experts and routers, it lacks {lost}. Convert a dense model with "
+                f"`{cls.__name__}.from_dense`, or get the whole checkpoint."
+            )
+        broken = [name for name, p in model.named_parameters() if not (p.is_meta or p.isfinite().all())]
+        if broken and not allow_nonfinite:
+            raise ValueError(
+                f"The checkpoint must hold finite weights, these are not: {broken}. Train again with a smaller "
+                "learning rate, or load with `allow_nonfinite=True` to look at them."
+            )
+        return (model, info) if output_loading_info else model
+
+    def _finish(
+        self,
+        output_class: Callable,
+        outputs: ModelOutput,
+        records: list[Tensor],
+        masks: list[Tensor],
+        output_router_logits: bool | None,
+    ) -> Any:
+        """Add the weighted balance loss to the task loss, and the routing to the outputs.
+
+        Args:
+            output_class: What to return.
+            outputs: The host's.
+            records: Logits of each router, `(batch, seq, experts)`.
+            masks: True at the real tokens that each router saw, `(batch, seq)`.
+            output_router_logits: Whether the logits are wanted; `None` asks the config.
+        """
+        values, coef = dict(outputs), self.config.balance_coef
+        shows = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        if records and (shows or self.training or "loss" in values):  # not at every token that is generated
+            places = [mask.flatten().to(x.device) for mask, x in zip(masks, records, strict=True)]  # (tokens,) each
+            flat = [x.flatten(0, -2) for x in records], places
+            if coef > 0:
+                self._check_checkpointing(records)
+                losses = [balance_loss(*pair) for pair in zip(*flat, strict=True)]
+                values["aux_loss"] = torch.stack(losses).sum()
+            if self.training:
+                self._watch(*flat)
+        if "loss" in values and "aux_loss" in values:
+            values["loss"] = values["loss"] + coef * values["aux_loss"]
+        elif self.training and coef > 0:
+            logger.warning_once("Without `labels` the balance loss is not in any loss: add `coef * aux_loss`.")
+        if shows:
+            values["router_logits"] = tuple(records)
+        return output_class(**values)
+
+    def _check_checkpointing(self, records: list[Tensor]) -> None:
+        trained = any(network.router.weight.requires_grad for network in self.networks().values())
+        if self.training and torch.is_grad_enabled() and trained and not records[-1].requires_grad:
+            raise ValueError(
+                "`use_reentrant` must be False with gradient checkpointing, or the balance loss has no gradient. Pass "
+                '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
+            )
+
+    @torch.no_grad()
+    def _watch(self, records: list[Tensor], masks: list[Tensor]) -> None:
+        """Warn of experts that had no token for a long time; training goes on."""
+        loads = torch.stack([expert_load(*pair) for pair in zip(records, masks, strict=True)])  # (blocks, experts)
+        steps, idle = getattr(self, "_watched", (0, torch.zeros_like(loads)))
+        idle = torch.where(loads > 0, 0, idle.to(loads.device) + 1)
+        self._watched = steps + 1, idle
+        if (steps + 1) % WATCH_STEPS == 0 and (idle >= WATCH_STEPS).any():  # seldom, for it waits for a GPU
+            where = (idle >= WATCH_STEPS).nonzero().tolist()
+            logger.warning(
+                f"{len(where)} of {idle.numel()} experts had no token for {WATCH_STEPS} steps or more: {where} "
+                "(converted block, expert). Raise `router_aux_loss_coef`."
+            )
+
+    def _check_ids(self, name: str, ids: Tensor | None, size: int, *, ignored: bool = False) -> None:
+        """Refuse ids that do not exist, before a GPU aborts the process over them; -100 is a label to ignore."""
+        if ids is None or torch.compiler.is_compiling():
+            return
+        if ids.is_floating_point():
+            raise ValueError(f"`{name}` must be integers, got {ids.dtype}. Give embeddings as `inputs_embeds`.")
+        wrong = (ids < 0) | (ids >= size)
+        wrong = wrong & (ids != -100) if ignored else wrong
+        if wrong.any():
+            place = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"`{name}` must be in [0, {size}){' or -100' if ignored else ''}, got {int(ids[tuple(place)])} at "
+                f"{place}. Use the model's own tokenizer and labels."
+            )
+
+
+def lay_out(config: MPOEFields, blocks: list[nn.Module]) -> list[Any]:
+    """Write the shapes of the chains into a config, and return the blocks that it converts."""
+    config.mpoe_shapes = config.plan_shapes()
+    config.validate_shapes()
+    return [blocks[place] for place in config.converted_layers]
