@@ -51,6 +51,7 @@ benchmark: $(VENV)/.installed
 	$(PY) benchmarks/moebert_inference.py
 	$(PY) benchmarks/moebert_scale.py
 	$(PY) benchmarks/platon_overhead.py
+	$(PY) benchmarks/mpo.py
 
 wheel: $(VENV)/.installed
 	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -1,5 +1,6 @@
 """Every example runs offline on tiny inputs, and leaves what it promises."""
 
+import copy
 import json
 import os
 import re
@@ -278,3 +279,45 @@ def test_losses_of_blocks_are_those_of_the_model(monkeypatch, tmp_path, kind):
     load = np.array(task.measure_load(model))
     assert load.shape == (2, 2)
     np.testing.assert_allclose(load.sum(axis=1), 1)
+
+
+def test_mpop_text_classification(tmp_path):
+    command = ("examples/mpop_text_classification.py", "--smoke", "--output_dir", tmp_path, "--seeds", "0", "1")
+    output = run(*command, "--learning_rates", "1e-3", "2e-3").stdout
+    report = (tmp_path / "report.md").read_text()
+    methods = ["full", "adapter", "lora", "lokr", "mpop", "squeezed", "mpop-half", "mpop-half-all", "svd-half"]
+    rows = [line.strip("| ").split(" | ") for line in report.splitlines() if re.match(r"\| [a-z-]+-\d\.\d+ \|", line)]
+    assert [row[0].rpartition("-")[0] for row in rows] == [*methods, *(m for m in methods[1:] if m != "squeezed")]
+    assert "time of a step at 8x8" in report
+    for file in ("error_by_size.png", "entropy.png"):
+        assert (tmp_path / file).stat().st_size > 0
+    sizes = {row[0].rpartition("-")[0]: tmp_path / f"seed-1/{row[0]}/result.json" for row in rows[: len(methods)]}
+    sizes = {method: json.loads(file.read_text())["sizes"] for method, file in sizes.items()}
+    assert sizes["mpop"]["trained"] < sizes["full"]["trained"] == sizes["full"]["stored"] < sizes["mpop"]["stored"]
+    assert sizes["squeezed"]["stored"] < sizes["mpop"]["stored"]
+    assert sizes["mpop-half"]["stored"] == sizes["mpop-half-all"]["stored"] == sizes["mpop-half-all"]["trained"]
+    assert abs(sizes["svd-half"]["stored"] / sizes["mpop-half"]["stored"] - 1) < 0.1
+    assert "Report: " in output
+
+    run(*command, "--learning_rates", "1e-3", "2e-3", "--methods", "full", "svd-half", "--stage", "report")
+    assert "svd-half" in (tmp_path / "report.md").read_text()
+
+
+def test_factors_multiplied_out_give_what_was_trained(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from low_rank import cut_to_low_rank, restore
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    dense = BertForSequenceClassification(BertConfig(**sizes, vocab_size=50, max_position_embeddings=9)).eval()
+    ids = torch.arange(9).unsqueeze(0)
+    with torch.no_grad():
+        expected = dense(ids).logits
+        exact = cut_to_low_rank(copy.deepcopy(dense), size_ratio=10)
+        torch.testing.assert_close(exact(ids).logits, expected, rtol=1e-4, atol=1e-5)
+        half = cut_to_low_rank(copy.deepcopy(dense), size_ratio=0.5)
+        kept = sum(p.numel() for p in half.parameters()) / sum(p.numel() for p in dense.parameters())
+        assert 0.4 < kept < 0.7  # other embeddings and the head stay
+        logits = half(ids).logits
+        torch.testing.assert_close(restore(half)(ids).logits, logits, rtol=1e-4, atol=1e-5)
+        assert sum(p.numel() for p in half.parameters()) == sum(p.numel() for p in dense.parameters())

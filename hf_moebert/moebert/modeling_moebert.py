@@ -150,6 +150,11 @@ class MoEBertPreTrainedModel(BertPreTrainedModel):
 
         Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, section 3.2.
         """
+        if (form := getattr(model, "quantization_method", None)) is not None:
+            raise ValueError(
+                f"`model` must be dense to be cut into the experts of {cls.__name__}, but its form is {form!r}. Call "
+                "`model.dequantize()` first."
+            )
         dense_size = model.config.intermediate_size
         config = cls.config_class.from_dense(
             model.config,

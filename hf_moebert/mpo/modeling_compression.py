@@ -125,11 +125,12 @@ def _is_target(path: str, targets: str | Sequence[str] | None) -> bool:
 def _default_targets(model: PreTrainedModel, dense: dict[str, nn.Module]) -> set[str]:
     body = set(model.base_model.modules())
     repeated = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and module in body]
+    routers = {child for module in body if hasattr(module, "num_experts") for child in module.children()}
     chosen = {
         path
         for path, module in dense.items()
         if not isinstance(module, nn.Embedding)
-        and module in body
+        and module in body - routers
         and (any(path.startswith(f"{root}.") for root in repeated) or "pooler" in path.split("."))
     }
     words = model.get_input_embeddings()

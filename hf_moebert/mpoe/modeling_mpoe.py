@@ -89,6 +89,11 @@ class MPOEMixin(PreTrainedModel):
         """
         if not 0 <= noise < float("inf"):
             raise ValueError(f"`noise` must be finite and >= 0, got {noise}. Use 0.01, or leave it out.")
+        if (form := getattr(model, "quantization_method", None)) is not None:
+            raise ValueError(
+                f"`model` must be dense to become the experts of {cls.__name__}, but its form is {form!r}. Call "
+                "`model.dequantize()` first."
+            )
         config = cls.config_class.from_dense(
             model.config,
             num_experts=num_experts,

@@ -20,7 +20,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_moebert import compress_mpo
+from hf_moebert import (
+    MoEBertForSequenceClassification,
+    MPOEBertForSequenceClassification,
+    PlatonPruningCallback,
+    compress_mpo,
+    optimize_for_inference,
+    save_packed,
+)
+from hf_moebert.footprint import measure_footprint
 from hf_moebert.mpo.functional_shapes import count_parameters, factor_matrix, full_bonds
 from hf_moebert.mpo.modeling_compression import find_matrices
 from hf_moebert.mpo.modeling_mpo import MPOConv1D, MPOEmbedding, MPOLinear, MPOMatrix, TiedMPOEmbedding, TiedMPOLinear
@@ -365,3 +373,41 @@ def test_another_head_leaves_the_first_ones_modules_out(tmp_path):
     assert not classifier.config.quantization_config.tied
     for name, matrix in matrices(classifier).items():
         assert torch.equal(matrix.weight, matrices(model)[name].weight)
+
+
+def test_conversions_that_conflict_are_refused_and_both_named(tmp_path):
+    model = compress_mpo(make("bert"))
+    with pytest.raises(ValueError, match="dense to be cut into the experts of MoEBertFor.*, but its form is 'mpo'"):
+        MoEBertForSequenceClassification.from_dense(model, torch.rand(2, 48), num_experts=2)
+    with pytest.raises(ValueError, match="dense to become the experts of MPOEBertFor.*, but its form is 'mpo'"):
+        MPOEBertForSequenceClassification.from_dense(model, num_experts=2)
+    with pytest.raises(ValueError, match="BertForSequenceClassification is quantized"):
+        save_packed(model, tmp_path)
+    with pytest.raises(ValueError, match="`modules` must hold trainable linear layers"):
+        Trainer(
+            model,
+            TrainingArguments(tmp_path, max_steps=1000, report_to="none", use_cpu=True),
+            train_dataset=rows(),
+            callbacks=[PlatonPruningCallback()],
+        ).train()
+
+
+def test_of_experts_only_what_is_around_them_is_decomposed():
+    """Their own matrices are stacked, and routers are too small."""
+    model = compress_mpo(MPOEBertForSequenceClassification.from_dense(make("bert"), num_experts=2))
+    names = {path.rpartition(".")[2] for path in matrices(model)}
+    assert names == {"word_embeddings", "query", "key", "value", "dense"}
+    assert not any("intermediate" in path or "router" in path for path in matrices(model))
+
+
+def test_the_footprint_counts_cores_and_the_operations_of_the_kept_matrix():
+    dense, model = measure_footprint(make("bert"), seq_len=8), compress_mpo(make("bert"), size_ratio=0.5)
+    found = measure_footprint(model, seq_len=8)
+    assert found.total == count(model) < dense.total
+    assert found.flops_per_token == dense.flops_per_token
+
+
+def test_inference_forms_leave_chains_as_they_are():
+    model = compress_mpo(make("bert"))
+    expected = logits("bert", model)
+    assert torch.equal(logits("bert", optimize_for_inference(model, precision="float32")), expected)
