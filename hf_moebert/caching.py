@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-SAMPLES = 4  # elements of a weight that are looked at for changes which torch does not count
+SAMPLES = 32  # elements of a weight that are looked at for changes which torch does not count; one for each expert
 
 Made = TypeVar("Made")
 
@@ -53,27 +53,32 @@ class Derived(Generic[Made]):
 class Trace:
     """What a tensor looked like: where it lay, how often it was written, and a few of its values.
 
-    Edits through `.data` raise no version, so values are compared too; not on other devices, where that would wait.
+    Edits through `.data` raise no version, so values are compared too: an edit of all elements is seen, one of a
+    single element may not be. On other devices values are not compared, because that would wait for the device.
     """
 
-    __slots__ = ("address", "sample", "values", "version")
+    __slots__ = ("address", "alias", "values", "version")
 
     def __init__(self, source: Tensor) -> None:
         self.address, self.version = source.data_ptr(), 0 if source.is_inference() else source._version
-        self.sample: Tensor | None = None  # an alias: as long as it lives, no other tensor gets this address
-        if source.device.type == "cpu":
-            sample = source.detach()
-            if sample.is_contiguous():
-                sample = sample.view(-1)
-            while sample.dim() > 1:
-                sample = sample.select(-1, 0)
-            self.sample = sample[:: max(sample.numel() // SAMPLES, 1)] if sample.dim() else sample
-            self.values = self.sample.tolist()
+        self.alias = source.detach()  # as long as it lives, no other tensor gets this address
+        self.values: list[float] | None = None
+        if source.device.type == "cpu" and source.dim():
+            self.alias = self._sample(self.alias)
+            self.values = self.alias.tolist()
+
+    @staticmethod
+    def _sample(values: Tensor) -> Tensor:
+        if values.is_contiguous():
+            values = values.view(-1)
+        while values.dim() > 1:
+            values = values.select(-1, 0)
+        return values[:: max(values.numel() // SAMPLES, 1)]
 
     def fits(self, source: Tensor) -> bool:
         """Say whether the tensor still looks so."""
         return (
             source.data_ptr() == self.address
             and (0 if source.is_inference() else source._version) == self.version
-            and (self.sample is None or self.sample.tolist() == self.values)
+            and (self.values is None or self.alias.tolist() == self.values)
         )

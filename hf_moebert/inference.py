@@ -146,11 +146,17 @@ def kind_of(module: nn.Module) -> type[Optimized] | None:
     """Say which faster way a module has."""
     if is_attention(module) and module.self.config._attn_implementation == "sdpa":  # type: ignore[union-attr]
         return OptimizedAttention
-    if class_name(module) in LAYERS:
+    if class_name(module) in LAYERS and has_own_network(module):
         return OptimizedFeedForward
     if hasattr(module, "run_sorted"):
         return OptimizedExperts
     return OptimizedLinear if is_plain(module) else None
+
+
+def has_own_network(layer: Any) -> bool:
+    """Whether a layer's feed-forward network is the one that it was built with, and not experts in its place."""
+    stem = class_name(layer).removesuffix("Layer")
+    return (class_name(layer.intermediate), class_name(layer.output)) == (f"{stem}Intermediate", f"{stem}Output")
 
 
 def is_attention(module: Any) -> bool:

@@ -13,7 +13,7 @@ class MPOSqueezingConfig:
     Raises:
         ValueError: If a knob is out of range.
 
-    Source: Liu et al. 2021, section 4.2, for the procedure; knobs and defaults are our own, the paper's not public.
+    Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205, for the idea; all knobs and defaults are our own.
     """
 
     metric: str = HfArg(default="eval_accuracy", help="What decides: a metric as the Trainer logs it.")

@@ -6,9 +6,11 @@ from typing import Any
 
 from peft import PeftConfig
 
+from .functional import GAUGES
+from .functional_shapes import check_num_cores
+
 
 SUPPORTED_PEFT = "peft>=0.21"
-GAUGES = ("symmetric", "left", "centre")
 
 
 class ExtraPeftType(str, Enum):  # noqa: UP042 - as PEFT's own; its tables are asked for the plain string, too
@@ -77,11 +79,7 @@ class MPOConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = ExtraPeftType.MPO
-        if not _is_whole(self.num_cores) or self.num_cores < 3 or self.num_cores % 2 == 0:
-            raise ValueError(
-                f"`num_cores` must be odd and at least 3, got {self.num_cores!r}. Use 5, as published: one central"
-                " tensor and two auxiliary tensors on either side."
-            )
+        check_num_cores(self.num_cores)
         if self.bond is not None and (not _is_whole(self.bond) or self.bond < 1):
             raise ValueError(
                 f"`bond` must be a whole number of at least 1, got {self.bond!r}. Use None to cut nothing."

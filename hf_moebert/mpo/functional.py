@@ -54,7 +54,7 @@ def decompose(
     Raises:
         ValueError: If factors or bonds do not fit the matrix, if an option is unknown, or if a value is not finite.
 
-    Source: Liu et al. 2021, section 3.2 and algorithm 1; Oseledets 2011 for the sequential truncation.
+    Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205; Oseledets 2011 for the sequential truncation.
     """
     _check_matrix(matrix, row_factors, column_factors)
     check_option("gauge", gauge, GAUGES)

@@ -111,11 +111,11 @@ def check_num_cores(num_cores: int) -> None:
     """Refuse a number of cores that has no middle.
 
     Raises:
-        ValueError: If it is even or below 3.
+        ValueError: If it is even or below 3, or no whole number.
     """
-    if num_cores < 3 or num_cores % 2 == 0:
+    if type(num_cores) is not int or num_cores < 3 or num_cores % 2 == 0:
         raise ValueError(
-            f"`num_cores` must be odd and at least 3, got {num_cores}. Use 5, as published: one central tensor and "
+            f"`num_cores` must be odd and at least 3, got {num_cores!r}. Use 5, as published: one central tensor and "
             "two auxiliary tensors on either side."
         )
 
@@ -179,7 +179,7 @@ def entanglement_entropy(values: Tensor) -> float:
     Args:
         values: Schmidt values of one bond.
 
-    Source: Liu et al. 2021, section 3.3; squared and normalised values are our reading of it.
+    Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205; squared and normalised values are our reading.
     """
     weights = values.double().square()
     weights = weights[weights > 0] / weights.sum()

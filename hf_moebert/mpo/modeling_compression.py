@@ -4,8 +4,11 @@ The shapes stand in config.json as the host's `quantization_config`, so that `fr
 the same modules after `import hf_moebert`; `model.dequantize()` returns the dense model.
 """
 
+import copy
+import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -40,9 +43,10 @@ def compress_mpo(
             layers inside the repeated layers, the pooler, and the word embeddings with whatever is tied to them.
         num_cores: Odd, at least 3.
         bond: A cap on every bond.
-        max_error: Largest relative error of every matrix, in the Frobenius norm, in [0, 1).
-        size_ratio: Parameters of all chosen matrices together, as a share of the dense ones; the bonds are those
-            with the least total error, chosen over all matrices.
+        max_error: Largest relative error of every matrix, in the Frobenius norm, in [0, 1), before the cores are
+            rounded to the model's dtype.
+        size_ratio: Parameters of all chosen matrices together, as a share of the dense ones; the bonds are about
+            those with the least total error, see `choose_bonds`.
         gauge: As in `decompose`.
         train_centre: Whether central tensors learn. Otherwise they are frozen, as published.
 
@@ -53,25 +57,42 @@ def compress_mpo(
         ValueError: If an option is out of range, if two of the three ways are given, if nothing is chosen, or if the
             model is not dense.
 
-    Source: Liu et al. 2021, section 3; choosing bonds by size or error over all matrices is our own design.
+    Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205; choosing bonds by size or error is our own design.
     """
     _check_options(num_cores, bond, max_error, size_ratio, gauge)
     _check_model(model)
     chosen = find_matrices(model, target_modules)
-    weights = {paths[0]: model.get_parameter(f"{paths[0]}.weight") for paths in chosen}
-    factors = {p: factor_matrix(weight.shape[0], weight.shape[1], num_cores) for p, weight in weights.items()}
+    weights = {paths[0]: model.get_parameter(f"{paths[0]}.weight").detach() for paths in chosen}
+    if broken := [path for path, weight in weights.items() if not bool(weight.isfinite().all())]:
+        raise ValueError(
+            f"`model` must hold finite weights, got NaN or infinity in {', '.join(broken)}. Repair it first."
+        )
+    weights = {path: weight.double() for path, weight in weights.items()}  # rounded once, at the end
+    factors = {path: factor_matrix(len(w), w.shape[1], num_cores) for path, w in weights.items()}
     if max_error is None and size_ratio is None:
         caps = {path: [min(bond or full, full) for full in full_bonds(*factors[path])] for path in weights}
         chains = {path: decompose(weights[path], *factors[path], bonds=caps[path], gauge=gauge)[0] for path in weights}
     else:
         chains = _decompose_to_size(weights, factors, max_error=max_error, size_ratio=size_ratio, gauge=gauge)
-    matrices = {}
-    for path, (rows, columns) in factors.items():
-        bonds = [core.shape[-1] for core in chains[path][:-1]]
-        matrices[path] = {"row_factors": list(rows), "column_factors": list(columns), "bonds": bonds}
-    config = MPOCompressionConfig(
-        matrices, {path: paths[0] for paths in chosen for path in paths[1:]}, train_centre, gauge
-    )
+    tied = {path: paths[0] for paths in chosen for path in paths[1:]}
+    _own_config(model)
+    _install(model, chains, MPOCompressionConfig(_describe(chains), tied, train_centre, gauge))
+    return model
+
+
+def _describe(chains: dict[str, list[Tensor]]) -> dict[str, dict[str, list[int]]]:
+    return {
+        path: {
+            "row_factors": [core.shape[1] for core in cores],
+            "column_factors": [core.shape[2] for core in cores],
+            "bonds": [core.shape[3] for core in cores[:-1]],
+        }
+        for path, cores in chains.items()
+    }
+
+
+def _install(model: PreTrainedModel, chains: dict[str, list[Tensor]], config: MPOCompressionConfig) -> None:
+    """Leave the model as the host would have loaded it."""
     replace_matrices(model, config)
     for path, cores in chains.items():
         layer = model.get_submodule(path)
@@ -80,7 +101,6 @@ def compress_mpo(
     quantizer = MPOQuantizer(config)
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, config.quant_method
     quantizer.postprocess_model(model)
-    return model
 
 
 def find_matrices(model: PreTrainedModel, target_modules: str | Sequence[str] | None = None) -> list[list[str]]:
@@ -96,30 +116,50 @@ def find_matrices(model: PreTrainedModel, target_modules: str | Sequence[str] | 
     Raises:
         ValueError: If nothing is chosen; the message lists what could be.
     """
-    dense = {
-        path: module
-        for path, module in model.named_modules(remove_duplicate=False)
-        if type(module) in DENSE and isinstance(module.weight, nn.Parameter) and module.weight.is_floating_point()
-    }
-    chosen = {path for path in dense if _is_target(path, target_modules)}
+    dense: dict[str, nn.Module] = {}
+    groups: dict[nn.Parameter, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            groups.setdefault(weight, []).append(path)
+            if _is_plain(module):
+                dense[path] = module
     if target_modules is None:
         chosen = _default_targets(model, dense)
-    groups: dict[nn.Parameter, list[str]] = {}
-    for path, module in dense.items():
-        groups.setdefault(module.weight, []).append(path)
+    else:
+        chosen = _named_targets(dense, target_modules)
     found = [paths for paths in groups.values() if chosen & set(paths)]
-    if not found:
-        raise ValueError(
-            f"`target_modules` must name linear layers or embeddings of the model, got {target_modules!r}. Choose "
-            f"from {', '.join(sorted({path.rpartition('.')[2] for path in dense}))}."
-        )
+    for paths in found:
+        if odd := [path for path in paths if path not in dense]:
+            raise ValueError(
+                f"`target_modules` must not name a matrix that another kind of layer shares, got {paths}, of which "
+                f"{', '.join(odd)} is a {type(model.get_submodule(odd[0])).__name__}. Leave them out."
+            )
     return [sorted(paths, key=lambda path: not isinstance(dense[path], nn.Embedding)) for paths in found]
 
 
-def _is_target(path: str, targets: str | Sequence[str] | None) -> bool:
+def _is_plain(module: nn.Module) -> bool:
+    if not isinstance(module, DENSE) or type(module) not in DENSE or not module.weight.is_floating_point():
+        return False
+    # these change the table, or the form of its gradient, behind the back of whoever holds the cores
+    return not isinstance(module, nn.Embedding) or (module.max_norm is None and not module.sparse)
+
+
+def _named_targets(dense: dict[str, nn.Module], targets: str | Sequence[str]) -> set[str]:
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    matched = {target: {path for path in dense if _is_target(path, target, targets)} for target in wanted}
+    if lost := [target for target, paths in matched.items() if not paths]:
+        raise ValueError(
+            f"`target_modules` must name linear layers or embeddings of the model, got {', '.join(map(repr, lost))}. "
+            f"Choose from {', '.join(sorted({path.rpartition('.')[2] for path in dense}))}."
+        )
+    return set().union(*matched.values())
+
+
+def _is_target(path: str, target: str, targets: str | Sequence[str]) -> bool:
     if isinstance(targets, str):
-        return re.fullmatch(targets, path) is not None
-    return any(path == target or path.endswith(f".{target}") for target in targets or ())
+        return re.fullmatch(target, path) is not None
+    return path == target or path.endswith(f".{target}")
 
 
 def _default_targets(model: PreTrainedModel, dense: dict[str, nn.Module]) -> set[str]:
@@ -133,8 +173,24 @@ def _default_targets(model: PreTrainedModel, dense: dict[str, nn.Module]) -> set
         and module in body - routers
         and (any(path.startswith(f"{root}.") for root in repeated) or "pooler" in path.split("."))
     }
-    words = model.get_input_embeddings()
-    return chosen | {path for path, module in dense.items() if module is words}
+    with suppress(NotImplementedError):  # a model without words
+        table = getattr(model.get_input_embeddings(), "weight", None)
+        named = model.named_modules(remove_duplicate=False)
+        sharers = {path for path, m in named if table is not None and getattr(m, "weight", None) is table}
+        chosen |= sharers if sharers <= dense.keys() else set()
+    if not chosen:
+        raise ValueError(
+            f"`model` must have linear layers in repeated layers, {type(model).__name__} has none. Name them."
+        )
+    return chosen
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give the model a configuration of its own: another model made of the same object stays dense."""
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
 
 
 def _decompose_to_size(
@@ -163,23 +219,27 @@ def _check_options(
     given = {"bond": bond, "max_error": max_error, "size_ratio": size_ratio}
     if len(named := [name for name, value in given.items() if value is not None]) > 1:
         raise ValueError(f"At most one of `bond`, `max_error` and `size_ratio` must be given, got {', '.join(named)}.")
-    if bond is not None and bond < 1:
-        raise ValueError(f"`bond` must be at least 1, got {bond}. Use None to keep every direction.")
-    if max_error is not None and not 0 <= max_error < 1:
-        raise ValueError(f"`max_error` must be in [0, 1), got {max_error}. Use 0.1 for a tenth of a matrix's norm.")
-    if size_ratio is not None and not size_ratio > 0:
-        raise ValueError(f"`size_ratio` must be above 0, got {size_ratio}. Use 0.5 for half of the dense parameters.")
+    if bond is not None and (not _is_number(bond, int) or bond < 1):
+        raise ValueError(f"`bond` must be a whole number from 1, got {bond!r}. Use None to keep every direction.")
+    if max_error is not None and not (_is_number(max_error) and 0 <= max_error < 1):
+        raise ValueError(f"`max_error` must be in [0, 1), got {max_error!r}. Use 0.1 for a tenth of a matrix's norm.")
+    if size_ratio is not None and not (_is_number(size_ratio) and 0 < size_ratio < math.inf):
+        raise ValueError(
+            f"`size_ratio` must be above 0, got {size_ratio!r}. Use 0.5 for half of the dense parameters."
+        )
+
+
+def _is_number(value: object, kind: type = float) -> bool:
+    return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
 
 
 def _check_model(model: PreTrainedModel) -> None:
+    form = getattr(model, "quantization_method", None)
     for wrong, what, remedy in (
         (not isinstance(model, PreTrainedModel), "no model of transformers", "Merge an adapter: `merge_and_unload`"),
-        (
-            getattr(model.config, "quantization_config", None) is not None,
-            f"already in another form, {getattr(model, 'quantization_method', None)!r}",
-            "Take the dense model, or call `model.dequantize()`",
-        ),
-        (getattr(model, "_hf_peft_config_loaded", False), "one with an adapter", "Merge or remove it"),
+        (form is not None, f"already in another form, {form!r}", "Take the dense model, or call `model.dequantize()`"),
+        (any(hasattr(m, "base_layer") for m in model.modules()), "one with a PEFT adapter", "Merge or remove it"),
+        (any(hasattr(m, "make_linear") for m in model.modules()), "optimised", "Call `revert_optimizations`"),
         (any(p.is_meta for p in model.parameters()), "partly on the meta device", "Load it without offloading"),
     ):
         if wrong:

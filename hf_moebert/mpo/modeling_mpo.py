@@ -73,8 +73,8 @@ class MPOMatrix(nn.Module):
         return self.cores[len(self.cores) // 2]
 
     def chain(self) -> list[Tensor]:
-        """List the cores; reading a `ParameterList` item by item would cost more than a small layer."""
-        return [core for core in self.cores._parameters.values() if core is not None]
+        """List the cores."""
+        return [getattr(self.cores, str(k)) for k in range(len(self.row_factors))]  # also in a replica on another GPU
 
     @property
     def weight(self) -> Tensor:
@@ -131,6 +131,11 @@ class MPOMatrix(nn.Module):
         self._links.clear()
         return super().train(mode)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> "MPOMatrix":
+        self._matrix.clear()  # of another device or dtype
+        self._links.clear()
+        return super()._apply(*args, **kwargs)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take over the bonds of a checkpoint of the same factors: they may have been squeezed since."""
         for name, core in self.cores.named_parameters():
@@ -182,7 +187,7 @@ class MPOEmbedding(MPOMatrix):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map token ids `(...)` to embeddings `(..., embedding_dim)`."""
-        return look_up(self, input)
+        return look_up(self, input, self.padding_idx)
 
 
 class TiedMPOEmbedding(nn.Module):
@@ -200,7 +205,7 @@ class TiedMPOEmbedding(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map token ids `(...)` to embeddings `(..., embedding_dim)`."""
-        return look_up(self._source[0], input)
+        return look_up(self._source[0], input, self.padding_idx)
 
 
 class TiedMPOLinear(nn.Module):
@@ -221,22 +226,28 @@ class TiedMPOLinear(nn.Module):
         return self._source[0].multiply(input, self.bias)
 
 
-def look_up(table: MPOMatrix, ids: Tensor) -> Tensor:
+def look_up(table: MPOMatrix, ids: Tensor, padding_idx: int | None) -> Tensor:
     """Look rows up: in the kept table, in a rebuilt one, or by rebuilding these rows only, whatever is cheapest.
 
     Args:
         table: Its rows are looked up.
         ids: Shape `(...)`.
+        padding_idx: The id whose row gets no gradient; other rows still change it, because they share cores with it.
 
     Returns:
         Shape `(..., columns)`.
     """
-    if table.learns() and not torch.compiler.is_compiling():
-        distinct, places = ids.unique(return_inverse=True)
-        if len(distinct) * _macs_per_row(table) < _macs_of_all(table):
-            with torch.autocast(ids.device.type, enabled=False):
-                return F.embedding(places, gather_rows(table.chain(), distinct, table.columns))
-    return F.embedding(ids, table.weight)
+    if not table.learns() or torch.compiler.is_compiling() or not ids.numel():
+        return F.embedding(ids, table.weight)
+    distinct, places = ids.unique(return_inverse=True)
+    if len(distinct) * _macs_per_row(table) < _macs_of_all(table):
+        with torch.autocast(ids.device.type, enabled=False):
+            rows = F.embedding(places, gather_rows(table.chain(), distinct, table.columns))
+    else:
+        rows = F.embedding(ids, table.weight)
+    if padding_idx is None:
+        return rows
+    return torch.where((ids == padding_idx).unsqueeze(-1), rows.detach(), rows)  # no gradient, as for the dense table
 
 
 def _macs_of_all(table: MPOMatrix) -> int:
@@ -283,6 +294,7 @@ def make_layer(
         kind = MPOConv1D if isinstance(module, Conv1D) else MPOLinear
         layer = kind(rows, columns, bias=module.bias is not None, **shape)
         layer.bias = module.bias
+    layer.cores.requires_grad_(module.weight.requires_grad)  # what was frozen stays so
     return layer.to(module.weight.device).train(module.training)
 
 
@@ -321,9 +333,18 @@ def tie_layer(module: nn.Module, source: MPOMatrix) -> TiedMPOEmbedding | TiedMP
     return TiedMPOLinear(source, bias=module.bias)
 
 
-def restore_layer(layer: MPOMatrix | TiedMPOEmbedding | TiedMPOLinear) -> nn.Module:
-    """Build the dense layer again: the reverse of `decompose_layer`."""
-    weight = nn.Parameter(layer.weight.detach().clone())
+def list_matrices(model: nn.Module) -> dict[str, MPOMatrix]:
+    """Return the decomposed matrices of a model by their paths."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, MPOMatrix)}
+
+
+def restore_layer(layer: MPOMatrix | TiedMPOEmbedding | TiedMPOLinear, weight: nn.Parameter) -> nn.Module:
+    """Build the dense layer again: the reverse of `decompose_layer`.
+
+    Args:
+        layer: A decomposed layer, or one tied to it.
+        weight: Its matrix, the same object for all layers that share it.
+    """
     rows, columns = weight.shape
     if isinstance(layer, MPOEmbedding | TiedMPOEmbedding):
         table = nn.Embedding(rows, columns, padding_idx=layer.padding_idx, device="meta")

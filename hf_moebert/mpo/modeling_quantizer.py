@@ -8,12 +8,22 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantizer
 
 from .configuration_mpo import MPOCompressionConfig
-from .modeling_mpo import MPOMatrix, TiedMPOEmbedding, TiedMPOLinear, make_layer, restore_layer, tie_layer
+from .modeling_mpo import (
+    MPOMatrix,
+    TiedMPOEmbedding,
+    TiedMPOLinear,
+    list_matrices,
+    make_layer,
+    restore_layer,
+    tie_layer,
+)
 
 
 def replace_matrices(model: PreTrainedModel, config: MPOCompressionConfig) -> None:
@@ -63,6 +73,7 @@ def _forget_ties(model: PreTrainedModel, gone: set[str]) -> None:
         if isinstance(part, PreTrainedModel):
             dot = f"{name}." if name else ""
             ties = part.get_expanded_tied_weights_keys(all_submodels=False)
+            part._dense_ties = vars(part).get("_tied_weights_keys")  # those of a single model, for the way back
             part._tied_weights_keys = {k: v for k, v in ties.items() if not {dot + k, dot + v} & gone}
             ties = getattr(part, "all_tied_weights_keys", ties)
             part.all_tied_weights_keys = {k: v for k, v in ties.items() if not {dot + k, dot + v} & gone}
@@ -103,47 +114,56 @@ class MPOQuantizer(HfQuantizer):
         return None, {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        check_files(kwargs.get("checkpoint_files") or [], self.quantization_config)
         replace_matrices(model, self.quantization_config)
+        check_files(kwargs.get("checkpoint_files") or [], model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for module in model.modules():
-            if isinstance(module, MPOMatrix):
-                module.centre.requires_grad_(self.quantization_config.train_centre)
+            if isinstance(module, MPOMatrix) and not self.quantization_config.train_centre:
+                module.centre.requires_grad_(False)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        matrices = {module: nn.Parameter(module.weight.detach().clone()) for module in list_matrices(model).values()}
         for path, module in list(model.named_modules()):
-            if isinstance(module, MPOMatrix | TiedMPOEmbedding | TiedMPOLinear):
-                model.set_submodule(path, restore_layer(module))
+            if isinstance(module, MPOMatrix):
+                model.set_submodule(path, restore_layer(module, matrices[module]))
+            elif isinstance(module, TiedMPOEmbedding | TiedMPOLinear):
+                model.set_submodule(path, restore_layer(module, matrices[module._source[0]]))
         for part in model.modules():
             if isinstance(part, PreTrainedModel):
+                ties = vars(part).pop("_dense_ties", None)
                 vars(part).pop("_tied_weights_keys", None)
-                part.all_tied_weights_keys = part.get_expanded_tied_weights_keys(all_submodels=False)
-        model.tie_weights()
+                if ties is not None:
+                    part._tied_weights_keys = ties
+                named = dict(part.named_parameters(remove_duplicate=False))
+                keys = part.get_expanded_tied_weights_keys(all_submodels=False)  # which may claim more than there is
+                part.all_tied_weights_keys = {k: v for k, v in keys.items() if named[k] is named[v]}
         return model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)  # config.json holds its name
 
 
-def check_files(files: Sequence[str], config: MPOCompressionConfig) -> None:
+def check_files(files: Sequence[str], model: PreTrainedModel) -> None:
     """Refuse a checkpoint that lacks cores or has them in other shapes than config.json says.
 
     Args:
         files: All weights files of the checkpoint.
-        config: What config.json says.
+        model: With layers of zero cores; it may be on the meta device.
 
     Raises:
         ValueError: With the first tensor that is wrong.
     """
-    shapes: dict[str, list[int]] = {}
+    wanted = {
+        f"{path}.cores.{k}": core for path, m in list_matrices(model).items() for k, core in enumerate(m.chain())
+    }
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    names, shapes = model.state_dict(), {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
-            names = list(opened.keys())
-            shapes |= {name: opened.get_slice(name).get_shape() for name in names if ".cores." in name}
-    for path, shape in config.shapes().items() if files else ():
-        ends = (1, *shape.bonds, 1)
-        for k, digits in enumerate(zip(shape.row_factors, shape.column_factors, strict=True)):
-            name, wanted = f"{path}.cores.{k}", [ends[k], *digits, ends[k + 1]]
-            if (saved := shapes.get(name)) != wanted:
-                raise ValueError(
-                    f"The checkpoint must hold {name!r} of shape {wanted}, got {saved}. Copy or save it again."
-                )
+            for name in list(opened.keys()):
+                place, _ = rename_source_key(name, renamings, [], model.base_model_prefix, names)
+                shapes[place] = opened.get_slice(name).get_shape()
+    for name, core in wanted.items() if files else ():
+        if (saved := shapes.get(name)) != list(core.shape):
+            raise ValueError(
+                f"The checkpoint must hold {name!r} of shape {list(core.shape)}, got {saved}. Copy or save it again."
+            )

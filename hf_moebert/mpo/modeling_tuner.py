@@ -30,7 +30,7 @@ class MPOLayer(nn.Module, BaseTunerLayer):
         base_layer: Keeps its weight and bias.
         transposed: Whether its weight is stored as `(columns, rows)`.
 
-    Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205, section 4.1. The rest is our own design, akin to DoTA,
+    Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205. The rest is our own design, akin to DoTA,
     https://arxiv.org/abs/2412.20891.
     """
 

@@ -1,5 +1,7 @@
 """Dimension squeezing: cut the bonds of a model a little at a time while the stock `Trainer` repairs it."""
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers.utils import logging
 
 from .configuration_squeezing import MPOSqueezingConfig
 from .functional import round_cores
-from .modeling_mpo import MPOMatrix
+from .modeling_mpo import MPOMatrix, list_matrices
 
 
 logger = logging.get_logger(__name__)
@@ -37,10 +39,10 @@ class MPOSqueezingCallback(TrainerCallback):
 
     Raises:
         ValueError: When training begins, if the model has no matrix product operators, if nothing is evaluated, if
-            several processes train, or if the best model is to be loaded at the end; at an evaluation without the
-            metric.
+            several processes or GPUs train, if the best model is to be loaded at the end, or if a checkpoint's state
+            is missing or another run's; later if no evaluation has the metric, or if it is not finite at first.
 
-    Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205, section 4.2.
+    Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205, for the idea; when to judge, and what, is our design.
     """
 
     checkpoint_files = (STATE_FILE,)
@@ -51,15 +53,30 @@ class MPOSqueezingCallback(TrainerCallback):
         self.reference: float | None = None
         self.squeezes = 0
         self.before: dict[str, Tensor] = {}  # the weights before cuts that no evaluation has judged
+        self._cuts = False  # only while training goes on, and nothing was taken back
+        self._seen: set[str] = set()  # metrics of evaluations, as long as none had the one that decides
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse what cannot work, and go on where a checkpoint left off."""
         _check(args, kwargs["model"])
-        self.reference, self.squeezes, self.before = None, 0, {}
+        events = _events(state)
+        self.reference = next((event["mpo_reference"] for event in events if "mpo_reference" in event), None)
+        self.squeezes = sum("mpo_cuts" in event for event in events)
+        self._cuts, self._seen, self.before = not any("mpo_undone" in event for event in events), set(), {}
         if state.global_step:
-            self._load(Path(self.resume_from or _checkpoint(args, state)) / STATE_FILE)
+            self.before = _load(Path(self.resume_from or _checkpoint(args, state)) / STATE_FILE, events)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse a metric that a whole round of evaluations did not return."""
+        if self._seen and self.reference is None:
+            raise ValueError(
+                f"`metric` must be one that evaluations return, got {self.config.metric!r}. Choose from "
+                f"{', '.join(sorted(self._seen))}."
+            )
 
     def on_evaluate(
         self,
@@ -70,41 +87,48 @@ class MPOSqueezingCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Judge the last cuts, and make the next."""
-        if state.global_step < self.config.start_step:
+        if not self._cuts or state.global_step < self.config.start_step:
             return
-        if self.config.metric not in metrics:
-            raise ValueError(
-                f"`metric` must be one that evaluations return, got {self.config.metric!r}. Choose from "
-                f"{', '.join(sorted(metrics))}."
-            )
+        if self.config.metric not in metrics:  # of another data set
+            self._seen |= metrics.keys()
+            return
         value, model, optimizer = metrics[self.config.metric], kwargs["model"], kwargs["optimizer"]
         if self.reference is None:
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"`{self.config.metric}` must be finite before the first cut, got {value}. Train longer."
+                )
             self.reference = value
+            self._note(state, mpo_reference=value)
         elif self.before and self._is_too_bad(value):
             self._undo(model, optimizer)
-            state.log_history.append({"step": state.global_step, "mpo_undone": value, **self._figures(model)})
-            control.should_training_stop = True
+            self._note(state, mpo_undone=value, mpo_parameters=_count(model))
+            self._cuts, control.should_training_stop = False, True
             return
         self.before = {}
         limit = self.config.max_squeezes
         if state.global_step < state.max_steps and (limit < 0 or self.squeezes < limit):
             cuts = self._squeeze(model, optimizer)
-            state.log_history.append({"step": state.global_step, "mpo_cuts": cuts, **self._figures(model)})
+            if cuts:
+                self._note(state, mpo_cuts=cuts, mpo_parameters=_count(model))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the weights to go back to into the checkpoint."""
         folder = _checkpoint(args, state)
         if args.should_save and not args.save_only_model and folder.is_dir():
-            header = {"reference": "" if self.reference is None else repr(self.reference)}
-            save_file(self.before, folder / STATE_FILE, {**header, "squeezes": str(self.squeezes)})
+            save_file(self.before, folder / STATE_FILE, {"events": json.dumps(_events(state))})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take back cuts that no evaluation has judged."""
+        """Take back cuts that no evaluation has judged, and leave the model alone from now on."""
         if self.before:
             logger.warning("Training ended before an evaluation judged the last cuts: they are taken back.")
             self._undo(kwargs["model"], kwargs["optimizer"])
+        self._cuts = False
+
+    def _note(self, state: TrainerState, **event: Any) -> None:
+        state.log_history.append({"step": state.global_step, **event})
 
     def _is_too_bad(self, value: float) -> bool:
         assert self.reference is not None
@@ -114,7 +138,7 @@ class MPOSqueezingCallback(TrainerCallback):
     @torch.no_grad()
     def _squeeze(self, model: nn.Module, optimizer: Any) -> dict[str, list[int]]:
         """Make the cuts that cost the least, and return the new bonds of the matrices that were cut."""
-        matrices = find_matrices(model)
+        matrices = list_matrices(model)
         bonds = self._choose_cuts(matrices)
         if not bonds:
             return {}
@@ -152,7 +176,7 @@ class MPOSqueezingCallback(TrainerCallback):
 
     @torch.no_grad()
     def _undo(self, model: nn.Module, optimizer: Any) -> None:
-        for path, matrix in find_matrices(model).items():
+        for path, matrix in list_matrices(model).items():
             matrix.set_cores([self.before[f"{path}.cores.{k}"] for k in range(len(matrix.cores))])
             _forget(optimizer, matrix)
         for name, parameter in model.named_parameters():
@@ -160,31 +184,35 @@ class MPOSqueezingCallback(TrainerCallback):
                 parameter.copy_(self.before[name])
         self.before = {}
 
-    def _figures(self, model: nn.Module) -> dict[str, int]:
-        count = sum(core.numel() for matrix in find_matrices(model).values() for core in matrix.chain())
-        return {"mpo_parameters": count, "mpo_squeezes": self.squeezes}
 
-    def _load(self, file: Path) -> None:
-        if not file.is_file():
+def _count(model: nn.Module) -> int:
+    return sum(core.numel() for matrix in list_matrices(model).values() for core in matrix.chain())
+
+
+def _events(state: TrainerState) -> list[dict[str, Any]]:
+    """Return what the callback has logged: the host keeps it in every checkpoint."""
+    return [entry for entry in state.log_history if any(key.startswith("mpo_") for key in entry)]
+
+
+def _load(file: Path, events: list[dict[str, Any]]) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise ValueError(
+            f"A run that squeezes must be resumed with {str(file)!r}, which is missing. Name the folder of the "
+            "checkpoint with `resume_from`, or start a new run from the model."
+        )
+    with safe_open(file, framework="pt") as opened:
+        saved, names = json.loads(opened.metadata()["events"]), list(opened.keys())
+        if saved != json.loads(json.dumps(events)):
             raise ValueError(
-                f"A run that squeezes must be resumed with {str(file)!r}, which is missing. Name the folder of the "
-                "checkpoint with `resume_from`, or start a new run from the model."
+                f"{str(file)!r} must belong to the run that is resumed, but was written after other cuts. Name the "
+                "folder of its checkpoint with `resume_from`."
             )
-        with safe_open(file, framework="pt") as opened:
-            header, names = opened.metadata(), list(opened.keys())
-            self.before = {name: opened.get_tensor(name) for name in names}
-        self.reference = float(header["reference"]) if header["reference"] else None
-        self.squeezes = int(header["squeezes"])
-
-
-def find_matrices(model: nn.Module) -> dict[str, MPOMatrix]:
-    """Return the decomposed matrices of a model by their paths."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, MPOMatrix)}
+        return {name: opened.get_tensor(name) for name in names}
 
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Copy everything that cuts and repairs change."""
-    cores = {core for matrix in find_matrices(model).values() for core in matrix.chain()}
+    cores = {core for matrix in list_matrices(model).values() for core in matrix.chain()}
     changing = {name: p for name, p in model.named_parameters() if p.requires_grad or p in cores}
     return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in changing.items()}
 
@@ -205,7 +233,7 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _check(args: TrainingArguments, model: nn.Module) -> None:
-    matrices = find_matrices(model)
+    matrices = list_matrices(model)
     for wrong, rule, remedy in (
         (not matrices, "`model` must have matrix product operators, got none", "Call `compress_mpo` first"),
         (

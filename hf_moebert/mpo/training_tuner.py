@@ -2,7 +2,7 @@
 
 Importing this module enters the method in PEFT's tables, so that `get_peft_model` and every loader know it.
 
-Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205, section 4.1.
+Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205.
 """
 
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class MPOModel(BaseTuner):
     """Any model whose linear layers or embeddings get adapters of auxiliary tensors; made by `get_peft_model`.
 
-    Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205, section 4.1.
+    Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205.
     """
 
     prefix = "mpo_"

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_mpo import IDS, MODELS, arguments, logits, make
 from transformers import (
@@ -14,10 +15,16 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    MarianConfig,
+    MarianMTModel,
     Trainer,
     TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from hf_moebert import (
@@ -29,6 +36,7 @@ from hf_moebert import (
     save_packed,
 )
 from hf_moebert.footprint import measure_footprint
+from hf_moebert.mpo.functional import contract
 from hf_moebert.mpo.functional_shapes import count_parameters, factor_matrix, full_bonds
 from hf_moebert.mpo.modeling_compression import find_matrices
 from hf_moebert.mpo.modeling_mpo import MPOConv1D, MPOEmbedding, MPOLinear, MPOMatrix, TiedMPOEmbedding, TiedMPOLinear
@@ -291,14 +299,23 @@ def test_it_generates_what_the_dense_model_generates(name):
     [
         ({"num_cores": 4}, "`num_cores` must be odd"),
         ({"num_cores": 1}, "`num_cores` must be odd and at least 3, got 1"),
-        ({"bond": 0}, "`bond` must be at least 1, got 0"),
+        ({"num_cores": 5.0}, "`num_cores` must be odd and at least 3, got 5.0"),
+        ({"bond": 0}, "`bond` must be a whole number from 1, got 0"),
+        ({"bond": 2.5}, "`bond` must be a whole number from 1, got 2.5"),
+        ({"bond": "4"}, "`bond` must be a whole number from 1, got '4'"),
+        ({"bond": True}, "`bond` must be a whole number from 1, got True"),
+        ({"size_ratio": "0.5"}, "`size_ratio` must be above 0, got '0.5'"),
+        ({"size_ratio": float("inf")}, "`size_ratio` must be above 0, got inf"),
+        ({"max_error": "1"}, "`max_error` must be in .*, got '1'"),
         ({"max_error": 1.0}, r"`max_error` must be in \[0, 1\), got 1.0"),
         ({"max_error": float("nan")}, "`max_error` must be in"),
         ({"size_ratio": 0.0}, "`size_ratio` must be above 0"),
         ({"size_ratio": 1e-9}, "must leave room for one direction"),
         ({"bond": 4, "size_ratio": 0.5}, "At most one of .* got bond, size_ratio"),
         ({"gauge": "right"}, "`gauge` must be one of symmetric, left, centre, got 'right'"),
-        ({"target_modules": ["nothing"]}, "`target_modules` must name linear layers .* Choose from .*classifier"),
+        ({"target_modules": ["nothing"]}, "`target_modules` must name linear layers .*, got 'nothing'. .*classifier"),
+        ({"target_modules": ["query", "qurey"]}, "`target_modules` must name linear layers .*, got 'qurey'. Choose"),
+        ({"target_modules": "query"}, "`target_modules` must name linear layers .*, got 'query'. Choose"),
     ],
 )
 def test_options_that_cannot_be_are_refused_before_anything_changes(options, message):
@@ -309,10 +326,17 @@ def test_options_that_cannot_be_are_refused_before_anything_changes(options, mes
     assert not hasattr(model.config, "quantization_config")
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT, about the host
 def test_a_model_that_is_not_dense_is_refused():
     model = compress_mpo(make("bert"))
     with pytest.raises(ValueError, match="`model` must be dense, but BertForSequenceClassification is already in"):
         compress_mpo(model)
+    with pytest.raises(ValueError, match="is optimised. Call `revert_optimizations`"):
+        compress_mpo(optimize_for_inference(make("bert")))
+    adapted = make("bert")
+    get_peft_model(adapted, LoraConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match="is one with a PEFT adapter"):
+        compress_mpo(adapted)
     with torch.device("meta"):
         hollow = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1))
     with pytest.raises(ValueError, match="partly on the meta device"):
@@ -323,7 +347,7 @@ def test_weights_that_are_not_finite_are_refused():
     model = make("bert")
     with torch.no_grad():
         model.bert.encoder.layer[0].intermediate.dense.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="`matrix` must hold finite values"):
+    with pytest.raises(ValueError, match="finite weights, got NaN or infinity in bert.encoder.layer.0.intermediate"):
         compress_mpo(model)
     assert not matrices(model)
 
@@ -411,3 +435,78 @@ def test_inference_forms_leave_chains_as_they_are():
     model = compress_mpo(make("bert"))
     expected = logits("bert", model)
     assert torch.equal(logits("bert", optimize_for_inference(model, precision="float32")), expected)
+
+
+def test_another_model_of_the_same_configuration_stays_dense(tmp_path):
+    config = copy.deepcopy(MODELS["bert"][1])
+    first, second = BertForSequenceClassification(config), BertForSequenceClassification(config)
+    compress_mpo(first, bond=4)
+    second.save_pretrained(tmp_path)
+    assert not matrices(AutoModelForSequenceClassification.from_pretrained(tmp_path))
+    assert first.bert.config is first.config
+
+
+def test_what_was_frozen_stays_frozen():
+    model = make("bert")
+    model.bert.embeddings.requires_grad_(False)
+    compress_mpo(model, train_centre=True)
+    assert not any(p.requires_grad for p in model.bert.embeddings.parameters())
+    assert all(p.requires_grad for p in model.bert.encoder.parameters())
+
+
+def test_half_precision_rounds_once():
+    model = make("bert").to(torch.bfloat16)
+    plain = compress_mpo(copy.deepcopy(model))
+    for options in ({"max_error": 0.0}, {"size_ratio": 2.0}):
+        for name, matrix in matrices(compress_mpo(copy.deepcopy(model), **options)).items():
+            weight = model.get_parameter(f"{name}.weight").float()
+            error = (contract([c.float() for c in matrix.chain()], *weight.shape) - weight).norm()
+            other = contract([c.float() for c in matrices(plain)[name].chain()], *weight.shape)
+            assert error <= 1.2 * (other - weight).norm()
+
+
+def test_names_that_the_host_changes_on_disk_are_found_again(tmp_path):
+    config = ViTConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, image_size=8, patch_size=4
+    )
+    model = compress_mpo(ViTForImageClassification(config).eval(), bond=6)
+    model.save_pretrained(tmp_path)
+    loaded = ViTForImageClassification.from_pretrained(tmp_path).eval()
+    pixels = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels).logits, model(pixels).logits)
+    assert matrices(loaded)
+
+
+def test_a_matrix_shared_with_another_kind_of_layer_is_left_or_refused():
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    config = GemmaConfig(**sizes, num_key_value_heads=1, head_dim=12, vocab_size=99, tie_word_embeddings=True)
+    model = GemmaForCausalLM(config).eval()
+    with pytest.raises(ValueError, match="must not name a matrix that another kind of layer shares, got .*lm_head"):
+        compress_mpo(model, target_modules=["lm_head"])
+    compress_mpo(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "model.layers.0.mlp.up_proj" in matrices(model)
+
+
+def test_a_model_with_ties_of_its_own_gets_them_back():
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = MarianConfig(**sizes, d_model=24, encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=99, pad_token_id=0)
+    model = MarianMTModel(config).eval()
+    dense = copy.deepcopy(model)
+    compress_mpo(model).dequantize()
+    assert count(model) == count(dense)
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in dense.named_parameters()]
+
+
+def test_a_head_that_is_not_tied_stays_so_whatever_the_configuration_says(tmp_path):
+    model = make("t5")
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    model.all_tied_weights_keys.pop("lm_head.weight")
+    expected = logits("t5", model)
+    compress_mpo(model)
+    torch.testing.assert_close(logits("t5", model), expected, atol=1e-3, rtol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = MODELS["t5"][0].from_pretrained(tmp_path).eval()
+    assert torch.equal(logits("t5", loaded), logits("t5", model))
+    torch.testing.assert_close(logits("t5", loaded.dequantize()), expected, atol=1e-3, rtol=1e-4)

@@ -155,7 +155,7 @@ def test_gradients_equal_those_through_the_dense_matrix():
     layer = decompose_layer(nn.Linear(8, 6).double(), num_cores=3)
     x = batch(8, dtype=torch.float64)
     layer(x).square().sum().backward()
-    dense = restore_layer(layer)
+    dense = restore_layer(layer, nn.Parameter(layer.weight.detach().clone()))
     dense(x).square().sum().backward()
     surrogate = (contract(layer.chain()) * dense.weight.grad).sum()
     for core, gradient in zip(layer.cores, torch.autograd.grad(surrogate, list(layer.cores)), strict=True):

@@ -11,8 +11,8 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainerCal
 
 from hf_moebert import MPOSqueezingCallback, MPOSqueezingConfig, compress_mpo
 from hf_moebert.mpo.functional import contract, decompose, round_cores
-from hf_moebert.mpo.modeling_mpo import decompose_layer
-from hf_moebert.mpo.training_squeezing import STATE_FILE, find_matrices
+from hf_moebert.mpo.modeling_mpo import decompose_layer, list_matrices
+from hf_moebert.mpo.training_squeezing import STATE_FILE
 
 
 def rows(count=16):
@@ -58,7 +58,7 @@ def callback_of(run):
 
 
 def bonds(model):
-    return {path: matrix.bonds for path, matrix in find_matrices(model).items()}
+    return {path: matrix.bonds for path, matrix in list_matrices(model).items()}
 
 
 def logged(run, key):
@@ -73,7 +73,7 @@ def test_bonds_shrink_while_the_metric_holds(tmp_path):
     assert len(sizes) == 3  # the last evaluation judges, and cuts no more
     assert sizes == sorted(sizes, reverse=True)
     assert all(new <= old for path in before for new, old in zip(bonds(run.model)[path], before[path], strict=True))
-    assert sizes[-1] == sum(core.numel() for m in find_matrices(run.model).values() for core in m.chain())
+    assert sizes[-1] == sum(core.numel() for m in list_matrices(run.model).values() for core in m.chain())
 
 
 def test_the_bond_with_the_least_discarded_values_is_cut(tmp_path):
@@ -82,7 +82,7 @@ def test_the_bond_with_the_least_discarded_values_is_cut(tmp_path):
     ((path, new),) = logged(run, "mpo_cuts")[0].items()
     at_cut = run.seen[0]
     losses = {}
-    for name, matrix in find_matrices(run.model).items():
+    for name, matrix in list_matrices(run.model).items():
         cores = [at_cut[f"{name}.cores.{k}"] for k in range(len(matrix.cores))]
         weight = contract(cores)
         factors = matrix.row_factors, matrix.column_factors
@@ -117,7 +117,7 @@ def test_what_was_cut_still_learns_and_the_optimizer_starts_afresh(tmp_path):
     (cuts,) = logged(run, "mpo_cuts")
     assert {name: id(p) for name, p in run.model.named_parameters()} == identity
     states = {id(p): state for p, state in run.optimizer.state.items()}
-    for path, matrix in find_matrices(run.model).items():
+    for path, matrix in list_matrices(run.model).items():
         for k, core in enumerate(matrix.cores):
             if k == 2:
                 assert id(core) not in states
@@ -248,3 +248,58 @@ def test_resuming_without_the_state_is_refused(tmp_path):
 def test_recipes_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         MPOSqueezingConfig(**options)
+
+
+def test_evaluations_by_hand_change_nothing(tmp_path):
+    run = trainer(tmp_path, [0.1, 0.9, 0.9, 0.5, 0.9, 0.9], max_steps=12)
+    run.evaluate()
+    before = bonds(run.model)
+    assert before == bonds(compress_mpo(make("bert")))
+    run.train()
+    assert logged(run, "mpo_undone") == [0.5]
+    left = bonds(run.model)
+    run.evaluate()
+    run.evaluate()
+    assert bonds(run.model) == left
+
+
+def test_evaluations_of_other_data_decide_nothing(tmp_path):
+    class Two(Scripted):
+        """Every evaluation is of two data sets, as the host makes them of a dictionary."""
+
+        def evaluate(self, *args, **kwargs):
+            self.control = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, {"eval_b_accuracy": 0}
+            )
+            return super().evaluate()
+
+    run = trainer(tmp_path, [0.9, 0.9, 0.9, 0.9])
+    run.__class__ = Two
+    run.train()
+    assert len(logged(run, "mpo_cuts")) == 3
+
+
+def test_a_resumed_run_does_not_cut_again_what_was_taken_back(tmp_path):
+    options = {"max_steps": 12, "save_strategy": "steps", "save_steps": 2}
+    run = trainer(tmp_path, [0.9, 0.9, 0.5], **options)
+    run.train()
+    assert run.state.global_step == 6
+    again = trainer(tmp_path, [0.9] * 3, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert again.state.global_step == 12
+    assert len(logged(again, "mpo_cuts")) == len(logged(run, "mpo_cuts")) == 2
+    assert bonds(again.model) == bonds(run.model)
+
+
+def test_the_state_of_another_run_is_refused(tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path / "mine", [0.9, 0.9], **options).train()
+    trainer(tmp_path / "other", [0.8, 0.8], **options).train()
+    mixed = trainer(tmp_path / "other", [0.9], **options)
+    with pytest.raises(ValueError, match="must belong to the run that is resumed, but was written after other cuts"):
+        mixed.train(resume_from_checkpoint=str(tmp_path / "mine/checkpoint-2"))
+
+
+def test_a_reference_that_is_not_a_number_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`eval_accuracy` must be finite before the first cut, got nan"):
+        trainer(tmp_path, [math.nan, 0.9]).train()
