@@ -63,7 +63,7 @@ class Trace:
         self.address, self.version = source.data_ptr(), 0 if source.is_inference() else source._version
         self.alias = source.detach()  # as long as it lives, no other tensor gets this address
         self.values: list[float] | None = None
-        if source.device.type == "cpu" and source.dim():
+        if source.device.type == "cpu":
             self.alias = self._sample(self.alias)
             self.values = self.alias.tolist()
 
