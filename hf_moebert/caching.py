@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-SAMPLES = 32  # elements of a weight that are looked at for changes which torch does not count; one for each expert
+SAMPLES = 8  # elements of a weight that are looked at for changes which torch does not count: each may miss the cache
 
 Made = TypeVar("Made")
 
@@ -69,11 +69,12 @@ class Trace:
 
     @staticmethod
     def _sample(values: Tensor) -> Tensor:
+        count = max(SAMPLES, len(values)) if values.dim() > 4 else SAMPLES  # of a stack, one of each expert at least
         if values.is_contiguous():
             values = values.view(-1)
         while values.dim() > 1:
             values = values.select(-1, 0)
-        return values[:: max(values.numel() // SAMPLES, 1)]
+        return values[:: max(values.numel() // count, 1)]
 
     def fits(self, source: Tensor) -> bool:
         """Say whether the tensor still looks so."""

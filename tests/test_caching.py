@@ -48,7 +48,7 @@ def test_every_change_is_seen(change):
 
 @pytest.mark.parametrize("expert", range(16))
 def test_an_edit_of_one_expert_among_many_is_seen(expert):
-    stack, kept = torch.ones(16, 3, 5), Derived()
+    stack, kept = torch.ones(16, 3, 5, 2, 2), Derived()
     kept.get([stack], lambda: 1)
     stack.data[expert].zero_()
     assert not kept.is_current([stack])

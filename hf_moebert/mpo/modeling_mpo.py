@@ -74,7 +74,8 @@ class MPOMatrix(nn.Module):
 
     def chain(self) -> list[Tensor]:
         """List the cores."""
-        return [getattr(self.cores, str(k)) for k in range(len(self.row_factors))]  # also in a replica on another GPU
+        cores = [core for core in self.cores._parameters.values() if core is not None]  # quicker than item by item
+        return cores or [getattr(self.cores, str(k)) for k in range(len(self.row_factors))]  # a replica has attributes
 
     @property
     def weight(self) -> Tensor:
