@@ -537,3 +537,17 @@ def test_bad_arguments_are_refused():
     model = optimize_for_inference(make("bert"))
     with torch.no_grad(), pytest.raises(ValueError, match="must have 1 to 20 tokens, got 21"):
         model(torch.ones(1, 21, dtype=torch.long), torch.tensor([[1] * 20 + [0]]))
+
+
+def test_a_layer_with_another_network_keeps_it():
+    class Network(nn.Module):
+        def forward(self, x):
+            return x.tanh()
+
+    model, batch = make(), padded()
+    layer = model.bert.encoder.layer[0]
+    layer.intermediate, layer.output.dense = Network(), nn.Identity()
+    with torch.no_grad():
+        expected = model(**batch).logits
+        torch.testing.assert_close(optimize_for_inference(model)(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+    assert [isinstance(layer, Optimized) for layer in model.bert.encoder.layer] == [False, True]

@@ -74,7 +74,9 @@ class MPOMatrix(nn.Module):
 
     def chain(self) -> list[Tensor]:
         """List the cores."""
-        cores = [core for core in self.cores._parameters.values() if core is not None]  # quicker than item by item
+        cores: list[Tensor] = [
+            core for core in self.cores._parameters.values() if core is not None
+        ]  # the quickest way
         return cores or [getattr(self.cores, str(k)) for k in range(len(self.row_factors))]  # a replica has attributes
 
     @property

@@ -107,20 +107,29 @@ class MPOEFields:
         shapes = {}
         for name, (rows, columns) in self.matrix_sizes().items():
             sides = factor_matrix(rows, columns, self.num_cores)
-            bonds = [bond if self.bond is None else min(bond, self.bond) for bond in full_bonds(*sides)]
-            shapes[name] = {"rows": list(sides[0]), "columns": list(sides[1]), "bonds": bonds}
+            row_sizes, column_sizes = map(list, sides)
+            bonds = self.cap_bonds(row_sizes, column_sizes)
+            shapes[name] = {"rows": row_sizes, "columns": column_sizes, "bonds": bonds}
         return shapes
+
+    def cap_bonds(self, rows: list[int], columns: list[int]) -> list[int]:
+        """Return all directions at each bond of a chain, or as many as `bond` says."""
+        full = full_bonds(rows, columns)
+        return [bond if self.bond is None else min(bond, self.bond) for bond in full]
 
     def validate_experts(self) -> None:
         """Refuse experts and routers that do not exist."""
         if not 1 <= self.num_experts <= 256:
-            raise ValueError(f"`num_experts` must be in [1, 256], got {self.num_experts}. The paper uses 8.")
+            raise ValueError(f"`num_experts` must be in [1, 256], got {self.num_experts}. Use 8, or leave it out.")
         check_num_cores(self.num_cores)
         if self.bond is not None and self.bond < 1:
             raise ValueError(f"`bond` must be at least 1, got {self.bond}. Leave it out to keep all directions.")
         for name, known in (("gauge", GAUGES), ("router", tuple(ROUTERS))):
             if getattr(self, name) not in known:
-                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}. Leave it out for "
+                    f"{known[0]!r}."
+                )
         if not 0 <= self.balance_coef < math.inf:
             raise ValueError(
                 f"`router_aux_loss_coef` must be finite and >= 0, got {self.router_aux_loss_coef}. Use 0.01, or "
@@ -155,6 +164,11 @@ class MPOEFields:
                     f"{sizes[name]} or more, got {sides}. Leave `mpoe_shapes` out."
                 )
             check_bonds(chain["bonds"], full_bonds(*sides))
+            if chain["bonds"] != (expected := self.cap_bonds(*sides)):
+                raise ValueError(
+                    f"`mpoe_shapes.{name}` must have the bonds {expected} that `bond` {self.bond} gives, got "
+                    f"{chain['bonds']}. Convert the dense model again for another `bond`."
+                )
 
 
 @strict
@@ -236,12 +250,19 @@ class GradientMaskConfig:
     def __post_init__(self) -> None:
         for name in ("keep", "final_keep"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"`{name}` must be in [0, 1], got {value}. Use 0.125 to update every eighth step.")
+            if value is not None and not (type(value) in (int, float) and 0 <= value <= 1):
+                raise ValueError(
+                    f"`{name}` must be a number in [0, 1], got {value!r}. Use 0.125 to update every eighth step."
+                )
         if self.granularity not in GRANULARITIES:
-            raise ValueError(f"`granularity` must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}.")
-        if self.rescale not in (True, False):
-            raise ValueError(f"`rescale` must be True or False, got {self.rescale!r}.")
+            raise ValueError(
+                f"`granularity` must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}. Leave it out for "
+                "whole tensors."
+            )
+        if type(self.rescale) is not bool:
+            raise ValueError(f"`rescale` must be True or False, got {self.rescale!r}. Leave it out for False.")
+        if type(self.seed) is not int:
+            raise ValueError(f"`seed` must be an integer, got {self.seed!r}. Leave it out for 0.")
 
 
 __all__ = [

@@ -26,11 +26,12 @@ def choose_expert(logits: Tensor) -> tuple[Tensor, Tensor]:
     return index.squeeze(-1), probability / probability.detach()
 
 
-def balance_loss(logits: Tensor, mask: Tensor) -> Tensor:
+def balance_loss(logits: Tensor, index: Tensor, mask: Tensor) -> Tensor:
     """Penalise one layer's router for using its experts unevenly.
 
     Args:
         logits: Shape `(tokens, experts)`.
+        index: Of each token's expert, from `choose_expert`. Shape `(tokens,)`.
         mask: True at the tokens that count. Shape `(tokens,)`.
 
     Returns:
@@ -41,12 +42,12 @@ def balance_loss(logits: Tensor, mask: Tensor) -> Tensor:
     """
     probabilities = logits.float().softmax(dim=-1)
     weight = mask.to(probabilities.dtype) / mask.sum().clamp(min=1)  # (tokens,)
-    share = expert_load(logits, mask) / mask.sum().clamp(min=1)  # (experts,)
+    share = count_tokens(index, mask, logits.shape[-1]) / mask.sum().clamp(min=1)  # (experts,)
     return logits.shape[-1] * (share * (probabilities * weight[:, None]).sum(dim=0)).sum()
 
 
 def expert_load(logits: Tensor, mask: Tensor) -> Tensor:
-    """Count the tokens that each expert gets.
+    """Count the tokens that each expert gets, from the router's logits.
 
     Args:
         logits: Shape `(tokens, experts)`.
@@ -55,7 +56,21 @@ def expert_load(logits: Tensor, mask: Tensor) -> Tensor:
     Returns:
         Shape `(experts,)`, int64.
     """
-    chosen = F.one_hot(logits.argmax(dim=-1), logits.shape[-1])  # (tokens, experts)
+    return count_tokens(logits.argmax(dim=-1), mask, logits.shape[-1])
+
+
+def count_tokens(index: Tensor, mask: Tensor, num_experts: int) -> Tensor:
+    """Count the tokens that each expert gets, from the choice that was made.
+
+    Args:
+        index: Of each token's expert. Shape `(tokens,)`.
+        mask: True at the tokens that count. Shape `(tokens,)`.
+        num_experts: How many there are.
+
+    Returns:
+        Shape `(experts,)`, int64.
+    """
+    chosen = F.one_hot(index, num_experts)  # (tokens, experts)
     return (chosen * mask[:, None]).sum(dim=0)
 
 

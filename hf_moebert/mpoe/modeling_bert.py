@@ -34,8 +34,10 @@ class MPOEBertForSequenceClassification(MPOEMixin, BertForSequenceClassification
                 f"`chunk_size_feed_forward` must be 0, got {config.chunk_size_feed_forward}: experts see all tokens "
                 "of a batch at once. Leave it out."
             )
+        config = lay_out(config)
         super().__init__(config)
-        for block in lay_out(config, list(self.bert.encoder.layer)):
+        blocks: Any = self.bert.encoder.layer
+        for block in (blocks[place] for place in config.converted_layers):
             block.intermediate = MPOEFeedForward(config, config.hidden_act, has_bias=True)
             block.output.dense = nn.Identity()  # what is left there: dropout, residual and LayerNorm
 
@@ -74,11 +76,13 @@ class MPOEBertForSequenceClassification(MPOEMixin, BertForSequenceClassification
         self._check_ids("input_ids", input_ids, self.bert.embeddings.word_embeddings.num_embeddings)
         given = input_ids if inputs_embeds is None else inputs_embeds
         limit = self.config.max_position_embeddings
-        if given is not None and position_ids is None and given.shape[1] > limit:
+        if given is not None and position_ids is None and not 0 < given.shape[1] <= limit:
             raise ValueError(f"Sequences must have 1 to {limit} tokens, got {given.shape[1]}. Truncate longer ones.")
         classes = labels if self.num_labels > 1 and self.config.problem_type in SINGLE_LABEL else None
         classes = None if classes is None or classes.is_floating_point() else classes
         self._check_ids("labels", classes, self.num_labels, ignored=True)
+        if labels is not None or self._shows(output_router_logits):
+            kwargs["output_router_logits"] = True  # so that `optimize_for_inference` leaves the padding in
         with recording() as records:
             outputs = super().forward(
                 input_ids=input_ids,
@@ -92,7 +96,7 @@ class MPOEBertForSequenceClassification(MPOEMixin, BertForSequenceClassification
             )
         if classes is not None and not (classes != -100).any():  # the host's mean over no example is NaN
             outputs.loss = outputs.logits.sum() * 0.0
-        masks = [real_tokens(attention_mask, x.shape[:2]) for x in records]
+        masks = [real_tokens(attention_mask, x.logits.shape[:2]) for x in records]
         return self._finish(MPOESequenceClassifierOutput, outputs, records, masks, output_router_logits)
 
 

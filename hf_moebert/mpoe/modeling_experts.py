@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +17,38 @@ from .functional import choose_expert, copy_to_experts, pad_core
 
 
 ROUTER_STD = 0.02
-# The routers' logits of the forward that runs in this thread; None outside of one, as when a checkpointed block is
-# run again in the backward
-_records: ContextVar[list[Tensor] | None] = ContextVar("mpoe_router_logits", default=None)
+
+
+class Routing(NamedTuple):
+    """What one network decided in one forward: its logits `(..., experts)`, and the index of each token's expert."""
+
+    network: "MPOEFeedForward"
+    logits: Tensor
+    chosen: Tensor  # (tokens,)
+
+
+# What the networks decided in the forward that runs in this thread; None outside of one, as when a checkpointed block
+# is run again in the backward
+_records: ContextVar[list[Routing] | None] = ContextVar("mpoe_routing", default=None)
 
 
 @contextmanager
-def recording() -> Iterator[list[Tensor]]:
-    """Collect the logits of every router that is asked inside, in order."""
-    records: list[Tensor] = []
+def recording() -> Iterator[list[Routing]]:
+    """Collect what every network decides that is asked inside, in order."""
+    records: list[Routing] = []
     token = _records.set(records)
     try:
         yield records
     finally:
         _records.reset(token)
+
+
+class Router(nn.Linear):
+    """A linear layer that computes in float32 whatever its own dtype; rounding would decide where tokens go."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the logits, `(tokens, hidden)` to `(tokens, experts)`."""
+        return F.linear(input.float(), self.weight.float(), self.bias.float())
 
 
 class MPOEFeedForward(nn.Module):
@@ -64,7 +82,7 @@ class MPOEFeedForward(nn.Module):
         self.act_fn = ACT2FN[activation]
         self.inner_dropout, self.outer_dropout = nn.Dropout(inner_dropout), nn.Dropout(outer_dropout)
         hidden = next(iter(self.sizes.values()))[1]
-        self.router = nn.Linear(hidden, self.num_experts)
+        self.router = Router(hidden, self.num_experts)
         self.centres, self.auxiliary, self.biases = nn.ParameterDict(), nn.ModuleDict(), nn.ParameterDict()
         self.shapes = {name: core_shapes(**chain) for name, chain in config.plan_shapes().items()}
         for name, shapes in self.shapes.items():
@@ -77,6 +95,8 @@ class MPOEFeedForward(nn.Module):
                 self.biases[name] = nn.Parameter(torch.empty(self.num_experts, self.sizes[name][0]))
         for module in (self.biases, *self.auxiliary.values(), *([] if self.shares_centre else [self.centres])):
             module.active_fraction = 1 / self.num_experts  # type: ignore[assignment]  # read by `measure_footprint`
+        self.num_watched = 0
+        self.idle: Tensor | None = None  # see `watch`
         self._rebuilt: dict[str, Derived[Tensor]] = {name: Derived() for name in self.sizes}
         self.reset_parameters(config)
 
@@ -95,7 +115,8 @@ class MPOEFeedForward(nn.Module):
 
     def chain(self, name: str) -> list[nn.Parameter]:
         """Return the tensors of a matrix in order."""
-        cores = list(self.auxiliary[name].parameters())
+        own: Any = self.auxiliary[name]
+        cores = [own[k] for k in range(len(own))]  # a replica of `nn.DataParallel` has no `parameters()`
         cores.insert(len(cores) // 2, self.centres[name])
         return cores
 
@@ -110,10 +131,10 @@ class MPOEFeedForward(nn.Module):
         """
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (tokens, hidden)
         logits = self.score(tokens)  # (tokens, experts)
+        index, gate = choose_expert(logits)
         records = _records.get()
         if records is not None:
-            records.append(logits.view(*hidden_states.shape[:-1], -1))
-        index, gate = choose_expert(logits)
+            records.append(Routing(self, logits.view(*hidden_states.shape[:-1], -1), index))
         gate = gate.to(tokens.dtype)
         output = self.run(tokens * gate, index) if self.gates_input else self.run(tokens, index) * gate
         return self.outer_dropout(output).view_as(hidden_states)
@@ -121,27 +142,25 @@ class MPOEFeedForward(nn.Module):
     def score(self, tokens: Tensor) -> Tensor:
         """Return the router's logits in float32, whatever the model's dtype or autocast, `(tokens, experts)`."""
         with torch.autocast(tokens.device.type, enabled=False):
-            return F.linear(tokens.float(), self.router.weight.float(), self.router.bias.float())
+            return self.router(tokens.float())
 
+    @torch.compiler.disable  # which experts have tokens is known only when it runs
     def run(self, tokens: Tensor, index: Tensor) -> Tensor:
         """Apply to each token its expert, `(tokens, hidden)` to the same."""
         counts = index.bincount(minlength=self.num_experts).tolist()
         active = [expert for expert in range(self.num_experts) if counts[expert]] or [0]  # so that all get gradients
-        weights = zip(*(self.rebuild(name, active) for name in self.sizes), strict=True)
+        weights = list(zip(*(self.rebuild(name, active) for name in self.sizes), strict=True))
+        stacks = [self.biases[name].unbind(0) if name in self.biases else None for name in self.sizes]
+        biases = [[stack and stack[expert] for stack in stacks] for expert in active]
         if len(active) == 1:
-            return self.run_expert(tokens, active[0], next(weights))
+            return self.run_expert(tokens, weights[0], biases[0])
         order = index.argsort(stable=True)
         slots = tokens[order].split([counts[expert] for expert in active])
-        biases = {name: bias.unbind(0) for name, bias in self.biases.items()}
-        parts = [self.run_expert(*slot, biases) for slot in zip(slots, active, weights, strict=True)]
+        parts = [self.run_expert(*slot) for slot in zip(slots, weights, biases, strict=True)]
         return torch.cat(parts)[order.argsort()]
 
-    def run_expert(
-        self, slots: Tensor, expert: int, weights: tuple[Tensor, ...], biases: dict[str, Any] | None = None
-    ) -> Tensor:
+    def run_expert(self, slots: Tensor, weights: tuple[Tensor, ...], bias: list[Tensor | None]) -> Tensor:
         """Apply one expert, `(slots, hidden)` to the same; two matrices that lead in make a gated network."""
-        stacks = self.biases if biases is None else biases
-        bias = [stacks[name][expert] if name in stacks else None for name in self.sizes]
         *ups, down = weights
         inner = self.act_fn(F.linear(slots, ups[0], bias[0]))  # (slots, intermediate)
         for factor in ups[1:]:
@@ -152,7 +171,8 @@ class MPOEFeedForward(nn.Module):
     def rebuild(self, name: str, active: list[int]) -> list[Tensor]:
         """Return a matrix of the experts asked for, each `(rows, columns)`."""
         chain = self.chain(name)
-        if self.training or torch.is_grad_enabled():
+        shared = getattr(self, "_is_replica", False)  # by threads of `nn.DataParallel`, on other devices
+        if self.training or torch.is_grad_enabled() or shared:
             return list(self.contract(name, active).unbind(0))
         stack = self._rebuilt[name].get(chain, lambda: self.contract(name, list(range(self.num_experts))))
         return [stack[expert] for expert in active]
@@ -169,6 +189,14 @@ class MPOEFeedForward(nn.Module):
             ]
         with torch.autocast(cores[0].device.type, enabled=False):  # rounded once, and not at every bond
             return contract(cores, *self.sizes[name])
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def watch(self, load: Tensor) -> None:
+        """Count for how many forwards in a row each expert had no token; `load` is their tokens, `(experts,)`."""
+        self.num_watched += 1
+        before = torch.zeros_like(load) if self.idle is None else self.idle.to(load.device)
+        self.idle = torch.where(load > 0, 0, before + 1)
 
     def train(self, mode: bool = True) -> Self:
         """Switch the mode, and forget the matrices."""

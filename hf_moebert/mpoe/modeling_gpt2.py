@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
@@ -26,10 +27,13 @@ class MPOEGPT2LMHeadModel(MPOEMixin, GPT2LMHeadModel):
     config: MPOEGPT2Config
     config_class = MPOEGPT2Config
     transposes_dense = True
+    accepts_loss_kwargs = True  # this host alone divides its loss by `num_items_in_batch`
 
     def __init__(self, config: MPOEGPT2Config) -> None:
+        config = lay_out(config)
         super().__init__(config)
-        for block in lay_out(config, list(self.transformer.h)):
+        blocks: Any = self.transformer.h
+        for block in (blocks[place] for place in config.converted_layers):
             block.mlp = MPOEFeedForward(
                 config, config.activation_function, outer_dropout=config.resid_pdrop, has_bias=True
             )
@@ -66,7 +70,8 @@ class MPOEGPT2LMHeadModel(MPOEMixin, GPT2LMHeadModel):
             use_cache: As for the host.
             logits_to_keep: As for the host.
             output_router_logits: Whether the routers' logits are returned.
-            **kwargs: As for the host.
+            **kwargs: As for the host; with `num_items_in_batch`, the targets of all accumulated batches, losses are
+                sums over this batch divided by it, and the balance loss weighs by this batch's share of them.
 
         Raises:
             ValueError: If an id or a label does not exist, or the sequence is too long.
@@ -76,7 +81,7 @@ class MPOEGPT2LMHeadModel(MPOEMixin, GPT2LMHeadModel):
         given = input_ids if inputs_embeds is None else inputs_embeds
         length = 0 if given is None else given.shape[1]
         length += 0 if past_key_values is None else past_key_values.get_seq_length()
-        if position_ids is None and length > self.config.n_positions:
+        if given is not None and position_ids is None and not 0 < length <= self.config.n_positions:
             raise ValueError(
                 f"Sequences must have 1 to {self.config.n_positions} tokens, got {length}. Truncate longer ones."
             )
@@ -96,10 +101,16 @@ class MPOEGPT2LMHeadModel(MPOEMixin, GPT2LMHeadModel):
                 return_dict=True,
                 **kwargs,
             )
-        if labels is not None and not (labels[..., 1:] != -100).any():  # the host's mean over no target is NaN
-            outputs.loss = outputs.logits.sum() * 0.0
-        masks = [real_tokens(attention_mask, x.shape[:2]) for x in records]
-        return self._finish(MPOECausalLMOutput, outputs, records, masks, output_router_logits)
+        share: Tensor | float = 1.0
+        if labels is not None:
+            targets = labels[..., 1:] if kwargs.get("shift_labels") is None else kwargs["shift_labels"]
+            count = (targets != -100).sum()
+            if not count:  # the host's mean over no target is NaN
+                outputs.loss = outputs.logits.sum() * 0.0
+            if (total := kwargs.get("num_items_in_batch")) is not None:
+                share = count / torch.as_tensor(total, device=count.device).clamp(min=1)
+        masks = [real_tokens(attention_mask, x.logits.shape[:2]) for x in records]
+        return self._finish(MPOECausalLMOutput, outputs, records, masks, output_router_logits, share=share)
 
 
 __all__ = ["MPOEGPT2LMHeadModel"]

@@ -3,20 +3,22 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .configuration_mpoe import MPOEFields
-from .functional import balance_loss, expert_load
-from .modeling_experts import ROUTER_STD, MPOEFeedForward
+from .functional import balance_loss, count_tokens
+from .modeling_experts import ROUTER_STD, MPOEFeedForward, Routing
 
 
 logger = logging.get_logger(__name__)
-WATCH_STEPS = 100  # training steps without a token after which an expert counts as dead
+WATCH_FORWARDS = 100  # training forwards without a token after which an expert counts as dead
+
+Config = TypeVar("Config", bound=MPOEFields)
 
 
 @dataclass
@@ -36,6 +38,7 @@ class MPOEMixin(PreTrainedModel):
     """What all models here share; a model names its dense weights and lays its networks out."""
 
     accepts_loss_kwargs = False  # losses are means over the batch: the Trainer divides by accumulation steps
+    _keep_in_fp32_modules_strict = {"router"}  # the host's own form
     _can_compile_fullgraph = False  # which experts have tokens decides what is rebuilt
     transposes_dense = False  # whether the dense matrices lie `(in, out)`
 
@@ -80,7 +83,7 @@ class MPOEMixin(PreTrainedModel):
             seed: Seed of routers and noise.
 
         Returns:
-            The new model in eval mode, with the dense model's dtypes and device.
+            The new model in eval mode, with the dense model's dtypes and device; routers are in float32.
 
         Raises:
             ValueError: If the model or an option does not fit.
@@ -105,6 +108,12 @@ class MPOEMixin(PreTrainedModel):
             router_aux_loss_coef=router_aux_loss_coef,
             mpoe_layers=layers,
         )
+        host = next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
+        if host not in type(model).__mro__:
+            raise ValueError(
+                f"`model` must be a {host.__name__}, with its body under {cls.base_model_prefix!r} and its head, got "
+                f"{type(model).__name__}. Load the checkpoint with `{host.__name__}.from_pretrained`, merge adapters."
+            )
         with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten
             student = cls(config)
         state = student._cut_state(model.state_dict(), noise, torch.Generator().manual_seed(seed))
@@ -114,7 +123,8 @@ class MPOEMixin(PreTrainedModel):
                 f"`model` must have the body and head of a dense {cls.__name__}, got {type(model).__name__}: missing "
                 f"{missing}, unexpected {unexpected}. Convert with the class that has the same head."
             )
-        student.tie_weights()
+        student.all_tied_weights_keys = dict(model.all_tied_weights_keys)  # as it is, whatever the configuration says
+        student.tie_weights(recompute_mapping=False)
         if model.can_generate():
             student.generation_config = copy.deepcopy(model.generation_config)
         return student.to(model.device).eval()
@@ -142,8 +152,8 @@ class MPOEMixin(PreTrainedModel):
                     cut[f"biases.{name}"] = dense.pop(f"{place}.bias").repeat(network.num_experts, 1)
                 state |= {f"{path}.{key}": value for key, value in cut.items()}
             drawn = torch.randn(network.router.weight.shape, generator=generator) * ROUTER_STD
-            state[f"{path}.router.weight"] = drawn.to(weight)
-            state[f"{path}.router.bias"] = weight.new_zeros(network.num_experts)
+            state[f"{path}.router.weight"] = drawn.to(weight.device)
+            state[f"{path}.router.bias"] = torch.zeros(network.num_experts, device=weight.device)
         return state | {name: tensor.clone() for name, tensor in dense.items()}
 
     @classmethod
@@ -163,11 +173,12 @@ class MPOEMixin(PreTrainedModel):
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         paths = tuple(f"{path}." for path in model.networks())
-        lost = sorted(name for name in info["missing_keys"] if paths and name.startswith(paths))
+        misfits = [name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]]
+        lost = sorted(name for name in [*info["missing_keys"], *misfits] if paths and name.startswith(paths))
         if lost:
             raise ValueError(
-                f"The checkpoint must hold all experts and routers, it lacks {lost}. Convert a dense model with "
-                f"`{cls.__name__}.from_dense`, or get the whole checkpoint."
+                f"The checkpoint must hold all experts and routers in their sizes, it lacks {lost}. "
+                f"Convert a dense model with `{cls.__name__}.from_dense`, or get the whole checkpoint."
             )
         broken = [name for name, p in model.named_parameters() if not (p.is_meta or p.isfinite().all())]
         if broken and not allow_nonfinite:
@@ -181,58 +192,68 @@ class MPOEMixin(PreTrainedModel):
         self,
         output_class: Callable,
         outputs: ModelOutput,
-        records: list[Tensor],
+        records: list[Routing],
         masks: list[Tensor],
         output_router_logits: bool | None,
+        *,
+        share: Tensor | float = 1.0,
     ) -> Any:
         """Add the weighted balance loss to the task loss, and the routing to the outputs.
 
         Args:
             output_class: What to return.
             outputs: The host's.
-            records: Logits of each router, `(batch, seq, experts)`.
+            records: What each network decided.
             masks: True at the real tokens that each router saw, `(batch, seq)`.
             output_router_logits: Whether the logits are wanted; `None` asks the config.
+            share: Of this batch in those that are accumulated for one step, if the task loss is divided by all their
+                targets: the balance then counts once in a step, too.
         """
         values, coef = dict(outputs), self.config.balance_coef
-        shows = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        shows = self._shows(output_router_logits)
         if records and (shows or self.training or "loss" in values):  # not at every token that is generated
-            places = [mask.flatten().to(x.device) for mask, x in zip(masks, records, strict=True)]  # (tokens,) each
-            flat = [x.flatten(0, -2) for x in records], places
+            places = [mask.flatten().to(x.logits.device) for mask, x in zip(masks, records, strict=True)]  # (tokens,)
             if coef > 0:
                 self._check_checkpointing(records)
-                losses = [balance_loss(*pair) for pair in zip(*flat, strict=True)]
+                pairs = zip(records, places, strict=True)
+                losses = [balance_loss(x.logits.flatten(0, -2), x.chosen, place) for x, place in pairs]
                 values["aux_loss"] = torch.stack(losses).sum()
             if self.training:
-                self._watch(*flat)
+                self._watch(records, places)
         if "loss" in values and "aux_loss" in values:
-            values["loss"] = values["loss"] + coef * values["aux_loss"]
+            values["loss"] = values["loss"] + coef * share * values["aux_loss"]
         elif self.training and coef > 0:
             logger.warning_once("Without `labels` the balance loss is not in any loss: add `coef * aux_loss`.")
         if shows:
-            values["router_logits"] = tuple(records)
+            values["router_logits"] = tuple(x.logits for x in records)
         return output_class(**values)
 
-    def _check_checkpointing(self, records: list[Tensor]) -> None:
-        trained = any(network.router.weight.requires_grad for network in self.networks().values())
-        if self.training and torch.is_grad_enabled() and trained and not records[-1].requires_grad:
+    def _shows(self, output_router_logits: bool | None) -> bool:
+        return self.config.output_router_logits if output_router_logits is None else output_router_logits
+
+    def _check_checkpointing(self, records: list[Routing]) -> None:
+        trained = any(parameter.requires_grad for x in records for parameter in x.network.router.parameters())
+        if self.training and torch.is_grad_enabled() and trained and not records[-1].logits.requires_grad:
             raise ValueError(
                 "`use_reentrant` must be False with gradient checkpointing, or the balance loss has no gradient. Pass "
                 '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
             )
 
-    @torch.no_grad()
-    def _watch(self, records: list[Tensor], masks: list[Tensor]) -> None:
+    @torch.compiler.disable
+    def _watch(self, records: list[Routing], masks: list[Tensor]) -> None:
         """Warn of experts that had no token for a long time; training goes on."""
-        loads = torch.stack([expert_load(*pair) for pair in zip(records, masks, strict=True)])  # (blocks, experts)
-        steps, idle = getattr(self, "_watched", (0, torch.zeros_like(loads)))
-        idle = torch.where(loads > 0, 0, idle.to(loads.device) + 1)
-        self._watched = steps + 1, idle
-        if (steps + 1) % WATCH_STEPS == 0 and (idle >= WATCH_STEPS).any():  # seldom, for it waits for a GPU
-            where = (idle >= WATCH_STEPS).nonzero().tolist()
+        for x, mask in zip(records, masks, strict=True):
+            x.network.watch(count_tokens(x.chosen, mask, x.network.num_experts))
+        due = [x.network for x in records if x.network.num_watched % WATCH_FORWARDS == 0]
+        if not due:  # seldom anything else, for what follows waits for a GPU
+            return
+        loads = {network: network.idle for network in due if network.idle is not None}
+        dead = {network: (idle >= WATCH_FORWARDS).nonzero().flatten().tolist() for network, idle in loads.items()}
+        where = {path: dead[network] for path, network in self.networks().items() if dead.get(network)}
+        if where:
             logger.warning(
-                f"{len(where)} of {idle.numel()} experts had no token for {WATCH_STEPS} steps or more: {where} "
-                "(converted block, expert). Raise `router_aux_loss_coef`."
+                f"{sum(map(len, where.values()))} of {sum(network.num_experts for network in due)} experts had no "
+                f"token in the last {WATCH_FORWARDS} forwards of this process: {where}. Raise `router_aux_loss_coef`."
             )
 
     def _check_ids(self, name: str, ids: Tensor | None, size: int, *, ignored: bool = False) -> None:
@@ -241,6 +262,8 @@ class MPOEMixin(PreTrainedModel):
             return
         if ids.is_floating_point():
             raise ValueError(f"`{name}` must be integers, got {ids.dtype}. Give embeddings as `inputs_embeds`.")
+        if not ids.numel():
+            raise ValueError(f"`{name}` must hold one row and one id or more, got the shape {tuple(ids.shape)}.")
         wrong = (ids < 0) | (ids >= size)
         wrong = wrong & (ids != -100) if ignored else wrong
         if wrong.any():
@@ -251,8 +274,10 @@ class MPOEMixin(PreTrainedModel):
             )
 
 
-def lay_out(config: MPOEFields, blocks: list[nn.Module]) -> list[Any]:
-    """Write the shapes of the chains into a config, and return the blocks that it converts."""
-    config.mpoe_shapes = config.plan_shapes()
+def lay_out(config: Config) -> Config:
+    """Return a config that says the shapes of the chains: this one, or a copy if they had to be written in."""
+    if config.mpoe_shapes is None:
+        config = copy.deepcopy(config)
+        config.mpoe_shapes = config.plan_shapes()
     config.validate_shapes()
-    return [blocks[place] for place in config.converted_layers]
+    return config

@@ -27,8 +27,10 @@ class MPOET5ForConditionalGeneration(MPOEMixin, T5ForConditionalGeneration):
     config_class = MPOET5Config
 
     def __init__(self, config: MPOET5Config) -> None:
+        config = lay_out(config)
         super().__init__(config)
-        for block in lay_out(config, [*self.encoder.block, *self.decoder.block]):
+        blocks: list[Any] = [*self.encoder.block, *self.decoder.block]
+        for block in (blocks[place] for place in config.converted_layers):
             block.layer[-1].DenseReluDense = MPOEFeedForward(
                 config, config.dense_act_fn, inner_dropout=config.dropout_rate
             )
@@ -90,9 +92,9 @@ class MPOET5ForConditionalGeneration(MPOEMixin, T5ForConditionalGeneration):
             outputs.loss = outputs.logits.sum() * 0.0
         in_encoder = sum(place < self.config.num_layers for place in self.config.converted_layers)
         in_encoder = in_encoder if encoder_outputs is None else 0
-        masks = [real_tokens(attention_mask, x.shape[:2]) for x in records[:in_encoder]]
+        masks = [real_tokens(attention_mask, x.logits.shape[:2]) for x in records[:in_encoder]]
         for x in records[in_encoder:]:
-            mask = real_tokens(decoder_attention_mask, x.shape[:2])
+            mask = real_tokens(decoder_attention_mask, x.logits.shape[:2])
             masks.append(mask if labels is None else mask.to(labels.device) & (labels != -100))
         return self._finish(MPOESeq2SeqLMOutput, outputs, records, masks, output_router_logits)
 

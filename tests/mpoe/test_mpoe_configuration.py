@@ -11,6 +11,7 @@ from transformers.hf_argparser import HfArgumentParser
 from hf_moebert.mpoe import (
     GradientMaskConfig,
     MPOEBertConfig,
+    MPOEBertForSequenceClassification,
     MPOEGPT2Config,
     MPOEGPT2LMHeadModel,
     MPOET5Config,
@@ -79,6 +80,15 @@ def test_v1_1_keeps_its_scaling():
     assert MPOET5Config.from_dict(json.loads(made.to_json_string())).scale_decoder_outputs is False
 
 
+def test_a_bond_is_not_edited_behind_the_shapes():
+    config = MPOEBertConfig(hidden_size=24, intermediate_size=48, num_attention_heads=4, num_hidden_layers=1, bond=4)
+    config = MPOEBertForSequenceClassification(config).config
+    for bond in (2, None):
+        config.bond = bond
+        with pytest.raises(ValueError, match=rf"`mpoe_shapes.up` must have the bonds .* that `bond` {bond} gives"):
+            MPOEBertForSequenceClassification(config)
+
+
 def test_the_preset_decides_the_weight_of_the_balance():
     assert MPOET5Config().balance_coef == 0
     assert MPOET5Config(router="switch").balance_coef == 0.01
@@ -125,16 +135,21 @@ def test_gpt2_has_the_published_factors():
         "bonds": [12, 192, 384, 16],
     }
     with torch.device("meta"):
-        MPOEGPT2LMHeadModel(config)
-    assert config.mpoe_shapes == config.plan_shapes()  # part of the checkpoint's format, so config.json says it
+        model = MPOEGPT2LMHeadModel(config)
+    assert model.config.mpoe_shapes == config.plan_shapes()  # part of the checkpoint's format, so config.json says it
+    assert config.mpoe_shapes is None  # what was passed in stays as it is
 
 
 def test_the_recipe_is_parsed_and_refuses_what_it_cannot_do():
     (recipe,) = HfArgumentParser(GradientMaskConfig).parse_args_into_dataclasses(["--keep", "0.5", "--rescale"])
     assert (recipe.keep, recipe.rescale, recipe.granularity) == (0.5, True, "tensor")
     for fields, text in (
-        ({"keep": 1.5}, r"`keep` must be in \[0, 1\], got 1.5"),
-        ({"final_keep": float("nan")}, r"`final_keep` must be in \[0, 1\]"),
+        ({"keep": 1.5}, r"`keep` must be a number in \[0, 1\], got 1.5"),
+        ({"keep": "0.5"}, r"`keep` must be a number in \[0, 1\], got '0.5'"),
+        ({"keep": True}, r"`keep` must be a number in \[0, 1\], got True"),
+        ({"final_keep": float("nan")}, r"`final_keep` must be a number in \[0, 1\]"),
+        ({"seed": 1.5}, "`seed` must be an integer, got 1.5. Leave it out"),
+        ({"rescale": 1}, "`rescale` must be True or False, got 1. Leave it out"),
         ({"granularity": "row"}, "`granularity` must be one of tensor, element"),
         ({"rescale": 2}, "`rescale` must be True or False"),
     ):

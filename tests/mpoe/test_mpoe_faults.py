@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_mpoe import CLASSES, KINDS, VOCAB, make, make_batch, make_dense
-from transformers import T5Config, T5ForSequenceClassification
+from transformers import T5Config, T5ForSequenceClassification, T5Model
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -34,6 +34,9 @@ def test_wrong_inputs_are_refused(kind):
             model(**batch | {name: wrong})
     with pytest.raises(ValueError, match="must be integers"):
         model(**batch | {"input_ids": batch["input_ids"].float()})
+    for shape in ((0, 7), (2, 0)):
+        with pytest.raises(ValueError, match="`input_ids` must hold one row and one id or more"):
+            model(input_ids=torch.zeros(shape, dtype=torch.long))
     if not kind.startswith("t5"):
         long = {"input_ids": torch.ones(1, 33, dtype=torch.long)}
         with pytest.raises(ValueError, match="must have 1 to 32 tokens, got 33"):
@@ -48,8 +51,9 @@ def test_what_cannot_be_converted_is_refused():
     with pytest.raises(ValueError, match="`noise` must be finite"):
         make("t5", noise=-1)
     sizes = {"d_model": 24, "d_kv": 6, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": VOCAB}
-    with pytest.raises(ValueError, match="`model` must"):
-        CLASSES["t5"].from_dense(T5ForSequenceClassification(T5Config(**sizes)))
+    for wrong in (T5ForSequenceClassification(T5Config(**sizes)), T5Model(T5Config(**sizes))):
+        with pytest.raises(ValueError, match=f"must be a T5ForConditionalGeneration, .* got {type(wrong).__name__}"):
+            CLASSES["t5"].from_dense(wrong)
     broken = make_dense("gpt2")
     with torch.no_grad():
         broken.transformer.h[0].mlp.c_fc.weight[0, 0] = float("nan")
@@ -72,3 +76,9 @@ def test_experts_are_never_made_up(tmp_path):
     save_file(state | {lost: state[lost] * float("nan")}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="must hold finite weights"):
         CLASSES["t5"].from_pretrained(tmp_path)
+
+
+def test_experts_of_other_sizes_are_not_made_up(tmp_path):
+    make("bert").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"in their sizes, it lacks .*auxiliary"):
+        CLASSES["bert"].from_pretrained(tmp_path, num_experts=6, ignore_mismatched_sizes=True)

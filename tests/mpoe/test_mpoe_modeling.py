@@ -19,6 +19,7 @@ from tiny_mpoe import (
     randomise_routers,
     separate_experts,
 )
+from transformers import T5ForConditionalGeneration
 
 from hf_moebert.footprint import measure_footprint
 from hf_moebert.mpo.functional import contract, decompose
@@ -127,7 +128,8 @@ def test_checkpoints_hold_every_tensor_once_and_come_back_in_a_new_process(tmp_p
 def test_half_precision_is_close_and_routes_in_float32():
     dense, batch = make_dense("t5").to(torch.bfloat16), make_batch("t5")
     model = CLASSES["t5"].from_dense(dense, num_experts=4)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if ".router." in name else torch.bfloat16)
     output = model(**batch, output_router_logits=True)
     assert output.router_logits[0].dtype == torch.float32
     assert (output.logits - dense(**batch).logits).norm() < 0.05 * output.logits.norm()
@@ -152,6 +154,35 @@ def test_t5_in_half_keeps_its_last_matrix_in_float32(tmp_path):
     assert network.centres["wi"].dtype == network.auxiliary["wi"][0].dtype == torch.float16
     assert network.centres["wo"].dtype == network.auxiliary["wo"][0].dtype == torch.float32
     assert model(**make_batch("t5")).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_routers_are_in_float32_before_and_after_a_checkpoint(tmp_path, dtype):
+    make_dense("t5").save_pretrained(tmp_path / "dense")
+    dense = T5ForConditionalGeneration.from_pretrained(tmp_path / "dense", dtype=dtype)
+    model = separate_experts(CLASSES["t5"].from_dense(dense, num_experts=4))
+    model.save_pretrained(tmp_path / "experts")
+    back = CLASSES["t5"].from_pretrained(tmp_path / "experts")
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    assert dtypes == {name: p.dtype for name, p in back.named_parameters()}
+    assert {dtypes[name] for name in dtypes if ".router." in name} == {torch.float32}
+    batch = make_batch("t5")
+    assert torch.equal(model(**batch).logits, back(**batch).logits)
+    assert model.to(dtype)(**batch).logits.isfinite().all()  # routers in half, too, compute in float32
+
+
+def test_a_head_of_its_own_stays_one(tmp_path):
+    dense = make_dense("t5-gated")  # `tie_word_embeddings` is forced by the host, whatever the checkpoint holds
+    dense.lm_head.weight = torch.nn.Parameter(dense.shared.weight.detach() * 1.5 + 0.1)
+    dense.save_pretrained(tmp_path / "dense")
+    dense = T5ForConditionalGeneration.from_pretrained(tmp_path / "dense")
+    assert dense.lm_head.weight is not dense.shared.weight
+    assert not torch.equal(dense.lm_head.weight, dense.shared.weight)
+    model, batch = CLASSES["t5"].from_dense(dense, num_experts=4), make_batch("t5")
+    torch.testing.assert_close(model(**batch).logits, dense(**batch).logits, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "experts")
+    back = CLASSES["t5"].from_pretrained(tmp_path / "experts")
+    assert torch.equal(back(**batch).logits, model(**batch).logits)
 
 
 @pytest.mark.parametrize("kind", KINDS)

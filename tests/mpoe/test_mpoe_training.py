@@ -12,7 +12,7 @@ from transformers import (
 
 from hf_moebert.mpoe import GradientMaskConfig, MPOEGradientMaskCallback
 from hf_moebert.mpoe.functional import draw_mask
-from hf_moebert.mpoe.modeling_mpoe import WATCH_STEPS
+from hf_moebert.mpoe.modeling_mpoe import WATCH_FORWARDS
 
 
 def train(folder, kind="bert", recipe=None, callbacks=(), model=None, **options):
@@ -218,11 +218,40 @@ def test_the_seq2seq_trainer_generates(tmp_path):
     assert found.metrics["test_loss"] > 0
 
 
-def test_accumulated_batches_weigh_like_one(tmp_path):
-    options = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
-    whole = train(tmp_path, "gpt2", per_device_train_batch_size=8, **options)
-    split = train(tmp_path, "gpt2", per_device_train_batch_size=2, gradient_accumulation_steps=4, **options)
-    same(split, whole, rtol=1e-3, atol=1e-5)
+@pytest.mark.parametrize("router", ["reference", "switch"])
+def test_accumulated_batches_weigh_by_their_targets(tmp_path, router):
+    examples = make_examples("gpt2")
+    for row, example in enumerate(examples[:6]):
+        example["labels"][2 + row % 2 :] = -100
+
+    def step(model, **options):
+        args = make_args(tmp_path, max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, **options)
+        before = torch.cat([p.detach().flatten() for p in model.parameters()])
+        Trainer(model, args, train_dataset=examples).train()
+        return torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+
+    def error(coef):
+        whole, split = (
+            step(
+                randomise_routers(make("gpt2", router=router, router_aux_loss_coef=coef)),
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=8 // size,
+            )
+            for size in (8, 2)
+        )
+        return (whole - split).norm() / whole.norm()
+
+    assert error(0) < 1e-5
+    if router == "switch":  # the balance of parts is not that of the whole, but it counts once
+        assert error(0.1) < 0.1
+
+
+def test_a_share_of_the_targets_is_a_share_of_the_balance():
+    model, batch = randomise_routers(make("gpt2", router="switch")), make_batch("gpt2", labels=True)
+    model.config.router_aux_loss_coef = 0.5
+    alone, part = model(**batch), model(**batch, num_items_in_batch=torch.tensor(4 * 18))
+    torch.testing.assert_close(part.loss, alone.loss / 4)
+    torch.testing.assert_close(part.aux_loss, alone.aux_loss)
 
 
 def test_dead_experts_are_reported(monkeypatch):
@@ -230,7 +259,16 @@ def test_dead_experts_are_reported(monkeypatch):
     for network in model.networks().values():
         torch.nn.init.zeros_(network.router.weight)  # all ties: expert 0 gets everything
     monkeypatch.setattr("hf_moebert.mpoe.modeling_mpoe.logger.warning", said.append)
-    for _ in range(WATCH_STEPS):
+    for _ in range(WATCH_FORWARDS):
         model(**batch)
     assert len(said) == 1
-    assert "6 of 8 experts had no token for 100 steps or more: [[0, 1], [0, 2]" in said[0]
+    assert "6 of 8 experts had no token in the last 100 forwards of this process" in said[0]
+    assert "{'bert.encoder.layer.0.intermediate': [1, 2, 3], " in said[0]
+
+
+def test_a_finished_encoder_does_not_disturb_the_watch():
+    model, batch = make("t5", router="switch").train(), make_batch("t5", labels=True)
+    model(**batch)
+    encoded = model.get_encoder()(batch["input_ids"], batch["attention_mask"])
+    model(encoder_outputs=encoded, attention_mask=batch["attention_mask"], labels=batch["labels"])
+    assert [network.num_watched for network in model.networks().values()] == [1, 1, 2, 2]
