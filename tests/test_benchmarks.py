@@ -250,8 +250,8 @@ def test_matrix_product_operators_are_timed_case_by_case(queue, tmp_path, capsys
     assert list(found) == list(mpo.CASES)
     assert [row["layer"] for row in found["evaluation"]] == 2 * ["48 to 96"] + 2 * ["96 to 48"]
     assert {row["bonds"] for row in found["rebuild"]} == {"full", 128, 64, 32}
-    for row in found["chain"]:  # a target stands where the layer picked the chain
-        assert (row["target"] is not None) == (row["tokens"] <= 64 and row["multiplications over dense"] < 0.7)
+    for row in found["chain"]:  # a target stands where the layer picked the chain: such small ones never do
+        assert row["target"] is None
     assert {row["matrices"] for row in found["compression"]} == {12 * 6 + 2}
     assert "\nrebuild, cpu clock, " in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"`cases` must be among \['evaluation', .*\], got \['speed'\]"):
