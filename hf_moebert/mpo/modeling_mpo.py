@@ -24,7 +24,7 @@ from .functional_shapes import check_bonds, factor_matrix, full_bonds, plan_chai
 
 CHAIN_RATIO = 0.7  # of the dense product's multiplications: above, the chain was never measured to be faster
 CHAIN_TOKENS = 64  # beyond, the intermediate results leave the cache
-CHAIN_SAVING = 2**23  # multiplications in one call that several small products must save to be worth their calls
+CHAIN_SAVING = 10_000_000  # multiplications in one call that several small products must save to be worth their calls
 FEWEST_TOKENS = 8  # fewer take the dense product as long, which then reads the matrix from memory
 
 Dense: TypeAlias = nn.Linear | Conv1D | nn.Embedding
