@@ -232,7 +232,7 @@ def plot_curves(
         raise ValueError(f"`curves` must hold lines of at least one point, got {list(curves)}.")
     few = len(curves) <= 10
     colours = colormaps["tab10"](range(10)) if few else colormaps["viridis"](np.linspace(0, 0.95, len(curves)))
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, max(5.0, 0.17 * len(curves))), layout="constrained")
     axes = figure.subplots()
     for (name, (positions, values)), colour in zip(curves.items(), colours, strict=False):
         axes.plot(positions, values, marker="o", markersize=3, linewidth=1.2, color=colour, label=name)
