@@ -54,6 +54,7 @@ class MPOSqueezingCallback(TrainerCallback):
         self.squeezes = 0
         self.before: dict[str, Tensor] = {}  # the weights before cuts that no evaluation has judged
         self._cuts = False  # only while training goes on, and nothing was taken back
+        self._in_step = False  # in the middle of a step: a run that was interrupted there may leave it so
         self._seen: set[str] = set()  # metrics of evaluations, as long as none had the one that decides
 
     def on_train_begin(
@@ -65,6 +66,7 @@ class MPOSqueezingCallback(TrainerCallback):
         self.reference = next((event["mpo_reference"] for event in events if "mpo_reference" in event), None)
         self.squeezes = sum("mpo_cuts" in event for event in events)
         self._cuts, self._seen, self.before = not any("mpo_undone" in event for event in events), set(), {}
+        self._in_step = False
         if state.global_step:
             self.before = _load(Path(self.resume_from or _checkpoint(args, state)) / STATE_FILE, events)
 
@@ -77,6 +79,13 @@ class MPOSqueezingCallback(TrainerCallback):
                 f"`metric` must be one that evaluations return, got {self.config.metric!r}. Choose from "
                 f"{', '.join(sorted(self._seen))}."
             )
+        self._in_step = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let evaluations judge again."""
+        self._in_step = False
 
     def on_evaluate(
         self,
@@ -87,7 +96,7 @@ class MPOSqueezingCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Judge the last cuts, and make the next."""
-        if not self._cuts or state.global_step < self.config.start_step:
+        if not self._cuts or self._in_step or state.global_step < self.config.start_step:
             return
         if self.config.metric not in metrics:  # of another data set
             self._seen |= metrics.keys()

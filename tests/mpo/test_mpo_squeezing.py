@@ -263,6 +263,21 @@ def test_evaluations_by_hand_change_nothing(tmp_path):
     assert bonds(run.model) == left
 
 
+def test_evaluations_after_an_interrupted_run_change_nothing(tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    run = trainer(tmp_path, [0.9, 0.9])
+    run.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    left = bonds(run.model)
+    run.evaluate()
+    assert bonds(run.model) == left
+
+
 def test_evaluations_of_other_data_decide_nothing(tmp_path):
     class Two(Scripted):
         """Every evaluation is of two data sets, as the host makes them of a dictionary."""
