@@ -129,7 +129,9 @@ class LanguageTask:
         load: Tensor | int = 0
         for batch in self.batches(model, blocks):
             logits = [x.flatten(0, 1) for x in model(**batch, output_router_logits=True).router_logits]
-            load = load + torch.stack([expert_load(x, torch.ones_like(x[:, 0], dtype=torch.bool)) for x in logits])
+            load = load + torch.stack(
+                [expert_load(x.argmax(-1), torch.ones_like(x[:, 0], dtype=torch.bool), x.shape[-1]) for x in logits]
+            )
         return (load / load.sum(dim=1, keepdim=True)).tolist()
 
 

@@ -3,8 +3,8 @@
 from .configuration_squeezing import MPOSqueezingConfig
 from .configuration_tuner import MPOConfig
 from .modeling_compression import compress_mpo
-from .training_squeezing import MPOSqueezingCallback
-from .training_tuner import MPOModel
+from .modeling_tuner import MPOModel
+from .training import MPOSqueezingCallback
 
 
 __all__ = ["MPOConfig", "MPOModel", "MPOSqueezingCallback", "MPOSqueezingConfig", "compress_mpo"]

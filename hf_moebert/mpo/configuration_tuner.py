@@ -6,8 +6,8 @@ from typing import Any
 
 from peft import PeftConfig
 
-from .functional import GAUGES
-from .functional_shapes import check_num_cores
+from .functional import GAUGES, check_option
+from .functional_shapes import check_cap, check_num_cores
 
 
 SUPPORTED_PEFT = "peft>=0.21"
@@ -80,12 +80,8 @@ class MPOConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = ExtraPeftType.MPO
         check_num_cores(self.num_cores)
-        if self.bond is not None and (not _is_whole(self.bond) or self.bond < 1):
-            raise ValueError(
-                f"`bond` must be a whole number of at least 1, got {self.bond!r}. Use None to cut nothing."
-            )
-        if self.gauge not in GAUGES:
-            raise ValueError(f"`gauge` must be one of {', '.join(GAUGES)}, got {self.gauge!r}. Use 'symmetric'.")
+        check_cap(self.bond)
+        check_option("gauge", self.gauge, GAUGES)
         if self.init_weights not in (True, False):
             raise ValueError(f"`init_weights` must be True or False, got {self.init_weights!r}. Write it unquoted.")
         self._check_modules()
@@ -108,7 +104,3 @@ class MPOConfig(PeftConfig):
         """Return what is saved: a saved adapter is filled from its file, so that loading decomposes nothing."""
         saved = {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
         return {**saved, "init_weights": False}
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -189,10 +189,8 @@ def gather_rows(cores: Sequence[Tensor], ids: Tensor, columns: int | None = None
         Shape `(count, columns)`. Gradients flow to every core that wants them.
     """
     centre = len(cores) // 2
-    left, right = (
-        merge(cores[:centre])[0],
-        merge(cores[centre + 1 :])[..., 0],
-    )  # (rows, columns, bond), (bond, rows, columns)
+    left = merge(cores[:centre])[0]  # (rows, columns, bond)
+    right = merge(cores[centre + 1 :])[..., 0]  # (bond, rows, columns)
     middles = cores[centre].flatten(2).unbind(1)  # of each digit: (bond, columns * next bond)
     shared, places = (ids // right.shape[1]).unique(return_inverse=True)
     digits, first = shared % len(middles), shared // len(middles)
@@ -225,6 +223,22 @@ def project_centre(matrix: Tensor, left: Sequence[Tensor], right: Sequence[Tenso
     rest = _interleave(matrix.detach().double(), rows, columns).reshape(len(head), -1)
     rest = (torch.linalg.pinv(head) @ rest).reshape(-1, tail.shape[1])  # (bond * rows * columns, those of the right)
     return (rest @ torch.linalg.pinv(tail)).reshape(-1, *digits, len(tail)).to(matrix.dtype)
+
+
+def pad_core(core: Tensor, shape: Sequence[int]) -> Tensor:
+    """Fill a core up with zeros to the bonds that its place in a chain has.
+
+    A matrix of low rank decomposes into fewer directions than its sizes allow, where shapes must follow from sizes.
+
+    Args:
+        core: Shape `(bond, rows, columns, next bond)`.
+        shape: The one wanted, larger in the bonds only.
+
+    Returns:
+        Of the shape wanted, contiguous as a loaded one is, so that sums round alike; the chain's matrix is the same.
+    """
+    padded = torch.nn.functional.pad(core, (0, shape[3] - core.shape[3], 0, 0, 0, 0, 0, shape[0] - core.shape[0]))
+    return padded.clone(memory_format=torch.contiguous_format)
 
 
 def _pass(x: Tensor, cores: Sequence[Tensor], links: Sequence[Tensor]) -> Tensor:

@@ -126,6 +126,21 @@ def full_bonds(row_factors: Sequence[int], column_factors: Sequence[int]) -> tup
     return tuple(min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes)))
 
 
+def cap_bonds(row_factors: Sequence[int], column_factors: Sequence[int], cap: int | None) -> tuple[int, ...]:
+    """Return the largest bonds that a cap allows; None caps nothing."""
+    return tuple(bond if cap is None else min(bond, cap) for bond in full_bonds(row_factors, column_factors))
+
+
+def check_cap(bond: int | None) -> None:
+    """Refuse a cap on bonds that leaves nothing, or is no number.
+
+    Raises:
+        ValueError: If it is no whole number, or below 1.
+    """
+    if bond is not None and (type(bond) is not int or bond < 1):
+        raise ValueError(f"`bond` must be a whole number of at least 1, got {bond!r}. Use None to cut nothing.")
+
+
 def count_parameters(row_factors: Sequence[int], column_factors: Sequence[int], bonds: Sequence[int]) -> list[int]:
     """Return the number of entries of each core."""
     ends = (1, *bonds, 1)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .configuration_mpo import MPOCompressionConfig
 from .functional import GAUGES, check_option, decompose, round_cores
-from .functional_shapes import check_num_cores, choose_bonds, factor_matrix, full_bonds
+from .functional_shapes import cap_bonds, check_cap, check_num_cores, choose_bonds, factor_matrix
 from .modeling_mpo import MPOMatrix
 from .modeling_quantizer import MPOQuantizer, replace_matrices
 
@@ -70,7 +70,7 @@ def compress_mpo(
     weights = {path: weight.double() for path, weight in weights.items()}  # rounded once, at the end
     factors = {path: factor_matrix(len(w), w.shape[1], num_cores) for path, w in weights.items()}
     if max_error is None and size_ratio is None:
-        caps = {path: [min(bond or full, full) for full in full_bonds(*factors[path])] for path in weights}
+        caps = {path: cap_bonds(*factors[path], bond) for path in weights}
         chains = {path: decompose(weights[path], *factors[path], bonds=caps[path], gauge=gauge)[0] for path in weights}
     else:
         chains = _decompose_to_size(weights, factors, max_error=max_error, size_ratio=size_ratio, gauge=gauge)
@@ -215,12 +215,11 @@ def _check_options(
     num_cores: int, bond: int | None, max_error: float | None, size_ratio: float | None, gauge: str
 ) -> None:
     check_num_cores(num_cores)
+    check_cap(bond)
     check_option("gauge", gauge, GAUGES)
     given = {"bond": bond, "max_error": max_error, "size_ratio": size_ratio}
     if len(named := [name for name, value in given.items() if value is not None]) > 1:
         raise ValueError(f"At most one of `bond`, `max_error` and `size_ratio` must be given, got {', '.join(named)}.")
-    if bond is not None and (not _is_number(bond, int) or bond < 1):
-        raise ValueError(f"`bond` must be a whole number from 1, got {bond!r}. Use None to keep every direction.")
     if max_error is not None and not (_is_number(max_error) and 0 <= max_error < 1):
         raise ValueError(f"`max_error` must be in [0, 1), got {max_error!r}. Use 0.1 for a tenth of a matrix's norm.")
     if size_ratio is not None and not (_is_number(size_ratio) and 0 < size_ratio < math.inf):
@@ -229,8 +228,8 @@ def _check_options(
         )
 
 
-def _is_number(value: object, kind: type = float) -> bool:
-    return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_model(model: PreTrainedModel) -> None:

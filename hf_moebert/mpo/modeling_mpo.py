@@ -74,10 +74,9 @@ class MPOMatrix(nn.Module):
 
     def chain(self) -> list[Tensor]:
         """List the cores."""
-        cores: list[Tensor] = [
-            core for core in self.cores._parameters.values() if core is not None
-        ]  # the quickest way
-        return cores or [getattr(self.cores, str(k)) for k in range(len(self.row_factors))]  # a replica has attributes
+        # Item by item costs more than a small layer, and is left for a replica on another GPU, which has attributes.
+        cores: list[Tensor] = [core for core in self.cores._parameters.values() if core is not None]
+        return cores or [getattr(self.cores, str(k)) for k in range(len(self.row_factors))]
 
     @property
     def weight(self) -> Tensor:

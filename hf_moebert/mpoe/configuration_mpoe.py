@@ -12,7 +12,7 @@ from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.t5.configuration_t5 import T5Config
 
 from ..mpo.functional import GAUGES
-from ..mpo.functional_shapes import check_bonds, check_num_cores, factor_matrix, full_bonds
+from ..mpo.functional_shapes import cap_bonds, check_bonds, check_cap, check_num_cores, factor_matrix, full_bonds
 
 
 ROUTERS = {"reference": 0.0, "switch": 0.01}  # and the weight of their balance losses
@@ -108,22 +108,16 @@ class MPOEFields:
         for name, (rows, columns) in self.matrix_sizes().items():
             sides = factor_matrix(rows, columns, self.num_cores)
             row_sizes, column_sizes = map(list, sides)
-            bonds = self.cap_bonds(row_sizes, column_sizes)
+            bonds = list(cap_bonds(row_sizes, column_sizes, self.bond))
             shapes[name] = {"rows": row_sizes, "columns": column_sizes, "bonds": bonds}
         return shapes
-
-    def cap_bonds(self, rows: list[int], columns: list[int]) -> list[int]:
-        """Return all directions at each bond of a chain, or as many as `bond` says."""
-        full = full_bonds(rows, columns)
-        return [bond if self.bond is None else min(bond, self.bond) for bond in full]
 
     def validate_experts(self) -> None:
         """Refuse experts and routers that do not exist."""
         if not 1 <= self.num_experts <= 256:
             raise ValueError(f"`num_experts` must be in [1, 256], got {self.num_experts}. Use 8, or leave it out.")
         check_num_cores(self.num_cores)
-        if self.bond is not None and self.bond < 1:
-            raise ValueError(f"`bond` must be at least 1, got {self.bond}. Leave it out to keep all directions.")
+        check_cap(self.bond)
         for name, known in (("gauge", GAUGES), ("router", tuple(ROUTERS))):
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -164,7 +158,7 @@ class MPOEFields:
                     f"{sizes[name]} or more, got {sides}. Leave `mpoe_shapes` out."
                 )
             check_bonds(chain["bonds"], full_bonds(*sides))
-            if chain["bonds"] != (expected := self.cap_bonds(*sides)):
+            if chain["bonds"] != (expected := list(cap_bonds(*sides, self.bond))):
                 raise ValueError(
                     f"`mpoe_shapes.{name}` must have the bonds {expected} that `bond` {self.bond} gives, got "
                     f"{chain['bonds']}. Convert the dense model again for another `bond`."

@@ -42,24 +42,11 @@ def balance_loss(logits: Tensor, index: Tensor, mask: Tensor) -> Tensor:
     """
     probabilities = logits.float().softmax(dim=-1)
     weight = mask.to(probabilities.dtype) / mask.sum().clamp(min=1)  # (tokens,)
-    share = count_tokens(index, mask, logits.shape[-1]) / mask.sum().clamp(min=1)  # (experts,)
+    share = expert_load(index, mask, logits.shape[-1]) / mask.sum().clamp(min=1)  # (experts,)
     return logits.shape[-1] * (share * (probabilities * weight[:, None]).sum(dim=0)).sum()
 
 
-def expert_load(logits: Tensor, mask: Tensor) -> Tensor:
-    """Count the tokens that each expert gets, from the router's logits.
-
-    Args:
-        logits: Shape `(tokens, experts)`.
-        mask: True at the tokens that count. Shape `(tokens,)`.
-
-    Returns:
-        Shape `(experts,)`, int64.
-    """
-    return count_tokens(logits.argmax(dim=-1), mask, logits.shape[-1])
-
-
-def count_tokens(index: Tensor, mask: Tensor, num_experts: int) -> Tensor:
+def expert_load(index: Tensor, mask: Tensor, num_experts: int) -> Tensor:
     """Count the tokens that each expert gets, from the choice that was made.
 
     Args:
@@ -91,21 +78,6 @@ def real_tokens(attention_mask: Tensor | None, shape: Sequence[int]) -> Tensor:
         return attention_mask.to(torch.bool)[:, -shape[1] :]
     allowed = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0  # 0, or very negative
     return allowed.flatten(1, 2).any(dim=1)[:, -shape[1] :]
-
-
-def pad_core(core: Tensor, shape: Sequence[int]) -> Tensor:
-    """Fill a core up with zeros to the bonds that its place in the chain has.
-
-    A matrix of low rank decomposes into fewer directions than its sizes allow; shapes must follow from sizes alone.
-
-    Args:
-        core: Shape `(bond, rows, columns, next bond)`.
-        shape: The one wanted, larger in the bonds only.
-
-    Returns:
-        Of the shape wanted; the matrix of the chain is the same.
-    """
-    return F.pad(core, (0, shape[3] - core.shape[3], 0, 0, 0, 0, 0, shape[0] - core.shape[0]))
 
 
 def copy_to_experts(core: Tensor, num_experts: int, *, noise: float, generator: torch.Generator) -> Tensor:

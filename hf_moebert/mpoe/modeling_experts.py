@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from ..caching import Derived
-from ..mpo.functional import contract, decompose
+from ..mpo.functional import contract, decompose, pad_core
 from .configuration_mpoe import MPOEFields
-from .functional import choose_expert, copy_to_experts, pad_core
+from .functional import choose_expert, copy_to_experts
 
 
 ROUTER_STD = 0.02

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .configuration_mpoe import MPOEFields
-from .functional import balance_loss, count_tokens
+from .functional import balance_loss, expert_load
 from .modeling_experts import ROUTER_STD, MPOEFeedForward, Routing
 
 
@@ -243,7 +243,7 @@ class MPOEMixin(PreTrainedModel):
     def _watch(self, records: list[Routing], masks: list[Tensor]) -> None:
         """Warn of experts that had no token for a long time; training goes on."""
         for x, mask in zip(records, masks, strict=True):
-            x.network.watch(count_tokens(x.chosen, mask, x.network.num_experts))
+            x.network.watch(expert_load(x.chosen, mask, x.network.num_experts))
         due = [x.network for x in records if x.network.num_watched % WATCH_FORWARDS == 0]
         if not due:  # seldom anything else, for what follows waits for a GPU
             return

@@ -4,14 +4,13 @@ import weakref
 from typing import Any, ClassVar
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType
+from accelerate.state import GradientState
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..schedules import linear_ramp
+from ..sharding import refuse_sharded
 from .configuration_mpoe import GradientMaskConfig
 from .functional import apply_mask, draw_mask
 from .modeling_experts import MPOEFeedForward
@@ -63,7 +62,7 @@ class MPOEGradientMaskCallback(TrainerCallback):
                 "Leave one out."
             )
         MPOEGradientMaskCallback._run = weakref.ref(state)
-        _refuse_sharded(model)
+        refuse_sharded(model, "The gradient mask must see whole central tensors")
         networks = [module for module in model.modules() if isinstance(module, MPOEFeedForward)]
         centres = [centre for network in networks if network.shares_centre for centre in network.centres.values()]
         self._centres = {index: centre for index, centre in enumerate(centres) if centre.requires_grad}
@@ -159,17 +158,6 @@ def _moments(optimizer: torch.optim.Optimizer, centre: nn.Parameter) -> list[Ten
             "AdamW or SGD for 'element'."
         )
     return tensors
-
-
-def _refuse_sharded(model: nn.Module) -> None:
-    kinds = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
-    kind = AcceleratorState().distributed_type if AcceleratorState._shared_state else DistributedType.NO
-    if kind in kinds or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        who = kind.value if kind in kinds else "tensor parallelism"
-        raise ValueError(
-            f"The gradient mask must see whole central tensors, which {who} keeps in shards. Use plain data "
-            "parallelism (torchrun without FSDP, DeepSpeed or tensor parallelism)."
-        )
 
 
 __all__ = ["MPOEGradientMaskCallback"]

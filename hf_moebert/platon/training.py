@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from ..sharding import refuse_sharded
 from .configuration_platon import PlatonConfig
 from .training_pruner import STATE_FILE, Pruner
 
@@ -65,7 +63,7 @@ class PlatonPruningCallback(TrainerCallback):
     ) -> None:
         """Choose what is pruned, and go on where a checkpoint left off."""
         model: nn.Module = kwargs["model"]
-        _refuse_sharded(model)
+        refuse_sharded(model, "Pruning must see whole parameters and their gradients")
         self.pruner = None  # its memory, before another one takes as much
         self.pruner = Pruner(model, self.config, state.max_steps)  # anew: `train` may be called twice
         if state.global_step:
@@ -155,17 +153,6 @@ class PlatonPruningCallback(TrainerCallback):
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
-
-
-def _refuse_sharded(model: nn.Module) -> None:
-    kinds = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
-    kind = AcceleratorState().distributed_type if AcceleratorState._shared_state else DistributedType.NO
-    if kind in kinds or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        who = kind.value if kind in kinds else "tensor parallelism"
-        raise ValueError(
-            f"Pruning must see whole parameters and their gradients, which {who} keeps in shards. Use plain"
-            " data parallelism (torchrun without FSDP, DeepSpeed or tensor parallelism)."
-        )
 
 
 def _has_overflow(optimizer: Any) -> bool:

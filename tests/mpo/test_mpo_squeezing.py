@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainerCal
 from hf_moebert import MPOSqueezingCallback, MPOSqueezingConfig, compress_mpo
 from hf_moebert.mpo.functional import contract, decompose, round_cores
 from hf_moebert.mpo.modeling_mpo import decompose_layer, list_matrices
-from hf_moebert.mpo.training_squeezing import STATE_FILE
+from hf_moebert.mpo.training import STATE_FILE
 
 
 def rows(count=16):

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from hf_moebert.mpo import MPOConfig, functional, modeling_tuner, training_tuner
+from hf_moebert.mpo import MPOConfig, functional, modeling_adapted, modeling_tuner
 from hf_moebert.mpo.configuration_tuner import GAUGES
 from hf_moebert.mpo.functional import contract, decompose
 from hf_moebert.mpo.functional_shapes import factor_matrix
@@ -186,7 +186,7 @@ def test_every_way_of_loading_gives_the_same_bits_without_a_decomposition(saved,
     def refuse(*args, **kwargs):
         raise AssertionError("loading decomposed a matrix")
 
-    monkeypatch.setattr(modeling_tuner, "decompose", refuse)
+    monkeypatch.setattr(modeling_adapted, "decompose", refuse)
     for model in load_in_every_way(base, folder):
         assert torch.equal(logits(model, x), expected)
         trainable = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -213,7 +213,7 @@ def test_other_signs_of_a_decomposition_do_not_matter_to_a_file(saved, monkeypat
         cores, values = decompose(*args, **kwargs)
         return [-cores[0], -cores[1], cores[2], -cores[3], -cores[4]], values
 
-    monkeypatch.setattr(modeling_tuner, "decompose", flipped)
+    monkeypatch.setattr(modeling_adapted, "decompose", flipped)
     model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(base), MPOConfig())
     model.load_adapter(folder, adapter_name="saved")
     model.set_adapter("saved")
@@ -298,10 +298,10 @@ def test_an_empty_adapter_is_refused_at_first_use(options):
 
 
 def test_another_peft_is_named_with_the_supported_one(monkeypatch):
-    training_tuner._register()  # once more does no harm
+    modeling_tuner._register()  # once more does no harm
     monkeypatch.delattr(peft.mapping, "PEFT_TYPE_TO_PREFIX_MAPPING")
     with pytest.raises(ImportError, match=r"needs peft>=0.21, got .* no table of type PREFIX"):
-        training_tuner._register()
+        modeling_tuner._register()
 
 
 # ------------------------------------------------------------------------------------------------ training

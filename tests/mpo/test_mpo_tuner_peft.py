@@ -9,9 +9,9 @@ from mpo_adapters import MODELS, build, ids, inputs, logits, train
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from torch import nn
 
-from hf_moebert.mpo import MPOConfig, modeling_tuner
-from hf_moebert.mpo.modeling_tuner import MPOLayer
-from hf_moebert.mpo.training_tuner import TARGETS
+from hf_moebert.mpo import MPOConfig, modeling_adapted
+from hf_moebert.mpo.modeling_adapted import MPOLayer
+from hf_moebert.mpo.modeling_tuner import TARGETS
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
@@ -231,8 +231,8 @@ def one():
 
 def test_evaluation_rebuilds_nothing_until_something_changes(one, monkeypatch):
     model, layer = one
-    x, calls, contract = ids(), [], modeling_tuner.contract
-    monkeypatch.setattr(modeling_tuner, "contract", lambda *a: calls.append(1) or contract(*a))
+    x, calls, contract = ids(), [], modeling_adapted.contract
+    monkeypatch.setattr(modeling_adapted, "contract", lambda *a: calls.append(1) or contract(*a))
 
     def count(change=lambda: None):
         change()

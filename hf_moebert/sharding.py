@@ -1,0 +1,28 @@
+"""Refuse to work on models that are kept in shards, where whole tensors and their gradients must be seen."""
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
+
+
+def refuse_sharded(model: nn.Module, rule: str) -> None:
+    """Refuse FSDP, DeepSpeed, Megatron and tensor parallelism.
+
+    Args:
+        model: As the Trainer has it.
+        rule: What must be seen whole, and by whom.
+
+    Raises:
+        ValueError: If the model, or the run, is sharded.
+    """
+    kind = AcceleratorState().distributed_type if AcceleratorState._shared_state else DistributedType.NO
+    if kind in SHARDED or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        who = kind.value if kind in SHARDED else "tensor parallelism"
+        raise ValueError(
+            f"{rule}, which {who} keeps in shards. Use plain data parallelism (torchrun without FSDP, DeepSpeed or "
+            "tensor parallelism)."
+        )
