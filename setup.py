@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "hf_moebert/__init__.py").read_text(), re.MULTILINE).group(1)
+SERVE = ["fastapi", "uvicorn", "prometheus-client"]
 
 setup(
     name="hf_moebert",
@@ -34,6 +35,7 @@ setup(
         "safetensors",
         "scikit-learn",
         "scipy",
+        "seqeval",
         "typer",
     ],
     extras_require={
@@ -47,7 +49,11 @@ setup(
             "onnxruntime",
             "onnxscript",
             "tensorly",
+            "pytorch-crf==0.7.2",
+            *SERVE,
+            "httpx",
         ],
+        "serve": SERVE,
         "quality": ["ruff==0.17.5", "mypy==2.4.1"],
     },
     entry_points={"console_scripts": ["hf-moebert=hf_moebert.cli:app"]},

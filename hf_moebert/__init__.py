@@ -16,6 +16,13 @@ from transformers import (
 
 from .distillation import DistillationConfig, DistillationTrainer
 from .inference import optimize_for_inference, revert_optimizations
+from .masked_crf import (
+    BertCrfConfig,
+    BertCrfForTokenClassification,
+    CrfConfig,
+    CrfForTokenClassification,
+    MaskedCRF,
+)
 from .moebert import (
     MoEBertConfig,
     MoEBertForQuestionAnswering,
@@ -65,6 +72,8 @@ from .platon.modeling_shrunk import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "BertCrfForTokenClassification",
+    "CrfForTokenClassification",
     "DistillationConfig",
     "DistillationTrainer",
     "GradientMaskConfig",
@@ -75,6 +84,7 @@ __all__ = [
     "MPOET5ForConditionalGeneration",
     "MPOSqueezingCallback",
     "MPOSqueezingConfig",
+    "MaskedCRF",
     "MoEBertConfig",
     "MoEBertForQuestionAnswering",
     "MoEBertForSequenceClassification",
@@ -124,6 +134,8 @@ _TABLE: dict[Any, dict[Any, Any]] = {
         AutoModel: ShrunkViTModel,
         AutoModelForImageClassification: ShrunkViTForImageClassification,
     },
+    BertCrfConfig: {AutoModelForTokenClassification: BertCrfForTokenClassification},
+    CrfConfig: {AutoModelForTokenClassification: CrfForTokenClassification},
     MPOEBertConfig: {AutoModelForSequenceClassification: MPOEBertForSequenceClassification},
     MPOEGPT2Config: {AutoModelForCausalLM: MPOEGPT2LMHeadModel},
     MPOET5Config: {AutoModelForSeq2SeqLM: MPOET5ForConditionalGeneration},

@@ -1,0 +1,8 @@
+"""A CRF that takes Hugging Face labels as they are, and cannot emit an illegal tag sequence."""
+
+from .configuration_masked_crf import BertCrfConfig, CrfConfig
+from .modeling_crf import MaskedCRF
+from .modeling_masked_crf import BertCrfForTokenClassification, CrfForTokenClassification
+
+
+__all__ = ["BertCrfConfig", "BertCrfForTokenClassification", "CrfConfig", "CrfForTokenClassification", "MaskedCRF"]

@@ -1,0 +1,100 @@
+"""What config.json says about a tagger with a CRF."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+from transformers.models.bert.configuration_bert import BertConfig
+
+from .functional_tags import check_options
+
+
+@dataclass(kw_only=True)
+class CrfFields:
+    """What both configs add to the host's; the names of the tags are those of `id2label`.
+
+    Args:
+        tag_scheme: How tags spell segments: "IOB2", "IOBES", "BILOU", "IOB1", "none" (every tag may follow every
+            other), or "auto", which reads it off the tags.
+        mask_transitions: Where illegal sequences are ruled out: in "training" and decoding, in "decoding" alone, or
+            nowhere ("off").
+        illegal_labels: What the loss does in training with labels that break the scheme, if they are ruled out there:
+            "error", "ignore" (leave the row out), "repair" (write its segments legally), or "soft" (illegal moves
+            cost `illegal_score`, as in the paper). In evaluation, "error" leaves such rows out with a warning.
+        illegal_score: Score of an illegal move under "soft"; -100 in the paper's code.
+
+    Raises:
+        StrictDataclassError: If a value has the wrong type or breaks a rule; the message names rule and remedy.
+
+    Source: Wei et al. 2021, https://arxiv.org/abs/2103.10682; "ignore" and "repair" are our own design.
+    """
+
+    tag_scheme: str = "auto"
+    mask_transitions: str = "training"
+    illegal_labels: str = "error"
+    illegal_score: float | int = -100.0
+
+    def validate_crf(self) -> None:
+        """Check the fields of this class; the host calls every `validate_` method."""
+        check_options(self.tag_scheme, self.mask_transitions, self.illegal_labels, self.illegal_score)
+
+
+@strict
+class BertCrfConfig(CrfFields, BertConfig):
+    """Config of a BERT that tags with a CRF; see `CrfFields`."""
+
+    model_type = "bert_crf"
+    keys_to_ignore_at_inference = ["logits", "marginals", "hidden_states", "attentions"]
+
+    @classmethod
+    def from_dense(cls, config: PreTrainedConfig, **fields: Any) -> Self:
+        """Take over everything a BERT's config says, and add the CRF.
+
+        Args:
+            config: Of a `BertForTokenClassification`.
+            **fields: Fields of `CrfFields`.
+
+        Raises:
+            ValueError: If the config is not BERT's.
+        """
+        if config.model_type != "bert":
+            raise ValueError(
+                f"`model` must be a BERT, got {config.model_type!r}. Use `CrfForTokenClassification` for others."
+            )
+        dense = config.to_dict()
+        for name in ("model_type", "architectures", "transformers_version", "dtype", "auto_map"):
+            dense.pop(name, None)
+        return cls(**(dense | fields))
+
+
+@strict
+class CrfConfig(CrfFields, PreTrainedConfig):
+    """Config of a CRF on top of any token classifier of transformers; see `CrfFields`.
+
+    Args:
+        tagger: Config of the token classifier; its `id2label` names the tags.
+    """
+
+    model_type = "crf"
+    keys_to_ignore_at_inference = ["logits", "marginals", "hidden_states", "attentions"]
+    sub_configs_defaults = {"tagger": SubConfigSpec(config_class=AutoConfig, model_type="bert")}
+
+    tagger: PreTrainedConfig | dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Read the tagger's config, and take the tags from it."""
+        super().__post_init__(**kwargs)
+        assert isinstance(self.tagger, PreTrainedConfig)  # the host has made one of a dict or of nothing
+        self.id2label, self.label2id = self.tagger.id2label, self.tagger.label2id
+
+    @classmethod
+    def from_dense(cls, config: PreTrainedConfig, **fields: Any) -> Self:
+        """Put a CRF on a token classifier.
+
+        Args:
+            config: Of the token classifier.
+            **fields: Fields of `CrfFields`.
+        """
+        return cls(**({"tagger": config.to_dict()} | fields))

@@ -1,0 +1,242 @@
+"""Tag schemes: which tag may follow which, and how segments are written in tags.
+
+A tag is "O", or a prefix and a type, "B-PER"; the type may hold dashes, and may be missing ("B").
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+# prefixes of a segment's first, inner and last tag, and of its only one
+SCHEMES = {
+    "IOB2": ("B", "I", "I", "B"),
+    "IOBES": ("B", "I", "E", "S"),
+    "BILOU": ("B", "I", "L", "U"),
+    "IOB1": ("I",) * 4,
+}
+PREFIXES = {"IOB2": "BIO", "IOB1": "BIO", "IOBES": "BIESO", "BILOU": "BILUO"}
+CHOICES = ("auto", *SCHEMES, "none")
+MASKS = ("training", "decoding", "off")
+POLICIES = ("error", "ignore", "repair", "soft")
+
+
+class Legality(NamedTuple):
+    """What is allowed: `moves (tags, tags)`, row = previous; `start (tags,)` and `end (tags,)`; all boolean."""
+
+    moves: Tensor
+    start: Tensor
+    end: Tensor
+
+
+class Segment(NamedTuple):
+    """A type, the index of the first word and the one after the last."""
+
+    type: str
+    start: int
+    stop: int
+
+
+def check_options(tag_scheme: str, mask_transitions: str, illegal_labels: str, illegal_score: float) -> None:
+    """Refuse options of a masked CRF that do not exist.
+
+    Raises:
+        ValueError: If one breaks the rule that the message names.
+    """
+    for name, value, allowed in (
+        ("tag_scheme", tag_scheme, CHOICES),
+        ("mask_transitions", mask_transitions, MASKS),
+        ("illegal_labels", illegal_labels, POLICIES),
+    ):
+        if value not in allowed:
+            raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
+    if not -1e6 <= illegal_score < 0:
+        raise ValueError(f"`illegal_score` must be in [-1e6, 0), got {illegal_score}. Use -100.")
+
+
+def split_tag(tag: str) -> tuple[str, str]:
+    """Split a tag at its first dash into prefix and type; the type of "O" and of a bare prefix is empty."""
+    prefix, _, kind = tag.partition("-")
+    return prefix, kind
+
+
+def infer_scheme(labels: Sequence[str]) -> str:
+    """Tell the scheme from the tags of a model or a data set.
+
+    "L" and "U" mean BILOU, "E" and "S" IOBES, else "B" means IOB2, and "I" alone IOB1. Labels of which none has a
+    prefix, as for parts of speech, follow no scheme: "none".
+
+    Args:
+        labels: All tags.
+
+    Raises:
+        ValueError: If the labels are those of a model that nobody named, mix schemes, or only some have a prefix.
+    """
+    if any(label == f"LABEL_{index}" for index, label in enumerate(labels)):
+        raise ValueError(
+            f"`id2label` must name the tags, got {list(labels)[:3]}. Set `id2label` when the model is made, or "
+            "`tag_scheme` to 'none' if every tag may follow every other."
+        )
+    prefixes = {split_tag(label)[0] for label in labels}
+    if not any("-" in label and split_tag(label)[0] in set("BIESLU") for label in labels) and prefixes - set(
+        "BIESLUO"
+    ):
+        return "none"
+    found = (
+        "BILOU" if prefixes & set("LU") else "IOBES" if prefixes & set("ES") else "IOB2" if "B" in prefixes else "IOB1"
+    )
+    check_scheme(labels, found)
+    return found if prefixes - {"O"} else "none"
+
+
+def check_scheme(labels: Sequence[str], scheme: str) -> None:
+    """Refuse labels that are not tags of a scheme.
+
+    Raises:
+        ValueError: If there is no such scheme, or a label has no or another prefix.
+    """
+    if scheme not in (*SCHEMES, "none"):
+        raise ValueError(f"`tag_scheme` must be one of {', '.join(CHOICES)}, got {scheme!r}.")
+    wrong = [label for label in labels if scheme != "none" and split_tag(label)[0] not in set(PREFIXES[scheme])]
+    if wrong:
+        raise ValueError(
+            f"`id2label` must hold tags of the scheme {scheme}, {', '.join(PREFIXES[scheme])}, got {wrong[:5]}. "
+            "Rename them, or set `tag_scheme` to another scheme, or to 'none' if every tag may follow every other."
+        )
+
+
+def legal_moves(labels: Sequence[str], scheme: str) -> Legality:
+    """Tell which tags may follow each other, come first and come last.
+
+    Args:
+        labels: Tags in the order of their indices; they need not be all tags of the scheme.
+        scheme: "IOB2", "IOBES", "BILOU", "IOB1", or "none", where everything is legal.
+
+    Raises:
+        ValueError: If labels do not fit the scheme, or if one leads nowhere: no row could ever end after it.
+
+    Source: Wei et al. 2021, https://arxiv.org/abs/2103.10682, section 2; IOB1 and BILOU are the schemes' own rules.
+    """
+    check_scheme(labels, scheme)
+    tags = [split_tag(label) for label in labels]
+    kind: dict[str, Any] = {"dtype": torch.bool, "device": "cpu"}  # the host builds models where values are not kept
+    moves = torch.tensor([[_may_follow(a, b, scheme) for b in tags] for a in tags], **kind)
+    start = torch.tensor([_may_follow(("O", ""), b, scheme) for b in tags], **kind)
+    end = torch.tensor([_may_follow(a, ("O", ""), scheme) for a in tags], **kind)
+    legality = Legality(moves.view(len(tags), len(tags)), start, end)
+    _check_exits(labels, scheme, legality)
+    return legality
+
+
+def _may_follow(before: tuple[str, str], after: tuple[str, str], scheme: str) -> bool:
+    """Both are prefix and type; "O" also stands for what is before the first and after the last word."""
+    if scheme == "none":
+        return True
+    same_type = before[1] == after[1]
+    if scheme == "IOB1":  # "B" only parts two neighbours of one type
+        return after[0] != "B" or (before[0] in "BI" and same_type)
+    inner = after[0] in ("I", "E", "L")
+    if scheme == "IOB2":
+        return not inner or (before[0] in "BI" and same_type)
+    is_open = before[0] in ("B", "I")
+    return (inner and same_type) if is_open else not inner
+
+
+def _check_exits(labels: Sequence[str], scheme: str, legality: Legality) -> None:
+    """Find labels that can be entered and not be left, where others of the scheme are missing."""
+    leads_out = legality.end.clone()  # (tags,)
+    for _ in labels:
+        leads_out |= (legality.moves & leads_out).any(1)
+    stuck = [label for label, out in zip(labels, leads_out.tolist(), strict=True) if not out]
+    if stuck or not (legality.start & leads_out).any():
+        raise ValueError(
+            f"`id2label` must let every tag lead to the end of a sequence, {stuck or list(labels)} do not under "
+            f"{scheme}. Add the tags of the scheme that are missing, or set `tag_scheme` to 'none'."
+        )
+
+
+def find_segments(tags: Sequence[str]) -> list[Segment]:
+    """Read segments off tags of any scheme, also where the tags break its rules, as the CoNLL evaluation does.
+
+    A segment goes on while its type stays the same, and up to the next "B", "S" or "U", or past an "E" or "L".
+    """
+    segments: list[Segment] = []
+    start, current, before = 0, "", "O"  # prefix and type of the word before
+    for word, tag in enumerate([*tags, "O"]):
+        prefix, kind = split_tag(tag)
+        goes_on = before in ("B", "I") and prefix in ("I", "E", "L") and kind == current
+        if not goes_on:
+            if before != "O":
+                segments.append(Segment(current, start, word))
+            start, current = word, kind
+        before = prefix
+    return segments
+
+
+def write_segments(segments: Sequence[Segment], words: int, scheme: str) -> list[str]:
+    """Write segments that do not overlap as tags.
+
+    Raises:
+        ValueError: If there is no such scheme.
+    """
+    check_scheme([], scheme)
+    if scheme == "none":
+        raise ValueError("`scheme` must write segments, got 'none'. Use IOB2, IOBES, BILOU or IOB1.")
+    first, inner, last, only = SCHEMES[scheme]
+    tags, previous = ["O"] * words, Segment("", -1, -1)
+    for segment in segments:
+        length = segment.stop - segment.start
+        prefixes = only if length == 1 else first + inner * (length - 2) + last
+        if scheme == "IOB1" and previous.stop == segment.start and previous.type == segment.type:
+            prefixes = "B" + prefixes[1:]
+        dash = "-" if segment.type else ""
+        tags[segment.start : segment.stop] = [f"{prefix}{dash}{segment.type}" for prefix in prefixes]
+        previous = segment
+    return tags
+
+
+def convert_tags(tags: Sequence[str], scheme: str) -> list[str]:
+    """Write the segments of a tag sequence in another scheme; in its own, this repairs a sequence that breaks rules.
+
+    Args:
+        tags: Of one row, in any scheme.
+        scheme: Of the result.
+    """
+    return write_segments(find_segments(tags), len(tags), scheme)
+
+
+def repair_tags(tags: Sequence[str], labels: Sequence[str], scheme: str) -> list[str]:
+    """Make a legal sequence of one that is not, keeping its segments as far as there are labels to write them.
+
+    Args:
+        tags: Of one row.
+        labels: All tags that may be used.
+        scheme: Of the labels.
+
+    Returns:
+        As many tags; a segment that would need a label that is missing becomes "O".
+
+    Source: our own design; which segments there are is told as the CoNLL evaluation does.
+    """
+    segments = find_segments(tags)
+    while not set(written := write_segments(segments, len(tags), scheme)) <= set(labels):
+        missing = next(word for word, tag in enumerate(written) if tag not in labels)
+        kept = [segment for segment in segments if not segment.start <= missing < segment.stop]
+        if len(kept) == len(segments):
+            raise ValueError(f"`id2label` must hold 'O' to repair sequences, got {list(labels)}. Add it.")
+        segments = kept
+    return written
+
+
+def count_breaks(tags: Sequence[str], scheme: str) -> int:
+    """Count the places of a sequence where a tag must not stand, its start and end among them.
+
+    Raises:
+        ValueError: If the tags are not of the scheme.
+    """
+    check_scheme(tags, scheme)
+    around = [("O", ""), *map(split_tag, tags), ("O", "")]
+    return sum(not _may_follow(before, after, scheme) for before, after in itertools.pairwise(around))

@@ -1,0 +1,263 @@
+"""Taggers with a CRF: on BERT, and on any encoder for which transformers has a token classifier."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForTokenClassification, BertForTokenClassification, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import TokenClassifierOutput
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_masked_crf import BertCrfConfig, CrfConfig
+from .modeling_crf import MaskedCRF
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class CrfTokenClassifierOutput(TokenClassifierOutput):
+    """Output of the taggers.
+
+    Args:
+        loss: Negative log-likelihood of a row, mean over the rows that have words. Shape `()`.
+        logits: The emissions, as of the token classifier without a CRF. Shape `(batch, seq, tags)`.
+        predictions: The best tag of each word as part of the best sequence, -100 where there is no word; not in
+            training. Shape `(batch, seq)`, int64.
+        marginals: Probability of each tag of each word, if asked for. Shape `(batch, seq, tags)`.
+    """
+
+    predictions: Tensor | None = None
+    marginals: Tensor | None = None
+
+
+class CrfTagger(PreTrainedModel):
+    """What taggers with a CRF share: they are made from a token classifier, whose logits are the emissions."""
+
+    accepts_loss_kwargs = False  # losses are means over the batch: the Trainer divides by accumulation steps
+
+    def _make_crf(self) -> MaskedCRF:
+        config = self.config
+        return MaskedCRF(
+            [config.id2label[index] for index in range(config.num_labels)],
+            tag_scheme=config.tag_scheme,
+            mask_transitions=config.mask_transitions,
+            illegal_labels=config.illegal_labels,
+            illegal_score=config.illegal_score,
+        )
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MaskedCRF):
+            for parameter in module.parameters(recurse=False):
+                init.zeros_(parameter)
+            for name, mask in zip(("legal", "legal_start", "legal_end"), module.legality(), strict=True):
+                init.copy_(getattr(module, name), mask)
+
+    @classmethod
+    def _with_tagger(cls, config: Any, model: PreTrainedModel, inside: str) -> Self:
+        """Build a tagger around a copy of a token classifier; a new CRF decodes like it, but for what is illegal."""
+        if hasattr(model, "crf"):
+            raise ValueError(f"`model` must have no CRF yet, got {type(model).__name__}. Use it as it is.")
+        tagger = cls(config).to(dtype=model.dtype, device=model.device)
+        target = tagger.get_submodule(inside)
+        rest = target.load_state_dict(copy.deepcopy(model.state_dict()), strict=False)
+        if rest.unexpected_keys or not all(name.startswith("crf.") for name in rest.missing_keys):
+            raise ValueError(
+                f"`model` must be a token classifier, got {type(model).__name__}. Load it with "
+                "`AutoModelForTokenClassification`, with the `id2label` of the task."
+            )
+        return tagger.train(model.training)
+
+    def _tag(
+        self,
+        outputs: Any,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        word_mask: Tensor | None,
+        output_marginals: bool,
+    ) -> CrfTokenClassifierOutput:
+        """Add loss and tags to what a token classifier returned."""
+        emissions = outputs.logits  # (batch, seq, tags)
+        loss, tags, chances = None, None, None
+        if not torch.compiler.is_exporting():  # an exported model gives emissions; its tags are found outside
+            mask = _find_words(emissions, attention_mask, labels, word_mask)  # (batch, seq)
+            loss = None if labels is None else self._loss(emissions, labels, mask, outputs)
+            tags = None if self.training else self.crf.decode(emissions, mask)  # (batch, seq)
+            chances = self.crf.marginals(emissions, mask) if output_marginals else None
+        return CrfTokenClassifierOutput(
+            loss=loss,
+            logits=emissions,
+            predictions=tags,
+            marginals=chances,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _loss(self, emissions: Tensor, labels: Tensor, mask: Tensor, outputs: Any) -> Tensor:
+        lenient = "ignore" if self.crf.illegal_labels == "error" and not self.training else None
+        likelihood, counted = self.crf.likelihood_and_rows(emissions, labels, mask, illegal_labels=lenient)
+        if lenient and not torch.equal(counted, mask.any(1)):
+            logger.warning_once(
+                f"Labels that break the tag scheme {self.crf.tag_scheme} are left out of the evaluation loss. Set "
+                "`illegal_labels` to 'repair' to count them."
+            )
+        loss = -likelihood.sum() / counted.sum().clamp(min=1)
+        if getattr(outputs, "aux_loss", None) is not None:  # experts that are to be used alike
+            loss = loss + outputs.aux_loss * getattr(self.config.tagger, "router_aux_loss_coef", 0.0)
+        return loss
+
+
+def _find_words(
+    emissions: Tensor, attention_mask: Tensor | None, labels: Tensor | None, word_mask: Tensor | None
+) -> Tensor:
+    """Tell words from what a CRF must not see: padding, special tokens and the later pieces of words."""
+    for name, value in (("labels", labels), ("word_mask", word_mask)):
+        if value is not None and value.shape != emissions.shape[:2]:
+            raise ValueError(
+                f"`{name}` must have the shape {tuple(emissions.shape[:2])} of the input, got {tuple(value.shape)}."
+            )
+    if labels is not None:
+        return labels.to(emissions.device) != -100
+    if word_mask is not None:
+        return word_mask.to(emissions.device).bool()
+    if attention_mask is not None and attention_mask.shape == emissions.shape[:2]:
+        return attention_mask.to(emissions.device).bool()
+    return torch.ones(emissions.shape[:2], dtype=torch.bool, device=emissions.device)
+
+
+class BertCrfForTokenClassification(CrfTagger, BertForTokenClassification):
+    """BERT that tags with a CRF: `BertForTokenClassification`, whose tags are chosen together."""
+
+    config_class = BertCrfConfig
+
+    def __init__(self, config: BertCrfConfig) -> None:
+        super().__init__(config)
+        self.crf = self._make_crf()
+        self.post_init()
+
+    @classmethod
+    def from_dense(cls, model: PreTrainedModel, **fields: Any) -> Self:
+        """Make a tagger from a copy of a `BertForTokenClassification`, trained or not.
+
+        Args:
+            model: Its `id2label` names the tags.
+            **fields: Fields of `CrfFields`, such as `mask_transitions="decoding"`.
+
+        Raises:
+            ValueError: If the model is of another kind, or its labels do not fit the tag scheme.
+        """
+        return cls._with_tagger(BertCrfConfig.from_dense(model.config, **fields), model, "")
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        word_mask: Tensor | None = None,
+        output_marginals: bool = False,
+        **kwargs: Any,
+    ) -> CrfTokenClassifierOutput:
+        """Tag a batch.
+
+        Args:
+            input_ids: Shape `(batch, seq)`.
+            attention_mask: Shape `(batch, seq)`.
+            token_type_ids: Shape `(batch, seq)`.
+            position_ids: Shape `(batch, seq)`.
+            inputs_embeds: Shape `(batch, seq, hidden)`.
+            labels: Tags, -100 where there is no word. Shape `(batch, seq)`.
+            word_mask: True where a word begins, if there are no labels to say so; by default wherever
+                `attention_mask` is. Shape `(batch, seq)`.
+            output_marginals: Whether the probability of each tag is returned.
+            **kwargs: The encoder's output flags.
+
+        Raises:
+            ValueError: If a label does not exist or breaks the tag scheme, or a shape does not fit.
+        """
+        outputs = BertForTokenClassification.forward(
+            self,
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            **kwargs | {"return_dict": True},
+        )
+        return self._tag(outputs, attention_mask, labels, word_mask, output_marginals)
+
+
+class CrfForTokenClassification(CrfTagger):
+    """A CRF on any token classifier that `AutoModelForTokenClassification` knows."""
+
+    config_class = CrfConfig
+    config: CrfConfig
+    base_model_prefix = "tagger"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: CrfConfig) -> None:
+        super().__init__(config)
+        self.tagger = AutoModelForTokenClassification.from_config(config.tagger)
+        self.crf = self._make_crf()
+        self.post_init()
+
+    @classmethod
+    def from_dense(cls, model: PreTrainedModel, **fields: Any) -> Self:
+        """Make a tagger from a copy of a token classifier, trained or not.
+
+        Args:
+            model: As from `AutoModelForTokenClassification`; its `id2label` names the tags.
+            **fields: Fields of `CrfFields`, such as `mask_transitions="decoding"`.
+
+        Raises:
+            ValueError: If the model is of another kind, or its labels do not fit the tag scheme.
+        """
+        return cls._with_tagger(CrfConfig.from_dense(model.config, **fields), model, "tagger")
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the encoder's table of word embeddings."""
+        return self.tagger.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the encoder's table of word embeddings."""
+        self.tagger.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        word_mask: Tensor | None = None,
+        output_marginals: bool = False,
+        **kwargs: Any,
+    ) -> CrfTokenClassifierOutput:
+        """Tag a batch; as `BertCrfForTokenClassification.forward`, and the encoder gets the inputs that are given."""
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        outputs = self.tagger(**given, **kwargs | {"return_dict": True})
+        return self._tag(outputs, attention_mask, labels, word_mask, output_marginals)
