@@ -24,6 +24,7 @@ def make_finite(emissions: Tensor) -> Tensor:
     return raised.nan_to_num(nan=-HIGHEST, posinf=HIGHEST, neginf=-HIGHEST).clamp(-HIGHEST, HIGHEST)
 
 
+@torch.no_grad()
 def viterbi(emissions: Tensor, lengths: Tensor, scores: Scores) -> Tensor:
     """Find the best tag sequence of each row; of equals, the one with the lowest tags at its end.
 
@@ -70,6 +71,7 @@ def _follow_back(best: Tensor, into: Tensor, lengths: Tensor, end: Tensor) -> Te
     return torch.stack(path[::-1])
 
 
+@torch.no_grad()
 def best_sequences(emissions: Tensor, lengths: Tensor, scores: Scores, *, number: int) -> tuple[Tensor, Tensor]:
     """Find the `number` best tag sequences of each row, best first.
 

@@ -158,6 +158,25 @@ def _check_exits(labels: Sequence[str], scheme: str, legality: Legality) -> None
         )
 
 
+def are_legal(tags: Tensor, lengths: Tensor, legality: Legality) -> Tensor:
+    """Tell which rows of tags are legal.
+
+    Args:
+        tags: Indices, the words of a row first. Shape `(words, batch)`.
+        lengths: Words of each row. Shape `(batch,)`.
+        legality: Of the tags.
+
+    Returns:
+        True for legal rows, and those without words. Shape `(batch,)`.
+    """
+    if not len(tags):
+        return torch.ones_like(lengths, dtype=torch.bool)
+    absent = torch.arange(1, len(tags), device=tags.device)[:, None] >= lengths  # (words - 1, batch)
+    moves = (legality.moves[tags[:-1], tags[1:]] | absent).all(0)  # (batch,)
+    last = tags.gather(0, (lengths - 1).clamp(min=0)[None])[0]  # (batch,)
+    return (legality.start[tags[0]] & moves & legality.end[last]) | (lengths == 0)
+
+
 def find_segments(tags: Sequence[str]) -> list[Segment]:
     """Read segments off tags of any scheme, also where the tags break its rules, as the CoNLL evaluation does.
 

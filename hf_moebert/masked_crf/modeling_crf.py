@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .functional import Scores, log_partition, marginals, pack_words, sequence_score, unpack_words
 from .functional_decoding import best_sequences, make_finite, viterbi
-from .functional_tags import Legality, check_options, infer_scheme, legal_moves, repair_tags
+from .functional_tags import Legality, are_legal, check_options, infer_scheme, legal_moves, repair_tags
 
 
 class MaskedCRF(nn.Module):
@@ -225,11 +225,7 @@ class MaskedCRF(nn.Module):
         Returns:
             The tags, and which rows the loss leaves out, `(batch,)`.
         """
-        masks = Scores(
-            *(torch.where(mask, 0.0, -torch.inf) for mask in (self.legal, self.legal_start, self.legal_end))
-        )
-        nothing = torch.zeros(*tags.shape, len(self.labels), device=tags.device)
-        illegal = sequence_score(nothing, tags, lengths, masks) == -torch.inf  # (batch,)
+        illegal = ~are_legal(tags, lengths, Legality(self.legal, self.legal_start, self.legal_end))  # (batch,)
         if policy == "ignore" or not illegal.any():
             return tags, illegal
         rows = {
