@@ -1,4 +1,4 @@
-"""Labelled texts: from the Hub or from files to the columns that a model reads."""
+"""Labelled texts and tagged words: from the Hub or from files to the columns that a model reads."""
 
 import glob
 import math
@@ -11,6 +11,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
+from hf_moebert.tagging import check_column, encode_tokens, tag_names_of
+
 
 # builder of `datasets` and its options, by file name ending; none of them runs code found in the file
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -21,7 +23,7 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
 }
 
-__all__ = ["encode_text", "label_names_of", "load_splits"]
+__all__ = ["encode_text", "encode_tokens", "label_names_of", "load_splits", "tag_names_of"]
 
 
 def load_splits(
@@ -181,20 +183,12 @@ def encode_text(
     return encoded.add_column("labels", labels)
 
 
-def _check_column(dataset: Dataset, column: str) -> None:
-    if column not in dataset.column_names:
-        raise ValueError(
-            f"The dataset must have the column '{column}', it has {', '.join(dataset.column_names)}. "
-            "Name the right one, or rename it."
-        )
-
-
 def _dtype(dataset: Dataset, column: str) -> str:
     return getattr(dataset.features[column], "dtype", "list")
 
 
 def _check_texts(dataset: Dataset, column: str) -> None:
-    _check_column(dataset, column)
+    check_column(dataset, column)
     if not len(dataset):
         raise ValueError("The dataset must have at least one example, got none. Check the file or the filter.")
     kind = _dtype(dataset, column)
@@ -206,7 +200,7 @@ def _check_texts(dataset: Dataset, column: str) -> None:
 
 def _label_kind(dataset: Dataset, column: str) -> str:
     """Tell "class", "string", "int" and "float" labels apart."""
-    _check_column(dataset, column)
+    check_column(dataset, column)
     if isinstance(dataset.features[column], ClassLabel):
         return "class"
     dtype = _dtype(dataset, column)

@@ -14,6 +14,7 @@ from hf_moebert.metrics.accuracy.accuracy import accuracy
 from hf_moebert.metrics.f1.f1 import f1
 from hf_moebert.metrics.matthews_correlation.matthews_correlation import matthews_correlation
 from hf_moebert.metrics.pearson_spearman.pearson_spearman import pearson, spearman
+from hf_moebert.metrics.seqeval.seqeval import micro_f1, micro_precision, micro_recall
 
 
 Score = Callable[[np.ndarray, np.ndarray], float]
@@ -25,8 +26,10 @@ CLASSIFICATION_SCORES: dict[str, dict[str, Score]] = {
     "matthews_correlation": {"matthews_correlation": matthews_correlation},
 }
 REGRESSION_SCORES: dict[str, dict[str, Score]] = {"pearson_spearman": {"pearson": pearson, "spearman": spearman}}
+# of the counts of `hf_moebert.metrics.seqeval.seqeval.count_spans`, one pair for each sentence
+SPAN_SCORES: dict[str, Score] = {"precision": micro_precision, "recall": micro_recall, "f1": micro_f1}
 
-__all__ = ["Interval", "bootstrap_interval", "paired_bootstrap", "predict_logits", "score"]
+__all__ = ["Interval", "bootstrap_interval", "paired_bootstrap", "predict_logits", "score", "tags_of"]
 
 
 @dataclass(frozen=True)
@@ -226,3 +229,31 @@ def score(
                 metric, predictions, np.asarray(references), rounds=rounds, confidence=confidence, seed=seed
             )
     return intervals
+
+
+def tags_of(predictions: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> list[list[str]]:
+    """Name the predicted tags of the words of each sentence, as `hf_moebert.metrics` reads them.
+
+    Args:
+        predictions: Indices of tags, or the labels themselves for the true tags. Shape `(examples, seq)`.
+        labels: Anything at the first sub-word of a word, -100 elsewhere. Shape `(examples, seq)`.
+        names: Tags in the order of their indices.
+
+    Returns:
+        For each sentence one tag a word; none for a sentence without words.
+
+    Raises:
+        ValueError: If the shapes differ, or a prediction at a word is no index into `names`.
+    """
+    if predictions.ndim != 2 or predictions.shape != labels.shape:
+        raise ValueError(
+            "`predictions` and `labels` must be of one shape (examples, seq), got "
+            f"{predictions.shape} and {labels.shape}. Take the argmax of logits first."
+        )
+    words = labels != -100  # (examples, seq)
+    if (strange := predictions[words & ((predictions < 0) | (predictions >= len(names)))]).size:
+        raise ValueError(
+            f"`predictions` must be in [0, {len(names)}) at every word, got {strange[0]}. "
+            "Predict the words of these labels, and name every tag."
+        )
+    return [[names[tag] for tag in row[mask]] for row, mask in zip(predictions, words, strict=True)]

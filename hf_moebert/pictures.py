@@ -11,6 +11,7 @@ from matplotlib import colormaps
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
@@ -241,4 +242,39 @@ def plot_curves(
     axes.xaxis.set_major_locator(MaxNLocator(integer=whole))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8 if few else 6)
+    figure.savefig(path, dpi=150)
+
+
+def plot_transitions(scores: Tensor, legal: Tensor, labels: Sequence[str], path: str | PathLike[str]) -> None:
+    """Draw the score of every step from one tag to the next; steps that a scheme forbids are grey and hatched.
+
+    Args:
+        scores: Rows are the previous tag, START first; columns the next one, END last. Shape `(tags + 1, tags + 1)`.
+        legal: Where a step is allowed; START to END, of no words, is a step too. Shape `(tags + 1, tags + 1)`.
+        labels: Names of the tags.
+        path: Image to write; the ending chooses the format.
+
+    Raises:
+        ValueError: If a shape is another, if no step is allowed, or if the score of an allowed one is not finite.
+    """
+    side = len(labels) + 1
+    if tuple(scores.shape) != (side, side) or tuple(legal.shape) != (side, side):
+        raise ValueError(
+            f"`scores` and `legal` must be of shape {(side, side)} for {len(labels)} labels, got "
+            f"{tuple(scores.shape)} and {tuple(legal.shape)}. Put START above the tags and END to the right of them."
+        )
+    allowed = legal.detach().cpu().bool().numpy()  # (tags + 1, tags + 1)
+    table = np.where(allowed, scores.detach().cpu().double().numpy(), np.nan)
+    if not allowed.any() or not np.isfinite(table[allowed]).all():
+        raise ValueError(f"`scores` must be finite wherever `legal` is, and that somewhere, got {table.tolist()}.")
+    figure = Figure(figsize=(3.2 + 0.34 * side, 2.6 + 0.34 * side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(table, cmap="RdBu_r", norm=CenteredNorm(0, max(np.abs(table[allowed]).max(), 1e-9)))
+    for row, column in np.argwhere(~allowed).tolist():
+        corner = (column - 0.5, row - 0.5)
+        axes.add_patch(Rectangle(corner, 1, 1, facecolor="lightgrey", edgecolor="grey", hatch="////", linewidth=0))
+    axes.set_yticks(range(side), ["START", *labels], fontsize=8)
+    axes.set_xticks(range(side), [*labels, "END"], rotation=90, fontsize=8)
+    axes.set(ylabel="previous tag", xlabel="next tag", title="Transition scores, hatched: forbidden")
+    figure.colorbar(image, ax=axes)
     figure.savefig(path, dpi=150)

@@ -8,8 +8,17 @@ from datasets import Dataset
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, DataCollatorWithPadding
 
-from hf_moebert.evaluation import Interval, bootstrap_interval, paired_bootstrap, predict_logits, score
+from hf_moebert.evaluation import (
+    SPAN_SCORES,
+    Interval,
+    bootstrap_interval,
+    paired_bootstrap,
+    predict_logits,
+    score,
+    tags_of,
+)
 from hf_moebert.metrics import load_metric
+from hf_moebert.metrics.seqeval.seqeval import count_spans, span_f1
 
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -210,3 +219,40 @@ def test_a_thousand_rounds_of_four_thousand_examples_take_seconds():
     start = time.process_time()
     score("accuracy", generator.normal(size=(4000, 2)), generator.integers(2, size=4000), rounds=1000)
     assert time.process_time() - start < 4  # 0.5 s on one core; the bound leaves room for a busy machine
+
+
+def test_tags_are_named_where_there_are_words():
+    labels = np.array([[-100, 0, -100, 2, -100], [-100, 1, 1, 1, -100], [-100] * 5])
+    predictions = np.array([[2, 1, 2, 0, -100], [-100, 2, 0, 1, 7], [9] * 5])
+    names = ["O", "B-a", "I-a"]
+    assert tags_of(predictions, labels, names) == [["B-a", "O"], ["I-a", "O", "B-a"], []]
+    assert tags_of(labels, labels, names) == [["O", "I-a"], ["B-a"] * 3, []]
+
+
+@pytest.mark.parametrize(
+    ("predictions", "message"),
+    [
+        (np.zeros((2, 3, 4)), r"one shape \(examples, seq\), got \(2, 3, 4\) and \(2, 3\). Take the argmax"),
+        (np.zeros((2, 2), dtype=int), r"got \(2, 2\) and \(2, 3\)"),
+        (np.full((2, 3), -100), r"must be in \[0, 2\) at every word, got -100"),
+        (np.full((2, 3), 2), r"must be in \[0, 2\) at every word, got 2"),
+    ],
+)
+def test_predictions_that_are_no_tags_are_refused(predictions, message):
+    with pytest.raises(ValueError, match=message):
+        tags_of(predictions, np.array([[0, 1, -100], [-100] * 3]), ["O", "B"])
+
+
+def test_span_scores_are_resampled_by_sentences():
+    generator = np.random.default_rng(0)
+    truth = [generator.choice(["O", "B-a", "I-a"], size=8).tolist() for _ in range(40)]
+    guess = [[tag if generator.random() < 0.8 else "O" for tag in tags] for tags in truth]
+    found, true = count_spans(guess, truth)
+    interval = bootstrap_interval(SPAN_SCORES["f1"], found, true, rounds=50, seed=3)
+    assert interval.value == span_f1(guess, truth)
+    resampling = np.random.default_rng(3)
+    draws = [resampling.integers(40, size=40) for _ in range(50)]
+    scores = [span_f1([guess[row] for row in rows], [truth[row] for row in rows]) for rows in draws]
+    np.testing.assert_allclose((interval.low, interval.high), np.quantile(scores, [0.025, 0.975]))
+    worse = count_spans([["O"] * 8] * 40, truth)[0]
+    assert paired_bootstrap(SPAN_SCORES["f1"], found, worse, true, rounds=50, seed=3) == interval

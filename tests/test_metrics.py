@@ -8,12 +8,23 @@ import datasets
 import evaluate
 import numpy as np
 import pytest
+import seqeval.metrics
+import seqeval.scheme
 from scipy import stats
 from setuptools import find_packages
 from sklearn import metrics as sk
 
 import hf_moebert.metrics
 from hf_moebert.metrics import METRICS, load_metric, metrics_for_task
+from hf_moebert.metrics.seqeval.seqeval import (
+    count_illegal,
+    count_spans,
+    find_spans,
+    micro_f1,
+    micro_precision,
+    micro_recall,
+    span_f1,
+)
 from hf_moebert.metrics.squad.squad import normalise, token_f1
 
 
@@ -174,6 +185,113 @@ def test_squad_reads_a_dataset_column():
     assert scores == {"exact_match": 100, "f1": 100}
 
 
+SCHEMES = {"IOB2": "BI", "IOBES": "BIES", "BILOU": "BILU"}
+
+
+def random_tags(scheme):
+    """Sentences of random tags, most of them illegal; some of no words."""
+    generator = np.random.default_rng(0)
+    names = ["O"] + [f"{prefix}-{kind}" for prefix in SCHEMES[scheme] for kind in ("x", "y-z", "y")]
+    return [generator.choice(names, size=size).tolist() for size in generator.integers(12, size=200)]
+
+
+def test_an_illegal_span_counts_leniently_and_not_strictly():
+    prediction, reference = [["O", "I-X", "I-X", "O"]], [["O", "B-X", "I-X", "O"]]
+    assert span_f1(prediction, reference) == 1.0
+    assert span_f1(prediction, reference, strict=True) == 0.0
+    assert (count_illegal(prediction), count_illegal(reference)) == (1, 0)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("strict", [False, True])
+def test_spans_are_scored_as_by_seqeval(scheme, strict):
+    truth, generator = random_tags(scheme), np.random.default_rng(1)
+    names = sorted({tag for tags in truth for tag in tags})
+    guess = [[tag if generator.random() < 0.8 else str(generator.choice(names)) for tag in tags] for tags in truth]
+    options = {"mode": "strict", "scheme": getattr(seqeval.scheme, scheme)} if strict else {}
+    plain = [[[tag.translate(str.maketrans("LU", "ES")) for tag in tags] for tags in part] for part in (truth, guess)]
+    truths, guesses = (truth, guess) if strict else plain  # conlleval knows no BILOU
+    scores = load_metric("seqeval").compute(
+        predictions=guess, references=truth, mode="strict" if strict else None, scheme=scheme
+    )
+    for name, oracle in (("precision", "precision_score"), ("recall", "recall_score"), ("f1", "f1_score")):
+        found = getattr(seqeval.metrics, oracle)(truths, guesses, zero_division=0, **options)
+        assert scores[f"overall_{name}"] == pytest.approx(found)
+    assert 0 < scores["overall_f1"] < 1
+    assert scores["overall_accuracy"] == pytest.approx(seqeval.metrics.accuracy_score(truth, guess))
+    report = seqeval.metrics.classification_report(truths, guesses, output_dict=True, zero_division=0, **options)
+    for kind in ("x", "y-z", "y"):
+        assert scores[kind]["f1"] == pytest.approx(report[kind]["f1-score"])
+        assert scores[kind]["number"] == report[kind]["support"]
+    assert span_f1(guess, truth, strict, scheme=scheme) == scores["overall_f1"]
+    found, true = count_spans(guess, truth, strict, scheme=scheme)
+    assert micro_precision(found, true) == scores["overall_precision"]
+    assert micro_recall(found, true) == scores["overall_recall"]
+    half = slice(50, 150)
+    assert micro_f1(found[half], true[half]) == span_f1(guess[half], truth[half], strict, scheme=scheme)
+
+
+@pytest.mark.parametrize(
+    ("tags", "scheme", "spans", "illegal"),
+    [
+        ("B-a I-a I-a O B-b", "IOB2", {("a", 0, 2), ("b", 4, 4)}, 0),
+        ("B-a I-b O I-a", "IOB2", {("a", 0, 0), ("b", 1, 1), ("a", 3, 3)}, 2),
+        ("B-a B-a E-a", "IOBES", {("a", 0, 0), ("a", 1, 2)}, 1),
+        ("S-a S-a B-a I-a", "IOBES", {("a", 0, 0), ("a", 1, 1), ("a", 2, 3)}, 1),
+        ("U-a U-a B-a L-a B-a L-a", "BILOU", {("a", 0, 0), ("a", 1, 1), ("a", 2, 3), ("a", 4, 5)}, 0),
+        ("B-x-y I-x-y I-x", "IOB2", {("x-y", 0, 1), ("x", 2, 2)}, 1),
+        ("B-a- I-a- I-a", "IOB2", {("a-", 0, 1), ("a", 2, 2)}, 1),
+        ("B I O I", "IOB2", {("", 0, 1), ("", 3, 3)}, 1),
+        ("O O", "IOB2", set(), 0),
+        ("", "IOBES", set(), 0),
+    ],
+)
+def test_segments_that_break_the_scheme_are_counted(tags, scheme, spans, illegal):
+    sentence = tags.split()
+    assert find_spans([sentence]) == [spans]
+    assert count_illegal([sentence], scheme) == illegal
+    assert len(find_spans([sentence], True, scheme=scheme)[0]) == len(spans) - illegal
+    assert count_illegal([sentence] * 3, scheme) == 3 * illegal
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_to_find_scores_zero():
+    scores = load_metric("seqeval").compute(predictions=[["O"], []], references=[["O"], []])
+    assert scores == {f"overall_{name}": 0.0 for name in ("precision", "recall", "f1")} | {"overall_accuracy": 1.0}
+    assert span_f1([], []) == 0.0
+
+
+def test_the_scheme_is_read_off_the_tags_of_both():
+    # the prediction alone would be legal IOB2
+    prediction, reference = [["B-a", "I-a"]], [["B-a", "E-a"]]
+    assert span_f1(prediction, reference) == 1.0
+    assert span_f1(prediction, reference, strict=True) == 0.0
+    assert span_f1(prediction, prediction, strict=True) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("tags", "options", "message"),
+    [
+        (["NOUN"], {}, r"Tags must be 'O', or B, I, E, S, L or U, a dash and a type, got prefixes \['NOUN'\]"),
+        (["B-a"], {"scheme": "IOB1"}, "`scheme` must be one of IOB2, IOBES, BILOU, got 'IOB1'. Read others leniently"),
+        (["E-a"], {"scheme": "IOB2", "mode": "strict"}, r"must be of IOB2, got the prefixes \['E'\]"),
+        (["E-a", "L-a"], {"mode": "strict"}, r"must be of one scheme, got the prefixes \['E', 'L'\]"),
+        (["B-a"], {"mode": "loose"}, "`mode` must be 'strict' or None, got 'loose'"),
+    ],
+)
+def test_tags_that_cannot_be_read_are_refused(tags, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_metric("seqeval").compute(predictions=[tags], references=[tags], **options)
+
+
+def test_sentences_that_do_not_pair_up_are_refused():
+    with pytest.raises(ValueError, match="got 1 and 1 sentences of 2 and 1 tags. Pair them up"):
+        span_f1([["O", "O"]], [["O"]])
+    with pytest.raises(ValueError, match="got 2 and 1 sentences"):
+        span_f1([["O"], []], [["O"]])
+
+
 LOAD_BY_PATH = """
 import json, sys
 import evaluate
@@ -191,6 +309,7 @@ def test_every_metric_loads_by_its_path_without_a_network(tmp_path):
     prediction, reference = question("a", "blue sky", "sky")
     inputs = {name: {"predictions": [0, 1, 1], "references": [0, 1, 0]} for name in METRICS}
     inputs["squad"] = {"predictions": [prediction], "references": [reference]}
+    inputs["seqeval"] = {"predictions": [["O", "I-a"]], "references": [["O", "B-a"]]}
     offline = {"HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", LOAD_BY_PATH, str(FOLDER), json.dumps(inputs)],
@@ -235,6 +354,7 @@ def test_unknown_metrics_are_refused_with_a_suggestion():
         ("regression", ("pearson_spearman",)),
         ("single_label_classification", ("accuracy",)),
         ("squad_v2", ("squad",)),
+        ("CoNLL-2003", ("seqeval",)),
     ],
 )
 def test_usual_metrics_of_a_task(task, expected):

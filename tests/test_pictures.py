@@ -17,6 +17,7 @@ from hf_moebert.pictures import (
     plot_pruning,
     plot_quality_and_speed,
     plot_sparsity,
+    plot_transitions,
 )
 
 
@@ -229,6 +230,7 @@ def test_pictures_leave_pyplot_alone(tmp_path):
     plot_sparsity(pruning_history(), tmp_path / "sparsity.png")
     plot_pruning(pruning_history(), tmp_path / "pruning.png")
     plot_quality_and_speed(POINTS, tmp_path / "points.png", quality="accuracy")
+    plot_transitions(torch.ones(2, 2), torch.ones(2, 2) == 1, ["O"], tmp_path / "transitions.png")
     assert pyplot.get_fignums() == open_before
 
 
@@ -249,3 +251,36 @@ def test_curves_are_drawn_one_for_each_name(drawn, lines):
 def test_curves_refuse_to_show_nothing(tmp_path, curves):
     with pytest.raises(ValueError, match="`curves` must hold lines of at least one point"):
         plot_curves(curves, tmp_path / "nothing.png", x="x", y="y")
+
+
+def test_transitions_show_the_scores_and_hatch_what_is_forbidden(drawn):
+    scores = torch.arange(9.0).view(3, 3) - 4
+    legal = torch.tensor([[True, False, True], [True, True, True], [True, False, True]])
+    scores[0, 1] = -math.inf  # what is forbidden may hold anything
+    plot_transitions(scores, legal, ["O", "B-a"], io.BytesIO())
+    axes = drawn[0].axes[0]
+    shown = np.where(legal, scores, np.nan)
+    np.testing.assert_array_equal(np.ma.filled(axes.images[0].get_array(), np.nan), shown)
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["START", "O", "B-a"]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["O", "B-a", "END"]
+    cells = [(patch.get_x() + 0.5, patch.get_y() + 0.5) for patch in axes.patches]
+    assert cells == [(1, 0), (1, 2)]
+    assert all(patch.get_hatch() for patch in axes.patches)
+
+
+@pytest.mark.parametrize(
+    ("scores", "legal", "message"),
+    [
+        (
+            torch.zeros(2, 2),
+            torch.ones(3, 3) == 1,
+            r"must be of shape \(3, 3\) for 2 labels, got \(2, 2\) and \(3, 3\)",
+        ),
+        (torch.zeros(3, 3), torch.ones(2, 3) == 1, r"got \(3, 3\) and \(2, 3\). Put START above"),
+        (torch.zeros(3, 3), torch.zeros(3, 3) == 1, "must be finite wherever `legal` is, and that somewhere"),
+        (torch.full((3, 3), math.nan), torch.ones(3, 3) == 1, "must be finite wherever"),
+    ],
+)
+def test_transitions_refuse_what_is_no_table_of_steps(tmp_path, scores, legal, message):
+    with pytest.raises(ValueError, match=message):
+        plot_transitions(scores, legal, ["O", "B-a"], tmp_path / "transitions.png")

@@ -8,6 +8,7 @@ from hf_moebert.metrics.accuracy.accuracy import Accuracy
 from hf_moebert.metrics.f1.f1 import F1
 from hf_moebert.metrics.matthews_correlation.matthews_correlation import MatthewsCorrelation
 from hf_moebert.metrics.pearson_spearman.pearson_spearman import PearsonSpearman
+from hf_moebert.metrics.seqeval.seqeval import Seqeval
 from hf_moebert.metrics.squad.squad import Squad
 
 
@@ -16,16 +17,19 @@ METRICS: dict[str, type[evaluate.Metric]] = {
     "f1": F1,
     "matthews_correlation": MatthewsCorrelation,
     "pearson_spearman": PearsonSpearman,
+    "seqeval": Seqeval,
     "squad": Squad,
 }
 
-# what is not accuracy, by GLUE task or problem type
+# what is not accuracy, by task or problem type
 USUAL_METRICS: dict[str, tuple[str, ...]] = {
     "cola": ("matthews_correlation",),
     "mrpc": ("accuracy", "f1"),
     "qqp": ("accuracy", "f1"),
     "stsb": ("pearson_spearman",),
     "regression": ("pearson_spearman",),
+    "conll2003": ("seqeval",),
+    "wnut17": ("seqeval",),
     "squad": ("squad",),
     "squad_v2": ("squad",),
 }
@@ -50,7 +54,7 @@ def load_metric(name: str) -> evaluate.Metric:
 
 
 def metrics_for_task(task: str) -> tuple[str, ...]:
-    """Name the metrics usually reported for a GLUE task, SQuAD or a `problem_type` of transformers.
+    """Name the metrics usually reported for a GLUE task, SQuAD, named entities or a `problem_type` of transformers.
 
     Args:
         task: Such as `"cola"`, `"STS-B"`, `"regression"` or `"single_label_classification"`; whatever is not known

@@ -1,0 +1,280 @@
+"""Tag names with and without a CRF, and with one that cannot give illegal tags.
+
+    python examples/masked_crf_ner.py --smoke --output_dir build/tags-smoke
+    python examples/masked_crf_ner.py --model_name_or_path google-bert/bert-base-cased \
+        --train_file train.jsonl --validation_file test.jsonl --seeds 0 1 2 --learning_rates 2e-5 5e-5 \
+        --max_steps 600 --output_dir build/tags
+    python examples/masked_crf_ner.py … --stage report  # of the runs that are there
+
+Every argument of `TrainingArguments` may be given; the others are below. All methods start from the same pre-trained
+encoder, any for which transformers has a token classifier, and train for the same steps on the same batches:
+
+- `softmax`: the stock token classifier, each word on its own;
+- `crf`: a plain CRF on top of it;
+- `masked-decoding`: the same weights, but illegal sequences are ruled out when tags are chosen;
+- `masked-training`: they are ruled out in the loss as well.
+
+The first seed tries every learning rate, and the best by lenient F1 on training sentences that were held out is used
+for all seeds; the validation file chooses nothing. Finished runs are not repeated when the command is run again.
+"""
+
+import copy
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pruning_study import PruningStudy, Run, mean_over_seeds, show
+from tagging_task import TaggingArguments, TaggingTask, make_smoke_tags, tag
+from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
+
+from hf_moebert import BertCrfForTokenClassification, CrfForTokenClassification
+from hf_moebert.benchmark import compare_latency
+from hf_moebert.evaluation import bootstrap_interval, paired_bootstrap
+from hf_moebert.footprint import count_bytes
+from hf_moebert.masked_crf.functional_tags import infer_scheme
+from hf_moebert.metrics.seqeval.seqeval import (
+    count_illegal,
+    count_spans,
+    micro_f1,
+    micro_precision,
+    micro_recall,
+    span_f1,
+)
+from hf_moebert.pictures import plot_transitions
+
+
+METHODS = ("softmax", "crf", "masked-decoding", "masked-training")
+ABOUT = """\
+All methods start from one pre-trained encoder and train for the same steps on the same batches, each with the best \
+of the learning rates that the first seed tried on held-out training sentences. Lenient F1 keeps illegal segments, as \
+conlleval does, strict F1 drops them; precision and recall are the lenient ones. Confidence is the mean probability \
+that a model gives to the tags it chose, to be compared with the share of right ones, `tags right`.\
+"""
+
+
+@dataclass
+class ExampleArguments:
+    """Which runs to make."""
+
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Runs of everything."})
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Rows of the table."})
+    learning_rates: list[float] = field(
+        default_factory=lambda: [5e-5, 2e-4], metadata={"help": "Tried by each method."}
+    )
+    crf_learning_rate: float = field(default=1e-2, metadata={"help": "Of the scores of the CRF alone."})
+    tag_scheme: str = field(default="auto", metadata={"help": "See `BertCrfConfig`."})
+    illegal_labels: str = field(default="repair", metadata={"help": "See `BertCrfConfig`."})
+    stage: str = field(default="all", metadata={"help": "What to do.", "choices": ("all", "train", "report")})
+    rounds: int = field(default=20, metadata={"help": "Times that each method is timed, in turns."})
+
+    def __post_init__(self) -> None:
+        """Refuse methods that do not exist, or whose weights nothing makes."""
+        if unknown := set(self.methods) - set(METHODS):
+            raise ValueError(f"`methods` must be among {', '.join(METHODS)}, got {sorted(unknown)}.")
+        if "masked-decoding" in self.methods and "crf" not in self.methods:
+            raise ValueError(f"`methods` must hold 'crf', whose weights 'masked-decoding' uses, got {self.methods}.")
+        self.methods.sort(key=METHODS.index)
+
+
+@dataclass(frozen=True)
+class Method(Run):
+    """A way to tag, and its learning rate."""
+
+    kind: str = "softmax"
+    learning_rate: float = 0.0
+
+
+class TaggingStudy(PruningStudy):
+    """Runs that differ in what chooses the tags."""
+
+    def __init__(self, task: TaggingTask, args: TrainingArguments, example: ExampleArguments) -> None:
+        super().__init__(task, args)
+        self.example = example
+
+    def arguments(self, run: Method) -> TrainingArguments:
+        """Train every method with its own learning rate."""
+        args = copy.deepcopy(self.args)
+        args.learning_rate = run.learning_rate
+        return args
+
+    def settings(self, run: Method) -> dict:
+        """Say what decides how a run ends."""
+        settings = super().settings(run) | {"kind": run.kind, "start": run.start}
+        if run.kind != "softmax":
+            names = ("crf_learning_rate", "tag_scheme", "illegal_labels")
+            settings |= {name: getattr(self.example, name) for name in names}
+        return settings
+
+    def start(self, run: Method, seed: int) -> PreTrainedModel:
+        """Make the model that a run trains, or the one that another run trained, masked."""
+        fields = {"tag_scheme": self.example.tag_scheme, "illegal_labels": self.example.illegal_labels}
+        if run.kind == "masked-decoding":
+            return self.task.auto_class.from_pretrained(self.folder(run.start, seed), mask_transitions="decoding")
+        model = self.task.new_model()
+        if run.kind == "softmax":
+            return model
+        tagger = BertCrfForTokenClassification if model.config.model_type == "bert" else CrfForTokenClassification
+        return tagger.from_dense(model, mask_transitions="off" if run.kind == "crf" else "training", **fields)
+
+    def train(self, run: Method, seed: int) -> Trainer:
+        """Train with the stock Trainer, the scores of the CRF at a rate of their own."""
+        set_seed(seed)
+        args = self.arguments(run)
+        args.seed, args.output_dir = seed, str(self.folder("checkpoints", seed))
+        model = self.start(run, seed)
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=self.task.train_dataset,
+            data_collator=self.task.collator,
+            processing_class=self.task.tokenizer,
+            optimizers=(make_optimizer(model, args, crf_learning_rate=self.example.crf_learning_rate), None),
+        )
+        if run.kind != "masked-decoding":
+            trainer.train()
+        return trainer
+
+    def save(self, model: PreTrainedModel, run: Method, folder: Path) -> None:
+        """Save what was trained, and a picture of what the CRF learned."""
+        super().save(model, run, folder)
+        if run.kind != "softmax":
+            draw_transitions(model, folder / "transitions.png")
+
+    def sizes(self, model: PreTrainedModel, run: Method, seed: int) -> dict[str, int]:
+        """Count the weights, and the bytes on disk."""
+        return {"stored": model.num_parameters(), "bytes": count_bytes(self.folder(run.name, seed))}
+
+    def findings(self, trainer: Trainer, run: Method) -> dict[str, Any]:
+        """Keep the score that chooses, and how long the training took."""
+        guesses = [sentence["tags"] for sentence in self.task.predict(trainer.model, self.task.held_out)]
+        logged = [entry for entry in trainer.state.log_history if "train_runtime" in entry]
+        seconds = logged[-1]["train_runtime"] if logged else 0.0
+        return {"held_out_f1": span_f1(guesses, self.task.true_tags(self.task.held_out)), "seconds": seconds}
+
+    def choose_rate(self, kind: str) -> Method:
+        """Run a method with every learning rate at the first seed, and return the best."""
+        seed, rates = self.example.seeds[0], self.example.learning_rates
+        runs = [Method(f"{kind}-{rate:g}", kind=kind, learning_rate=rate) for rate in rates]
+        for run in runs:
+            self.make(run, seed)
+        scores = [self.result(run.name, seed)["held_out_f1"] for run in runs]
+        print(f"{kind}: {dict(zip(rates, scores, strict=True))}", flush=True)
+        return runs[int(np.argmax(scores))]
+
+    def rows(self, runs: list[Method], seeds: list[int]) -> list[dict[str, str]]:
+        """One row for each run: means over the seeds, with intervals over the sentences."""
+        results = {run.name: [self.result(run.name, seed)["predictions"] for seed in seeds] for run in runs}
+        tags = {name: [[row["tags"] for row in result] for result in of_run] for name, of_run in results.items()}
+        rows = [{"run": run.name} for run in runs]
+        for mode in ("lenient", "strict"):
+            self.add_spans(rows, runs, tags, mode)
+        gold = np.concatenate(self.task.true_tags(self.task.validation))  # (words,)
+        scheme = self.example.tag_scheme
+        scheme = infer_scheme(self.task.names) if scheme == "auto" else scheme
+        for row, run in zip(rows, runs, strict=True):
+            illegal = [count_illegal(guess, scheme) for guess in tags[run.name]]
+            right = [np.concatenate(guess) == gold for guess in tags[run.name]]  # (words,) each
+            shares = [np.concatenate([row["shares"] for row in result]) for result in results[run.name]]
+            row["illegal segments"] = f"{np.mean(illegal):.1f}"
+            row["tags right"] = f"{np.mean(right):.4f}"
+            row["confidence"] = f"{np.mean(shares):.4f}"
+        return rows
+
+    def add_spans(self, rows: list[dict[str, str]], runs: list[Method], tags: dict[str, list], mode: str) -> None:
+        """Add the columns of lenient or of strict scores of spans; `tags` are those of each seed by run."""
+        true_tags = self.task.true_tags(self.task.validation)
+        counts = {name: [count_spans(t, true_tags, mode == "strict") for t in of_run] for name, of_run in tags.items()}
+        found = {
+            name: np.stack([f for f, _ in of_run], axis=1) for name, of_run in counts.items()
+        }  # (examples, seeds)
+        true = counts[runs[0].name][0][1]  # (examples,)
+        f1, name = partial(mean_over_seeds, micro_f1), f"F1 {mode}"
+        for row, run in zip(rows, runs, strict=True):
+            mine = found[run.name]
+            row[name] = show(bootstrap_interval(f1, mine, true), ".4f")
+            if mine.shape[1] > 1:
+                row[f"{name} of each seed"] = " ".join(f"{micro_f1(column, true):.4f}" for column in mine.T)
+            peer = found.get(run.peer)
+            row[f"{name} difference"] = "–" if peer is None else show(paired_bootstrap(f1, mine, peer, true), "+.4f")
+            if mode == "lenient":
+                row["precision"] = f"{mean_over_seeds(micro_precision, mine, true):.4f}"
+                row["recall"] = f"{mean_over_seeds(micro_recall, mine, true):.4f}"
+
+    def latency_rows(self, runs: list[Method], seed: int) -> list[dict[str, str]]:
+        """Time the tagging of one batch, the choice of tags included, on one thread of the processor."""
+        torch.set_num_threads(1)
+        batch = next(self.task.batches(self.task.validation))
+        calls = {run.name: partial(tag, self.load(run.name, seed).eval(), batch) for run in runs}
+        ratios = compare_latency(calls, baseline=runs[0].name, rounds=self.example.rounds, clock="cpu")
+        column = f"time over {runs[0].name} at {'x'.join(map(str, batch['input_ids'].shape))}"
+        return [
+            {"run": name, column: f"{1 / r.median:.2f}x [{1 / r.high:.2f}, {1 / r.low:.2f}]"}
+            for name, r in ratios.items()
+        ]
+
+    def pictures(self, runs: list[Method], seeds: list[int]) -> list[tuple[str, Path]]:
+        """Return the transition scores of the first seed's CRFs."""
+        drawn = [run for run in runs if run.kind != "softmax"]
+        return [(f"{run.name}: transitions", self.folder(run.name, seeds[0]) / "transitions.png") for run in drawn]
+
+
+def make_optimizer(
+    model: PreTrainedModel, args: TrainingArguments, *, crf_learning_rate: float
+) -> torch.optim.Optimizer:
+    """Make AdamW with a rate of their own for the scores of the CRF; only matrices of the encoder decay."""
+    named = list(model.named_parameters())
+    encoder = [p for name, p in named if not name.startswith("crf.")]
+    groups = [
+        {"params": [p for p in encoder if p.dim() > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in encoder if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for name, p in named if name.startswith("crf.")], "weight_decay": 0.0, "lr": crf_learning_rate},
+    ]
+    betas = (args.adam_beta1, args.adam_beta2)
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
+
+
+def draw_transitions(model: PreTrainedModel, path: Path) -> None:
+    """Draw the scores of a CRF, its start above and its end to the right."""
+
+    def frame(steps: torch.Tensor, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        first = torch.cat([start, start.new_zeros(1)])  # (tags + 1,): from START; to END at once scores nothing
+        return torch.cat([first[None], torch.cat([steps, end[:, None]], 1)])  # (tags + 1, tags + 1)
+
+    crf = model.crf
+    legal = frame(crf.legal, crf.legal_start, crf.legal_end)
+    plot_transitions(frame(crf.transitions, crf.start, crf.end), legal, crf.labels, path)
+
+
+def main() -> None:
+    """Make the runs that are missing, then the tables."""
+    parser = HfArgumentParser((TaggingArguments, ExampleArguments, TrainingArguments))
+    arguments, example, args = parser.parse_args_into_dataclasses()
+    if arguments.smoke:
+        make_smoke_tags(arguments, Path(args.output_dir) / "inputs")
+        args.logging_steps, args.save_strategy, args.max_steps, example.rounds = 1, "no", 20, 3
+    study = TaggingStudy(TaggingTask(arguments, seed=args.seed), args, example)
+
+    runs: dict[str, Method] = {}
+    for kind in example.methods:
+        if kind == "masked-decoding":
+            name = runs["crf"].name.replace("crf", kind)
+            runs[kind] = replace(runs["crf"], name=name, kind=kind, start=runs["crf"].name)
+        else:
+            runs[kind] = study.choose_rate(kind)
+        for seed in example.seeds if example.stage != "report" else []:
+            study.make(runs[kind], seed)
+    if example.stage == "train":
+        return
+
+    first = next(iter(runs.values())).name
+    table = [replace(run, peer=None if run.name == first else first) for run in runs.values()]
+    speed = study.latency_rows(table, example.seeds[0])
+    study.report("Tags chosen one by one, together, and legally", ABOUT, table, example.seeds, speed=speed)
+
+
+if __name__ == "__main__":
+    main()
