@@ -52,6 +52,8 @@ benchmark: $(VENV)/.installed
 	$(PY) benchmarks/moebert_scale.py
 	$(PY) benchmarks/platon_overhead.py
 	$(PY) benchmarks/mpo.py
+	$(PY) benchmarks/crf.py
+	$(PY) benchmarks/serving.py
 
 wheel: $(VENV)/.installed
 	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -170,7 +170,7 @@ class TaggingStudy(PruningStudy):
         tags = {name: [[row["tags"] for row in result] for result in of_run] for name, of_run in results.items()}
         rows = [{"run": run.name} for run in runs]
         for mode in ("lenient", "strict"):
-            self.add_spans(rows, runs, tags, mode)
+            self.add_spans(rows, runs, tags, mode=mode)
         gold = np.concatenate(self.task.true_tags(self.task.validation))  # (words,)
         scheme = self.example.tag_scheme
         scheme = infer_scheme(self.task.names) if scheme == "auto" else scheme
@@ -183,7 +183,7 @@ class TaggingStudy(PruningStudy):
             row["confidence"] = f"{np.mean(shares):.4f}"
         return rows
 
-    def add_spans(self, rows: list[dict[str, str]], runs: list[Method], tags: dict[str, list], mode: str) -> None:
+    def add_spans(self, rows: list[dict[str, str]], runs: list[Method], tags: dict[str, list], *, mode: str) -> None:
         """Add the columns of lenient or of strict scores of spans; `tags` are those of each seed by run."""
         true_tags = self.task.true_tags(self.task.validation)
         counts = {name: [count_spans(t, true_tags, mode == "strict") for t in of_run] for name, of_run in tags.items()}
@@ -241,7 +241,7 @@ def draw_transitions(model: PreTrainedModel, path: Path) -> None:
     """Draw the scores of a CRF, its start above and its end to the right."""
 
     def frame(steps: torch.Tensor, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-        first = torch.cat([start, start.new_zeros(1)])  # (tags + 1,): from START; to END at once scores nothing
+        first = torch.cat([start, start.new_zeros(1)])  # (tags + 1,): from START to END is no step
         return torch.cat([first[None], torch.cat([steps, end[:, None]], 1)])  # (tags + 1, tags + 1)
 
     crf = model.crf

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .distillation import DistillationConfig, DistillationTrainer
 from .inference import optimize_for_inference, revert_optimizations
@@ -21,6 +22,7 @@ from .masked_crf import (
     BertCrfForTokenClassification,
     CrfConfig,
     CrfForTokenClassification,
+    CrfTokenClassificationPipeline,
     MaskedCRF,
 )
 from .moebert import (
@@ -40,6 +42,14 @@ from .mpoe import (
     MPOET5ForConditionalGeneration,
 )
 from .mpoe.configuration_mpoe import MPOEBertConfig, MPOEGPT2Config, MPOET5Config
+from .multitask import (
+    MultiTaskBertConfig,
+    MultiTaskBertModel,
+    MultiTaskPipeline,
+    MultiTaskSweep,
+    SweepConfig,
+    SweepTask,
+)
 from .packing import save_packed
 from .platon import PlatonConfig, PlatonPruningCallback, shrink
 from .platon.configuration_shrunk import (
@@ -74,6 +84,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BertCrfForTokenClassification",
     "CrfForTokenClassification",
+    "CrfTokenClassificationPipeline",
     "DistillationConfig",
     "DistillationTrainer",
     "GradientMaskConfig",
@@ -90,8 +101,13 @@ __all__ = [
     "MoEBertForSequenceClassification",
     "MoEBertForTokenClassification",
     "MoEBertModel",
+    "MultiTaskBertModel",
+    "MultiTaskPipeline",
+    "MultiTaskSweep",
     "PlatonConfig",
     "PlatonPruningCallback",
+    "SweepConfig",
+    "SweepTask",
     "compress_mpo",
     "measure_importance",
     "optimize_for_inference",
@@ -139,8 +155,9 @@ _TABLE: dict[Any, dict[Any, Any]] = {
     MPOEBertConfig: {AutoModelForSequenceClassification: MPOEBertForSequenceClassification},
     MPOEGPT2Config: {AutoModelForCausalLM: MPOEGPT2LMHeadModel},
     MPOET5Config: {AutoModelForSeq2SeqLM: MPOET5ForConditionalGeneration},
+    MultiTaskBertConfig: {AutoModel: MultiTaskBertModel},
 }
-_STAY = (MPOEBertConfig, MPOEGPT2Config, MPOET5Config)  # two systems make them: too much to ship
+_STAY = (MPOEBertConfig, MPOEGPT2Config, MPOET5Config, MultiTaskBertConfig)  # two systems make them: too much to ship
 for _config, _models in _TABLE.items():
     AutoConfig.register(_config.model_type, _config)
     for _auto, _model in _models.items():
@@ -149,3 +166,9 @@ for _config, _models in _TABLE.items():
             _model.register_for_auto_class(_auto.__name__)
     if not issubclass(_config, _STAY):
         _config.register_for_auto_class()
+
+# What `pipeline(name, model=...)` finds.
+PIPELINE_REGISTRY.register_pipeline(
+    "masked-crf", pipeline_class=CrfTokenClassificationPipeline, pt_model=AutoModelForTokenClassification, type="text"
+)
+PIPELINE_REGISTRY.register_pipeline("multitask", pipeline_class=MultiTaskPipeline, pt_model=AutoModel, type="text")

@@ -33,7 +33,7 @@ class OneLineErrors(TyperGroup):
 
 app = typer.Typer(
     cls=OneLineErrors,
-    help="Measure compressed transformers against the model they come from, pack and publish them.",
+    help="Measure compressed transformers against the model they come from, pack, publish and serve them.",
     add_completion=False,
     no_args_is_help=False,
     pretty_exceptions_enable=False,
@@ -163,6 +163,59 @@ def pack(
     pack_folder(folder, output)
     before, after = count_bytes(folder), count_bytes(output)
     typer.echo(f"{output}: {after:,} bytes of weights, {after / before:.0%} of {before:,}")
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a merged multi-task model.")],
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; by default no other machine's.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 for any that is free.")] = 8000,
+    max_batch: Annotated[int, typer.Option("--max_batch", min=1, help="Inputs of a batch, and of a request.")] = 32,
+    max_wait_ms: Annotated[float, typer.Option("--max_wait_ms", min=0, help="Wait of a request for company.")] = 5,
+    queue_size: Annotated[int, typer.Option("--queue_size", min=1, help="Inputs that may wait.")] = 256,
+    max_body_bytes: Annotated[int, typer.Option("--max_body_bytes", min=1, help="Of a request.")] = 1_000_000,
+    max_characters: Annotated[int, typer.Option("--max_characters", min=1, help="Of an input.")] = 20_000,
+    timeout_s: Annotated[float, typer.Option("--timeout_s", min=0.001, help="Until a request is given up.")] = 30,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads that torch computes with.")] = None,
+    allow_updates: Annotated[
+        Path | None,
+        typer.Option(
+            "--allow_updates",
+            exists=True,
+            file_okay=False,
+            help="Let clients put tasks from folders in this directory.",
+        ),
+    ] = None,
+) -> None:
+    """Answer texts over HTTP with all tasks of a model, until Ctrl-C or SIGTERM."""
+    try:
+        from hf_moebert.serving import ServingLimits, build_app, run_server
+    except ImportError as error:
+        raise ValueError(f"`serve` needs more packages, {error}. Use `pip install hf_moebert[serve]`.") from error
+    if not sys.stderr.isatty():
+        _hide_progress()
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    limits = ServingLimits(max_batch, max_wait_ms, queue_size, max_body_bytes, max_characters, timeout_s)
+    predictor = _load_tasks(model)
+    served = build_app(predictor, limits=limits, allow_updates=allow_updates)
+    names = ", ".join(predictor.describe_tasks())
+    run_server(served, host=host, port=port, announce=lambda url: typer.echo(f"Serving {names} of {model} on {url}"))
+
+
+def _load_tasks(source: str) -> Any:
+    from transformers import AutoConfig, pipeline
+
+    from hf_moebert import MultiTaskBertModel
+
+    config = AutoConfig.from_pretrained(source)
+    if config.model_type != MultiTaskBertModel.config_class.model_type:
+        raise ValueError(f"`model` must be a merged multi-task model, got {config.model_type!r} in {source!r}.")
+    return pipeline("multitask", model=MultiTaskBertModel.from_pretrained(source), tokenizer=source)
 
 
 def _load_examples(file: Path | None, name: str | None, config_name: str | None, split: str) -> Any:

@@ -250,7 +250,7 @@ def plot_transitions(scores: Tensor, legal: Tensor, labels: Sequence[str], path:
 
     Args:
         scores: Rows are the previous tag, START first; columns the next one, END last. Shape `(tags + 1, tags + 1)`.
-        legal: Where a step is allowed; START to END, of no words, is a step too. Shape `(tags + 1, tags + 1)`.
+        legal: Where a step is allowed. Shape `(tags + 1, tags + 1)`.
         labels: Names of the tags.
         path: Image to write; the ending chooses the format.
 
@@ -267,7 +267,8 @@ def plot_transitions(scores: Tensor, legal: Tensor, labels: Sequence[str], path:
     table = np.where(allowed, scores.detach().cpu().double().numpy(), np.nan)
     if not allowed.any() or not np.isfinite(table[allowed]).all():
         raise ValueError(f"`scores` must be finite wherever `legal` is, and that somewhere, got {table.tolist()}.")
-    figure = Figure(figsize=(3.2 + 0.34 * side, 2.6 + 0.34 * side), layout="constrained")
+    cell = 0.34 if side <= 30 else 0.2  # inches
+    figure = Figure(figsize=(3.2 + cell * side, 2.6 + cell * side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(table, cmap="RdBu_r", norm=CenteredNorm(0, max(np.abs(table[allowed]).max(), 1e-9)))
     for row, column in np.argwhere(~allowed).tolist():

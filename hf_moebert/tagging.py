@@ -80,7 +80,7 @@ def encode_tokens(
     if _dtype(kind := _item_of(dataset, tokens_column)) not in ("string", "null"):
         raise ValueError(f"The column '{tokens_column}' must hold lists of words, got lists of {_dtype(kind)}.")
     table = _tag_table(_item_of(dataset, tags_column), tag_names)
-    _check_rows(dataset, tokens_column, tags_column, table, names=tag_names)
+    _check_rows(dataset, table, tag_names, tokens_column=tokens_column, tags_column=tags_column)
 
     def encode(rows: dict[str, list]) -> dict[str, list[list[int]]]:
         numbers = [[table[tag] for tag in tags] for tags in rows[tags_column]]
@@ -138,7 +138,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Non
 
 
 def _check_rows(
-    dataset: Dataset, tokens_column: str, tags_column: str, table: Mapping[Any, int], *, names: Sequence[str]
+    dataset: Dataset, table: Mapping[Any, int], names: Sequence[str], *, tokens_column: str, tags_column: str
 ) -> None:
     """Refuse the first row whose words and tags do not pair up."""
     if not len(dataset):

@@ -11,11 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainingArguments,
+)
 
-from hf_moebert import MPOEGPT2LMHeadModel, MPOET5ForConditionalGeneration
+from hf_moebert import CrfForTokenClassification, MPOEGPT2LMHeadModel, MPOET5ForConditionalGeneration
 from hf_moebert.footprint import load_model
 from hf_moebert.linears import why_not
+from hf_moebert.metrics.seqeval.seqeval import count_illegal, span_f1
 from hf_moebert.metrics.squad.squad import squad_scores
 
 
@@ -321,3 +331,102 @@ def test_factors_multiplied_out_give_what_was_trained(monkeypatch):
         logits = half(ids).logits
         torch.testing.assert_close(restore(half)(ids).logits, logits, rtol=1e-4, atol=1e-5)
         assert sum(p.numel() for p in half.parameters()) == sum(p.numel() for p in dense.parameters())
+
+
+def test_masked_crf_ner(tmp_path):
+    command = ("examples/masked_crf_ner.py", "--smoke", "--output_dir", tmp_path, "--seeds", "0", "1")
+    output = run(*command, "--learning_rates", "3e-3").stdout
+    report = (tmp_path / "report.md").read_text()
+    kinds = ["softmax", "crf", "masked-decoding", "masked-training"]
+    scores = [
+        [name, f"{name} of each seed", f"{name} difference", *more]
+        for name, more in (("F1 lenient", ["precision", "recall"]), ("F1 strict", []))
+    ]
+    table = ["run", *scores[0], *scores[1], "illegal segments", "tags right", "confidence"]
+    assert columns(report)[0] == columns(output)[0] == table
+    assert columns(report)[1] == ["run", "time over softmax-0.003 at 32x10"]
+    rows = [line.strip("| ").split(" | ") for line in report.splitlines() if line.startswith("| ")]
+    rows = {row[0].removesuffix("-0.003"): row for row in rows if len(row) == len(table)}
+    assert [name for name in rows if name in kinds] == kinds
+
+    # the table's numbers are the metric's, on the sentences of the file in their order
+    file = (tmp_path / "inputs/validation_file.jsonl").read_text()
+    truth = [json.loads(line)["tags"] for line in file.splitlines()]
+    results = {
+        kind: [json.loads((tmp_path / f"seed-{n}/{kind}-0.003/result.json").read_text()) for n in (0, 1)]
+        for kind in kinds
+    }
+    for kind in kinds:
+        guesses = [[sentence["tags"] for sentence in result["predictions"]] for result in results[kind]]
+        assert [len(tags) for tags in guesses[0]] == [len(tags) for tags in truth]
+        row = dict(zip(table, rows[kind], strict=True))
+        for mode in ("lenient", "strict"):
+            expected = " ".join(f"{span_f1(guess, truth, mode == 'strict'):.4f}" for guess in guesses)
+            assert row[f"F1 {mode} of each seed"] == expected
+        illegal = [count_illegal(guess, "IOB2") for guess in guesses]
+        assert float(row["illegal segments"]) == np.mean(illegal)
+        assert not kind.startswith("masked") or illegal == [0, 0]
+
+    # masking in decoding alone changes no weight
+    folders = [tmp_path / "seed-1" / f"{kind}-0.003" for kind in ("crf", "masked-decoding")]
+    plain, masked = (load_model(folder) for folder in folders)
+    assert (plain.config.mask_transitions, masked.config.mask_transitions) == ("off", "decoding")
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(masked.get_parameter(name), parameter, rtol=0, atol=0)
+    assert plain.crf.transitions.abs().max() > 0.003  # they had a rate of their own
+    for picture in re.findall(r"!\[.*\]\((.*)\)", report):
+        assert (tmp_path / picture).stat().st_size > 0, picture
+    assert "masked-training-0.003/transitions.png" in report
+
+
+def test_masked_crf_ner_on_any_encoder(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from masked_crf_ner import ExampleArguments, Method, TaggingStudy, make_optimizer
+    from tagging_task import TaggingArguments, TaggingTask, make_smoke_tags
+
+    arguments = TaggingArguments()
+    make_smoke_tags(arguments, tmp_path)
+    sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32, "max_position_embeddings": 64}
+    words = len(AutoTokenizer.from_pretrained(tmp_path))
+    DistilBertModel(DistilBertConfig(vocab_size=words, **sizes)).save_pretrained(tmp_path)
+    args = TrainingArguments(output_dir=tmp_path, learning_rate=1e-4, weight_decay=0.1, use_cpu=True)
+    task = TaggingTask(arguments, seed=0)
+    model = TaggingStudy(task, args, ExampleArguments()).start(Method("masked", kind="masked-training"), 0)
+    assert isinstance(model, CrfForTokenClassification)
+    sentences = task.predict(model)
+    guesses, truth = [sentence["tags"] for sentence in sentences], task.true_tags(task.validation)
+    assert [len(tags) for tags in guesses] == [len(tags) for tags in truth] == [len(s["shares"]) for s in sentences]
+    assert len({tag for tags in guesses for tag in tags}) > 1
+    assert count_illegal(guesses, "IOB2") == 0
+    groups = make_optimizer(model, args, crf_learning_rate=0.5).param_groups
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1e-4, 0.1), (1e-4, 0), (0.5, 0)]
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    assert {id(p) for p in groups[2]["params"]} == {id(p) for p in model.crf.parameters()}
+
+
+def test_multitask_bert(tmp_path):
+    command = ("examples/multitask_bert.py", "--smoke", "--output_dir", tmp_path, "--gains", "1")
+    output = run(*command).stdout
+    report, results = (tmp_path / "report.md").read_text(), json.loads((tmp_path / "results.json").read_text())
+    ways, tasks = ["separate", "teachers", "uniform-1", "mixed-1"], ["mood", "stars", "things", "things-crf"]
+    assert list(results["ways"]) == ways
+    for name, way in results["ways"].items():
+        splits = results["layers"]["0"][name]
+        assert list(splits) == tasks
+        assert way["layers"] == max(frozen for frozen, _ in splits.values()) + sum(own for _, own in splits.values())
+        assert list(way["scores"]) == [*tasks, "average"]
+        predicted = np.mean([way["scores"][task]["value"] for task in tasks])
+        assert way["scores"]["average"]["value"] == pytest.approx(predicted)
+    assert results["ways"]["separate"]["layers"] == 8
+    assert results["ways"]["uniform-1"]["layers"] <= 5
+    merged = tmp_path / "seed-0/merged/uniform-1"
+    assert sum(f.stat().st_size for f in merged.glob("*.safetensors")) == results["ways"]["uniform-1"]["bytes"]
+    assert {f.name for f in merged.glob("branch-*")} == {f"branch-{task}.safetensors" for task in tasks}
+    assert (tmp_path / "quality_and_layers.png").stat().st_size > 0
+    assert "| way | layers run |" in report
+    assert "Seed 0: things, teacher-2" in output
+    made = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.json") if file.parent != tmp_path}
+    run(*command, "--stage", "report")  # trains and predicts nothing again
+    assert [
+        str(f) for f in made if f.name in ("result.json", "predictions.json") and f.stat().st_mtime_ns != made[f]
+    ] == []

@@ -13,7 +13,8 @@ class DistillationConfig:
     Raises:
         ValueError: If a value breaks the rule in its help text; the message names rule and remedy.
 
-    Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, layer-wise distillation.
+    Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, layer-wise distillation; `temperature` without
+    `hidden_states` is the recipe of Wei et al. 2022, https://arxiv.org/abs/2107.05377.
     """
 
     weight: float = HfArg(
@@ -36,6 +37,16 @@ class DistillationConfig:
         default=False,
         help="Whether dropout stays on in the teacher, as in the paper's code, which makes its targets noisy.",
     )
+    hidden_states: bool = HfArg(
+        default=True,
+        help="Whether the student follows the teacher's hidden states too. False: predictions alone, for which depths"
+        " and hidden sizes may differ.",
+    )
+    temperature: float | None = HfArg(
+        default=None,
+        help="Predictions follow the teacher's, both softened by this temperature, in cross-entropy times its square;"
+        " 2 in the published code. By default they are compared by the symmetric divergence, without temperature.",
+    )
 
     def __post_init__(self) -> None:
         if not _is_weight(self.weight):
@@ -48,9 +59,17 @@ class DistillationConfig:
                 f"`layer_map` must list layer numbers counted from 1, got {self.layer_map!r}. Use [2, 4, 6] for a"
                 " student of three layers and a teacher of six; embeddings need no entry."
             )
-        for name in ("mask_padding", "reference_teacher_dropout"):
+        for name in ("mask_padding", "reference_teacher_dropout", "hidden_states"):
             if getattr(self, name) not in (True, False):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}. Write it unquoted.")
+        if self.layer_map is not None and not self.hidden_states:
+            raise ValueError(
+                f"`layer_map` must be None when `hidden_states` is False, got {self.layer_map!r}. Drop one of the two."
+            )
+        if self.temperature is not None and not (_is_weight(self.temperature) and self.temperature > 0):
+            raise ValueError(
+                f"`temperature` must be None or a finite number above 0, got {self.temperature!r}. Use 2.0."
+            )
 
     def teacher_layers(self, student_depth: int, teacher_depth: int) -> list[int]:
         """Say which hidden state of the teacher each hidden state of the student follows.
@@ -60,11 +79,14 @@ class DistillationConfig:
             teacher_depth: Layers of the teacher.
 
         Returns:
-            One index per hidden state of the student, embeddings (0) first. Length `student_depth + 1`.
+            One index per hidden state of the student, embeddings (0) first. Length `student_depth + 1`; empty if
+            `hidden_states` is False.
 
         Raises:
             ValueError: If the depths differ and `layer_map` is not set, or if `layer_map` does not fit the depths.
         """
+        if not self.hidden_states:
+            return []
         example = [round((k + 1) * teacher_depth / student_depth) for k in range(student_depth)]
         if self.layer_map is None:
             if student_depth != teacher_depth:

@@ -65,13 +65,36 @@ def symmetric_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1) / 2
 
 
-def classification_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Symmetric KL between predicted labels, of sentences or of tokens.
+def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of the student's softened distribution under the teacher's, times the squared temperature.
+
+    With `p` the softmax of `student / T` and `q` that of `teacher / T`, it is `-T^2 sum q log p`. The square keeps the
+    gradient's size: a softmax softened by `T` hands on `1 / T` of it, and so does the difference of the two.
+
+    Args:
+        student: Logits. Shape `(..., labels)`.
+        teacher: Logits. Shape `(..., labels)`.
+        temperature: `T`, above 0; the larger, the more the unlikely labels count.
+
+    Returns:
+        The cross-entropy in nats; equal logits give the teacher's entropy, not zero. Shape `(...)`.
+
+    Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531; in this form the code of Wei et al. 2022.
+    """
+    student, teacher = (_soften(logits, temperature) for logits in (student, teacher))
+    return -(teacher.softmax(-1) * log_softmax(student, dim=-1)).sum(-1) * temperature**2
+
+
+def classification_loss(
+    student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, temperature: float | None = None
+) -> Tensor:
+    """Distance between predicted labels, of sentences or of tokens.
 
     Args:
         student: Logits. Shape `(batch, labels)`, or `(batch, seq, labels)` for tokens.
         teacher: Logits. Shape as `student`.
         mask: True at the tokens that count; only for tokens. Shape `(batch, seq)`.
+        temperature: Of `soft_cross_entropy`; without it, `symmetric_kl`.
 
     Returns:
         The loss. Shape `()`.
@@ -81,18 +104,19 @@ def classification_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = 
     if mask is not None:
         student = student.masked_fill(~mask.unsqueeze(-1), 0)  # as in `hidden_state_loss`
         teacher = teacher.masked_fill(~mask.unsqueeze(-1), 0)
-    return masked_mean(symmetric_kl(student, teacher), mask)
+    return masked_mean(_distance(student, teacher, temperature), mask)
 
 
-def multi_label_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Symmetric KL between the two Bernoulli distributions of each label, averaged like the task's own loss.
+def multi_label_loss(student: Tensor, teacher: Tensor, *, temperature: float | None = None) -> Tensor:
+    """Distance between the two Bernoulli distributions of each label, averaged like the task's own loss.
 
-    With `p` and `q` the sigmoids of logits `s` and `t`, the divergence is `1/2 (p - q)(s - t)`: the logarithms of
+    With `p` and `q` the sigmoids of logits `s` and `t`, the symmetric KL is `1/2 (p - q)(s - t)`: the logarithms of
     both outcomes collapse to the logits.
 
     Args:
         student: Logits. Shape `(batch, labels)`.
         teacher: Logits. Shape `(batch, labels)`.
+        temperature: Of `soft_cross_entropy`, each label against its absence; without it, the symmetric KL.
 
     Returns:
         The loss. Shape `()`.
@@ -100,6 +124,9 @@ def multi_label_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Source: our own design; the paper has no multi-label task.
     """
     student, teacher = _at_least_float32(student), _at_least_float32(teacher)
+    if temperature is not None:  # a label's absence has the logit 0
+        student, teacher = (torch.stack([logits, torch.zeros_like(logits)], -1) for logits in (student, teacher))
+        return soft_cross_entropy(student, teacher, temperature).mean()
     return ((student.sigmoid() - teacher.sigmoid()) * (student - teacher)).mean() / 2
 
 
@@ -118,13 +145,20 @@ def regression_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (_at_least_float32(student) - _at_least_float32(teacher)).square().mean()
 
 
-def span_loss(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
-    """Symmetric KL over the positions of a sequence, half for the start of the answer and half for its end.
+def span_loss(
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor],
+    mask: Tensor | None = None,
+    *,
+    temperature: float | None = None,
+) -> Tensor:
+    """Distance over the positions of a sequence, half for the start of the answer and half for its end.
 
     Args:
         student: Logits of start and end. Shape `(batch, seq)` each.
         teacher: Logits of start and end. Shape `(batch, seq)` each.
         mask: True at real tokens; the others can be neither start nor end. Shape `(batch, seq)`.
+        temperature: Of `soft_cross_entropy`; without it, `symmetric_kl`.
 
     Returns:
         The loss. Shape `()`.
@@ -134,8 +168,18 @@ def span_loss(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], ma
     if mask is not None:
         student = (_set_aside(student[0], mask), _set_aside(student[1], mask))
         teacher = (_set_aside(teacher[0], mask), _set_aside(teacher[1], mask))
-    start, end = (symmetric_kl(s, t) for s, t in zip(student, teacher, strict=True))  # (batch,)
+    start, end = (_distance(s, t, temperature) for s, t in zip(student, teacher, strict=True))  # (batch,)
     return (start + end).mean() / 2
+
+
+def _distance(student: Tensor, teacher: Tensor, temperature: float | None) -> Tensor:
+    return symmetric_kl(student, teacher) if temperature is None else soft_cross_entropy(student, teacher, temperature)
+
+
+def _soften(logits: Tensor, temperature: float) -> Tensor:
+    logits = _at_least_float32(logits)
+    # A temperature below 1 takes what was set aside to -inf, whose product with a probability of zero is NaN.
+    return (logits / temperature).clamp(min=torch.finfo(logits.dtype).min)
 
 
 def _set_aside(logits: Tensor, mask: Tensor) -> Tensor:

@@ -26,10 +26,10 @@ class DistillationTrainer(Trainer):
     """Train a student on its task and on the hidden states and predictions of a frozen teacher.
 
     The loss is `task + weight * (hidden + prediction)`. `task` is what the stock `Trainer` would minimise; `hidden`
-    sums one mean squared error per hidden state, embeddings included; `prediction` compares the outputs. While
-    training, all terms are logged without the weight as `loss_task`, `loss_hidden`, `loss_hidden_<k>` (0 = embeddings)
-    and `loss_prediction`, each the mean over the micro-batches of all processes since the last log. Evaluation
-    is the stock one. Batches without labels are taught by the teacher alone: their `task` is zero.
+    sums one mean squared error per hidden state, embeddings included, or is left out; `prediction` compares the
+    outputs. While training, all terms are logged without the weight as `loss_task`, `loss_hidden`, `loss_hidden_<k>`
+    (0 = embeddings) and `loss_prediction`, each the mean over the micro-batches of all processes since the last log.
+    Evaluation is the stock one. Batches without labels are taught by the teacher alone: their `task` is zero.
 
     The teacher becomes frozen and moves to the device of `args`. It is no part of the student: no checkpoint and no
     optimizer holds it.
@@ -56,7 +56,8 @@ class DistillationTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.distillation = DistillationConfig() if distillation is None else distillation
         _refuse_shared_parameters(self.model, teacher)
-        _refuse_other_sizes(self.model.config, teacher.config, self.processing_class)
+        names = ("vocab_size", "hidden_size") if self.distillation.hidden_states else ("vocab_size",)
+        _refuse_other_sizes(self.model.config, teacher.config, self.processing_class, names=names)
         _refuse_other_labels(self.model.config, teacher.config)
         self._teacher_layers = self.distillation.teacher_layers(
             self.model.config.num_hidden_layers, teacher.config.num_hidden_layers
@@ -103,14 +104,10 @@ class DistillationTrainer(Trainer):
         task, student = self._student_loss(model, inputs, num_items_in_batch)
         teacher = self._teacher_outputs(inputs)
         real = self._real_tokens(inputs)  # (batch, seq)
-        layers = [
-            hidden_state_loss(state, teacher["hidden_states"][layer], real)
-            for state, layer in zip(student["hidden_states"], self._teacher_layers, strict=True)
-        ]
-        hidden = torch.stack(layers).sum()
         prediction = self._prediction_loss(student, teacher, inputs.get("labels"), real)
-        self._record(task.mean(), hidden, *layers, prediction)
-        loss = task + self.distillation.weight * (hidden + prediction)
+        hidden = self._hidden_losses(student, teacher, real)
+        self._record(task.mean(), *hidden, prediction)
+        loss = task + self.distillation.weight * sum(hidden[:1], prediction)
         return (loss, student) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -128,26 +125,51 @@ class DistillationTrainer(Trainer):
     def _student_loss(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, Mapping[str, Any]]:
-        columns = {**inputs, "output_hidden_states": True, "return_dict": True}
+        columns = {**inputs, **self._output_options()}
         if self.compute_loss_func is None and not any(name in inputs for name in self.label_names):
             logger.warning_once(f"No {self.label_names} in the batch: the student learns from the teacher alone.")
-            outputs = _with_hidden_states(model(**columns), "model")
-            return outputs["hidden_states"][0].new_zeros(()), outputs
+            return torch.zeros((), device=self.args.device), self._complete(model(**columns), "model")
         loss, outputs = super().compute_loss(model, columns, True, num_items_in_batch)
         if num_items_in_batch is not None:  # a share of the accumulated batch: back to the scale of a micro-batch
             loss = loss * self.current_gradient_accumulation_steps
-        return loss, _with_hidden_states(outputs, "model")
+        return loss, self._complete(outputs, "model")
 
     @torch.no_grad()
     def _teacher_outputs(self, inputs: dict[str, Any]) -> Mapping[str, Any]:
         columns = {name: value for name, value in inputs.items() if name in self._teacher_inputs}
         with self.accelerator.autocast():
-            outputs = self.teacher(**columns, output_hidden_states=True, return_dict=True)
-        outputs = _with_hidden_states(outputs, "teacher")
+            outputs = self.teacher(**columns, **self._output_options())
+        outputs = self._complete(outputs, "teacher")
         if not self._teacher_checked:  # once: a frozen teacher does not break later, and each check waits for the GPU
             _refuse_non_finite_teacher(outputs)
             self._teacher_checked = True
         return outputs
+
+    def _output_options(self) -> dict[str, bool]:
+        return {"output_hidden_states": self.distillation.hidden_states, "return_dict": True}
+
+    def _complete(self, outputs: Any, role: str) -> Mapping[str, Any]:
+        names = list(outputs) if isinstance(outputs, Mapping) else []
+        needed = "`hidden_states` and `logits`" if self.distillation.hidden_states else "`logits`"
+        silent = self.distillation.hidden_states and "hidden_states" not in names
+        if silent or not {"logits", "start_logits"} & set(names):
+            raise ValueError(
+                f"`{role}` must return {needed} (or `start_logits` and `end_logits`), got {names}. Use an encoder with"
+                " a head for classification, regression or question answering."
+            )
+        return outputs
+
+    def _hidden_losses(
+        self, student: Mapping[str, Any], teacher: Mapping[str, Any], real: Tensor | None
+    ) -> list[Tensor]:
+        """Return the sum of the losses and each of them; nothing if hidden states are left out."""
+        if not self.distillation.hidden_states:
+            return []
+        layers = [
+            hidden_state_loss(state, teacher["hidden_states"][layer], real)
+            for state, layer in zip(student["hidden_states"], self._teacher_layers, strict=True)
+        ]
+        return [torch.stack(layers).sum(), *layers]
 
     def _real_tokens(self, inputs: dict[str, Any]) -> Tensor | None:
         mask = inputs.get("attention_mask")
@@ -163,24 +185,23 @@ class DistillationTrainer(Trainer):
     def _prediction_loss(
         self, student: Mapping[str, Any], teacher: Mapping[str, Any], labels: Tensor | None, real: Tensor | None
     ) -> Tensor:
+        temperature = self.distillation.temperature
         if "start_logits" in student:
             ours, theirs = ((outputs["start_logits"], outputs["end_logits"]) for outputs in (student, teacher))
-            return span_loss(ours, theirs, real)
+            return span_loss(ours, theirs, real, temperature=temperature)
         if student["logits"].dim() == 3:  # (batch, seq, labels)
             if labels is not None and self.distillation.mask_padding:
                 labelled = labels != -100
                 real = labelled if real is None else labelled & real
-            return classification_loss(student["logits"], teacher["logits"], real)
+            return classification_loss(student["logits"], teacher["logits"], real, temperature=temperature)
         problem_type = _problem_type(self.model.config, self.teacher.config)
         if problem_type is None:  # the rule by which stock heads read an undeclared problem off its labels
             several = labels is not None and labels.is_floating_point()
             problem_type = "multi_label_classification" if several else "single_label_classification"
-        loss = {
-            "regression": regression_loss,
-            "multi_label_classification": multi_label_loss,
-            "single_label_classification": classification_loss,
-        }[problem_type]
-        return loss(student["logits"], teacher["logits"])
+        if problem_type == "regression":  # numbers have nothing to soften
+            return regression_loss(student["logits"], teacher["logits"])
+        loss = multi_label_loss if problem_type == "multi_label_classification" else classification_loss
+        return loss(student["logits"], teacher["logits"], temperature=temperature)
 
     def _forget_terms(self) -> None:
         self._terms: Tensor | float = 0.0
@@ -195,7 +216,8 @@ class DistillationTrainer(Trainer):
         values = self.accelerator.reduce(self._terms / self._micro_batches, "mean").tolist()
         self._forget_terms()
         layers = [f"loss_hidden_{k}" for k in range(len(self._teacher_layers))]
-        means = dict(zip(["loss_task", "loss_hidden", *layers, "loss_prediction"], values, strict=True))
+        hidden = ["loss_hidden", *layers] if layers else []
+        means = dict(zip(["loss_task", *hidden, "loss_prediction"], values, strict=True))
         for name in ["loss_task", *layers, "loss_prediction"]:  # the first broken layer says more than the sum
             if not math.isfinite(means[name]):
                 raise FloatingPointError(
@@ -234,8 +256,10 @@ def _refuse_shared_parameters(student: nn.Module, teacher: nn.Module) -> None:
             )
 
 
-def _refuse_other_sizes(student: PreTrainedConfig, teacher: PreTrainedConfig, processing_class: Any) -> None:
-    for name in ("vocab_size", "hidden_size"):
+def _refuse_other_sizes(
+    student: PreTrainedConfig, teacher: PreTrainedConfig, processing_class: Any, *, names: tuple[str, ...]
+) -> None:
+    for name in names:
         ours, theirs = getattr(student, name, None), getattr(teacher, name, None)
         if ours != theirs:
             raise ValueError(
@@ -277,16 +301,6 @@ def _problem_type(student: PreTrainedConfig, teacher: PreTrainedConfig) -> str |
             " of both to what the labels are."
         )
     return ours or theirs
-
-
-def _with_hidden_states(outputs: Any, role: str) -> Mapping[str, Any]:
-    names = list(outputs) if isinstance(outputs, Mapping) else []
-    if "hidden_states" not in names or not {"logits", "start_logits"} & set(names):
-        raise ValueError(
-            f"`{role}` must return `hidden_states` and `logits` (or `start_logits` and `end_logits`), got {names}. Use"
-            " an encoder with a head for classification, regression or question answering."
-        )
-    return outputs
 
 
 def _refuse_non_finite_teacher(outputs: Mapping[str, Any]) -> None:

@@ -3,6 +3,14 @@
 from .configuration_masked_crf import BertCrfConfig, CrfConfig
 from .modeling_crf import MaskedCRF
 from .modeling_masked_crf import BertCrfForTokenClassification, CrfForTokenClassification
+from .modeling_pipeline import CrfTokenClassificationPipeline
 
 
-__all__ = ["BertCrfConfig", "BertCrfForTokenClassification", "CrfConfig", "CrfForTokenClassification", "MaskedCRF"]
+__all__ = [
+    "BertCrfConfig",
+    "BertCrfForTokenClassification",
+    "CrfConfig",
+    "CrfForTokenClassification",
+    "CrfTokenClassificationPipeline",
+    "MaskedCRF",
+]

@@ -48,6 +48,11 @@ class BertCrfConfig(CrfFields, BertConfig):
     model_type = "bert_crf"
     keys_to_ignore_at_inference = ["logits", "marginals", "hidden_states", "attentions"]
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Take the config.json of a stock BERT too, but for the name of its type."""
+        kwargs.pop("model_type", None)
+        super().__post_init__(**kwargs)
+
     @classmethod
     def from_dense(cls, config: PreTrainedConfig, **fields: Any) -> Self:
         """Take over everything a BERT's config says, and add the CRF.
@@ -85,9 +90,21 @@ class CrfConfig(CrfFields, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Read the tagger's config, and take the tags from it."""
+        model_type = kwargs.pop("model_type", self.model_type)
+        if model_type != self.model_type:
+            raise ValueError(
+                f"`model` must have been saved with a CRF, got a config of the type {model_type!r}. Load it with "
+                "`AutoModelForTokenClassification` and use `CrfForTokenClassification.from_dense`."
+            )
         super().__post_init__(**kwargs)
         assert isinstance(self.tagger, PreTrainedConfig)  # the host has made one of a dict or of nothing
-        self.id2label, self.label2id = self.tagger.id2label, self.tagger.label2id
+        tagger: Any = self.tagger  # a config by now, whatever was given
+        self.id2label, self.label2id = tagger.id2label, tagger.label2id
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """Return the tagger's: what the host asks about sizes, and tells about new words."""
+        tagger: Any = self.tagger
+        return tagger.get_text_config(decoder=decoder, encoder=encoder)
 
     @classmethod
     def from_dense(cls, config: PreTrainedConfig, **fields: Any) -> Self:

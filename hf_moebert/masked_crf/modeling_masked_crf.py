@@ -83,21 +83,28 @@ class CrfTagger(PreTrainedModel):
         output_marginals: bool,
     ) -> CrfTokenClassifierOutput:
         """Add loss and tags to what a token classifier returned."""
-        emissions = outputs.logits  # (batch, seq, tags)
-        loss, tags, chances = None, None, None
+        found: tuple[Tensor | None, ...] = (None, None, None)
         if not torch.compiler.is_exporting():  # an exported model gives emissions; its tags are found outside
-            mask = _find_words(emissions, attention_mask, labels, word_mask)  # (batch, seq)
-            loss = None if labels is None else self._loss(emissions, labels, mask, outputs)
-            tags = None if self.training else self.crf.decode(emissions, mask)  # (batch, seq)
-            chances = self.crf.marginals(emissions, mask) if output_marginals else None
+            mask = _find_words(outputs.logits, attention_mask, labels, word_mask)  # (batch, seq)
+            found = self._run_crf(outputs, labels, mask, output_marginals=output_marginals)
+        loss, tags, chances = found
         return CrfTokenClassifierOutput(
             loss=loss,
-            logits=emissions,
+            logits=outputs.logits,  # (batch, seq, tags)
             predictions=tags,
             marginals=chances,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    @torch.compiler.disable  # loops over words, which would be unrolled anew for each number of them
+    def _run_crf(
+        self, outputs: Any, labels: Tensor | None, mask: Tensor, *, output_marginals: bool
+    ) -> tuple[Tensor | None, ...]:
+        emissions = outputs.logits
+        loss = None if labels is None else self._loss(emissions, labels, mask, outputs)
+        tags = None if self.training else self.crf.decode(emissions, mask)  # (batch, seq)
+        return loss, tags, self.crf.marginals(emissions, mask) if output_marginals else None
 
     def _loss(self, emissions: Tensor, labels: Tensor, mask: Tensor, outputs: Any) -> Tensor:
         lenient = "ignore" if self.crf.illegal_labels == "error" and not self.training else None

@@ -25,6 +25,8 @@ def test_the_command_line_sets_every_knob():
         ["--weight", "5", "--layer_map", "2", "4", "--no_mask_padding", "--reference_teacher_dropout"]
     )
     assert config == DistillationConfig(5.0, [2, 4], False, True)
+    (config,) = parser.parse_args_into_dataclasses(["--no_hidden_states", "--temperature", "2"])
+    assert config == DistillationConfig(hidden_states=False, temperature=2.0)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,14 @@ def test_the_command_line_sets_every_knob():
         ({"layer_map": [True]}, r"got \[True\]"),
         ({"layer_map": "24"}, "got '24'"),
         ({"mask_padding": "false"}, "`mask_padding` must be True or False, got 'false'"),
+        ({"hidden_states": "no"}, "`hidden_states` must be True or False, got 'no'"),
+        (
+            {"hidden_states": False, "layer_map": [2]},
+            r"`layer_map` must be None when `hidden_states` is False, got \[2",
+        ),
+        ({"temperature": 0}, "`temperature` must be None or a finite number above 0, got 0. Use 2.0"),
+        ({"temperature": float("inf")}, "`temperature` must be.* got inf"),
+        ({"temperature": "2"}, "`temperature` must be.* got '2'"),
         ({"reference_teacher_dropout": None}, "`reference_teacher_dropout` must be True or False, got None"),
     ],
 )
@@ -52,6 +62,7 @@ def test_bad_values_are_refused(values, message):
 def test_layers_follow_each_other_or_the_map_and_embeddings_always_embeddings():
     assert DistillationConfig().teacher_layers(3, 3) == [0, 1, 2, 3]
     assert DistillationConfig(layer_map=[2, 4, 6]).teacher_layers(3, 6) == [0, 2, 4, 6]
+    assert DistillationConfig(hidden_states=False).teacher_layers(2, 6) == []
     assert DistillationConfig(layer_map=[3, 3]).teacher_layers(2, 3) == [0, 3, 3]
 
 

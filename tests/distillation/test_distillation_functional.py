@@ -2,7 +2,9 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import kl_div, log_softmax, mse_loss
+from scipy.special import log_softmax as scipy_log_softmax
+from scipy.special import softmax as scipy_softmax
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss
 
 from hf_moebert.distillation.functional import (
     classification_loss,
@@ -10,6 +12,7 @@ from hf_moebert.distillation.functional import (
     masked_mean,
     multi_label_loss,
     regression_loss,
+    soft_cross_entropy,
     span_loss,
     symmetric_kl,
 )
@@ -169,3 +172,59 @@ def test_inputs_are_left_untouched():
 def test_gradients_in_float64(loss, shape):
     student, teacher = pair(*shape)
     assert torch.autograd.gradcheck(lambda s: loss(s, teacher), student.requires_grad_())
+
+
+# Predictions at a temperature
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 5.0])
+def test_soft_cross_entropy_agrees_with_scipy(temperature):
+    student, teacher = pair(6, 5, scale=3.0)
+    log_p, q = scipy_log_softmax(student / temperature, -1), scipy_softmax(teacher / temperature, -1)
+    oracle = -(temperature**2) * (q * log_p).sum(-1)
+    torch.testing.assert_close(soft_cross_entropy(student, teacher, temperature), torch.as_tensor(oracle))
+
+
+def test_soft_cross_entropy_of_a_certain_teacher_is_the_plain_one():
+    student, _ = pair(6, 5)
+    gold = torch.tensor([0, 1, 2, 3, 4, 0])
+    certain = torch.nn.functional.one_hot(gold, 5) * 1e4
+    torch.testing.assert_close(classification_loss(student, certain, temperature=1.0), cross_entropy(student, gold))
+
+
+def test_a_student_equal_to_its_teacher_feels_no_gradient_at_any_temperature():
+    logits, _ = pair(3, 4, scale=3.0)
+    student = logits.clone().requires_grad_()
+    losses = [
+        classification_loss(student, logits, temperature=2.0),
+        classification_loss(
+            student.unsqueeze(-1) * torch.ones(5), logits.unsqueeze(-1) * torch.ones(5), MASK, temperature=2.0
+        ),
+        multi_label_loss(student, logits, temperature=2.0),
+        span_loss((student, student), (logits, logits), MASK, temperature=0.5),
+    ]
+    for loss in losses:
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert loss > 0
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-15, rtol=0)
+
+
+def test_softened_losses_of_tokens_and_spans_see_the_real_positions_only():
+    student, teacher = pair(3, 4, 5)
+    rows = [soft_cross_entropy(student[i][MASK[i]], teacher[i][MASK[i]], 2.0).mean() for i in range(3)]
+    torch.testing.assert_close(classification_loss(student, teacher, MASK, temperature=2.0), torch.stack(rows).mean())
+    starts, ends = pair(3, 4)
+    halves = [soft_cross_entropy(starts[i][MASK[i]], ends[i][MASK[i]], 0.5) for i in range(3)]
+    loss = span_loss((starts, starts), (ends, ends), MASK, temperature=0.5)
+    torch.testing.assert_close(loss, torch.stack(halves).mean())
+
+
+def test_softened_multi_label_loss_is_the_binary_cross_entropy_of_softened_labels():
+    student, teacher = pair(3, 4, scale=3.0)
+    oracle = torch.nn.functional.binary_cross_entropy_with_logits(student / 2, (teacher / 2).sigmoid()) * 4
+    torch.testing.assert_close(multi_label_loss(student, teacher, temperature=2.0), oracle)
+
+
+def test_the_gradient_of_the_softened_loss_is_right():
+    student, teacher = pair(3, 4)
+    assert torch.autograd.gradcheck(lambda logits: soft_cross_entropy(logits, teacher, 2.0), student.requires_grad_())

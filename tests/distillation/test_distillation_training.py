@@ -27,7 +27,12 @@ from transformers import (
 from transformers.testing_utils import CaptureLogger
 
 from hf_moebert.distillation import DistillationConfig, DistillationTrainer
-from hf_moebert.distillation.functional import classification_loss, hidden_state_loss, symmetric_kl
+from hf_moebert.distillation.functional import (
+    classification_loss,
+    hidden_state_loss,
+    soft_cross_entropy,
+    symmetric_kl,
+)
 
 
 VOCAB, LABELS = 40, 3
@@ -164,6 +169,41 @@ def test_the_loss_is_that_of_the_paper_over_real_tokens(tmp_path):
         for row, length in enumerate(LENGTHS):
             expected = expected + 3 / 8 * mse_loss(ours_k[row, :length], theirs_k[row, :length])
     torch.testing.assert_close(loss, expected)
+
+
+PREDICTIONS = DistillationConfig(hidden_states=False, temperature=2.0)
+
+
+def test_predictions_alone_follow_a_teacher_of_any_depth_and_width(tmp_path):
+    student, teacher, batch = bert(num_hidden_layers=1), bert(1, num_hidden_layers=3, hidden_size=12), collate(rows())
+    trainer = distil(tmp_path, student, teacher, PREDICTIONS, max_steps=2)
+    loss = trainer.compute_loss(student.train(), batch)
+    ours, theirs = outputs_of(student, batch).logits, outputs_of(teacher, batch).logits
+    expected = cross_entropy(ours, batch["labels"]) + soft_cross_entropy(ours, theirs, 2.0).mean()
+    torch.testing.assert_close(loss, expected)
+    trainer.train()
+    (logs, _) = training_logs(trainer)
+    assert {name for name in logs if name.startswith("loss_")} == {"loss_task", "loss_prediction"}
+    assert logs["loss"] == pytest.approx(logs["loss_task"] + logs["loss_prediction"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("cls", "label", "config"),
+    [
+        (BertForSequenceClassification, "score", {"num_labels": 1}),
+        (BertForSequenceClassification, "several", {}),
+        (BertForTokenClassification, "tokens", {}),
+        (BertForQuestionAnswering, "span", {"num_labels": 2}),
+    ],
+)
+def test_predictions_alone_at_the_teacher_bring_the_gradient_of_the_task(tmp_path, cls, label, config):
+    found, data = [], rows(label)
+    for recipe in (PREDICTIONS, DistillationConfig(weight=0.0)):
+        student = bert(cls=cls, **config)
+        trainer = distil(tmp_path, student, bert(cls=cls, **config), recipe, data, **PLAIN_SGD)
+        found.append(gradients(trainer))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], atol=1e-6, rtol=1e-4)
 
 
 def test_the_parity_option_averages_over_padding_too(tmp_path):

@@ -67,7 +67,7 @@ def count_spans(
     Raises:
         ValueError: If predictions and references are not of the same lengths, or as in `find_spans`.
     """
-    guesses, truths = _pair_spans(predictions, references, strict, scheme)
+    guesses, truths = _pair_spans(predictions, references, strict, scheme=scheme)
     pairs = list(zip(guesses, truths, strict=True))
     found = np.array([(len(guess & truth), len(guess)) for guess, truth in pairs], dtype=FOUND)
     return found, np.array([len(truth) for truth in truths], dtype=np.int64)
@@ -110,7 +110,7 @@ def count_illegal(tags: Sequences, scheme: str | None = None) -> int:
 
 
 def _pair_spans(
-    predictions: Sequences, references: Sequences, strict: bool, scheme: str | None
+    predictions: Sequences, references: Sequences, strict: bool, *, scheme: str | None
 ) -> tuple[list[set[Span]], list[set[Span]]]:
     lengths = [[len(sentence) for sentence in tags] for tags in (predictions, references)]
     if lengths[0] != lengths[1]:
@@ -178,7 +178,7 @@ class Seqeval(evaluate.Metric):
     ) -> dict[str, float | dict[str, float]]:
         if mode not in (None, "strict"):
             raise ValueError(f"`mode` must be 'strict' or None, got {mode!r}. Use None for the scores of conlleval.")
-        guesses, truths = _pair_spans(predictions, references, mode == "strict", scheme)
+        guesses, truths = _pair_spans(predictions, references, mode == "strict", scheme=scheme)
         spans = [{(row, *span) for row, found in enumerate(part) for span in found} for part in (guesses, truths)]
         kinds = sorted({kind for _, kind, _, _ in spans[0] | spans[1]})
         scores: dict[str, float | dict[str, float]] = {

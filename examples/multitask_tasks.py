@@ -1,0 +1,194 @@
+"""The tasks of a multi-task study: what tasks.json may say, the data read, and what predictions are worth."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from text_task import draw, make_tiny_encoder, write_rows
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    EvalPrediction,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
+
+from hf_moebert import BertCrfForTokenClassification
+from hf_moebert.data import encode_text, encode_tokens, label_names_of, load_splits, tag_names_of
+from hf_moebert.evaluation import CLASSIFICATION_SCORES, REGRESSION_SCORES, SPAN_SCORES, Score, tags_of
+from hf_moebert.metrics.seqeval.seqeval import count_spans
+from hf_moebert.multitask.training import SweepTask
+from hf_moebert.multitask.training_states import pad_examples
+
+
+# The library's accuracy checks its arguments for a hundred times as long, and intervals ask for it often.
+SCORES: dict[str, dict[str, Score]] = {
+    "classification": {
+        "accuracy": lambda predictions, references: float(np.mean(predictions == references)),
+        "f1": CLASSIFICATION_SCORES["f1"]["f1"],
+        "matthews_correlation": CLASSIFICATION_SCORES["matthews_correlation"]["matthews_correlation"],
+    },
+    "regression": REGRESSION_SCORES["pearson_spearman"],
+    "tagging": {"span_f1": SPAN_SCORES["f1"]},
+    "crf_tagging": {"span_f1": SPAN_SCORES["f1"]},
+}
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """One entry of tasks.json."""
+
+    kind: str
+    train_file: str
+    validation_file: str
+    text_column: str = "text"
+    text_pair_column: str | None = None
+    label_column: str = "label"
+    tokens_column: str = "tokens"
+    tags_column: str = "tags"
+    metric: str | None = None
+    max_train_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in SCORES:
+            raise ValueError(f"`kind` must be one of {', '.join(SCORES)}, got {self.kind!r}.")
+        if self.metric is not None and self.metric not in SCORES[self.kind]:
+            raise ValueError(f"`metric` of {self.kind} must be one of {list(SCORES[self.kind])}, got {self.metric!r}.")
+
+
+class LearnedTask:
+    """A task read and tokenized for one encoder: examples to train on, to choose by, and to report on.
+
+    The examples that choose are held out from the training file, of every class alike; the validation file is for the
+    report only. Classes and tags are those of the training file.
+
+    Args:
+        entry: Where the data is.
+        encoder: Hub id or folder.
+        max_length: Longer texts are cut.
+        dev_share: Share of the training file that chooses.
+        max_dev_examples: At most this many of them are used.
+        seed: Of what is held out and drawn.
+    """
+
+    def __init__(
+        self, entry: TaskEntry, encoder: str, *, max_length: int, dev_share: float, max_dev_examples: int, seed: int
+    ) -> None:
+        self.entry, self.encoder = entry, encoder
+        files = {"train_file": entry.train_file, "label_column": entry.label_column, "seed": seed}
+        parts = load_splits(**files, validation_share=dev_share)
+        both = load_splits(**files, validation_file=entry.validation_file)
+        self.tags = entry.kind.endswith("tagging")
+        self.names = (
+            tag_names_of(both["train"], entry.tags_column)
+            if self.tags
+            else label_names_of(both["train"], entry.label_column)
+        )
+        self.tokenizer, self.max_length = AutoTokenizer.from_pretrained(encoder), max_length
+        self.train = self.encode(draw(parts["train"], entry.max_train_examples, seed=seed))
+        self.dev = self.encode(draw(parts["validation"], max_dev_examples, seed=seed))
+        self.validation = self.encode(both["validation"])
+        self.metric = entry.metric or next(iter(SCORES[entry.kind]))
+        self.score = SCORES[entry.kind][self.metric]
+
+    def encode(self, examples: Dataset) -> Dataset:
+        """Tokenize texts or words."""
+        entry, length = self.entry, {"max_length": self.max_length}
+        if self.tags:
+            columns = {"tokens_column": entry.tokens_column, "tags_column": entry.tags_column}
+            return encode_tokens(examples, self.tokenizer, tag_names=self.names, **columns, **length)
+        columns = {"text_column": entry.text_column, "text_pair_column": entry.text_pair_column}
+        columns |= {"label_column": entry.label_column}
+        return encode_text(examples, self.tokenizer, label_names=self.names, **columns, **length)
+
+    def new_model(self) -> PreTrainedModel:
+        """Put a new head on the encoder; its values come from the seed that was set last."""
+        names = self.names or ["score"]  # one output without a name is a regression
+        auto_class = AutoModelForTokenClassification if self.tags else AutoModelForSequenceClassification
+        model = auto_class.from_pretrained(
+            self.encoder, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
+        )
+        return BertCrfForTokenClassification.from_dense(model) if self.entry.kind == "crf_tagging" else model
+
+    def for_sweep(self) -> SweepTask:
+        """Show the sweep what it may see."""
+        return SweepTask(self.new_model, self.train, self.dev, self.score_predictions)
+
+    def read(self, predictions: np.ndarray, labels: np.ndarray) -> list:
+        """Say what is predicted for each example, in a form that JSON knows: a class, a number, or tags."""
+        if self.tags:
+            tags = predictions if predictions.ndim == 2 else predictions.argmax(-1)  # a CRF gives tags
+            return tags_of(tags, labels, self.names)
+        return (predictions[:, 0] if self.names is None else predictions.argmax(-1)).tolist()
+
+    def pair(self, predictions: list, truths: list) -> tuple[np.ndarray, np.ndarray]:
+        """Return predictions and truth as the metric takes them, `(examples,)` each."""
+        return count_spans(predictions, truths) if self.tags else (np.asarray(predictions), np.asarray(truths))
+
+    def score_predictions(self, output: EvalPrediction) -> float:
+        """Score what a Trainer predicted."""
+        labels = output.label_ids
+        truths = tags_of(labels, labels, self.names) if self.tags else labels
+        return self.score(*self.pair(self.read(output.predictions, labels), truths))
+
+    def predict(self, model: PreTrainedModel, args: TrainingArguments) -> dict[str, list]:
+        """Predict the examples of the report; returns predictions and truth, in a form that JSON knows."""
+        output = Trainer(model=model, args=args, data_collator=pad_examples).predict(self.validation)
+        labels = output.label_ids
+        truths = tags_of(labels, labels, self.names) if self.tags else labels.tolist()
+        return {"predictions": self.read(output.predictions, labels), "truths": truths}
+
+
+def read_tasks(file: str | Path) -> dict[str, TaskEntry]:
+    """Read tasks.json: an object that gives each task's name the fields of `TaskEntry`.
+
+    Raises:
+        ValueError: If a task has an unknown field, lacks one, or has a wrong kind or metric.
+    """
+    known, entries = {field.name for field in fields(TaskEntry)}, {}
+    for name, values in json.loads(Path(file).read_text(encoding="utf-8")).items():
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"Fields of task {name!r} must be among {sorted(known)}, got {unknown}.")
+        if lacking := sorted({"kind", "train_file", "validation_file"} - set(values)):
+            raise ValueError(f"Task {name!r} must have {lacking}.")
+        entries[name] = TaskEntry(**values)
+    return entries
+
+
+def make_smoke_tasks(folder: Path) -> tuple[str, str]:
+    """Make a tiny encoder and a task of each kind, told by single words; returns encoder and tasks.json."""
+    words = ["good", "bad", "film", "book", "meal", "this", "was", "a", "very", "day"]
+    make_tiny_encoder(folder / "encoder", words)
+    random = Random(0)
+    files: dict[str, dict[str, str]] = {"mood": {}, "stars": {}, "things": {}}
+    for split, size in (("train_file", 60), ("validation_file", 24)):
+        texts = [random.choices(words[2:], k=5) + [word] for word in words[:2] * (size // 2)]
+        files["mood"][split] = write_rows(folder, f"mood_{split}", [_row(text, label=text[-1]) for text in texts])
+        stars = [_row(text, label=1.0 + (text[-1] == "good") + 0.1 * text.count("very")) for text in texts]
+        files["stars"][split] = write_rows(folder, f"stars_{split}", stars)
+        tagged = [{"tokens": text, "tags": [_tag(word) for word in text]} for text in texts]
+        files["things"][split] = write_rows(folder, f"things_{split}", tagged)
+    tasks: Mapping[str, Mapping[str, Any]] = {
+        "mood": {"kind": "classification", **files["mood"]},
+        "stars": {"kind": "regression", **files["stars"]},
+        "things": {"kind": "tagging", **files["things"]},
+        "things-crf": {"kind": "crf_tagging", **files["things"]},
+    }
+    file = folder / "tasks.json"
+    file.write_text(json.dumps(tasks, indent=1) + "\n", encoding="utf-8")
+    return str(folder / "encoder"), str(file)
+
+
+def _row(words: Sequence[str], **label: str | float) -> dict[str, Any]:
+    return {"text": " ".join(words), **label}
+
+
+def _tag(word: str) -> str:
+    return "B-thing" if word in ("film", "book", "meal") else "O"

@@ -1,0 +1,200 @@
+"""Gather single requests into batches for one worker thread; knows neither models nor HTTP."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+
+class QueueFull(RuntimeError):  # named as in the standard library's asyncio
+    """The queue holds all it may: ask again later."""
+
+
+class BatcherClosed(RuntimeError):
+    """The batcher takes nothing more."""
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """What waits for the worker: a request, or a call that must run between two batches."""
+
+    request: Any
+    size: int
+    length: int
+    call: Callable[[], Any] | None = None
+    future: Future = field(default_factory=Future)
+    since: float = field(default_factory=time.monotonic)
+
+
+class DynamicBatcher:
+    """One worker thread that answers requests in batches, the oldest first.
+
+    The worker starts a batch once `max_batch` inputs wait, or once the oldest request has waited `max_wait_ms`. Where
+    more wait than fit, the oldest request is joined by those nearest to it in length, so that little is padded and
+    nobody starves. A batch that fails is run again request by request, so that only the guilty one fails. Calls given
+    to `between` keep their place in the queue: what was accepted before them is answered before them, what is accepted
+    after them is answered after them.
+
+    Args:
+        run: Answers a list of requests with a list of results, in order. Runs in the worker thread only.
+        max_batch: Inputs of a batch at most.
+        max_wait_ms: Milliseconds that a request waits for company.
+        queue_size: Inputs that may wait.
+
+    Raises:
+        ValueError: If a number is too small.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[list[Any]], Sequence[Any]],
+        *,
+        max_batch: int = 32,
+        max_wait_ms: float = 5.0,
+        queue_size: int = 256,
+    ) -> None:
+        if max_batch < 1:
+            raise ValueError(f"`max_batch` must be at least 1, got {max_batch}. Use 32 to fill the processor.")
+        if max_wait_ms < 0:
+            raise ValueError(f"`max_wait_ms` must be at least 0, got {max_wait_ms}. Use 5 for some company.")
+        if queue_size < max_batch:
+            raise ValueError(
+                f"`queue_size` must be at least `max_batch` = {max_batch}, got {queue_size}. Use 8 * max_batch."
+            )
+        self.max_batch, self.queue_size = max_batch, queue_size
+        self._run, self._max_wait = run, max_wait_ms / 1000
+        self._waiting: deque[_Waiting] = deque()
+        self._size = 0  # inputs that wait
+        self._calls = 0  # calls that wait
+        self._closed = False
+        self._changed = threading.Condition()
+        self._worker = threading.Thread(target=self._work, name="batcher", daemon=True)
+        self._worker.start()
+
+    @property
+    def depth(self) -> int:
+        """Inputs that wait."""
+        return self._size
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are taken and answered."""
+        return self._worker.is_alive() and not self._closed
+
+    def submit(self, request: Any, *, size: int = 1, length: int = 0) -> Future:
+        """Queue a request; `asyncio.wrap_future` makes its future awaitable, and cancelling that takes it back.
+
+        Args:
+            request: What `run` gets in its list.
+            size: Inputs in it; a request is never split between batches.
+            length: Of its longest input, in any unit.
+
+        Returns:
+            The future of its result.
+
+        Raises:
+            ValueError: If it is larger than a batch.
+            QueueFull: If it finds no room.
+            BatcherClosed: After `close`.
+        """
+        if not 1 <= size <= self.max_batch:
+            raise ValueError(f"`size` must be in [1, {self.max_batch}], got {size}. Send larger requests in parts.")
+        with self._changed:
+            if self._size + size > self.queue_size:
+                raise QueueFull(f"{self._size} of {self.queue_size} inputs wait already. Try again later.")
+            return self._append(_Waiting(request, size, length))
+
+    def between(self, call: Callable[[], Any]) -> Future:
+        """Queue a call that the worker makes between two batches, alone.
+
+        Returns:
+            The future of what it returns.
+
+        Raises:
+            BatcherClosed: After `close`.
+        """
+        with self._changed:
+            return self._append(_Waiting(None, 0, 0, call))
+
+    def close(self) -> None:
+        """Take nothing more, finish what was accepted, and end the worker."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._worker.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _append(self, entry: _Waiting) -> Future:
+        if self._closed:
+            raise BatcherClosed("This batcher is closed. Make a new one.")
+        self._waiting.append(entry)
+        self._size += entry.size
+        self._calls += entry.call is not None
+        self._changed.notify_all()
+        return entry.future
+
+    def _work(self) -> None:
+        while batch := self._take():
+            if live := [entry for entry in batch if entry.future.set_running_or_notify_cancel()]:
+                self._answer(live)
+
+    def _take(self) -> list[_Waiting]:
+        """Wait for the next batch; an empty one is the end."""
+        with self._changed:
+            while not self._waiting and not self._closed:
+                self._changed.wait()
+            while self._waiting and not self._closed and not self._calls and self._size < self.max_batch:
+                patience = self._waiting[0].since + self._max_wait - time.monotonic()
+                if patience <= 0:
+                    break
+                self._changed.wait(patience)
+            batch = self._choose() if self._waiting else []
+            chosen = {id(entry) for entry in batch}
+            self._waiting = deque(entry for entry in self._waiting if id(entry) not in chosen)
+            self._size -= sum(entry.size for entry in batch)
+            self._calls -= sum(entry.call is not None for entry in batch)
+            return batch
+
+    def _choose(self) -> list[_Waiting]:
+        first = self._waiting[0]
+        if first.call is not None:
+            return [first]
+        before = next((number for number, entry in enumerate(self._waiting) if entry.call), len(self._waiting))
+        others = list(self._waiting)[1:before]
+        if first.size + sum(entry.size for entry in others) > self.max_batch:
+            others.sort(key=lambda entry: abs(entry.length - first.length))  # stable: of equals, the older ones
+        batch, room = [first], self.max_batch - first.size
+        for entry in others:
+            if entry.size <= room:
+                batch.append(entry)
+                room -= entry.size
+        return batch
+
+    def _answer(self, batch: list[_Waiting]) -> None:
+        try:
+            results = self._results(batch)
+        except Exception as error:  # noqa: BLE001  # whatever it is, it belongs to the future
+            if len(batch) == 1:
+                batch[0].future.set_exception(error)
+            else:  # somebody's fault: see whose
+                for entry in batch:
+                    self._answer([entry])
+        else:
+            for entry, result in zip(batch, results, strict=True):
+                entry.future.set_result(result)
+
+    def _results(self, batch: list[_Waiting]) -> list[Any]:
+        if (call := batch[0].call) is not None:
+            return [call()]
+        results = list(self._run([entry.request for entry in batch]))
+        if len(results) != len(batch):
+            raise RuntimeError(f"`run` must return a result for each of {len(batch)} requests, got {len(results)}.")
+        return results

@@ -1,0 +1,47 @@
+"""Export of a tagger: the encoder as a graph that gives emissions, and the CRF as a few numbers beside it."""
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+from transformers.exporters import OnnxConfig, OnnxExporter
+
+from .modeling_decoder import SCORES
+
+
+@torch.no_grad()
+def export_crf(model: PreTrainedModel, folder: str | PathLike[str], **inputs: Any) -> None:
+    """Write `model.onnx`, which gives the emissions, `crf.safetensors`, which `load_decoder` reads, and config.json.
+
+    A Viterbi search is a loop over words, which graphs do slowly: it stays outside, as a few lines of numpy. Moves
+    that decoding forbids are written as the score -inf.
+
+    Args:
+        model: A tagger with a CRF.
+        folder: Where to write.
+        **inputs: Names and example values of the graph's inputs, if not `input_ids` and `attention_mask`. Batch and
+            length are free afterwards.
+
+    Raises:
+        ValueError: If the model has no CRF.
+    """
+    if not hasattr(model, "crf"):
+        raise ValueError(
+            f"`model` must be a tagger with a CRF, got {type(model).__name__}. Make one with "
+            "`CrfForTokenClassification.from_dense`."
+        )
+    if not inputs:
+        mask = torch.ones(2, 9, dtype=torch.long, device=model.device)
+        mask[-1, 7:] = 0
+        inputs = {"input_ids": 2 * mask, "attention_mask": mask}
+    was_training = model.training
+    try:
+        OnnxExporter().export(model.eval(), inputs, OnnxConfig(dynamic=True)).save_pretrained(folder)
+    finally:
+        model.train(was_training)
+    scores = model.crf._scores("decoding", torch.float32)
+    tensors = {name: score.contiguous().cpu() for name, score in zip(SCORES, scores, strict=True)}
+    save_file(tensors, Path(folder) / "crf.safetensors")

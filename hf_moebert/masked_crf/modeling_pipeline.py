@@ -1,0 +1,211 @@
+"""The pipeline: text in, the segments of the best legal tag sequence out."""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import TokenClassificationPipeline
+from transformers.pipelines.token_classification import AggregationStrategy
+
+from .functional_tags import SCHEMES, Segment, find_segments, split_tag
+
+
+# What becomes of a word's prefix when the word has several pieces: that of the first, of inner ones, and of the last.
+PIECES = {"B": "BII", "I": "III", "E": "IIE", "L": "IIL", "S": "BIE", "U": "BIL"}
+
+
+class Word(NamedTuple):
+    """One word: its tag, the tag's marginal probability, and its tokens as the host describes tokens."""
+
+    tag: str
+    score: float
+    pieces: list[dict[str, Any]]
+
+
+class CrfTokenClassificationPipeline(TokenClassificationPipeline):
+    """Find segments with a CRF: what `TokenClassificationPipeline` does, for sequences that are decoded together.
+
+    The CRF sees the first piece of each word, as in training; later pieces follow their word. All strategies of
+    `aggregation_strategy` but "none" give the decoded segments, since no word has two tags. Texts of more than one
+    window (`stride`) are decoded as one sequence, each word scored where it is farthest from the edge of a window.
+
+    Our own design: the score of a token is the marginal probability of its word's tag, and that of a segment is the
+    lowest of its words: a segment is never likelier than that.
+
+    Args:
+        *args: As for `TokenClassificationPipeline`.
+        **kwargs: As for `TokenClassificationPipeline`.
+
+    Raises:
+        ValueError: If the model has no CRF, or the tokenizer is not a fast one.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not hasattr(self.model, "crf"):
+            raise ValueError(
+                f"`model` must be a tagger with a CRF, got {type(self.model).__name__}. Make one with "
+                "`CrfForTokenClassification.from_dense`, or use the task 'token-classification'."
+            )
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise ValueError(
+                f"`tokenizer` must be a fast one, which knows words, got {type(self.tokenizer).__name__}. "
+                "Load it with `AutoTokenizer`."
+            )
+
+    def preprocess(
+        self, sentence: str | list[str], offset_mapping: Any = None, **preprocess_params: Any
+    ) -> Iterator[dict[str, Any]]:
+        """Tokenize one text, or one list of words, into windows that know where words begin."""
+        split = preprocess_params.get("is_split_into_words", False)
+        if isinstance(sentence, str) == split or offset_mapping is not None:
+            raise ValueError(
+                f"The input must be {'a list of words' if split else 'a text'} without `offset_mapping`, got "
+                f"{type(sentence).__name__}. Set `is_split_into_words` for lists of words."
+            )
+        encoded = self.tokenizer(
+            sentence,
+            is_split_into_words=split,
+            return_tensors="pt",
+            return_offsets_mapping=True,
+            truncation=self.tokenizer.model_max_length > 0,
+            **preprocess_params.get("tokenizer_params", {}),
+        )
+        encoded.pop("overflow_to_sample_mapping", None)
+        offsets, before = encoded.pop("offset_mapping"), [0]  # (windows, seq, 2)
+        if split:
+            delimiter = preprocess_params.get("delimiter") or ""
+            for word in sentence:
+                before.append(before[-1] + len(word) + len(delimiter))
+            sentence = delimiter.join(sentence)
+        begins: dict[int, int] = {}  # word: its first character; a window may start amid a word
+        for window, places in enumerate(offsets):
+            words = encoded.word_ids(window)
+            starts = _find_starts(words, places[:, 0].tolist(), begins)
+            if split:
+                places = places + torch.tensor([before[word or 0] for word in words])[:, None]  # (seq, 2)
+            yield {
+                **{name: value[window][None] for name, value in encoded.items()},
+                "word_mask": torch.tensor([starts]),  # (1, seq)
+                "words": torch.tensor([[0 if word is None else word + 1 for word in words]]),  # (1, seq), 0: none
+                "offsets": places[None],  # (1, seq, 2)
+                "is_last": window == len(offsets) - 1,
+            }
+
+    def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
+        about = {name: model_inputs.pop(name) for name in ("words", "offsets", "is_last")}
+        outputs = self.model(**model_inputs, output_marginals=True)
+        kept = {name: outputs[name] for name in ("logits", "predictions", "marginals")}
+        return {"input_ids": model_inputs["input_ids"], "word_mask": model_inputs["word_mask"], **kept, **about}
+
+    def postprocess(
+        self,
+        all_outputs: list[dict[str, Any]],
+        aggregation_strategy: AggregationStrategy = AggregationStrategy.NONE,
+        ignore_labels: Sequence[str] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Turn tags into entities: one per token under "none", else one per segment."""
+        ignored = ["O"] if ignore_labels is None else ignore_labels
+        words = self._read_words(all_outputs)
+        if aggregation_strategy == AggregationStrategy.NONE:
+            tokens = [
+                {"entity": tag, "score": word.score} | piece
+                for word in words
+                for tag, piece in zip(self._spell(word.tag, len(word.pieces)), word.pieces, strict=True)
+            ]
+            return [token for token in tokens if token["entity"] not in ignored]
+        groups = [self._describe(words[run.start : run.stop]) for run in _find_runs([word.tag for word in words])]
+        return [group for group in groups if group["entity_group"] not in ignored]
+
+    def _read_words(self, windows: list[dict[str, Any]]) -> list[Word]:
+        """Collect the words of all windows of a text, each from where it is farthest from an edge."""
+        found: dict[int, tuple[int, dict[str, Any], list[int]]] = {}  # word: its margin, window and positions
+        for window in windows:
+            for word, (margin, positions) in _find_words(window["words"][0].tolist()).items():
+                if window["word_mask"][0, positions[0]] and (word not in found or margin > found[word][0]):
+                    found[word] = (margin, window, positions)
+        chosen = [found[word][1:] for word in sorted(found)]
+        if not chosen:
+            return []
+        tags, chances = self._read_tags(chosen, together=len(windows) > 1)
+        scores = chances.gather(1, tags[:, None])[:, 0].tolist()
+        names = [self.model.config.id2label[tag] for tag in tags.tolist()]
+        return [
+            Word(name, score, [self._describe_token(window, position) for position in positions])
+            for name, score, (window, positions) in zip(names, scores, chosen, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _read_tags(self, chosen: list[tuple[dict[str, Any], list[int]]], *, together: bool) -> tuple[Tensor, Tensor]:
+        """Take tags and their probabilities from one window, or find them anew for the words of several."""
+
+        def gather(name: str) -> Tensor:
+            return torch.stack([window[name][0, positions[0]] for window, positions in chosen])
+
+        if not together:
+            return gather("predictions"), gather("marginals")  # (words,), (words, tags)
+        emissions = gather("logits")[None].to(self.model.device)  # (1, words, tags)
+        mask = torch.ones(emissions.shape[:2], dtype=torch.bool, device=emissions.device)
+        crf = self.model.crf
+        return crf.decode(emissions, mask)[0].cpu(), crf.marginals(emissions, mask)[0].cpu()
+
+    def _describe_token(self, window: dict[str, Any], position: int) -> dict[str, Any]:
+        start, end = window["offsets"][0, position].tolist()
+        token = self.tokenizer.convert_ids_to_tokens(int(window["input_ids"][0, position]))
+        return {"index": position, "word": token, "start": start, "end": end}
+
+    def _describe(self, words: list[Word]) -> dict[str, Any]:
+        pieces = [piece for word in words for piece in word.pieces]
+        return {
+            "entity_group": _type_of(words[0].tag),
+            "score": min(word.score for word in words),
+            "word": self.tokenizer.convert_tokens_to_string([piece["word"] for piece in pieces]),
+            "start": pieces[0]["start"],
+            "end": pieces[-1]["end"],
+        }
+
+    def _spell(self, tag: str, count: int) -> list[str]:
+        """Write the tag of a word as the tags of its pieces, in the same scheme."""
+        prefix, kind = split_tag(tag)
+        if count == 1 or prefix not in PIECES or (not kind and self.model.crf.tag_scheme not in SCHEMES):
+            return [tag] * count
+        spelled = PIECES[prefix]
+        return [piece + tag[1:] for piece in spelled[0] + spelled[1] * (count - 2) + spelled[2]]
+
+
+def _find_starts(words: list[int | None], characters: list[int], begins: dict[int, int]) -> list[bool]:
+    """Tell which tokens of a window are the first of a word; `begins` remembers words from window to window."""
+    starts, before = [], None
+    for word, character in zip(words, characters, strict=True):
+        starts.append(word is not None and word != before and begins.setdefault(word, character) == character)
+        before = word
+    return starts
+
+
+def _find_words(words: list[int]) -> dict[int, tuple[int, list[int]]]:
+    """Find the positions of each word of a window, and its distance to the window's nearer edge."""
+    positions = [position for position, word in enumerate(words) if word]
+    found = {}
+    for word, group in groupby(positions, key=words.__getitem__):
+        places = list(group)
+        found[word] = (min(places[0] - positions[0], positions[-1] - places[-1]), places)
+    return found
+
+
+def _find_runs(tags: list[str]) -> list[Segment]:
+    """Find the segments, and what is between them as runs of "O"."""
+    runs, done = [], 0
+    for segment in [*find_segments(tags), Segment("O", len(tags), len(tags) + 1)]:
+        if done < segment.start:
+            runs.append(Segment("O", done, segment.start))
+        runs.append(segment)
+        done = segment.stop
+    return runs[:-1]
+
+
+def _type_of(tag: str) -> str:
+    """Name a segment by its type; tags without one, as for parts of speech, name themselves."""
+    prefix, kind = split_tag(tag)
+    return kind if kind and prefix in PIECES else tag

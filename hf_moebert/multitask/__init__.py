@@ -1,0 +1,17 @@
+"""Many tasks on one frozen BERT: a trunk that runs once, and a short branch for every task."""
+
+from .configuration_multitask import MultiTaskBertConfig
+from .configuration_recipe import SweepConfig
+from .modeling_multitask import MultiTaskBertModel
+from .modeling_pipeline import MultiTaskPipeline
+from .training import MultiTaskSweep, SweepTask
+
+
+__all__ = [
+    "MultiTaskBertConfig",
+    "MultiTaskBertModel",
+    "MultiTaskPipeline",
+    "MultiTaskSweep",
+    "SweepConfig",
+    "SweepTask",
+]

@@ -1,0 +1,170 @@
+"""From an input to what a tokenizer takes, and from a task's logits to an answer that a person can read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+Span = tuple[int, int, int]  # the position of a token, and the characters from start to end that it stands for
+
+# What an input may hold, in the order of the tokenizer's arguments, and the kinds of tasks that can answer it
+TEXT, PAIR, TOKENS, QUESTION = ("text",), ("text", "text_pair"), ("tokens",), ("question", "context")
+CLASSIFIERS = ("classification", "multi-label", "regression")
+READERS = {
+    TEXT: (*CLASSIFIERS, "tagging"),
+    PAIR: CLASSIFIERS,
+    TOKENS: (*CLASSIFIERS, "tagging"),
+    QUESTION: ("question-answering",),
+}
+PREFIXES = ("B-", "I-", "E-", "L-", "S-", "U-")
+MAX_ANSWER_TOKENS = 30
+
+
+@dataclass(frozen=True)
+class Example:
+    """What is known of an input beside its ids.
+
+    Attributes:
+        text: What `start` and `end` of an answer count characters in.
+        form: A key of `READERS`.
+        tasks: The tasks asked for; `None` for all that can read this form.
+        spans: Of the words; of a question's context, of all tokens.
+        truncated: Whether the model sees less than was given.
+    """
+
+    text: str
+    form: tuple[str, ...]
+    tasks: Sequence[str] | None
+    spans: list[Span]
+    truncated: bool
+
+
+def read_input(inputs: Any) -> tuple[tuple[str, ...], list[Any]]:
+    """Say of what form an input is, and return its parts.
+
+    Returns:
+        A key of `READERS`, and the value of each name in it.
+
+    Raises:
+        ValueError: If it is nothing of the kind.
+    """
+    values = {"text": inputs} if isinstance(inputs, str) else inputs
+    names = set(values) if isinstance(values, Mapping) else None
+    form = next((form for form in READERS if set(form) == names), None)
+    if form is None:
+        got = type(inputs).__name__ if names is None else f"{sorted(map(str, names))}"
+        known = " or ".join(map(str, map(list, READERS)))
+        raise ValueError(f"An input must be a text, or a dict with {known}, got {got:.200}. Give {{'text': ...}}.")
+    for name in form:
+        check_part(name, values[name], may_be_empty=form != QUESTION)
+    return form, [values[name] for name in form]
+
+
+def check_part(name: str, value: Any, may_be_empty: bool) -> None:
+    """Refuse a part of an input that no tokenizer could read."""
+    if name == "tokens":
+        if not isinstance(value, list) or not value or not all(isinstance(token, str) for token in value):
+            raise ValueError(f"`tokens` must be a list of words, got {value!r:.100}. Give a text as `text`.")
+    elif not isinstance(value, str) or not (may_be_empty or value.strip()):
+        rule = "a text" if may_be_empty else "a text that is not empty"
+        raise ValueError(f"`{name}` must be {rule}, got {value!r:.100}. Give words as `tokens`.")
+
+
+def word_spans(encoding: Any, text: str | list[str]) -> list[Span]:
+    """Return the first token of every word with the characters of the whole word.
+
+    Args:
+        encoding: Of the tokenizer, of one input.
+        text: What it encoded. Of a list of words, characters are those of the words joined by blanks.
+    """
+    starts = [0, *accumulate(len(word) + 1 for word in text)] if isinstance(text, list) else None
+    spans: list[Span] = []
+    last = None
+    for position, (word, (start, end)) in enumerate(zip(encoding.word_ids, encoding.offsets, strict=True)):
+        if word is None or encoding.sequence_ids[position] != 0:
+            continue
+        shift = starts[word] if starts else 0
+        if word == last:
+            spans[-1] = (*spans[-1][:2], end + shift)
+        else:
+            spans.append((position, start + shift, end + shift))
+        last = word
+    return spans
+
+
+def context_spans(encoding: Any) -> list[Span]:
+    """Return every token of a question's context with its characters."""
+    pieces = enumerate(zip(encoding.sequence_ids, encoding.offsets, strict=True))
+    return [(position, *offsets) for position, (sequence, offsets) in pieces if sequence == 1]
+
+
+def read_classes(kind: str, logits: Tensor, labels: Mapping[int, str]) -> Any:
+    """Read what a sequence classifier says.
+
+    Args:
+        kind: One of `CLASSIFIERS`.
+        logits: Shape `(labels,)`.
+        labels: Name of each.
+    """
+    logits = logits.float()
+    if kind == "regression":
+        return {"score": logits.item() if logits.numel() == 1 else logits.tolist()}
+    if kind == "multi-label":
+        scores = enumerate(logits.sigmoid().tolist())
+        return [{"label": labels[number], "score": score} for number, score in scores if score > 0.5]
+    score, best = logits.softmax(-1).max(-1)
+    return {"label": labels[int(best)], "score": score.item()}
+
+
+def read_entities(found: Mapping[str, Tensor], labels: Mapping[int, str], example: Example) -> list[dict[str, Any]]:
+    """Read the tag of every word, and put together what the prefixes say belongs together.
+
+    Args:
+        found: `logits` `(seq, labels)`; of a CRF also `predictions` `(seq,)` and `marginals` `(seq, labels)`.
+        labels: Name of each.
+        example: With the spans of the words.
+    """
+    positions = [position for position, *_ in example.spans]
+    if "predictions" in found:
+        tags = found["predictions"][positions]  # (words,)
+        scores = found["marginals"][positions].float().gather(-1, tags[:, None]).squeeze(-1)  # (words,)
+    else:
+        scores, tags = found["logits"][positions].float().softmax(-1).max(-1)
+    entities: list[dict[str, Any]] = []
+    going_on = None  # the type of the entity that the next word may continue
+    for (_, start, end), tag, score in zip(example.spans, tags.tolist(), scores.tolist(), strict=True):
+        label = labels[tag]
+        prefix, kind = (label[0], label[2:]) if label.startswith(PREFIXES) else ("-", label)
+        if prefix in "IEL" and kind == going_on:
+            entities[-1]["end"] = end
+            entities[-1]["scores"].append(score)
+        elif label != "O":
+            entities.append({"label": kind, "start": start, "end": end, "scores": [score]})
+        going_on = kind if prefix in "BI" else None
+    for entity in entities:
+        scores_of_words = entity.pop("scores")
+        entity["word"] = example.text[entity["start"] : entity["end"]]
+        entity["score"] = sum(scores_of_words) / len(scores_of_words)
+    return entities
+
+
+def read_answer(start_logits: Tensor, end_logits: Tensor, example: Example) -> dict[str, Any]:
+    """Return the span of the context, not too long, whose start and end are likeliest together.
+
+    Args:
+        start_logits: Shape `(seq,)`.
+        end_logits: Shape `(seq,)`.
+        example: With the spans of the context's tokens.
+    """
+    if not example.spans:  # nothing of the context is left after the question
+        return {"answer": "", "score": 0.0, "start": 0, "end": 0}
+    positions = [position for position, *_ in example.spans]
+    first, last = (logits[positions].float().softmax(-1) for logits in (start_logits, end_logits))  # (context,)
+    scores = torch.outer(first, last).triu().tril(MAX_ANSWER_TOKENS - 1)  # (context, context)
+    from_token, to_token = divmod(int(scores.argmax()), len(positions))
+    start, end = example.spans[from_token][1], example.spans[to_token][2]
+    return {"answer": example.text[start:end], "score": scores.max().item(), "start": start, "end": end}

@@ -1,0 +1,249 @@
+"""The pipeline "multitask": texts in, an answer of each task out; the trunk runs once for all of them."""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Pipeline,
+    PreTrainedModel,
+)
+from transformers.pipelines.base import pad_collate_fn
+
+from .modeling_answers import (
+    QUESTION,
+    READERS,
+    TOKENS,
+    Example,
+    context_spans,
+    read_answer,
+    read_classes,
+    read_entities,
+    read_input,
+    word_spans,
+)
+
+
+LOADERS = {
+    "SequenceClassification": AutoModelForSequenceClassification,
+    "TokenClassification": AutoModelForTokenClassification,
+    "QuestionAnswering": AutoModelForQuestionAnswering,
+}
+OUTPUTS = ("logits", "start_logits", "end_logits", "marginals", "predictions")
+
+
+class MultiTaskPipeline(Pipeline):
+    """Answer texts with several tasks on one trunk.
+
+    `pipeline("multitask", model=folder)` makes one after `import hf_moebert`. An input is a text, `{"text": ...,
+    "text_pair": ...}`, `{"tokens": [...]}` for words that are split already, or `{"question": ..., "context": ...}`;
+    of a list, every element is an input. `tasks=[...]` asks for some tasks; otherwise all answer that can read the
+    input. What is longer than the model reads is cut.
+
+    The answer to an input is a dict with an entry for each task:
+
+    - classification: `{"label", "score"}`; where several labels may hold, a list of those above one half;
+    - regression: `{"score"}`;
+    - tagging: a list of `{"label", "word", "score", "start", "end"}`: entities where labels have prefixes such as
+      `B-`, else words; `O` is left out. A word is judged by its first token, an entity's score is the mean over its
+      words. The tags of a masked CRF are its best legal path, their scores its marginals;
+    - question answering: `{"answer", "score", "start", "end"}`, the likeliest span of at most 30 tokens.
+
+    The forms of the answers are our own design, near to those of the host's pipelines for one task.
+    """
+
+    _load_processor = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = True
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if self.tokenizer is None or not self.tokenizer.is_fast:
+            raise ValueError(
+                f"`tokenizer` must be a fast one, which knows the words of a text, got {type(self.tokenizer)}. Save "
+                "the tokenizer of the tasks in the model's folder."
+            )
+        self.model.eval()
+
+    def describe_tasks(self) -> dict[str, dict[str, Any]]:
+        """Say what there is: for each task its kind, its labels, and how many layers it shares and owns."""
+        return {
+            name: {
+                "kind": kind_of(branch),
+                "labels": list(branch.config.id2label.values()),
+                "frozen_layers": branch.config.frozen_layers,
+                "task_layers": branch.config.num_hidden_layers,
+            }
+            for name, branch in self._branches().items()
+        }
+
+    def check(self, inputs: Any, tasks: Sequence[str] | None = None) -> None:
+        """Refuse, without running anything, what `answer` could not answer.
+
+        Raises:
+            ValueError: If the form of the input is unknown, or a task is unknown or cannot read it.
+        """
+        form, _ = read_input(inputs)
+        self._asked(form, tasks)
+
+    def answer(self, requests: Sequence[tuple[Any, Sequence[str] | None]]) -> list[dict[str, Any]]:
+        """Answer inputs, each with its own tasks, in one batch.
+
+        Args:
+            requests: Pairs of an input and the tasks asked for, `None` for all that can read it.
+
+        Returns:
+            For each `{"answers": {task: answer}, "truncated": bool}`.
+
+        Raises:
+            ValueError: As `check`.
+        """
+        items = [self.preprocess(inputs, tasks) for inputs, tasks in requests]
+        found = self.forward(pad_collate_fn(self.tokenizer, None)(items))
+        return [
+            {"answers": self.postprocess({"outputs": outputs, "example": example}), "truncated": example.truncated}
+            for outputs, example in zip(found["outputs"], found["example"], strict=True)
+        ]
+
+    def load_task(self, folder: str | PathLike[str]) -> PreTrainedModel:
+        """Load a single-task model from a local folder, without running code of it, for `put_task`.
+
+        Raises:
+            ValueError: If config.json names no single-task model.
+            OSError: If the folder holds no checkpoint.
+        """
+        options = {"trust_remote_code": False, "local_files_only": True}
+        names = AutoConfig.from_pretrained(folder, **options).architectures or [""]
+        loader = LOADERS.get(names[0].partition("For")[2])
+        if loader is None:
+            raise ValueError(
+                f"`architectures` of config.json must name a class for {' or '.join(LOADERS)}, got {names}. Save a "
+                "fine-tuned model of one task."
+            )
+        return loader.from_pretrained(folder, dtype=self.model.dtype, **options)
+
+    def put_task(self, name: str, model: PreTrainedModel) -> None:
+        """Add a task, or replace the one of this name; the others stay as they are.
+
+        Raises:
+            ValueError: If the frozen layers of the model are not the trunk's.
+        """
+        put = self.model.replace_task if name in self.model.tasks else self.model.add_task
+        put(name, model)
+        self.model.eval()
+
+    def remove_task(self, name: str) -> None:
+        """Forget a task; the others stay as they are."""
+        self.model.remove_task(name)
+
+    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
+        """Save model and tokenizer; the code stays in this package."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.tokenizer.save_pretrained(save_directory, **kwargs)
+
+    def preprocess(self, inputs: Any, tasks: Sequence[str] | None = None) -> dict[str, Any]:
+        """Turn an input into tensors of one row each, and an `Example`."""
+        form, parts = read_input(inputs)
+        self._asked(form, tasks)
+        encoded = self.tokenizer(
+            *parts,
+            is_split_into_words=form == TOKENS,
+            truncation=True,
+            max_length=min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings),
+            return_tensors="pt",
+        )
+        encoding = encoded.encodings[0]
+        word_mask = torch.zeros_like(encoded["input_ids"])  # (1, seq); integers, which the host's padding keeps
+        if form == QUESTION:
+            text, spans = parts[1], context_spans(encoding)
+        else:
+            text = " ".join(parts[0]) if form == TOKENS else parts[0]
+            spans = word_spans(encoding, parts[0])
+            word_mask[0, [position for position, *_ in spans]] = 1
+        example = Example(text, form, tasks, spans, bool(encoding.overflowing))
+        return {**encoded, "word_mask": word_mask, "example": example}
+
+    def _sanitize_parameters(self, tasks: Sequence[str] | None = None, **unknown: Any) -> tuple[dict, dict, dict]:
+        if unknown:
+            raise TypeError(f"This pipeline takes `tasks` and `batch_size`, got {sorted(unknown)}. Leave them out.")
+        return ({} if tasks is None else {"tasks": tasks}), {}, {}
+
+    def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
+        """Run the trunk once for all rows, and each branch on the rows that ask for it."""
+        example, words = model_inputs.pop("example"), model_inputs.pop("word_mask").bool()
+        examples = example if isinstance(example, list) else [example]  # outside of batches the host makes no lists
+        asked = [self._asked(one.form, one.tasks) for one in examples]
+        rows = {name: [row for row, names in enumerate(asked) if name in names] for name in self.model.tasks}
+        depths = {name: self.model.branches[name].config.frozen_layers for name, found in rows.items() if found}
+        given = (model_inputs.get(key) for key in ("input_ids", "attention_mask", "token_type_ids"))
+        states, mask = self.model.trunk.embed(*given, None, None)
+        states = self.model.trunk.run(states, mask, depths=set(depths.values()))
+        outputs: list[dict[str, dict[str, Tensor]]] = [{} for _ in examples]
+        for name, depth in depths.items():
+            everywhere = len(rows[name]) == len(examples)
+            index = slice(None) if everywhere else torch.tensor(rows[name], device=words.device)
+            here = None if mask is None else mask[index]
+            found = self._run_branch(name, states[depth][index], here, words[index])
+            for place, row in enumerate(rows[name]):
+                outputs[row][name] = {key: tensor[place] for key, tensor in found.items()}
+        return {"outputs": outputs if isinstance(example, list) else outputs[0], "example": example}
+
+    def _run_branch(self, name: str, states: Tensor, mask: Tensor | None, words: Tensor) -> dict[str, Tensor]:
+        branch = self.model.branches[name]
+        extra = {"word_mask": words, "output_marginals": True} if hasattr(branch, "crf") else {}
+        output = branch(inputs_embeds=states, attention_mask=mask, **extra)
+        return {key: output[key].cpu() for key in OUTPUTS if output.get(key) is not None}
+
+    def postprocess(self, model_outputs: dict[str, Any]) -> dict[str, Any]:
+        """Turn what the branches found for one input into the tasks' answers."""
+        example = model_outputs["example"]
+        return {name: self._read(name, found, example) for name, found in model_outputs["outputs"].items()}
+
+    def _read(self, name: str, found: dict[str, Tensor], example: Example) -> Any:
+        branch = self.model.branches[name]
+        kind = kind_of(branch)
+        if kind == "question-answering":
+            return read_answer(found["start_logits"], found["end_logits"], example)
+        if kind == "tagging":
+            return read_entities(found, branch.config.id2label, example)
+        return read_classes(kind, found["logits"], branch.config.id2label)
+
+    def _branches(self) -> dict[str, PreTrainedModel]:
+        """Return a snapshot: another thread may put and remove tasks meanwhile."""
+        return dict(list(self.model.branches.items()))
+
+    def _asked(self, form: tuple[str, ...], tasks: Sequence[str] | None) -> list[str]:
+        """Return the tasks that answer: all that can, if none are named."""
+        kinds = {name: kind_of(branch) for name, branch in self._branches().items()}
+        able = [name for name, kind in kinds.items() if kind in READERS[form]]
+        if tasks is None and not able:
+            raise ValueError(f"An input must be one that a task can read, got {list(form)} for {kinds}. Add a task.")
+        if tasks is None:
+            return able
+        if isinstance(tasks, str) or not tasks or not kinds.keys() >= set(tasks):
+            raise ValueError(
+                f"`tasks` must be a list of names in {list(kinds)}, got {tasks!r:.200}. Leave it out for all."
+            )
+        if unable := [name for name in tasks if name not in able]:
+            raise ValueError(f"`tasks` must be among {able} to read {list(form)}, got {unable}. Leave it out for all.")
+        return list(tasks)
+
+
+def kind_of(branch: PreTrainedModel) -> str:
+    """Say which kind of task a single-task model is for."""
+    head, config = type(branch).__name__.partition("For")[2], branch.config
+    if head != "SequenceClassification":
+        return {"TokenClassification": "tagging", "QuestionAnswering": "question-answering"}[head]
+    if config.problem_type == "multi_label_classification":
+        return "multi-label"
+    return "regression" if config.problem_type == "regression" or config.num_labels == 1 else "classification"
+
+
+__all__ = ["MultiTaskPipeline"]

@@ -1,0 +1,306 @@
+"""From one pre-trained encoder to a branch for every task: teachers, students, and the choice among them."""
+
+import copy
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments, set_seed
+
+from ..distillation import DistillationConfig, DistillationTrainer
+from .configuration_recipe import SweepConfig
+from .functional import choose_depth
+from .modeling_multitask import MultiTaskBertModel
+from .modeling_trunk import HEADS, join, take_branch, take_trunk
+from .training_states import CachedStates, cache_states, fingerprint_data, fingerprint_trunk, pad_examples
+
+
+# what decides, besides model and data, how a run ends
+SETTINGS = (
+    *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("weight_decay", "warmup_steps", "lr_scheduler_type", "max_grad_norm", "seed", "bf16", "fp16"),
+)
+
+
+@dataclass(frozen=True)
+class SweepTask:
+    """One task of a sweep.
+
+    Attributes:
+        new_model: Makes the pre-trained encoder with a new head, a class of `modeling_trunk.HEADS`; its values come
+            from the seed that was set last. All tasks of a sweep share the encoder.
+        train_dataset: Encoded examples that are trained on.
+        dev_dataset: Encoded examples that choose. What they are chosen by is no measurement: keep others for that.
+        score: What predictions are worth; the larger the better, and 1 is perfect.
+    """
+
+    new_model: Callable[[], PreTrainedModel]
+    train_dataset: Dataset
+    dev_dataset: Dataset
+    score: Callable[[EvalPrediction], float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a sweep.
+
+    Attributes:
+        kind: "whole" trains all weights, embeddings too; "teacher" the layers above the frozen ones; "student" fewer.
+        layers: Layers that are trained.
+    """
+
+    kind: Literal["whole", "teacher", "student"]
+    layers: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return "whole" if self.kind == "whole" else f"{self.kind}-{self.layers}"
+
+
+class MultiTaskSweep:
+    """Find for every task how many layers to freeze, and how few to keep above them.
+
+    Each task is worked on alone. Teachers train the top layers of the encoder on cached states of the frozen ones; the
+    one that is best on the dev examples teaches students with fewer layers on the same frozen ones, by the loss
+    `CE + T^2 CE_soft`. Of these, more layers are kept for as long as they bring the task enough.
+
+    Every run leaves `<output_dir>/<task>/<run>`: the plain single-task model, whose `config.frozen_layers` says where
+    it may be split, and `result.json`, which is written last. A run that has it is not repeated.
+
+    Args:
+        tasks: By name, which is also that of a folder.
+        args: For the stock `Trainer` of every run; `output_dir` is the folder of the sweep.
+        config: The recipe; by default `SweepConfig()`.
+        states_dir: Folder for the cached states, shared by sweeps over the same data; by default in `output_dir`.
+
+    Raises:
+        ValueError: If there is no task, a name cannot be a folder's, or the recipe does not fit the encoder; later, if
+            the folder holds runs of other settings or states of another trunk.
+
+    Source: Wei et al. 2022, https://arxiv.org/abs/2107.05377. Cached states, and the frozen layers without dropout
+    that they mean, are our own design.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, SweepTask],
+        args: TrainingArguments,
+        config: SweepConfig | None = None,
+        *,
+        states_dir: str | Path | None = None,
+    ) -> None:
+        for name in tasks:
+            if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
+                raise ValueError(f"`tasks` must have names of letters, digits, '_' and '-', got {name!r}. Rename it.")
+        if not tasks:
+            raise ValueError("`tasks` must hold at least one task, got none. Name one.")
+        self.args, self.config = args, SweepConfig() if config is None else config
+        self.output = Path(args.output_dir)
+        states = self.output / "states" if states_dir is None else Path(states_dir)
+        self.tasks = {name: _PreparedTask(task, states / name) for name, task in tasks.items()}
+        (first, expected), *_ = self.tasks.items()
+        self.config.check_depth(expected.depth)
+        for name, prepared in self.tasks.items():
+            if prepared.fingerprints["encoder"] != expected.fingerprints["encoder"]:
+                raise ValueError(
+                    f"`tasks` must share one encoder, got another for {name!r} than for {first!r}. Let every"
+                    " `new_model` load the same pre-trained weights."
+                )
+
+    def runs(self) -> Iterator[tuple[str, Run]]:
+        """Yield task and run of the whole sweep in order; a task's students are known once its teachers are made."""
+        for task, prepared in self.tasks.items():
+            yield task, Run("whole", prepared.depth)
+            yield from ((task, Run("teacher", layers)) for layers in sorted(self.config.teacher_layers))
+            teacher = self.choose_teacher(task)
+            yield from (
+                (task, Run("student", layers)) for layers in sorted(self.config.student_layers) if layers < teacher
+            )
+
+    def run(self) -> None:
+        """Make all runs that are missing."""
+        for task, run in self.runs():
+            self.make(task, run)
+
+    def make(self, task: str, run: Run) -> float:
+        """Train and save a model unless it is there, and return its score on the dev examples.
+
+        Raises:
+            ValueError: If the folder holds a run of other settings.
+        """
+        folder, settings = self.folder(task, run), self.settings(task, run)
+        if (result := _read(folder / "result.json")) is not None:
+            if result["settings"] != settings:
+                raise ValueError(
+                    f"{folder} must hold a run of the settings {settings}, but it was made by {result['settings']}."
+                    " Choose another `output_dir`, or delete it."
+                )
+            return result["score"]
+        trainer = self._train(task, run)
+        score = trainer.evaluate()["eval_score"]
+        self._plain(task, run, trainer.model).save_pretrained(folder)
+        _write(folder / "result.json", {"score": score, "settings": settings, "command": " ".join(sys.argv)})
+        return score
+
+    def choose_teacher(self, task: str) -> int:
+        """Return the layers of the best teacher on the dev examples, the fewest of equals; makes those missing."""
+        scores = {layers: self.make(task, Run("teacher", layers)) for layers in self.config.teacher_layers}
+        return min(scores, key=lambda layers: (-scores[layers], layers))
+
+    def student_scores(self, task: str) -> dict[int, float]:
+        """Return what each number of layers scores on the dev examples; makes the runs that are missing."""
+        return {run.layers: self.make(task, run) for run in map(self.branch(task), self.config.student_layers)}
+
+    def choose_depths(self, min_gain: float | None = None) -> dict[str, int]:
+        """Choose the layers of each task's branch.
+
+        Args:
+            min_gain: Points that one more layer has to bring; by default that of the recipe.
+        """
+        points = self.config.min_gain if min_gain is None else min_gain
+        return {task: choose_depth(self.student_scores(task), points / 100) for task in self.tasks}
+
+    def branch(self, task: str) -> Callable[[int], Run]:
+        """Return what makes a number of layers the run whose model they are: where that is enough, the teacher's."""
+        teacher = self.choose_teacher(task)
+        return lambda layers: Run("student", layers) if layers < teacher else Run("teacher", teacher)
+
+    def load(self, task: str, run: Run) -> PreTrainedModel:
+        """Load the plain single-task model of a run."""
+        folder = self.folder(task, run)
+        (architecture,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
+        return HEADS[architecture].from_pretrained(folder)
+
+    def merge(self, depths: Mapping[str, int]) -> MultiTaskBertModel:
+        """Put the branches of these many layers, by task, on one trunk."""
+        return MultiTaskBertModel.from_tasks(
+            {task: self.load(task, self.branch(task)(n)) for task, n in depths.items()}
+        )
+
+    def folder(self, task: str, run: Run) -> Path:
+        """Say where a run leaves what it makes."""
+        return self.output / task / run.name
+
+    def settings(self, task: str, run: Run) -> dict[str, Any]:
+        """Say what decides how a run ends, in a form that JSON knows."""
+        settings = asdict(run) | {name: getattr(self.args, name) for name in SETTINGS} | self.tasks[task].fingerprints
+        if run.kind == "student":
+            recipe = {"teacher": self.choose_teacher(task)}
+            settings |= recipe | {name: getattr(self.config, name) for name in ("student_init", "temperature")}
+        return json.loads(json.dumps(settings))
+
+    def _train(self, task: str, run: Run) -> Trainer:
+        prepared = self.tasks[task]
+        args = copy.deepcopy(self.args)
+        args.output_dir = str(self.folder(task, run) / "checkpoints")
+        set_seed(args.seed)  # of new heads; the Trainer sets it again
+        options: dict[str, Any] = {}
+        if run.kind == "student":
+            teacher = self.load(task, Run("teacher", self.choose_teacher(task)))
+            frozen = teacher.config.frozen_layers
+            model = new_student(teacher, run.layers, init=self.config.student_init, encoder=prepared.task.new_model())
+            recipe = DistillationConfig(hidden_states=False, temperature=self.config.temperature)
+            options = {"teacher": take_branch(teacher, frozen), "distillation": recipe}
+        elif run.kind == "teacher":
+            frozen = prepared.depth - run.layers
+            model = take_branch(prepared.task.new_model(), frozen)
+        else:
+            frozen, model = None, prepared.task.new_model()
+        train, dev = (self._data(task, split, frozen) for split in ("train", "dev"))
+        trainer = (DistillationTrainer if options else Trainer)(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=dev,
+            data_collator=pad_examples,
+            compute_metrics=lambda predictions: {"score": float(prepared.task.score(predictions))},
+            **options,
+        )
+        trainer.train()
+        return trainer
+
+    def _data(self, task: str, split: str, frozen: int | None) -> Dataset | CachedStates:
+        prepared = self.tasks[task]
+        if frozen is None:
+            return prepared.examples(split)
+        depths = sorted(prepared.depth - layers for layers in self.config.teacher_layers)
+        return prepared.states(split, depths, self.args.device)[frozen]
+
+    def _plain(self, task: str, run: Run, model: PreTrainedModel) -> PreTrainedModel:
+        if run.kind == "whole":
+            return model
+        return join(take_trunk(self.tasks[task].task.new_model(), model.config.frozen_layers), model.cpu())
+
+
+class _PreparedTask:
+    """A task, and what is found out about it once."""
+
+    def __init__(self, task: SweepTask, folder: Path) -> None:
+        self.task, self.folder = task, folder
+        self._states: dict[str, dict[int, CachedStates]] = {}
+
+    @cached_property
+    def depth(self) -> int:
+        return self.task.new_model().config.num_hidden_layers
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        trunk = take_trunk(self.task.new_model(), self.depth)
+        prints = {split: fingerprint_data(self.examples(split)) for split in ("train", "dev")}
+        return prints | {"encoder": fingerprint_trunk(trunk, self.depth)}
+
+    def examples(self, split: str) -> Dataset:
+        return self.task.train_dataset if split == "train" else self.task.dev_dataset
+
+    def states(self, split: str, depths: list[int], device: torch.device) -> dict[int, CachedStates]:
+        """Return the examples of a split after each of some numbers of frozen layers."""
+        if split not in self._states:
+            trunk = take_trunk(self.task.new_model(), max(depths)).to(device)
+            self._states[split] = cache_states(trunk, self.examples(split), self.folder / split, depths=depths)
+        return self._states[split]
+
+
+def new_student(
+    teacher: PreTrainedModel, num_layers: int, *, init: str = "teacher", encoder: PreTrainedModel | None = None
+) -> PreTrainedModel:
+    """Make an untrained branch out of a trained model.
+
+    Args:
+        teacher: A single-task model whose `config.frozen_layers` are frozen. It is not changed.
+        num_layers: Layers of the branch.
+        init: Where they start: the teacher's first ones ("teacher"), those of `encoder` after the frozen ones
+            ("next"), or random ("random"). Pooler and head are the teacher's.
+        encoder: The pre-trained encoder in a model of the teacher's class, for "next".
+
+    Source: Wei et al. 2022, https://arxiv.org/abs/2107.05377, for "teacher"; the others are our own design.
+    """
+    frozen = teacher.config.frozen_layers
+    student = take_branch(teacher, frozen, num_layers)
+    layers: Any = student.base_model.encoder
+    if init == "next" and encoder is not None:
+        start: Any = take_branch(encoder, frozen, num_layers).base_model
+        layers.load_state_dict(start.encoder.state_dict())
+    elif init == "random":
+        layers.apply(student._init_weights)
+    return student
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _write(file: Path, result: dict[str, Any]) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+
+
+__all__ = ["MultiTaskSweep", "Run", "SweepTask"]

@@ -1,0 +1,72 @@
+"""A predictor without a model, and a real server of it; run as a program, it serves until a signal comes."""
+
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+
+from hf_moebert.serving import ServingLimits, build_app, run_server
+
+
+class Echo:
+    """Answers a text with itself in a form: `upper`, `lower`, or what was put."""
+
+    def __init__(self, seconds=0.0):
+        self.forms = {"upper": "{}!".format, "lower": str.lower}
+        self.seconds = seconds
+        self.batches = []
+        self.entered, self.open = threading.Event(), threading.Event()
+        self.open.set()
+
+    def describe_tasks(self):
+        return {name: {"kind": "echo"} for name in list(self.forms)}
+
+    def check(self, inputs, tasks):
+        if not isinstance(inputs, str):
+            raise ValueError("An input must be a text.")  # noqa: TRY004
+
+    def answer(self, requests):
+        self.entered.set()
+        self.open.wait(20)
+        time.sleep(self.seconds)
+        self.batches.append(len(requests))
+        if any(text == "trap" for text, _ in requests):
+            raise RuntimeError("secret /path")
+        asked = [(text, list(self.forms) if tasks is None else tasks) for text, tasks in requests]
+        return [{"answers": {name: self.forms[name](text) for name in tasks}} for text, tasks in asked]
+
+    def load_task(self, folder):
+        return (folder / "form.txt").read_text()
+
+    def put_task(self, name, task):
+        if "{}" not in task:
+            raise ValueError("`form` must hold a place for the text.")
+        self.forms[name] = task.format
+
+    def remove_task(self, name):
+        del self.forms[name]
+
+
+@contextmanager
+def running(app):
+    """Serve in a thread on a free port; yields the address."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="on", log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
+if __name__ == "__main__":
+    updates = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    served = build_app(Echo(0.5), limits=ServingLimits(max_batch=2), allow_updates=updates)
+    run_server(served, host="127.0.0.1", port=0, announce=lambda url: print(url, flush=True))
