@@ -75,7 +75,7 @@ class ServingArguments:
 
     def __post_init__(self) -> None:
         if self.smoke:
-            self.hidden, self.longest, self.texts, self.clients, self.requests, self.rounds = 32, 16, 4, 4, 12, 2
+            self.hidden, self.longest, self.texts, self.clients, self.requests, self.rounds = 32, 16, 4, 4, 6, 2
         if not 0 < self.frozen < self.frozen + self.task_layers <= self.layers:
             raise ValueError(
                 f"`frozen` and `task_layers` must be above 0 and at most `layers` = {self.layers} together, got "

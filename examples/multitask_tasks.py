@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     Trainer,
     TrainingArguments,
+    set_seed,
 )
 
 from hf_moebert import BertCrfForTokenClassification
@@ -165,6 +166,7 @@ def read_tasks(file: str | Path) -> dict[str, TaskEntry]:
 def make_smoke_tasks(folder: Path) -> tuple[str, str]:
     """Make a tiny encoder and a task of each kind, told by single words; returns encoder and tasks.json."""
     words = ["good", "bad", "film", "book", "meal", "this", "was", "a", "very", "day"]
+    set_seed(0)  # the same encoder when the command is run again
     make_tiny_encoder(folder / "encoder", words)
     random = Random(0)
     files: dict[str, dict[str, str]] = {"mood": {}, "stars": {}, "things": {}}

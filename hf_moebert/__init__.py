@@ -18,13 +18,12 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from .distillation import DistillationConfig, DistillationTrainer
 from .inference import optimize_for_inference, revert_optimizations
 from .masked_crf import (
-    BertCrfConfig,
     BertCrfForTokenClassification,
-    CrfConfig,
     CrfForTokenClassification,
     CrfTokenClassificationPipeline,
     MaskedCRF,
 )
+from .masked_crf.configuration_masked_crf import BertCrfConfig, CrfConfig
 from .moebert import (
     MoEBertConfig,
     MoEBertForQuestionAnswering,
@@ -43,13 +42,13 @@ from .mpoe import (
 )
 from .mpoe.configuration_mpoe import MPOEBertConfig, MPOEGPT2Config, MPOET5Config
 from .multitask import (
-    MultiTaskBertConfig,
     MultiTaskBertModel,
     MultiTaskPipeline,
     MultiTaskSweep,
     SweepConfig,
     SweepTask,
 )
+from .multitask.configuration_multitask import MultiTaskBertConfig
 from .packing import save_packed
 from .platon import PlatonConfig, PlatonPruningCallback, shrink
 from .platon.configuration_shrunk import (

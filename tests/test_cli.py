@@ -48,7 +48,7 @@ def test_help_loads_nothing_heavy():
     names = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
     names += [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
     assert {name.partition(".")[0] for name in names} == {"json", "pathlib", "sys", "typer", "typing"}
-    for command in ([], ["measure"], ["publish"], ["footprint"], ["pack"]):
+    for command in ([], ["measure"], ["publish"], ["footprint"], ["pack"], ["serve"]):
         result = invoke(*command, "--help")
         assert result.exit_code == 0
         assert "Usage" in result.stdout

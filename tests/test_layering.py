@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hf_moebert"
 ROLES = {"configuration", "functional", "modeling", "training"}
-FRIENDS = {("mpoe", "mpo"), ("multitask", "masked_crf"), ("multitask", "distillation")}  # the systems that may import another
+FRIENDS = {("mpoe", "mpo"), ("multitask", "masked_crf"), ("multitask", "distillation")}  # who may import whom
 STAY = {"mpo", "mpoe", "multitask"}  # read with the package only: more than one system makes them
 SYSTEMS = sorted(p.parent.name for p in PACKAGE.glob("*/functional.py"))
 SOURCES = sorted(PACKAGE.rglob("*.py"))

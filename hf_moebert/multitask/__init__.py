@@ -1,6 +1,5 @@
 """Many tasks on one frozen BERT: a trunk that runs once, and a short branch for every task."""
 
-from .configuration_multitask import MultiTaskBertConfig
 from .configuration_recipe import SweepConfig
 from .modeling_multitask import MultiTaskBertModel
 from .modeling_pipeline import MultiTaskPipeline
@@ -8,7 +7,6 @@ from .training import MultiTaskSweep, SweepTask
 
 
 __all__ = [
-    "MultiTaskBertConfig",
     "MultiTaskBertModel",
     "MultiTaskPipeline",
     "MultiTaskSweep",

@@ -1,4 +1,4 @@
-"""Taggers with a CRF under the host's own model tests, the ones that every architecture in transformers has to pass."""
+"""Taggers with a CRF under the host's own model tests, the ones that its own architectures have to pass."""
 
 import unittest
 from unittest.mock import patch
@@ -10,7 +10,7 @@ from transformers import BertConfig
 from transformers.models.auto import modeling_auto
 
 from hf_moebert import BertCrfForTokenClassification, CrfForTokenClassification
-from hf_moebert.masked_crf import BertCrfConfig, CrfConfig
+from hf_moebert.masked_crf.configuration_masked_crf import BertCrfConfig, CrfConfig
 
 
 try:
@@ -80,3 +80,7 @@ class BertCrfTest(Suite, unittest.TestCase):
 
 class CrfTest(Suite, unittest.TestCase):
     all_model_classes = (CrfForTokenClassification,)
+
+    @unittest.skip("It loads the checkpoint of a token classifier without a CRF, which is refused: see `from_dense`.")
+    def test_correct_missing_keys(self):
+        pass

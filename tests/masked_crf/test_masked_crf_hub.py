@@ -9,15 +9,14 @@ import torch
 from loopback_hub import loopback_hub  # noqa: F401
 from tiny_crf import labels_of, make, make_batch, make_tokenizer
 
-from hf_moebert.masked_crf.modeling_pipeline import CrfTokenClassificationPipeline
+from hf_moebert import CrfTokenClassificationPipeline
 
 
 CODE = {"configuration_masked_crf.py", "modeling_masked_crf.py", "modeling_crf.py", "modeling_pipeline.py"}
 CODE |= {f"functional{name}.py" for name in ("", "_decoding", "_numpy", "_tags")}
 TEXT = "New Yorkers in the London and New York"
 PUBLISH = """
-import hf_moebert
-from hf_moebert.masked_crf.modeling_pipeline import CrfTokenClassificationPipeline
+from hf_moebert import CrfTokenClassificationPipeline
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 for name in ("bert", "roberta"):
@@ -54,7 +53,7 @@ def run(hub, home, code, *values):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -80,7 +79,7 @@ def test_published_taggers_work_without_the_package(loopback_hub, tmp_path):  # 
     told = run(loopback_hub, tmp_path / "other home", WITHOUT_PACKAGE, *values)
     assert len(told["refusals"]) == 4
     assert all("trust_remote_code=True" in refusal for refusal in told["refusals"])
-    for name in found:
-        assert told[f"{name}True"] == told[f"{name}False"] == found[name]
+    for name, tags in found.items():
+        assert told[f"{name}True"] == told[f"{name}False"] == tags
         for ours, theirs in zip(texts[name], told[f"text {name}"], strict=True):
             assert theirs == ours | {"score": pytest.approx(ours["score"], abs=1e-5)}

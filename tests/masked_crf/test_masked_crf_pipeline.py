@@ -1,13 +1,15 @@
 """The pipeline gives the decoded segments, whatever the scheme, the strategy, the batch and the tokenizer."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from tiny_crf import LABELS, PREFIXES, labels_of, make, make_dense, make_tokenizer
 from transformers import RobertaTokenizer, pipeline
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from hf_moebert import CrfTokenClassificationPipeline
 from hf_moebert.masked_crf.functional_tags import count_breaks, find_segments
-from hf_moebert.masked_crf.modeling_pipeline import CrfTokenClassificationPipeline
 
 
 STRATEGIES = ("simple", "first", "average", "max")
@@ -96,7 +98,7 @@ def test_what_is_between_segments_can_be_asked_for():
     for text in TEXTS:
         all_groups = pipe(text, aggregation_strategy="simple", ignore_labels=[])
         assert [x for x in all_groups if x["entity_group"] != "O"] == pipe(text, aggregation_strategy="simple")
-        ends = [(before["end"], after["start"]) for before, after in zip(all_groups, all_groups[1:], strict=False)]
+        ends = [(before["end"], after["start"]) for before, after in pairwise(all_groups)]
         assert all(not text[end:start].strip() for end, start in ends)
 
 
@@ -168,7 +170,7 @@ def test_windows_of_a_contextual_model_never_overlap():
     pipe = make_pipeline("BILOU", "any bert")
     found = pipe(" ".join(TEXTS * 3), aggregation_strategy="first", stride=4, batch_size=3)
     assert len(found) > 4
-    assert all(before["end"] <= after["start"] for before, after in zip(found, found[1:], strict=False))
+    assert all(before["end"] <= after["start"] for before, after in pairwise(found))
 
 
 # Refusals

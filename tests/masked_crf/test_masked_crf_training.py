@@ -150,9 +150,7 @@ def test_checkpointed_activations_change_no_gradient(kind):
     model, batch = make(kind).train(), make_batch(labels=True)
     plain = torch.autograd.grad(model(**batch).loss, list(model.parameters()))
     model.activation_checkpointing_enable()
-    for ours, theirs in zip(
-        torch.autograd.grad(model(**batch).loss, list(model.parameters())), plain, strict=True
-    ):
+    for ours, theirs in zip(torch.autograd.grad(model(**batch).loss, list(model.parameters())), plain, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

@@ -41,7 +41,9 @@ def make_config(family, labels=LABELS, dropout=0.0):
         sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24}
         return DistilBertConfig(**sizes, **common, **std, dropout=dropout, attention_dropout=dropout)
     if family == "modernbert":
-        special = dict.fromkeys(("bos_token_id", "cls_token_id"), 2) | dict.fromkeys(("eos_token_id", "sep_token_id"), 3)
+        special = dict.fromkeys(("bos_token_id", "cls_token_id"), 2) | dict.fromkeys(
+            ("eos_token_id", "sep_token_id"), 3
+        )
         return ModernBertConfig(**sizes, **common, **std, **special)
     if family == "moebert":
         experts = {"num_experts": 2, "expert_size": 12, "num_shared_neurons": 0}
