@@ -4,8 +4,8 @@
     python benchmarks/crf.py
     python benchmarks/crf.py --rounds 50 --output build/crf.json
 
-Emissions and scores are random, in float32. Both sides get the same numbers, must agree on every result, and run
-interleaved in one process; ratios are paired by round. One thread is timed by its own CPU time, more by elapsed time.
+Emissions and scores are random, in float32. Both sides get the same numbers, must agree on likelihoods, gradients and
+tags (but under "masked", where they mean different things), and run interleaved in one process; ratios are paired by round. One thread is timed by its own CPU time, more by elapsed time.
 Half of the rows of a "ragged" batch are shorter than the others. "masked" is ours with the legality of a tag scheme,
 which the peer does not know, against the peer without. "underflow" has emissions so extreme that ours has to fall
 back on its slow way.
@@ -106,6 +106,8 @@ class Batch:
         """Refuse to time what does not agree."""
         values = {side: self.calls("log-likelihood")[side]() for side in ("ours", "peer")}
         torch.testing.assert_close(values["ours"], values["peer"], rtol=1e-4, atol=1e-3)
+        gradients = {side: self.calls("loss and gradient")[side]().clone() for side in ("ours", "peer")}
+        torch.testing.assert_close(gradients["ours"], gradients["peer"], rtol=1e-3, atol=1e-3)
         tags = self.calls("decoding")["ours"]()
         rows = [row[mask].tolist() for row, mask in zip(tags, self.mask, strict=True)]
         assert rows == self.calls("decoding")["peer"](), "the two sides decode differently"

@@ -36,6 +36,7 @@ from hf_moebert.evaluation import bootstrap_interval, paired_bootstrap
 from hf_moebert.footprint import count_bytes
 from hf_moebert.masked_crf.functional_tags import infer_scheme
 from hf_moebert.metrics.seqeval.seqeval import (
+    SCHEMES,
     count_illegal,
     count_spans,
     micro_f1,
@@ -93,6 +94,9 @@ class TaggingStudy(PruningStudy):
     def __init__(self, task: TaggingTask, args: TrainingArguments, example: ExampleArguments) -> None:
         super().__init__(task, args)
         self.example = example
+        self.scheme = infer_scheme(task.names) if example.tag_scheme == "auto" else example.tag_scheme
+        if self.scheme not in SCHEMES:
+            raise SystemExit(f"The tags must be of {', '.join(SCHEMES)}, to be scored strictly; got {self.scheme}.")
 
     def arguments(self, run: Method) -> TrainingArguments:
         """Train every method with its own learning rate."""
@@ -159,6 +163,8 @@ class TaggingStudy(PruningStudy):
         seed, rates = self.example.seeds[0], self.example.learning_rates
         runs = [Method(f"{kind}-{rate:g}", kind=kind, learning_rate=rate) for rate in rates]
         for run in runs:
+            if self.example.stage == "report" and not (self.folder(run.name, seed) / "result.json").exists():
+                raise SystemExit(f"{self.folder(run.name, seed)} holds no run yet. Leave out `--stage report`.")
             self.make(run, seed)
         scores = [self.result(run.name, seed)["held_out_f1"] for run in runs]
         print(f"{kind}: {dict(zip(rates, scores, strict=True))}", flush=True)
@@ -172,10 +178,8 @@ class TaggingStudy(PruningStudy):
         for mode in ("lenient", "strict"):
             self.add_spans(rows, runs, tags, mode=mode)
         gold = np.concatenate(self.task.true_tags(self.task.validation))  # (words,)
-        scheme = self.example.tag_scheme
-        scheme = infer_scheme(self.task.names) if scheme == "auto" else scheme
         for row, run in zip(rows, runs, strict=True):
-            illegal = [count_illegal(guess, scheme) for guess in tags[run.name]]
+            illegal = [count_illegal(guess, self.scheme) for guess in tags[run.name]]
             right = [np.concatenate(guess) == gold for guess in tags[run.name]]  # (words,) each
             shares = [np.concatenate([row["shares"] for row in result]) for result in results[run.name]]
             row["illegal segments"] = f"{np.mean(illegal):.1f}"
@@ -186,7 +190,8 @@ class TaggingStudy(PruningStudy):
     def add_spans(self, rows: list[dict[str, str]], runs: list[Method], tags: dict[str, list], *, mode: str) -> None:
         """Add the columns of lenient or of strict scores of spans; `tags` are those of each seed by run."""
         true_tags = self.task.true_tags(self.task.validation)
-        counts = {name: [count_spans(t, true_tags, mode == "strict") for t in of_run] for name, of_run in tags.items()}
+        count = partial(count_spans, references=true_tags, strict=mode == "strict", scheme=self.scheme)
+        counts = {name: [count(guess) for guess in of_run] for name, of_run in tags.items()}
         found = {
             name: np.stack([f for f, _ in of_run], axis=1) for name, of_run in counts.items()
         }  # (examples, seeds)

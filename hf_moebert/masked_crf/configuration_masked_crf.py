@@ -1,5 +1,7 @@
 """What config.json says about a tagger with a CRF."""
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -36,6 +38,17 @@ class CrfFields:
     illegal_labels: str = "error"
     illegal_score: float | int = -100.0
 
+    @classmethod
+    def check_names(cls, fields: Mapping[str, Any]) -> None:
+        """Refuse fields that are not of this class: the host would keep a misspelt one and heed nothing.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        known = [field.name for field in dataclasses.fields(CrfFields)]
+        if unknown := fields.keys() - set(known):
+            raise ValueError(f"`fields` must be among {', '.join(known)}, got {sorted(unknown)}. Check the spelling.")
+
     def validate_crf(self) -> None:
         """Check the fields of this class; the host calls every `validate_` method."""
         check_options(self.tag_scheme, self.mask_transitions, self.illegal_labels, self.illegal_score)
@@ -62,8 +75,9 @@ class BertCrfConfig(CrfFields, BertConfig):
             **fields: Fields of `CrfFields`.
 
         Raises:
-            ValueError: If the config is not BERT's.
+            ValueError: If the config is not BERT's, or a field does not exist.
         """
+        cls.check_names(fields)
         if config.model_type != "bert":
             raise ValueError(
                 f"`model` must be a BERT, got {config.model_type!r}. Use `CrfForTokenClassification` for others."
@@ -97,7 +111,6 @@ class CrfConfig(CrfFields, PreTrainedConfig):
                 "`AutoModelForTokenClassification` and use `CrfForTokenClassification.from_dense`."
             )
         super().__post_init__(**kwargs)
-        assert isinstance(self.tagger, PreTrainedConfig)  # the host has made one of a dict or of nothing
         tagger: Any = self.tagger  # a config by now, whatever was given
         self.id2label, self.label2id = tagger.id2label, tagger.label2id
 
@@ -113,5 +126,9 @@ class CrfConfig(CrfFields, PreTrainedConfig):
         Args:
             config: Of the token classifier.
             **fields: Fields of `CrfFields`.
+
+        Raises:
+            ValueError: If a field does not exist.
         """
+        cls.check_names(fields)
         return cls(**({"tagger": config.to_dict()} | fields))

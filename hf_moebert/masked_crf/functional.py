@@ -135,15 +135,8 @@ class LogPartition(torch.autograd.Function):
         ctx: Any, emissions: Tensor, lengths: Tensor, transitions: Tensor, start: Tensor, end: Tensor
     ) -> Tensor:
         """Return the logarithm for each row; see `log_partition`."""
-        scores = Scores(transitions, start, end)
-        ctx.exact = False
         with torch.autocast(emissions.device.type, enabled=False):
-            filtered = filter_words(emissions, scores)
-            result, at_end = _close(filtered, lengths, end)
-            if not (filtered.smallest >= SMALLEST_SUM and at_end.isfinite().all()):
-                ctx.exact = True
-                filtered = filter_words_exactly(emissions.double(), Scores(*(score.double() for score in scores)))
-                result, at_end = _close_exactly(filtered, lengths, end.double())
+            result, at_end, filtered, ctx.exact = _pass_forwards(emissions, lengths, Scores(transitions, start, end))
         ctx.save_for_backward(filtered.share, filtered.inflow, at_end, lengths, transitions)
         return torch.where(lengths > 0, result, 0).to(emissions.dtype)
 
@@ -152,13 +145,32 @@ class LogPartition(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the expected number of times that each score is used, weighted by row."""
         share, inflow, at_end, lengths, transitions = ctx.saved_tensors
-        weighted = at_end * torch.where(lengths > 0, gradient, 0)[:, None]  # (batch, tags)
+        counts = (gradient != 0) & (lengths > 0)  # (batch,): the others may hold NaN, which no zero weighs down
+        weighted = torch.where(counts[:, None], at_end * gradient[:, None], 0)  # (batch, tags)
         with torch.autocast(share.device.type, enabled=False):
             smooth = smooth_words_exactly if ctx.exact else smooth_words
             expected, moves = smooth(share, inflow, weighted, lengths, transitions.to(share.dtype))
         found = (expected, moves, expected[0].sum(0), weighted.sum(0))
         first, *rest = (part.to(transitions.dtype) for part in found)
         return first, None, *rest
+
+
+def _pass_forwards(emissions: Tensor, lengths: Tensor, scores: Scores) -> tuple[Tensor, Tensor, Filtered, bool]:
+    """Filter the fast way, or the exact one where sums get too small.
+
+    Returns:
+        The logarithm of each row's total, `(batch,)`; the shares of the last tag in it, `(batch, tags)`; what was
+        found on the way, and whether exactly.
+    """
+    filtered = filter_words(emissions, scores)
+    result, at_end, total = _close(filtered, lengths, scores.end)
+    smallest = torch.minimum(filtered.smallest, torch.where(lengths > 0, total, 1).min())
+    if smallest >= SMALLEST_SUM:  # not so if it is not a number
+        return result, at_end, filtered, False
+    wide = _widest(emissions.device)
+    scores = Scores(*(score.to(wide) for score in scores))
+    filtered = filter_words_exactly(emissions.to(wide), scores)
+    return *_close_exactly(filtered, lengths, scores.end), filtered, True
 
 
 def filter_words(emissions: Tensor, scores: Scores) -> Filtered:
@@ -182,9 +194,14 @@ def filter_words(emissions: Tensor, scores: Scores) -> Filtered:
 
 
 def _accumulate(scale: Tensor, per_move: Tensor) -> Tensor:
-    """Sum the logarithms of scales up to each word, in float64: hundreds of them of one sign."""
-    moves = torch.arange(len(scale), device=scale.device, dtype=torch.float64)[:, None]  # (words, 1)
-    return scale[..., 0].double().cumsum(0) + moves * per_move  # (words, batch)
+    """Sum the logarithms of scales up to each word, in float64: there are hundreds, often of one sign."""
+    wide = _widest(scale.device)
+    moves = torch.arange(len(scale), device=scale.device, dtype=wide)[:, None]  # (words, 1)
+    return scale[..., 0].to(wide).cumsum(0) + moves * per_move  # (words, batch)
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
 
 
 def _relative_exponential(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,12 +215,12 @@ def at_last_word(values: Tensor, lengths: Tensor) -> Tensor:
     return values[(lengths - 1).clamp(min=0), torch.arange(len(lengths), device=lengths.device)]  # (batch, ...)
 
 
-def _close(filtered: Filtered, lengths: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-    """Step from the last word to the end: the logarithm of the total, and the shares of the last tag in it."""
+def _close(filtered: Filtered, lengths: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Step from the last word to the end: the logarithm of the total, the shares of the last tag in it, and it."""
     rate, top = _relative_exponential(end)
     flow = at_last_word(filtered.share, lengths) * rate  # (batch, tags)
     total = flow.sum(1, keepdim=True)  # (batch, 1)
-    return at_last_word(filtered.log_scale, lengths) + (total.log() + top)[:, 0], flow / total
+    return at_last_word(filtered.log_scale, lengths) + (total.log() + top)[:, 0], flow / total, total[:, 0]
 
 
 def smooth_words(
@@ -226,7 +243,7 @@ def smooth_words(
     """
     rate, _ = _relative_exponential(transitions)
     back = rate.T.contiguous()  # (tags, tags)
-    expected = _placeat_last_word(at_end, lengths, share)  # (words, batch, tags)
+    expected = _place_at_last_word(at_end, lengths, share)  # (words, batch, tags)
     per_inflow = torch.where(inflow > 0, 1 / inflow, 0)  # (words, batch, tags)
     shares, per_inflows, of_word = share.unbind(), per_inflow.unbind(), expected.unbind()
     for word in range(len(share) - 1, 0, -1):
@@ -237,7 +254,7 @@ def smooth_words(
     return expected, moves * rate
 
 
-def _placeat_last_word(at_end: Tensor, lengths: Tensor, like: Tensor) -> Tensor:
+def _place_at_last_word(at_end: Tensor, lengths: Tensor, like: Tensor) -> Tensor:
     placed = torch.zeros_like(like)  # (words, batch, tags)
     placed[(lengths - 1).clamp(min=0), torch.arange(len(lengths), device=lengths.device)] = at_end
     return placed
@@ -268,7 +285,7 @@ def smooth_words_exactly(
     share: Tensor, inflow: Tensor, at_end: Tensor, lengths: Tensor, transitions: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Pass backwards like `smooth_words`, from what `filter_words_exactly` found."""
-    expected, moves = _placeat_last_word(at_end, lengths, share), torch.zeros_like(transitions)
+    expected, moves = _place_at_last_word(at_end, lengths, share), torch.zeros_like(transitions)
     for word in range(len(share) - 1, 0, -1):
         origin = share[word - 1][:, :, None] + transitions - inflow[word][:, None, :]  # (batch, tags, tags)
         flow = origin.exp().nan_to_num(nan=0.0) * expected[word][:, None, :]  # NaN: nothing flows into that tag
@@ -277,6 +294,7 @@ def smooth_words_exactly(
     return expected, moves
 
 
+@torch.no_grad()
 def marginals(emissions: Tensor, lengths: Tensor, scores: Scores) -> Tensor:
     """Compute the probability of each tag of each word, over all tag sequences.
 
@@ -288,7 +306,10 @@ def marginals(emissions: Tensor, lengths: Tensor, scores: Scores) -> Tensor:
     Returns:
         Probabilities that add up to 1; zeros where a row has no more words. Shape `(words, batch, tags)`.
     """
-    with torch.enable_grad():
-        leaf = emissions.detach().requires_grad_()
-        total = log_partition(leaf, lengths, Scores(*(score.detach() for score in scores))).sum()
-        return torch.autograd.grad(total, leaf)[0]
+    if not emissions.numel():
+        return torch.zeros_like(emissions)
+    _, at_end, filtered, exact = _pass_forwards(emissions, lengths, scores)
+    smooth = smooth_words_exactly if exact else smooth_words
+    at_end = torch.where(lengths[:, None] > 0, at_end, 0)  # (batch, tags)
+    transitions = scores.transitions.to(at_end.dtype)
+    return smooth(filtered.share, filtered.inflow, at_end, lengths, transitions)[0].to(emissions.dtype)

@@ -4,6 +4,7 @@ A tag is "O", or a prefix and a type, "B-PER"; the type may hold dashes, and may
 """
 
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ SCHEMES = {
     "IOB1": ("I",) * 4,
 }
 PREFIXES = {"IOB2": "BIO", "IOB1": "BIO", "IOBES": "BIESO", "BILOU": "BILUO"}
+ODD_PREFIX = re.compile(r"^[BIESLUbieslu][_:/]|^[bieslu]-|[-_][BIESLU]$")
 CHOICES = ("auto", *SCHEMES, "none")
 MASKS = ("training", "decoding", "off")
 POLICIES = ("error", "ignore", "repair", "soft")
@@ -73,23 +75,27 @@ def infer_scheme(labels: Sequence[str]) -> str:
         labels: All tags.
 
     Raises:
-        ValueError: If the labels are those of a model that nobody named, mix schemes, or only some have a prefix.
+        ValueError: If the labels are those of a model that nobody named, mix schemes, only some have a prefix, or
+            prefixes are spelled otherwise ("b-per", "B_PER", "PER-B").
     """
     if any(label == f"LABEL_{index}" for index, label in enumerate(labels)):
         raise ValueError(
             f"`id2label` must name the tags, got {list(labels)[:3]}. Set `id2label` when the model is made, or "
             "`tag_scheme` to 'none' if every tag may follow every other."
         )
-    prefixes = {split_tag(label)[0] for label in labels}
-    if not any("-" in label and split_tag(label)[0] in set("BIESLU") for label in labels) and prefixes - set(
-        "BIESLUO"
-    ):
+    prefixes = {split_tag(label)[0] for label in labels} - {"O"}
+    prefixed = any("-" in label and split_tag(label)[0] in set("BIESLU") for label in labels)
+    if not prefixed and not (prefixes and prefixes <= set("BIESLU")):
+        if odd := [label for label in labels if ODD_PREFIX.search(label)]:
+            raise ValueError(
+                f"`id2label` must spell prefixes as in 'B-PER', got {odd[:3]}. Rename the tags, or set `tag_scheme` to "
+                "'none' if every tag may follow every other."
+            )
         return "none"
-    found = (
-        "BILOU" if prefixes & set("LU") else "IOBES" if prefixes & set("ES") else "IOB2" if "B" in prefixes else "IOB1"
-    )
+    signs = {"BILOU": "LU", "IOBES": "ES", "IOB2": "B", "IOB1": "I"}
+    found = next(scheme for scheme, letters in signs.items() if prefixes & set(letters))
     check_scheme(labels, found)
-    return found if prefixes - {"O"} else "none"
+    return found
 
 
 def check_scheme(labels: Sequence[str], scheme: str) -> None:
@@ -146,15 +152,20 @@ def _may_follow(before: tuple[str, str], after: tuple[str, str], scheme: str) ->
 
 
 def _check_exits(labels: Sequence[str], scheme: str, legality: Legality) -> None:
-    """Find labels that can be entered and not be left, where others of the scheme are missing."""
+    """Refuse labels under which some sequence could not be tagged, where others of the scheme are missing."""
     leads_out = legality.end.clone()  # (tags,)
     for _ in labels:
         leads_out |= (legality.moves & leads_out).any(1)
     stuck = [label for label, out in zip(labels, leads_out.tolist(), strict=True) if not out]
-    if stuck or not (legality.start & leads_out).any():
+    if stuck:
         raise ValueError(
-            f"`id2label` must let every tag lead to the end of a sequence, {stuck or list(labels)} do not under "
-            f"{scheme}. Add the tags of the scheme that are missing, or set `tag_scheme` to 'none'."
+            f"`id2label` must let every tag lead to the end of a sequence, {stuck} do not under {scheme}. Add the tags "
+            "of the scheme that are missing, or set `tag_scheme` to 'none'."
+        )
+    if not (legality.start & legality.end).any():  # such a tag may also follow itself, however many words there are
+        raise ValueError(
+            f"`id2label` must hold a tag that one word may have alone, as 'O', got {list(labels)} under {scheme}. Add "
+            "it, or set `tag_scheme` to 'none'."
         )
 
 

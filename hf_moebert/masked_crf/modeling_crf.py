@@ -57,11 +57,12 @@ class MaskedCRF(nn.Module):
         self.tag_scheme = infer_scheme(self.labels) if tag_scheme == "auto" else tag_scheme
         self.mask_transitions, self.illegal_labels = mask_transitions, illegal_labels
         self.illegal_score = illegal_score
-        for name, mask in zip(("legal", "legal_start", "legal_end"), self.legality(), strict=True):
-            self.register_buffer(name, mask, persistent=False)
         self.transitions = nn.Parameter(torch.zeros(len(self.labels), len(self.labels)))  # (tags, tags)
         self.start = nn.Parameter(torch.zeros(len(self.labels)))  # (tags,)
         self.end = nn.Parameter(torch.zeros(len(self.labels)))  # (tags,)
+        device = "cpu" if self.start.is_meta else self.start.device  # a mask without values could not be filled later
+        for name, mask in zip(("legal", "legal_start", "legal_end"), self.legality(), strict=True):
+            self.register_buffer(name, mask.to(device), persistent=False)
 
     def legality(self) -> Legality:
         """Work out the masks from the labels, on the CPU."""
@@ -106,7 +107,7 @@ class MaskedCRF(nn.Module):
         with torch.autocast(emissions.device.type, enabled=False):
             words, lengths, _ = pack_words(_raise(emissions), mask)
             gold = pack_words(tags, mask)[0]  # (words, batch)
-            scores, dropped = self._scores("training", words.dtype), torch.zeros_like(lengths, dtype=torch.bool)
+            scores, dropped = self.scores_for("training", words.dtype), torch.zeros_like(lengths, dtype=torch.bool)
             if self.mask_transitions == "training" and policy != "soft":
                 gold, dropped = self._treat_illegal(gold, lengths, policy)
             # What is left out is set to zero on both sides: the difference of two infinities has no gradient.
@@ -119,7 +120,7 @@ class MaskedCRF(nn.Module):
         self._check(emissions, mask)
         with torch.autocast(emissions.device.type, enabled=False):
             words, lengths, _ = pack_words(_raise(emissions), mask)
-            return log_partition(words, lengths, self._scores("training", words.dtype))
+            return log_partition(words, lengths, self.scores_for("training", words.dtype))
 
     @torch.no_grad()
     def marginals(self, emissions: Tensor, mask: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ class MaskedCRF(nn.Module):
         self._check(emissions, mask)
         with torch.autocast(emissions.device.type, enabled=False):
             words, lengths, positions = pack_words(make_finite(emissions), mask)
-            found = marginals(words, lengths, self._scores("decoding", words.dtype))
+            found = marginals(words, lengths, self.scores_for("decoding", words.dtype))
             return unpack_words(found, mask, positions, fill=0.0)
 
     @torch.no_grad()
@@ -208,9 +209,9 @@ class MaskedCRF(nn.Module):
                         f"and {tuple(allowed.shape)}."
                     )
                 finite = finite.masked_fill(~allowed, -torch.inf)
-            return *pack_words(finite, mask), self._scores("decoding", finite.dtype)
+            return *pack_words(finite, mask), self.scores_for("decoding", finite.dtype)
 
-    def _scores(self, use: str, dtype: torch.dtype) -> Scores:
+    def scores_for(self, use: str, dtype: torch.dtype) -> Scores:
         """Return the scores in use, illegal ones at -inf, or at the soft score."""
         scores = Scores(self.transitions.to(dtype), self.start.to(dtype), self.end.to(dtype))
         if self.mask_transitions == "off" or (use == "training" and self.mask_transitions == "decoding"):
@@ -235,7 +236,7 @@ class MaskedCRF(nn.Module):
             row, names = next(iter(rows.items()))
             raise ValueError(
                 f"`labels` must follow the tag scheme {self.tag_scheme}, row {row} of the batch is {' '.join(names)}. "
-                "Mend the data, or set `illegal_labels` to 'repair', 'ignore' or 'soft'."
+                "Mend the data, set `illegal_labels` to 'repair', 'ignore' or 'soft', or name another `tag_scheme`."
             )
         tags = tags.clone()
         for row, names in rows.items():

@@ -42,6 +42,6 @@ def export_crf(model: PreTrainedModel, folder: str | PathLike[str], **inputs: An
         OnnxExporter().export(model.eval(), inputs, OnnxConfig(dynamic=True)).save_pretrained(folder)
     finally:
         model.train(was_training)
-    scores = model.crf._scores("decoding", torch.float32)
+    scores = model.crf.scores_for("decoding", torch.float32)
     tensors = {name: score.contiguous().cpu() for name, score in zip(SCORES, scores, strict=True)}
     save_file(tensors, Path(folder) / "crf.safetensors")

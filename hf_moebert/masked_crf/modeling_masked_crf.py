@@ -1,6 +1,7 @@
 """Taggers with a CRF: on BERT, and on any encoder for which transformers has a token classifier."""
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ from .modeling_crf import MaskedCRF
 
 
 logger = logging.get_logger(__name__)
+NOT_TEXT = {"bbox", "image", "pixel_values"}  # what taggers of documents read
 
 
 @dataclass
@@ -42,6 +44,11 @@ class CrfTagger(PreTrainedModel):
 
     def _make_crf(self) -> MaskedCRF:
         config = self.config
+        if sorted(config.id2label) != list(range(config.num_labels)):
+            raise ValueError(
+                f"`id2label` must name the tags 0 to {config.num_labels - 1}, got {sorted(config.id2label)}. Number "
+                "them from 0."
+            )
         return MaskedCRF(
             [config.id2label[index] for index in range(config.num_labels)],
             tag_scheme=config.tag_scheme,
@@ -64,6 +71,7 @@ class CrfTagger(PreTrainedModel):
         """Build a tagger around a copy of a token classifier; a new CRF decodes like it, but for what is illegal."""
         if hasattr(model, "crf"):
             raise ValueError(f"`model` must have no CRF yet, got {type(model).__name__}. Use it as it is.")
+        config._attn_implementation = model.config._attn_implementation
         tagger = cls(config).to(dtype=model.dtype, device=model.device)
         target = tagger.get_submodule(inside)
         rest = target.load_state_dict(copy.deepcopy(model.state_dict()), strict=False)
@@ -108,6 +116,7 @@ class CrfTagger(PreTrainedModel):
 
     def _loss(self, emissions: Tensor, labels: Tensor, mask: Tensor, outputs: Any) -> Tensor:
         lenient = "ignore" if self.crf.illegal_labels == "error" and not self.training else None
+        labels = labels.to(emissions.device)
         likelihood, counted = self.crf.likelihood_and_rows(emissions, labels, mask, illegal_labels=lenient)
         if lenient and not torch.equal(counted, mask.any(1)):
             logger.warning_once(
@@ -133,7 +142,12 @@ def _find_words(
         return labels.to(emissions.device) != -100
     if word_mask is not None:
         return word_mask.to(emissions.device).bool()
-    if attention_mask is not None and attention_mask.shape == emissions.shape[:2]:
+    if attention_mask is not None:
+        if attention_mask.shape != emissions.shape[:2]:
+            raise ValueError(
+                f"`word_mask` must be given with an `attention_mask` of shape {tuple(attention_mask.shape)}, which "
+                "does not say where words are. Or use one of the shape (batch, seq)."
+            )
         return attention_mask.to(emissions.device).bool()
     return torch.ones(emissions.shape[:2], dtype=torch.bool, device=emissions.device)
 
@@ -218,7 +232,18 @@ class CrfForTokenClassification(CrfTagger):
 
     def __init__(self, config: CrfConfig) -> None:
         super().__init__(config)
-        self.tagger = AutoModelForTokenClassification.from_config(config.tagger)
+        tagger: Any = config.tagger
+        if config.id2label != tagger.id2label:
+            raise ValueError(
+                f"`id2label` must be that of the tagger, {list(tagger.id2label.values())}, got "
+                f"{list(config.id2label.values())}. Use `from_dense` on a token classifier that has the new tags."
+            )
+        self.tagger = AutoModelForTokenClassification.from_config(tagger)
+        if beside := NOT_TEXT & set(inspect.signature(self.tagger.forward).parameters):
+            raise ValueError(
+                f"`tagger` must read tokens alone, {type(self.tagger).__name__} reads {sorted(beside)} as well, which "
+                "the Trainer would drop. Use `MaskedCRF` in a model of your own."
+            )
         self.crf = self._make_crf()
         self.post_init()
 

@@ -218,6 +218,40 @@ def test_a_favourite_at_a_dead_end_is_seen_through():
     assert marginals(emissions, torch.tensor([2]), chain)[0, 0].tolist() == pytest.approx([0.5, 0.0, 0.5], abs=1e-6)
 
 
+@pytest.mark.parametrize("gap", [86.0, 90.0, 96.0, 100.0, 103.0, 104.0, 1000.0])
+@pytest.mark.parametrize("words", [1, 3])
+def test_a_favourite_that_cannot_be_last(words, gap):
+    """On the way to the end, what counts is as small as the smallest numbers there are."""
+    legal = legal_moves(["O", "B-X", "I-X", "E-X", "S-X"], "IOBES")
+    scores = Scores(*(torch.where(mask, 0.0, -torch.inf) for mask in legal))
+    emissions = torch.zeros(words, 1, 5)
+    emissions[-1, 0, 1] = gap
+    expected = reference_log_partition(emissions[:, 0], scores).item()
+    assert log_partition(emissions, torch.tensor([words]), scores).item() == pytest.approx(expected, rel=1e-6)
+    assert marginals(emissions, torch.tensor([words]), scores)[-1, 0, 1] == 0
+
+
+def test_rows_that_count_for_nothing_leave_gradients_alone():
+    """One row has no words, and one no legal sequence: its loss is dropped, and NaN must not come back from there."""
+    moves = torch.tensor([[-torch.inf, 0.0], [0.0, -torch.inf]])
+    start, end = torch.tensor([0.0, -torch.inf]), torch.tensor([-torch.inf, 0.0])
+    leaves = [leaf.clone().requires_grad_() for leaf in (moves, start, end)]
+    emissions = torch.randn(3, 3, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    found = log_partition(emissions, torch.tensor([2, 3, 0]), Scores(*leaves))
+    assert found[0].isfinite()
+    found[[0, 2]].sum().backward()
+    for leaf in (emissions, *leaves):
+        assert leaf.grad.isfinite().all()
+    assert not emissions.grad[:, 1:].any()
+
+
+def test_marginals_in_inference_mode():
+    emissions, scores = draw(4, 2, 3, seed=4)
+    with torch.inference_mode():
+        found = marginals(emissions * 1, torch.tensor([4, 2]), scores)
+    assert torch.equal(found, marginals(emissions, torch.tensor([4, 2]), scores))
+
+
 def test_both_ways_agree():
     emissions, scores = draw(9, 4, 5, seed=8, forbidden=0.3)
     fast, slow = filter_words(emissions, scores), filter_words_exactly(emissions, scores)

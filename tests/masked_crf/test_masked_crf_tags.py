@@ -107,6 +107,7 @@ def test_legal_is_what_segments_can_be_written_as(scheme):
         (["O", "U-X"], "BILOU"),
         (["NOUN", "VERB", "X"], "none"),
         (["-LRB-", "NN", "WP-X"], "none"),
+        (["O", "PER", "LOC"], "none"),
         (["O"], "none"),
     ],
 )
@@ -121,6 +122,9 @@ def test_schemes_are_read_off_the_labels(labels, scheme):
         (["O", "B-X", "L-X", "E-X"], "must hold tags of the scheme BILOU"),
         (["O", "B-X", "I-X", "[CLS]"], r"got \['\[CLS\]'\]"),
         (["O", "B-X", "I-X", "b-Y"], r"got \['b-Y'\]"),
+        (["o", "b-x", "i-x"], "must spell prefixes as in 'B-PER', got"),
+        (["O", "B_X", "I_X"], "must spell prefixes"),
+        (["O", "X-B", "X-I"], "must spell prefixes"),
     ],
 )
 def test_labels_of_no_scheme_are_refused(labels, message):
@@ -131,8 +135,10 @@ def test_labels_of_no_scheme_are_refused(labels, message):
 def test_labels_that_lead_nowhere_are_refused():
     with pytest.raises(ValueError, match=r"\['B-X'\] do not under IOBES"):
         legal_moves(["O", "B-X", "S-Y"], "IOBES")
-    with pytest.raises(ValueError, match="must let every tag lead to the end"):
+    with pytest.raises(ValueError, match="must hold a tag that one word may have alone"):
         legal_moves(["I-X"], "IOB2")
+    with pytest.raises(ValueError, match="must hold a tag that one word may have alone"):
+        legal_moves(["B-X", "E-X"], "IOBES")  # rows of an odd number of words
     with pytest.raises(ValueError, match="`tag_scheme` must be one of"):
         legal_moves(["O"], "BIO")
 

@@ -129,6 +129,10 @@ def _check_scheme(tags: Sequences, strict: bool, scheme: str | None) -> str:
     seen = {tag.partition("-")[0] for tag in set(chain.from_iterable(tags)) - {"O"}}
     if seen - set("BIESLU"):
         raise ValueError(f"Tags must be 'O', or B, I, E, S, L or U, a dash and a type, got prefixes {sorted(seen)}.")
+    if strict and scheme is None and seen == {"I"}:
+        raise ValueError(
+            "`scheme` must be named to read tags strictly that are all 'I': they may be IOB1. Use 'IOB2'."
+        )
     fitting = [name for name, prefixes in PREFIXES.items() if seen <= set(prefixes)]
     if scheme is None and fitting:
         return fitting[0]
