@@ -42,6 +42,8 @@ from hf_moebert.footprint import count_bytes
 from hf_moebert.multitask.configuration_recipe import SweepConfig
 from hf_moebert.multitask.functional import layers_run
 from hf_moebert.multitask.training import MultiTaskSweep, Run
+from hf_moebert.multitask.training_runs import read_result, write_result
+from hf_moebert.multitask.training_states import fingerprint_data
 from hf_moebert.pictures import plot_curves
 from hf_moebert.report import escape_markdown, markdown_table, picture_link, short_number
 
@@ -94,6 +96,13 @@ class MultiTaskStudy:
             for task, run in self.sweep(seed).runs():
                 print(f"Seed {seed}: {task}, {run.name}: {self.sweep(seed).make(task, run):.4f}", flush=True)
 
+    def refuse_missing(self) -> None:
+        """End the program if a run is missing; a report trains nothing."""
+        for seed in self.example.seeds:
+            for task, run in self.sweep(seed).runs():  # a task's teachers come before what is chosen among them
+                if not (self.sweep(seed).folder(task, run) / "result.json").exists():
+                    raise SystemExit(f"Seed {seed}: {task}, {run.name} is missing: run `--stage train` first.")
+
     def ways(self, seed: int) -> dict[str, dict[str, Run]]:
         """Return the run that stands for each task, in each way."""
         sweep = self.sweep(seed)
@@ -107,16 +116,15 @@ class MultiTaskStudy:
             ways[f"mixed-{gain:g}"] = {task: sweep.branch(task)(layers) for task, layers in depths.items()}
         return ways
 
-    def predictions(self, seed: int, task: str, run: Run) -> dict[str, list]:
-        """Predict the validation examples with what a run saved, once."""
-        sweep = self.sweep(seed)
-        file = sweep.folder(task, run) / "predictions.json"
-        if not file.exists():
-            found = self.tasks[task].predict(sweep.load(task, run), self.args)
-            partial_file = file.with_suffix(".partial")
-            partial_file.write_text(json.dumps(found) + "\n", encoding="utf-8")
-            partial_file.replace(file)
-        return json.loads(file.read_text(encoding="utf-8"))
+    def predictions(self, seed: int, task: str, run: Run) -> dict[str, Any]:
+        """Predict the validation examples with what a run saved, once for these examples and this run."""
+        sweep, folder = self.sweep(seed), self.sweep(seed).folder(task, run)
+        source = {"validation": fingerprint_data(self.tasks[task].validation), **sweep.settings(task, run)}
+        found = read_result(folder / "predictions.json")
+        if found is None or found["source"] != source:
+            found = {"source": source, **self.tasks[task].predict(sweep.load(task, run), self.args)}
+            write_result(folder / "predictions.json", found)
+        return found
 
     def _draws(self, task: str, runs: tuple[Run, ...]) -> np.ndarray:
         """Score one run of each seed: on all validation examples, then on resampled ones. Shape `(1 + samples,)`."""
@@ -282,6 +290,7 @@ def main() -> None:
     if example.stage != "report":
         study.train()
     if example.stage != "train":
+        study.refuse_missing()
         study.report()
 
 

@@ -120,7 +120,7 @@ class LearnedTask:
 
     def for_sweep(self) -> SweepTask:
         """Show the sweep what it may see."""
-        return SweepTask(self.new_model, self.train, self.dev, self.score_predictions)
+        return SweepTask(self.new_model, self.train, self.dev, self.score_predictions, self.metric)
 
     def read(self, predictions: np.ndarray, labels: np.ndarray) -> list:
         """Say what is predicted for each example, in a form that JSON knows: a class, a number, or tags."""

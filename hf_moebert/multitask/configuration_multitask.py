@@ -34,7 +34,8 @@ class MultiTaskBertConfig(BertConfig):
 
     Args:
         tasks: For each task its `architecture` (class of the single-task model), `frozen_layers` (how many layers of
-            the trunk it reads) and `config` (the single-task model's own, with all of its layers).
+            the trunk it reads) and `config` (the single-task model's own, with all of its layers). In a folder also
+            `sha256`, the fingerprint of its branch and of the trunk below; filled in when a model is saved.
         trunk_sha256: Fingerprints of the embeddings, of those with the first layer, and so on; filled in when a model
             is built or saved.
 
@@ -73,11 +74,19 @@ class MultiTaskBertConfig(BertConfig):
         """Refuse tasks whose name, description or depth cannot be."""
         for name, task in self.tasks.items():
             check_task_name(name, [other for other in self.tasks if other != name])
-            if task.keys() != {"architecture", "frozen_layers", "config"}:
+            known = {"architecture", "frozen_layers", "config", "sha256"}
+            if not isinstance(task, dict) or task.keys() | {"sha256"} != known or not isinstance(task["config"], dict):
                 raise ValueError(
-                    f"`tasks[{name!r}]` must hold architecture, frozen_layers and config, got {sorted(task)}. Add "
-                    "tasks with `add_task`."
+                    f"`tasks[{name!r}]` must hold architecture, frozen_layers and config, got "
+                    f"{sorted(task) if isinstance(task, dict) else task!r}. Add tasks with `add_task`."
                 )
+            for size in SHARED:
+                ours, theirs = getattr(self, size), task["config"].get(size, getattr(BertConfig, size))
+                if ours != theirs:
+                    raise ValueError(
+                        f"`tasks[{name!r}].config` must have the trunk's `{size}` {ours!r}, got {theirs!r}. Add tasks "
+                        "with `add_task`."
+                    )
             depth = task["config"].get("num_hidden_layers")
             if type(depth) is not int:
                 raise ValueError(f"`tasks[{name!r}].config` must say `num_hidden_layers`, got {depth!r}.")

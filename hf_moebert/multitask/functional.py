@@ -111,7 +111,7 @@ def choose_uniform(scores: Mapping[str, Mapping[int, float]], min_gain: float) -
     return choose_depth(means, min_gain)
 
 
-def chain_hashes(parts: Iterable[Mapping[str, Tensor]]) -> list[str]:
+def chain_hashes(parts: Iterable[Mapping[str, Tensor]], start: str = "") -> list[str]:
     """Fingerprint every prefix of a stack of layers.
 
     Hash `i` is the SHA-256 of hash `i - 1` and of the names, dtypes, shapes and bytes of part `i`, so two stacks share
@@ -119,13 +119,14 @@ def chain_hashes(parts: Iterable[Mapping[str, Tensor]]) -> list[str]:
 
     Args:
         parts: Tensors of the embeddings, of the first layer, and so on, by name.
+        start: Fingerprint of what comes before the first part.
 
     Returns:
         One hash for each part, in hexadecimal.
     """
     hashes: list[str] = []
     for part in parts:
-        digest = hashlib.sha256(hashes[-1].encode() if hashes else b"")
+        digest = hashlib.sha256((hashes[-1] if hashes else start).encode())
         for name, tensor in sorted(part.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

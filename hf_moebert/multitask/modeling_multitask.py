@@ -85,7 +85,7 @@ class MultiTaskBertModel(StoredByTask):
         with no_init_weights():
             merged = cls(config)
         fill(merged.trunk, trunk_state(deepest, config.num_hidden_layers))
-        merged.to(deepest.device).eval()
+        merged.to(deepest.device).eval()._seal_trunk()
         for name, model in models.items():
             merged.add_task(name, model)
         return merged
@@ -175,11 +175,13 @@ class MultiTaskBertModel(StoredByTask):
         branch = self._branch(name)
         if not isinstance(branch, CrfTagger):
             kwargs = {key: value for key, value in kwargs.items() if key not in TAGGING}
-        targets = {} if labels is None else {"labels": labels} if isinstance(labels, Tensor) else dict(labels)
+        targets = {} if labels is None else {"labels": labels} if isinstance(labels, Tensor) else labels
+        if not isinstance(targets, Mapping) or not all(isinstance(target, Tensor) for target in targets.values()):
+            raise ValueError(f"`labels[{name!r}]` must be a tensor or a mapping of tensors, got {labels!r}.")
         if "labels" in targets:
             self._check_labels(name, targets["labels"])
         output = branch(inputs_embeds=states, **kwargs, **targets)
-        if labels is not None and not any((target != -100).any() for target in targets.values()):
+        if targets and not any(x.is_floating_point() or (x != -100).any() for x in targets.values()):
             logits = next(value for key, value in output.items() if key.endswith("logits"))
             output.loss = logits.sum() * 0.0  # the host's mean over nothing is NaN
         return output
@@ -221,6 +223,8 @@ class MultiTaskBertModel(StoredByTask):
                 layer = BertLayer(self.config, layer_idx=index)
             fill(layer, {name.removeprefix(place): x for name, x in theirs.items() if name.startswith(place)})
             self.trunk.layer.append(layer.requires_grad_(False).to(self.device).eval())
+        if len(self.trunk.layer) >= len(self.config.trunk_sha256):  # deeper than it was
+            self._seal_trunk()
         return branch.train(self.training)
 
     def _check_sizes(self, model: PreTrainedModel) -> None:
@@ -235,9 +239,15 @@ class MultiTaskBertModel(StoredByTask):
 
     def _check_prefix(self, theirs: Mapping[str, Tensor], frozen: int) -> None:
         """Refuse a model whose frozen layers are not bit for bit those of the trunk."""
-        ours, depth = self.trunk.state_dict(), min(frozen, len(self.trunk.layer))
-        theirs = {name: x.to(self.device) for name, x in theirs.items() if name in ours}
-        if not all(torch.equal(x.view(torch.uint8), ours[name].view(torch.uint8)) for name, x in theirs.items()):
+        depth = min(frozen, len(self.trunk.layer))
+        places = ("embeddings.", *(f"layer.{i}." for i in range(depth)))
+        ours, theirs = (
+            {name: x.to(self.device).contiguous() for name, x in side.items() if name.startswith(places)}
+            for side in (self.trunk.state_dict(), theirs)
+        )
+        if ours.keys() != theirs.keys() or not all(
+            torch.equal(x.view(torch.uint8), ours[name].view(torch.uint8)) for name, x in theirs.items()
+        ):
             hashes, expected = (hash_trunk(side, side.__getitem__, depth) for side in (theirs, ours))
             check_hashes(hashes, expected, "The frozen part of `model`")
 

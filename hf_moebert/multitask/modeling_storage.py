@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,6 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from .configuration_multitask import TASK_NAME, MultiTaskBertConfig
 from .functional import chain_hashes
+from .modeling_trunk import has_adapters
 
 
 TRUNK_FILE = "trunk.safetensors"
@@ -50,8 +52,10 @@ def hash_trunk(names: Iterable[str], read: Callable[[str], Tensor], num_layers: 
 def write_folder(folder: Path, state: Mapping[str, Tensor], config: MultiTaskBertConfig) -> None:
     """Write weights, index and config; files that would not change are left as they are.
 
-    Everything is written beside its place first, and then renamed: weights, index, config, in this order. A reader
-    that comes in between sees the old model, or weights that do not fit their description, which loading refuses.
+    Everything is written beside its place first, and then renamed: weights, index, config, in this order. Whoever
+    reads in between, or after a save that was cut short, finds the old model where tasks were added or removed. Where
+    a task was replaced, its file may be the new one already and its description the old: such a folder is refused. To
+    be safe from that as well, save into a new folder and switch.
 
     Args:
         folder: Where to; it exists.
@@ -67,14 +71,22 @@ def write_folder(folder: Path, state: Mapping[str, Tensor], config: MultiTaskBer
         "total_parameters": sum(tensor.numel() for tensor in state.values()),
         "total_size": sum(tensor.nbytes for tensor in state.values()),
     }
-    index = {"metadata": sizes, "weight_map": {name: file_of(name) for name in state}}
+    index = {name: file_of(name) for name in state}
+    try:
+        old = _read_index(folder, local_files_only=True)  # of tasks that go, until config.json is without them
+    except (OSError, ValueError):
+        old = {}
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as draft:
         for place, tensors in files.items():
             save_file(tensors, Path(draft) / place, metadata={"format": "pt"})
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (Path(draft) / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
+        for name, weight_map in (("both", old | index), (SAFE_WEIGHTS_INDEX_NAME, index)):
+            text = json.dumps({"metadata": sizes, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+            (Path(draft) / name).write_text(text, encoding="utf-8")
         config.save_pretrained(draft)
-        for place in (*files, SAFE_WEIGHTS_INDEX_NAME, "config.json"):
+        for place in files:
+            _settle(Path(draft) / place, folder / place)
+        _settle(Path(draft) / "both", folder / SAFE_WEIGHTS_INDEX_NAME)
+        for place in ("config.json", SAFE_WEIGHTS_INDEX_NAME):
             _settle(Path(draft) / place, folder / place)
     for path in folder.glob(BRANCH_FILE.format("*")):
         if path.name not in files:
@@ -95,15 +107,16 @@ def check_folder(source: str | os.PathLike[str], config: MultiTaskBertConfig, **
         **hub: Options of the host's `cached_file`, such as `revision`.
 
     Raises:
-        ValueError: If the index leads elsewhere, a file is broken or lacks tensors, or the trunk is another one.
+        ValueError: If the index leads elsewhere, a file is broken or lacks tensors, or the trunk or a branch is not
+            the one of config.json.
         OSError: If a file is not there.
     """
-    index = _read_index(source, **hub)
-    for place in sorted({TRUNK_FILE, *index.values()}):
+    index = {name: place for name, place in _read_index(source, **hub).items() if not _is_left_over(name, config)}
+    for place in (TRUNK_FILE, *sorted(set(index.values()) - {TRUNK_FILE})):
         what, expected = f"{place} in {source}", {name for name in index if index[name] == place}
         try:
             with safe_open(cached_file(source, place, **hub), framework="pt") as file:
-                held = set(file.keys())
+                held = {name for name in set(file.keys()) if not _is_left_over(name, config)}
                 if held != expected:
                     raise ValueError(
                         f"{what} must hold what the index says, it lacks {sorted(expected - held)} and has besides "
@@ -114,8 +127,42 @@ def check_folder(source: str | os.PathLike[str], config: MultiTaskBertConfig, **
                     read = partial(_read_trunk, file)
                     hashes = hash_trunk(names, read, config.num_hidden_layers)
                     check_hashes(hashes, config.trunk_sha256, what)
+                else:
+                    _check_branch({name: file.get_tensor(name) for name in held}, config, what)
         except SafetensorError as error:
             raise ValueError(f"{what} must be a whole safetensors file: {error}. Get it again.") from error
+
+
+def _is_left_over(name: str, config: MultiTaskBertConfig) -> bool:
+    """Say whether a tensor is of a task or layer that config.json does not know, from a save that was cut short."""
+    match name.split("."):
+        case ["trunk", "layer", index, *_] if index.isdecimal():
+            return int(index) >= config.num_hidden_layers
+        case ["branches", task, *_]:
+            return task not in config.tasks
+    return False
+
+
+def hash_branch(tensors: Mapping[str, Tensor], config: MultiTaskBertConfig) -> str:
+    """Fingerprint a branch together with the trunk below it.
+
+    Args:
+        tensors: Of one branch, by their names in the whole model.
+        config: Knows the fingerprints of the trunk.
+    """
+    task = config.tasks[next(iter(tensors)).split(".")[1]]
+    return chain_hashes([tensors], start=config.trunk_sha256[task["frozen_layers"]])[0]
+
+
+def _check_branch(tensors: Mapping[str, Tensor], config: MultiTaskBertConfig, what: str) -> None:
+    """Refuse a branch that is not the one that config.json describes."""
+    found = hash_branch(tensors, config)
+    expected = config.tasks[next(iter(tensors)).split(".")[1]].get("sha256")
+    if found != expected:
+        raise ValueError(
+            f"{what} must be the branch that config.json describes, of SHA-256 {expected}, got {found}. It was "
+            "swapped, or a save was cut short: get file and config.json of one save, or save the model again."
+        )
 
 
 def _read_index(source: str | os.PathLike[str], **hub: Any) -> dict[str, str]:
@@ -124,7 +171,7 @@ def _read_index(source: str | os.PathLike[str], **hub: Any) -> dict[str, str]:
     text = Path(cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **hub)).read_text(encoding="utf-8")
     try:
         index = dict(json.loads(text)["weight_map"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{what} must map tensors to files: {error!r}. Save the model again.") from error
     if wrong := [f"{name} -> {place}" for name, place in index.items() if file_of(name) != place]:
         raise ValueError(
@@ -163,6 +210,23 @@ class StoredByTask(BertPreTrainedModel):
 
     config: MultiTaskBertConfig
     config_class = MultiTaskBertConfig
+    _sealed_dtype: torch.dtype | None = None  # of the trunk that `config.trunk_sha256` tells of; None: as it is
+
+    def _seal_trunk(self, state: Mapping[str, Tensor] | None = None) -> None:
+        """Fingerprint the trunk, and refuse one that is no longer what it was; another precision may be.
+
+        Args:
+            state: Of the trunk, if not as it lies in memory.
+
+        Raises:
+            ValueError: If weights changed since the model was merged or loaded.
+        """
+        state = self.trunk.state_dict() if state is None else state
+        dtype = next(iter(state.values())).dtype
+        hashes = hash_trunk(state, state.__getitem__, len(self.trunk.layer))
+        if self.config.trunk_sha256 and self._sealed_dtype in (None, dtype):
+            check_hashes(hashes, self.config.trunk_sha256, "The trunk in memory")
+        self.config.trunk_sha256, self._sealed_dtype = hashes, dtype
 
     def save_pretrained(
         self,
@@ -184,13 +248,10 @@ class StoredByTask(BertPreTrainedModel):
             **kwargs: As for the host. Sizes and formats of files are as said above, whatever is asked for.
 
         Raises:
-            ValueError: If a variant is asked for, or weights are quantized or not in memory.
+            ValueError: If a variant is asked for, weights are quantized or not in memory, there are adapters, or the
+                trunk is no longer what it was.
         """
-        if (
-            kwargs.get("variant")
-            or getattr(self, "hf_quantizer", None)
-            or getattr(self, "_hf_peft_config_loaded", False)
-        ):
+        if kwargs.get("variant") or getattr(self, "hf_quantizer", None) or has_adapters(self):
             raise ValueError(
                 "A multi-task model must be saved whole, dense and without `variant`. Merge adapters, and convert "
                 "with `.to(dtype)`."
@@ -204,7 +265,11 @@ class StoredByTask(BertPreTrainedModel):
             return
         self._describe()
         trunk = {name.removeprefix("trunk."): x for name, x in state.items() if name.startswith("trunk.")}
-        self.config.trunk_sha256 = hash_trunk(trunk, trunk.__getitem__, self.config.num_hidden_layers)
+        self._seal_trunk(trunk)
+        for name, task in self.config.tasks.items():
+            task["sha256"] = hash_branch(
+                {x: state[x] for x in state if x.startswith(f"branches.{name}.")}, self.config
+            )
         self.config.architectures = [type(self).__name__]
         self.config.dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
         folder = Path(save_directory)
@@ -243,8 +308,10 @@ class StoredByTask(BertPreTrainedModel):
                 pretrained_model_name_or_path if config is None else config, **hub
             )
         check_folder(pretrained_model_name_or_path, config, **hub)
+        sealed = config.dtype  # asking for another one may change it
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        if lost := sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]):
+        unexpected = [name for name in info["unexpected_keys"] if not _is_left_over(name, config)]
+        if lost := sorted(info["missing_keys"]) + sorted(unexpected):
             raise ValueError(
                 f"The files must hold the weights of the tasks in config.json and no others, but it is otherwise with "
                 f"{lost}. Save the model again with `save_pretrained`."
@@ -256,4 +323,5 @@ class StoredByTask(BertPreTrainedModel):
                 "`allow_nonfinite=True` to look at them."
             )
         model.trunk.requires_grad_(False)  # the host makes new parameters
+        model._sealed_dtype = getattr(torch, sealed) if isinstance(sealed, str) else sealed
         return (model, info) if output_loading_info else model

@@ -74,7 +74,8 @@ class BertTrunk(nn.Module):
             The states after that many layers, `(batch, seq, hidden)` each.
 
         Raises:
-            ValueError: If a depth, an id or a length does not exist.
+            ValueError: If a depth, an id or a length does not exist, or the batch is empty, which the host's BERT
+                cannot read.
         """
         states, mask = self.embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         return self.run(states, mask, position_ids, depths=depths)
@@ -89,12 +90,15 @@ class BertTrunk(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the embeddings, `(batch, seq, hidden)`, and the mask that all layers of a request share."""
         self._check_inputs(input_ids, position_ids, inputs_embeds)
-        for name, tensor in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+        others = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
+        for name, tensor in others.items():
             if tensor is not None and tensor.device != self.embeddings.position_ids.device:
                 raise ValueError(
                     f"`{name}` must be on the model's device {self.embeddings.position_ids.device}, got "
                     f"{tensor.device}. Move it with `.to`."
                 )
+        _check_range("token_type_ids", token_type_ids, self.config.type_vocab_size)
+        _check_range("position_ids", position_ids, self.config.max_position_embeddings)
         states = self.embeddings(
             input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
         )
@@ -130,28 +134,44 @@ class BertTrunk(nn.Module):
             raise ValueError(
                 f"Inputs must be on the model's device {device}, got {given.device}. Move them with `.to`."
             )
+        if given.dim() != (form := 3 if input_ids is None else 2):
+            raise ValueError(
+                f"Inputs must have {form} dimensions, (batch, seq) of ids or (batch, seq, hidden) of embeddings, got "
+                f"the shape {tuple(given.shape)}. Add the batch with `[None]`."
+            )
         if not given.shape[0]:
             raise ValueError(f"A batch must have one row or more, got the shape {tuple(given.shape)}. Leave it out.")
         if given.shape[1] == 0 or (position_ids is None and given.shape[1] > limit):
             raise ValueError(f"Sequences must have 1 to {limit} tokens, got {given.shape[1]}. Truncate longer ones.")
-        if input_ids is None or torch.compiler.is_compiling():
-            return
-        if input_ids.is_floating_point():
+        if input_ids is not None and input_ids.is_floating_point():
             raise ValueError(
                 f"`input_ids` must be integers, got {input_ids.dtype}. Give embeddings as `inputs_embeds`."
             )
-        vocab = self.embeddings.word_embeddings.num_embeddings
-        wrong = (input_ids < 0) | (input_ids >= vocab)
-        if wrong.any():
-            row, column = (int(x) for x in wrong.nonzero()[0])
-            raise ValueError(
-                f"`input_ids` must be in [0, {vocab}), got {int(input_ids[row, column])} at row {row}, position "
-                f"{column}. Use the tokenizer that the tasks were trained with."
-            )
+        _check_range("input_ids", input_ids, self.embeddings.word_embeddings.num_embeddings)
+
+
+def _check_range(name: str, ids: Tensor | None, limit: int) -> None:
+    if ids is None or torch.compiler.is_compiling():
+        return
+    wrong = (ids < 0) | (ids >= limit)  # (batch, seq)
+    if wrong.any():
+        row, column = (int(x) for x in wrong.nonzero()[0])
+        raise ValueError(
+            f"`{name}` must be in [0, {limit}), got {int(ids[row, column])} at row {row}, position {column}. Use the "
+            "tokenizer that the tasks were trained with."
+        )
 
 
 class TrunkStates(nn.Module):
-    """In place of a branch's embeddings: the trunk's states come in as `inputs_embeds` and go on as they are."""
+    """In place of a branch's embeddings: the trunk's states come in as `inputs_embeds` and go on as they are.
+
+    Args:
+        layers: Of the branch. States of another precision, such as cached ones, are cast to theirs.
+    """
+
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self._layers = (layers,)  # looked at, not owned
 
     def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Return `inputs_embeds`, `(batch, seq, hidden)`."""
@@ -160,7 +180,7 @@ class TrunkStates(nn.Module):
                 "A branch must get the trunk's states as `inputs_embeds`, got `input_ids`. Run `BertTrunk` first, or "
                 "`join` both to one model."
             )
-        return inputs_embeds
+        return inputs_embeds.to(next(self._layers[0].parameters()).dtype)
 
 
 def new_branch(head: type[PreTrainedModel], config: BertConfig) -> PreTrainedModel:
@@ -177,7 +197,7 @@ def new_branch(head: type[PreTrainedModel], config: BertConfig) -> PreTrainedMod
     branch = head(config)
     for name, value in kept.items():
         setattr(config, name, value)
-    branch.base_model.embeddings = TrunkStates()
+    branch.base_model.embeddings = TrunkStates(branch.base_model.encoder)
     branch.main_input_name = "inputs_embeds"
     return branch
 
@@ -293,6 +313,8 @@ def check_single_task(model: PreTrainedModel) -> None:
             f"`model` must be one of {', '.join(HEADS)}, got {type(model).__name__}. Merge adapters, and load the "
             "checkpoint with one of these classes."
         )
+    if has_adapters(model):
+        raise ValueError("`model` must be without adapters, which would be left behind. Merge them into it first.")
     if (form := getattr(model, "quantization_method", None)) is not None:
         raise ValueError(f"`model` must be dense, but its form is {form!r}. Call `model.dequantize()` first.")
     if model.main_input_name == "inputs_embeds":
@@ -303,6 +325,13 @@ def check_single_task(model: PreTrainedModel) -> None:
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("`model` must hold its weights in memory, some are not. Load it without offloading.")
+
+
+def has_adapters(model: PreTrainedModel) -> bool:
+    """Say whether PEFT keeps weights beside those of the model's class."""
+    wrappers = ("base_layer", "modules_to_save")  # what PEFT's layers hold, whatever their method
+    wrapped = any(hasattr(part, wrapper) for part in model.modules() for wrapper in wrappers)
+    return wrapped or getattr(model, "_hf_peft_config_loaded", False)
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -2,67 +2,25 @@
 
 import copy
 import json
-import os
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from datasets import Dataset
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from ..distillation import DistillationConfig, DistillationTrainer
-from .configuration_recipe import SweepConfig
-from .functional import choose_depth
+from .configuration_multitask import check_task_name
+from .configuration_recipe import INITS, SweepConfig
+from .functional import choose_depth, choose_uniform
 from .modeling_multitask import MultiTaskBertModel
 from .modeling_trunk import HEADS, join, take_branch, take_trunk
-from .training_states import CachedStates, cache_states, fingerprint_data, fingerprint_trunk, pad_examples
-
-
-# what decides, besides model and data, how a run ends
-SETTINGS = (
-    *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("weight_decay", "warmup_steps", "lr_scheduler_type", "max_grad_norm", "seed", "bf16", "fp16"),
-)
-
-
-@dataclass(frozen=True)
-class SweepTask:
-    """One task of a sweep.
-
-    Attributes:
-        new_model: Makes the pre-trained encoder with a new head, a class of `modeling_trunk.HEADS`; its values come
-            from the seed that was set last. All tasks of a sweep share the encoder.
-        train_dataset: Encoded examples that are trained on.
-        dev_dataset: Encoded examples that choose. What they are chosen by is no measurement: keep others for that.
-        score: What predictions are worth; the larger the better, and 1 is perfect.
-    """
-
-    new_model: Callable[[], PreTrainedModel]
-    train_dataset: Dataset
-    dev_dataset: Dataset
-    score: Callable[[EvalPrediction], float]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training of a sweep.
-
-    Attributes:
-        kind: "whole" trains all weights, embeddings too; "teacher" the layers above the frozen ones; "student" fewer.
-        layers: Layers that are trained.
-    """
-
-    kind: Literal["whole", "teacher", "student"]
-    layers: int
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return "whole" if self.kind == "whole" else f"{self.kind}-{self.layers}"
+from .training_runs import PreparedTask, Run, SweepTask, describe_arguments, read_result, write_result
+from .training_states import CachedStates, pad_examples
 
 
 class MultiTaskSweep:
@@ -98,14 +56,13 @@ class MultiTaskSweep:
         states_dir: str | Path | None = None,
     ) -> None:
         for name in tasks:
-            if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
-                raise ValueError(f"`tasks` must have names of letters, digits, '_' and '-', got {name!r}. Rename it.")
+            check_task_name(name, [other for other in tasks if other != name])
         if not tasks:
             raise ValueError("`tasks` must hold at least one task, got none. Name one.")
         self.args, self.config = args, SweepConfig() if config is None else config
         self.output = Path(args.output_dir)
         states = self.output / "states" if states_dir is None else Path(states_dir)
-        self.tasks = {name: _PreparedTask(task, states / name) for name, task in tasks.items()}
+        self.tasks = {name: PreparedTask(task, states / name, seed=args.seed) for name, task in tasks.items()}
         (first, expected), *_ = self.tasks.items()
         self.config.check_depth(expected.depth)
         for name, prepared in self.tasks.items():
@@ -126,28 +83,38 @@ class MultiTaskSweep:
             )
 
     def run(self) -> None:
-        """Make all runs that are missing."""
-        for task, run in self.runs():
+        """Make all runs that are missing, with a bar unless `args.disable_tqdm`."""
+        bar = tqdm(self.runs(), unit="run", disable=self.args.disable_tqdm)
+        for task, run in bar:
+            bar.set_postfix_str(f"{task}, {run.name}")
             self.make(task, run)
 
     def make(self, task: str, run: Run) -> float:
         """Train and save a model unless it is there, and return its score on the dev examples.
 
         Raises:
-            ValueError: If the folder holds a run of other settings.
+            ValueError: If the folder holds a run of other settings, or the score is not finite.
         """
         folder, settings = self.folder(task, run), self.settings(task, run)
-        if (result := _read(folder / "result.json")) is not None:
-            if result["settings"] != settings:
+        if (result := read_result(folder / "result.json")) is not None:
+            made = result["settings"]
+            other = [name for name in sorted(made.keys() | settings.keys()) if made.get(name) != settings.get(name)]
+            if other:
+                pairs = "; ".join(f"{name}: {settings.get(name)} here, {made.get(name)} there" for name in other)
                 raise ValueError(
-                    f"{folder} must hold a run of the settings {settings}, but it was made by {result['settings']}."
-                    " Choose another `output_dir`, or delete it."
+                    f"{folder} must hold a run of the settings asked for, but it was made with others: {pairs}. Choose"
+                    " another `output_dir`, or delete it."
                 )
             return result["score"]
         trainer = self._train(task, run)
         score = trainer.evaluate()["eval_score"]
+        if not math.isfinite(score):
+            raise ValueError(
+                f"The score of {task!r}, {run.name}, must be finite, got {score}. Check its `score`, or train with a"
+                " smaller `learning_rate`."
+            )
         self._plain(task, run, trainer.model).save_pretrained(folder)
-        _write(folder / "result.json", {"score": score, "settings": settings, "command": " ".join(sys.argv)})
+        write_result(folder / "result.json", {"score": score, "settings": settings, "command": " ".join(sys.argv)})
         return score
 
     def choose_teacher(self, task: str) -> int:
@@ -159,13 +126,18 @@ class MultiTaskSweep:
         """Return what each number of layers scores on the dev examples; makes the runs that are missing."""
         return {run.layers: self.make(task, run) for run in map(self.branch(task), self.config.student_layers)}
 
-    def choose_depths(self, min_gain: float | None = None) -> dict[str, int]:
-        """Choose the layers of each task's branch.
+    def choose_depths(self, min_gain: float | None = None, *, uniform: bool = False) -> dict[str, int]:
+        """Choose the layers of each task's branch; makes the runs that are missing.
 
         Args:
             min_gain: Points that one more layer has to bring; by default that of the recipe.
+            uniform: Whether all tasks get as many, by the mean of their scores. A teacher with fewer keeps its own.
         """
         points = self.config.min_gain if min_gain is None else min_gain
+        if uniform:
+            layers = self.config.student_layers
+            scores = {task: {n: self.make(task, self.branch(task)(n)) for n in layers} for task in self.tasks}
+            return dict.fromkeys(self.tasks, choose_uniform(scores, points / 100))
         return {task: choose_depth(self.student_scores(task), points / 100) for task in self.tasks}
 
     def branch(self, task: str) -> Callable[[int], Run]:
@@ -180,10 +152,11 @@ class MultiTaskSweep:
         return HEADS[architecture].from_pretrained(folder)
 
     def merge(self, depths: Mapping[str, int]) -> MultiTaskBertModel:
-        """Put the branches of these many layers, by task, on one trunk."""
-        return MultiTaskBertModel.from_tasks(
-            {task: self.load(task, self.branch(task)(n)) for task, n in depths.items()}
-        )
+        """Put the branches of these many layers, by task, on one trunk; makes the runs that are missing."""
+        runs = {task: self.branch(task)(layers) for task, layers in depths.items()}
+        for task, run in runs.items():
+            self.make(task, run)
+        return MultiTaskBertModel.from_tasks({task: self.load(task, run) for task, run in runs.items()})
 
     def folder(self, task: str, run: Run) -> Path:
         """Say where a run leaves what it makes."""
@@ -191,11 +164,11 @@ class MultiTaskSweep:
 
     def settings(self, task: str, run: Run) -> dict[str, Any]:
         """Say what decides how a run ends, in a form that JSON knows."""
-        settings = asdict(run) | {name: getattr(self.args, name) for name in SETTINGS} | self.tasks[task].fingerprints
+        settings = describe_arguments(self.args) | asdict(run) | self.tasks[task].fingerprints
         if run.kind == "student":
             recipe = {"teacher": self.choose_teacher(task)}
             settings |= recipe | {name: getattr(self.config, name) for name in ("student_init", "temperature")}
-        return json.loads(json.dumps(settings))
+        return json.loads(json.dumps(settings, default=str))
 
     def _train(self, task: str, run: Run) -> Trainer:
         prepared = self.tasks[task]
@@ -224,6 +197,9 @@ class MultiTaskSweep:
             compute_metrics=lambda predictions: {"score": float(prepared.task.score(predictions))},
             **options,
         )
+        # Losses are means over the micro-batch. Left to itself the host trusts every model with `**kwargs` to divide
+        # by the items of the whole batch, and stock heads do not.
+        trainer.model_accepts_loss_kwargs = False
         trainer.train()
         return trainer
 
@@ -240,34 +216,6 @@ class MultiTaskSweep:
         return join(take_trunk(self.tasks[task].task.new_model(), model.config.frozen_layers), model.cpu())
 
 
-class _PreparedTask:
-    """A task, and what is found out about it once."""
-
-    def __init__(self, task: SweepTask, folder: Path) -> None:
-        self.task, self.folder = task, folder
-        self._states: dict[str, dict[int, CachedStates]] = {}
-
-    @cached_property
-    def depth(self) -> int:
-        return self.task.new_model().config.num_hidden_layers
-
-    @cached_property
-    def fingerprints(self) -> dict[str, str]:
-        trunk = take_trunk(self.task.new_model(), self.depth)
-        prints = {split: fingerprint_data(self.examples(split)) for split in ("train", "dev")}
-        return prints | {"encoder": fingerprint_trunk(trunk, self.depth)}
-
-    def examples(self, split: str) -> Dataset:
-        return self.task.train_dataset if split == "train" else self.task.dev_dataset
-
-    def states(self, split: str, depths: list[int], device: torch.device) -> dict[int, CachedStates]:
-        """Return the examples of a split after each of some numbers of frozen layers."""
-        if split not in self._states:
-            trunk = take_trunk(self.task.new_model(), max(depths)).to(device)
-            self._states[split] = cache_states(trunk, self.examples(split), self.folder / split, depths=depths)
-        return self._states[split]
-
-
 def new_student(
     teacher: PreTrainedModel, num_layers: int, *, init: str = "teacher", encoder: PreTrainedModel | None = None
 ) -> PreTrainedModel:
@@ -280,27 +228,24 @@ def new_student(
             ("next"), or random ("random"). Pooler and head are the teacher's.
         encoder: The pre-trained encoder in a model of the teacher's class, for "next".
 
+    Raises:
+        ValueError: If there is no such `init`, or "next" has no encoder.
+
     Source: Wei et al. 2022, https://arxiv.org/abs/2107.05377, for "teacher"; the others are our own design.
     """
+    if init not in INITS:
+        raise ValueError(f"`init` must be one of {', '.join(INITS)}, got {init!r}.")
+    if init == "next" and encoder is None:
+        raise ValueError('`encoder` must be given for `init="next"`, got None. Load the pre-trained model.')
     frozen = teacher.config.frozen_layers
     student = take_branch(teacher, frozen, num_layers)
     layers: Any = student.base_model.encoder
-    if init == "next" and encoder is not None:
+    if encoder is not None and init == "next":
         start: Any = take_branch(encoder, frozen, num_layers).base_model
         layers.load_state_dict(start.encoder.state_dict())
     elif init == "random":
         layers.apply(student._init_weights)
     return student
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-
-
-def _write(file: Path, result: dict[str, Any]) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    os.replace(partial, file)
 
 
 __all__ = ["MultiTaskSweep", "Run", "SweepTask"]

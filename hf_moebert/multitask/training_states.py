@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import platform
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -86,6 +87,7 @@ def cache_states(
 
     Source: our own design; the paper's code runs the trunk in every step.
     """
+    dataset = dataset.with_format(None)
     if not len(dataset) or "input_ids" not in dataset.column_names:
         raise ValueError(
             f"`dataset` must hold encoded examples with 'input_ids', got {len(dataset)} with the columns "
@@ -121,6 +123,7 @@ def pad_examples(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 def fingerprint_data(dataset: Dataset) -> str:
     """Return a hash of all rows, the same in every process."""
     digest = hashlib.sha256()
+    dataset = dataset.with_format(None)  # plain lists
     for name in sorted(dataset.column_names):
         digest.update(json.dumps([name, dataset[name][:]]).encode())
     return digest.hexdigest()
@@ -163,7 +166,10 @@ def _write(
 ) -> None:
     lengths = np.array([len(ids) for ids in dataset["input_ids"][:]])
     offsets = np.concatenate([[0], lengths.cumsum()])  # (examples + 1,)
-    partial = {depth: file.with_name(f"{file.name}.{os.getpid()}.partial") for depth, file in files.items()}
+    for file in files.values():
+        _remove_stale(file)
+    writer = f"{platform.node()}-{os.getpid()}"
+    partial = {depth: file.with_name(f"{file.name}.{writer}.partial") for depth, file in files.items()}
     hidden = trunk.config.hidden_size
     states = {d: _lay_out(path, offsets, hidden, {"fingerprint": prints[d]}) for d, path in partial.items()}
     inputs = dataset.select_columns(_input_columns(dataset))
@@ -175,6 +181,14 @@ def _write(
     for depth, path in partial.items():
         states[depth].flush()
         path.replace(files[depth])
+
+
+def _remove_stale(file: Path) -> None:
+    """Delete what processes of this machine left that were killed while they wrote."""
+    for path in file.parent.glob(f"{file.name}.{platform.node()}-*.partial"):
+        process = path.name.removesuffix(".partial").rpartition("-")[2]
+        if process == str(os.getpid()) or (os.path.isdir("/proc/self") and not os.path.isdir(f"/proc/{process}")):
+            path.unlink(missing_ok=True)
 
 
 def _batches(inputs: Dataset, lengths: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:

@@ -66,6 +66,12 @@ def test_the_weights_are_always_those_of_the_index():
             r"in \[0, 12\], the trunk's depth",
         ),
         ([TASK], "tasks"),
+        ({"qq": 3}, "must hold architecture, frozen_layers and config, got 3"),
+        ({"qq": {**TASK, "config": []}}, "must hold architecture, frozen_layers and config, got"),
+        (
+            {"qq": {**TASK, "config": {"num_hidden_layers": 3, "hidden_size": 24}}},
+            r"`tasks\['qq'\].config` must have the trunk's `hidden_size` 768, got 24",
+        ),
     ],
 )
 def test_tasks_that_cannot_be_are_refused(tasks, text):
@@ -81,6 +87,8 @@ def test_fingerprints_of_another_depth_are_refused():
 
 def test_unknown_architectures_are_refused():
     sizes = {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2}
-    config = MultiTaskBertConfig(tasks={"qq": {**TASK, "architecture": "X"}}, **sizes)
+    config = MultiTaskBertConfig(
+        tasks={"qq": {**TASK, "architecture": "X", "config": {**sizes, "num_hidden_layers": 3}}}, **sizes
+    )
     with pytest.raises(ValueError, match=r"architecture` must be one of BertForSequenceClassification, .* got 'X'"):
         MultiTaskBertModel(config)

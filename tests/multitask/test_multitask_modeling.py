@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from tiny_multitask import (
@@ -418,3 +419,67 @@ def test_a_few_steps_train_branches_and_leave_the_trunk():
     assert losses[-1] < 0.5 * losses[0]
     for name, tensor in merged.trunk.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT asks the host for what it calls otherwise now
+def test_adapters_that_are_not_merged_are_refused(models, merged):
+    recipe = peft.LoraConfig(target_modules=["query"], layers_to_transform=[2], layers_pattern="layer")
+    loaded, inner = (copy.deepcopy(models["qq"]) for _ in range(2))
+    loaded.add_adapter(recipe)
+    adapted = peft.get_peft_model(inner, recipe)
+    for model in (loaded, inner):
+        for refuse in (lambda m: merged.add_task("new", m), lambda m: take_branch(m, 2), lambda m: take_trunk(m, 2)):
+            with pytest.raises(ValueError, match="`model` must be without adapters"):
+                refuse(model)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    whole = adapted.merge_and_unload().eval()
+    other = MultiTaskBertModel.from_tasks({"new": whole})
+    assert torch.equal(other(**make_batch())["new"].logits, whole(**make_batch()).logits)
+
+
+def test_weights_that_lie_otherwise_are_the_same_weights(models):
+    model = copy.deepcopy(models["qq"])
+    weight = model.bert.encoder.layer[0].output.dense.weight
+    weight.data = weight.data.t().contiguous().t()
+    merged = MultiTaskBertModel.from_tasks({"a": model})
+    merged.add_task("b", model)
+    MultiTaskBertModel.from_tasks(models).add_task("b", model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_branch_reads_states_of_another_precision(models, dtype):
+    branch = copy.deepcopy(take_branch(models["qq"], 2)).to(dtype)
+    states = torch.randn(2, 5, 24)
+    logits = branch(inputs_embeds=states).logits
+    assert logits.dtype == dtype
+    assert torch.equal(logits, branch(inputs_embeds=states.to(dtype)).logits)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "text"),
+    [
+        ({"input_ids": torch.arange(5, 9)}, r"Inputs must have 2 dimensions.*got the shape \(4,\)"),
+        ({"inputs_embeds": torch.zeros(4, 24)}, r"Inputs must have 3 dimensions.*got the shape \(4, 24\)"),
+        ({"token_type_ids": torch.full((1, 4), 2)}, r"`token_type_ids` must be in \[0, 2\), got 2 at row 0"),
+        (
+            {"position_ids": torch.tensor([[0, 1, -1, 3]])},
+            r"`position_ids` must be in \[0, 24\), got -1 .* position 2",
+        ),
+        ({"labels": {"qq": [0]}}, r"`labels\['qq'\]` must be a tensor or a mapping of tensors, got \[0\]"),
+        ({"labels": {"qq": {"labels": [0]}}}, r"`labels\['qq'\]` must be a tensor or a mapping of tensors"),
+    ],
+)
+def test_inputs_of_wrong_form_are_refused(merged, inputs, text):
+    ids = {} if "inputs_embeds" in inputs else {"input_ids": torch.arange(5, 9)[None]}
+    with pytest.raises(ValueError, match=text):
+        merged(**ids | inputs)
+
+
+def test_targets_of_minus_hundred_are_numbers(models, merged):
+    batch, targets = make_batch(), torch.full((3,), -100.0)
+    expected = models["score"](**batch, labels=targets).loss
+    found = merged(**batch, tasks=["score"], labels={"score": targets})["score"].loss
+    assert found.item() == pytest.approx(expected.item())
+    assert found > 100

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -153,7 +155,7 @@ def test_an_update_touches_the_files_of_its_task(models, merged, folder):
         return {name for name in before.keys() | after if before.get(name) != after.get(name)}
 
     twin = make_task(make_encoder(), 2, 1, "classes", seed=8)
-    assert changed(lambda: merged.replace_task("qq", twin)) == {"branch-qq.safetensors"}
+    assert changed(lambda: merged.replace_task("qq", twin)) == {"branch-qq.safetensors", "config.json"}
     other = make_task(make_encoder(), 1, 1, "topics", seed=9)
     assert changed(lambda: merged.add_task("q", other)) == {"branch-q.safetensors"} | description
     assert changed(lambda: merged.replace_task("qq", other)) == {"branch-qq.safetensors"} | description
@@ -224,10 +226,103 @@ def test_tasks_without_weights_and_weights_without_tasks_are_refused(merged, fol
     edit_json(folder / "config.json", lambda config: config["tasks"].update(new=config["tasks"]["qq"]))
     with pytest.raises(ValueError, match=r"branches\.new\.bert.*branches\.new\.classifier"):
         MultiTaskBertModel.from_pretrained(folder)
-    config["tasks"].pop("qq")
+    config["tasks"]["qqp"].pop("sha256")
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"branches\.qq\.bert"):
+    with pytest.raises(ValueError, match=r"branch-qqp.safetensors in .* of SHA-256 None, got \w{64}"):
         MultiTaskBertModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("trunk", [0, 1])
+def test_another_branch_is_refused(merged, folder, tmp_path, trunk):
+    other = MultiTaskBertModel.from_tasks(make_tasks(NAMES, make_encoder(seed=trunk)))
+    other.branches["qq"].classifier.bias.data[0] += 1
+    other.save_pretrained(tmp_path / "other")
+    (folder / "branch-qq.safetensors").write_bytes((tmp_path / "other/branch-qq.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="branch-qq.safetensors in .* must be the branch that config.json describes"):
+        MultiTaskBertModel.from_pretrained(folder)
+
+
+def test_a_branch_is_bound_to_the_trunk_below_it(models, merged, folder, tmp_path):
+    assert merged.config.tasks["qq"]["sha256"] != merged.config.tasks["qqp"]["sha256"]
+    encoder = make_encoder()
+    encoder.encoder.layer[0].output.dense.bias.data[3] += 1
+    foreign = make_task(encoder, 2, 1, "classes")  # the same branch on another trunk
+    wrong = MultiTaskBertModel.from_tasks({"qq": foreign})
+    wrong.save_pretrained(tmp_path / "wrong")
+    assert wrong.config.tasks["qq"]["sha256"] != merged.config.tasks["qq"]["sha256"]
+
+
+def test_a_trunk_that_changed_is_not_saved(models, merged, folder):
+    for model in (merged, MultiTaskBertModel.from_pretrained(folder)):
+        before = digests(folder)
+        model.trunk.layer[1].output.dense.bias.data[0] += 1
+        with pytest.raises(ValueError, match="The trunk in memory must be the trunk .* but layer 2 differs"):
+            model.save_pretrained(folder)
+        assert digests(folder) == before
+
+
+def test_adapters_are_not_saved(merged, tmp_path):
+    branch = merged.branches["qq"].bert.encoder.layer[0].attention.self
+    peft.get_peft_model(branch, peft.LoraConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match="Merge adapters"):
+        merged.save_pretrained(tmp_path / "adapted")
+
+
+# Saves that are cut short
+
+
+def cut_short(merged, folder, monkeypatch, renames):
+    """Save, but die after some files got their names; returns whether it came so far."""
+    count, replace = iter(range(renames)), os.replace
+
+    def die_later(*names):
+        if next(count, None) is None:
+            raise KeyboardInterrupt
+        replace(*names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", die_later)
+        try:
+            merged.save_pretrained(folder)
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "relabel"])
+def test_a_save_cut_short_leaves_the_old_or_the_new_model_or_is_refused(tmp_path, monkeypatch, change):
+    models, batch = make_tasks(("qq", "slots")), make_batch()
+    outcomes, more, renames = [], True, 0
+    while more:
+        merged = MultiTaskBertModel.from_tasks(models)
+        folder = tmp_path / f"{change}-{renames}"
+        merged.save_pretrained(folder)
+        old = {name: output.logits for name, output in merged(**batch).items()}
+        if change == "add":
+            merged.add_task("deep", make_task(make_encoder(), 4, 1, "classes"))
+        elif change == "remove":
+            merged.remove_task("slots")
+        else:
+            other = make_task(make_encoder(), 2, 1, "classes", seed=9)
+            other.config.id2label = {0: "c", 1: "b", 2: "a"}
+            merged.replace_task("qq", other)
+        more = cut_short(merged, folder, monkeypatch, renames)
+        new = {name: output.logits for name, output in merged(**batch).items()}
+        try:
+            loaded = MultiTaskBertModel.from_pretrained(folder)
+        except ValueError as error:
+            outcomes.append("refused" if "a save was cut short" in str(error) else str(error))
+        else:
+            found = {name: output.logits for name, output in loaded(**batch).items()}
+            same = [found.keys() == x.keys() and all(torch.allclose(found[n], x[n]) for n in x) for x in (old, new)]
+            assert sum(same) == 1
+            outcomes.append(["old", "new"][same.index(True)])
+        merged.save_pretrained(folder)
+        assert MultiTaskBertModel.from_pretrained(folder).tasks == merged.tasks
+        renames += 1
+    assert outcomes[0] == "old"
+    assert outcomes[-1] == "new"
+    assert set(outcomes) == {"old", "new"} | ({"refused"} if change == "relabel" else set())
 
 
 @pytest.mark.parametrize("size", [4, 100, -1])
@@ -256,9 +351,10 @@ def test_an_index_that_names_strange_tasks_is_refused(folder):
     edit_json(folder / "model.safetensors.index.json", lead)
     with pytest.raises(ValueError, match="must map each tensor to the file of its trunk or task"):
         MultiTaskBertModel.from_pretrained(folder)
-    (folder / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(ValueError, match="must map tensors to files"):
-        MultiTaskBertModel.from_pretrained(folder)
+    for text in ("[]", "[" * 100_000):
+        (folder / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(ValueError, match="must map tensors to files"):
+            MultiTaskBertModel.from_pretrained(folder)
 
 
 def test_missing_files_are_refused(folder, tmp_path):

@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
+import platform
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +27,7 @@ from hf_moebert.distillation.functional import soft_cross_entropy
 from hf_moebert.multitask.configuration_recipe import SweepConfig
 from hf_moebert.multitask.modeling_trunk import join, take_branch, take_trunk
 from hf_moebert.multitask.training import MultiTaskSweep, Run, SweepTask, new_student
-from hf_moebert.multitask.training_states import CachedStates, cache_states, pad_examples
+from hf_moebert.multitask.training_states import CachedStates, cache_states, fingerprint_data, pad_examples
 
 
 VOCAB, LENGTHS = 40, (3, 9, 4, 7, 5, 8, 6, 2)
@@ -85,6 +88,7 @@ def sweep(folder, config=None, names=("qq", "qqp", "ner"), **options):
             train_dataset=rows(kind),
             dev_dataset=rows(kind, 8, seed=1),
             score=score,
+            metric=score.__name__,
         )
     recipe = SweepConfig(teacher_layers=[1, 2], student_layers=[1, 2]) if config is None else config
     return MultiTaskSweep(tasks, arguments(folder, **options), recipe)
@@ -225,6 +229,8 @@ def test_an_interrupted_computation_leaves_no_states(tmp_path):
         cache_states(trunk, rows(), tmp_path, depths=[1], batch_size=4)
     assert not list(tmp_path.glob("*.safetensors"))
     trunk.forward = run
+    for process in (os.getpid(), 999_999_999):  # who was killed leaves what it began
+        (tmp_path / f"states-1.safetensors.{platform.node()}-{process}.partial").write_bytes(b"half")
     assert len(cache_states(trunk, rows(), tmp_path, depths=[1])[1]) == 16
     assert [file.name for file in tmp_path.iterdir()] == ["states-1.safetensors"]
 
@@ -281,11 +287,16 @@ def test_bad_recipes_are_refused(values, message):
 def test_recipes_and_names_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`teacher_layers` must be in \[1, 3\] for an encoder of 3 layers, got \[4"):
         sweep(tmp_path, SweepConfig())
-    with pytest.raises(ValueError, match="`tasks` must have names of letters.*got '../qq'"):
+    with pytest.raises(ValueError, match="A task's name must be .*got '../qq'"):
         MultiTaskSweep({"../qq": None}, arguments(tmp_path))
+    with pytest.raises(ValueError, match="no word of torch's own .*got 'keys'"):
+        MultiTaskSweep({"keys": None}, arguments(tmp_path))
     with pytest.raises(ValueError, match="`tasks` must hold at least one task"):
         MultiTaskSweep({}, arguments(tmp_path))
-    tasks = {f"task-{seed}": SweepTask(lambda seed=seed: bert(seed=seed), rows(), rows(), accuracy) for seed in (0, 1)}
+    tasks = {
+        f"task-{seed}": SweepTask(lambda seed=seed: bert(seed=seed), rows(), rows(), accuracy, "hits")
+        for seed in (0, 1)
+    }
     with pytest.raises(ValueError, match="`tasks` must share one encoder, got another for 'task-1' than for 'task-0'"):
         MultiTaskSweep(tasks, arguments(tmp_path), SweepConfig([1], [1]))
 
@@ -346,14 +357,27 @@ def test_a_finished_sweep_is_not_repeated_and_unfinished_runs_are(finished, tmp_
 
 
 def test_runs_of_other_settings_are_refused(finished):
-    for options in ({"learning_rate": 1e-3}, {"max_steps": 4}, {"seed": 2}):
-        with pytest.raises(ValueError, match="must hold a run of the settings .*Choose another `output_dir`"):
-            sweep(finished.output, **options).run()
+    changed = {"learning_rate": 1e-3, "max_steps": 4, "seed": 2, "optim": "sgd", "label_smoothing_factor": 0.1}
+    for name, value in {**changed, "adam_beta1": 0.8}.items():
+        message = f"whole must hold a run of the settings .* {name}: {value} here, .*Choose another `output_dir`"
+        with pytest.raises(ValueError, match=message):
+            sweep(finished.output, **{name: value}).run()
+    task = finished.tasks["qq"].task
+    others = {
+        "metric": replace(task, metric="f1"),
+        "model": replace(task, new_model=lambda: bert(BertForTokenClassification)),
+        "config": replace(task, new_model=lambda: bert(hidden_dropout_prob=0.9)),
+    }
+    for name, other in others.items():
+        with pytest.raises(ValueError, match=f"must hold a run of the settings .*{name}: "):
+            MultiTaskSweep({"qq": other}, finished.args, finished.config).run()
+    housekeeping = {"logging_steps": 3, "run_name": "x", "dataloader_num_workers": 1, "per_device_eval_batch_size": 2}
+    assert sweep(finished.output, **housekeeping).make("qq", Run("teacher", 1)) >= 0
     task = next(task for task, run in finished.runs() if run.kind == "student")
     hotter = SweepConfig(teacher_layers=[1, 2], student_layers=[1], temperature=3.0)
     with pytest.raises(ValueError, match="student-1 must hold a run of the settings"):
         sweep(finished.output, hotter, names=[task]).run()
-    fewer = {"qq": SweepTask(bert, rows(count=8), rows(count=8, seed=1), accuracy)}
+    fewer = {"qq": SweepTask(bert, rows(count=8), rows(count=8, seed=1), accuracy, "accuracy")}
     with pytest.raises(ValueError, match="must hold a run of the settings"):
         MultiTaskSweep(fewer, finished.args, finished.config).run()
 
@@ -366,12 +390,14 @@ def test_the_best_teacher_and_the_depths_are_read_off_the_dev_scores(finished, m
     assert sweeping.student_scores("qq") == {1: 0.75, 2: 0.8}  # as deep as the teacher is the teacher
     assert sweeping.choose_depths() == {"qq": 2}
     assert sweeping.choose_depths(min_gain=6) == {"qq": 1}
+    assert sweeping.choose_depths(min_gain=6, uniform=True) == {"qq": 1}
+    assert sweeping.choose_depths(uniform=True) == {"qq": 2}  # three layers are the teacher's two, and gain nothing
     assert [run.name for _, run in sweeping.runs()] == ["whole", "teacher-1", "teacher-2", "teacher-3", "student-1"]
 
 
 def test_students_learn_by_the_loss_of_the_paper(tmp_path):
     recipe = SweepConfig(teacher_layers=[2], student_layers=[1], temperature=2.0)
-    dropless = SweepTask(lambda: bert(**DROPOUT), rows(count=8), rows(count=8, seed=1), accuracy)
+    dropless = SweepTask(lambda: bert(**DROPOUT), rows(count=8), rows(count=8, seed=1), accuracy, "hits")
     sweeping = MultiTaskSweep({"qq": dropless}, arguments(tmp_path, max_steps=1, logging_steps=1), recipe)
     trainer = sweeping._train("qq", Run("student", 1))
     teacher = sweeping.load("qq", Run("teacher", 2)).eval()
@@ -404,3 +430,49 @@ def test_results_say_how_they_were_made(finished):
         assert result["settings"]["seed"] == 1
         assert result["settings"]["layers"] == run.layers
         assert result["command"]
+
+
+@pytest.mark.parametrize("run", [Run("whole", 3), Run("teacher", 1)])
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, run):
+    data = Dataset.from_dict({"input_ids": [[5 + i, 9, 11] for i in range(16)], "labels": [i % 2 for i in range(16)]})
+    task = SweepTask(lambda: bert(**DROPOUT), data, data, accuracy, "accuracy")
+    options = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1, "max_grad_norm": 0}
+    found = []
+    for steps in (1, 4):
+        sizes = {"per_device_train_batch_size": 16 // steps, "gradient_accumulation_steps": steps}
+        args = arguments(tmp_path / str(steps), **options, **sizes)
+        found.append(MultiTaskSweep({"qq": task}, args, SweepConfig([1], [1]))._train("qq", run).model.state_dict())
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name], weight, msg=name)
+
+
+def test_scores_that_are_no_numbers_are_refused(tmp_path):
+    task = SweepTask(bert, rows(), rows(), lambda predictions: float("nan"), "nothing")
+    sweeping = MultiTaskSweep({"qq": task}, arguments(tmp_path, max_steps=1), SweepConfig([1], [1]))
+    with pytest.raises(ValueError, match="The score of 'qq', teacher-1, must be finite, got nan"):
+        sweeping.choose_teacher("qq")
+    assert not (tmp_path / "qq/teacher-1/result.json").exists()
+
+
+def test_merging_makes_the_runs_that_are_missing(tmp_path):
+    sweeping = sweep(tmp_path, SweepConfig([1], [1]), names=["qq"], max_steps=1)
+    assert sweeping.merge({"qq": 1}).tasks == ["qq"]
+    assert (tmp_path / "qq/teacher-1/result.json").exists()
+    assert not (tmp_path / "qq/whole").exists()
+
+
+def test_students_start_somewhere_known():
+    teacher = bert()
+    teacher.config.frozen_layers = 1
+    with pytest.raises(ValueError, match="`init` must be one of teacher, next, random, got 'last'"):
+        new_student(teacher, 1, init="last")
+    with pytest.raises(ValueError, match="`encoder` must be given"):
+        new_student(teacher, 1, init="next")
+
+
+def test_examples_may_come_as_tensors(tmp_path):
+    data, trunk = rows(), take_trunk(bert(), 1)
+    assert fingerprint_data(data.with_format("torch")) == fingerprint_data(data)
+    plain, tensors = (cache_states(trunk, x, tmp_path, depths=[1])[1] for x in (data, data.with_format("torch")))
+    for name, value in pad_examples([plain[i] for i in (3, 0)]).items():
+        assert torch.equal(pad_examples([tensors[i] for i in (3, 0)])[name], value)
