@@ -5,10 +5,10 @@
     python benchmarks/crf.py --rounds 50 --output build/crf.json
 
 Emissions and scores are random, in float32. Both sides get the same numbers, must agree on likelihoods, gradients and
-tags (but under "masked", where they mean different things), and run interleaved in one process; ratios are paired by round. One thread is timed by its own CPU time, more by elapsed time.
-Half of the rows of a "ragged" batch are shorter than the others. "masked" is ours with the legality of a tag scheme,
-which the peer does not know, against the peer without. "underflow" has emissions so extreme that ours has to fall
-back on its slow way.
+tags (but under "masked", where they mean different things), and run interleaved in one process; ratios are paired by
+round. One thread is timed by its own CPU time, more by elapsed time. Half of the rows of a "ragged" batch are shorter
+than the others. "masked" is ours with the legality of a tag scheme, which the peer does not know, against the peer
+without. "underflow" has emissions so extreme that ours has to fall back on its slow way.
 """
 
 import json

@@ -88,8 +88,8 @@ def infer_scheme(labels: Sequence[str]) -> str:
     if not prefixed and not (prefixes and prefixes <= set("BIESLU")):
         if odd := [label for label in labels if ODD_PREFIX.search(label)]:
             raise ValueError(
-                f"`id2label` must spell prefixes as in 'B-PER', got {odd[:3]}. Rename the tags, or set `tag_scheme` to "
-                "'none' if every tag may follow every other."
+                f"`id2label` must spell prefixes as in 'B-PER', got {odd[:3]}. Rename the tags, or set `tag_scheme` "
+                "to 'none' if every tag may follow every other."
             )
         return "none"
     signs = {"BILOU": "LU", "IOBES": "ES", "IOB2": "B", "IOB1": "I"}
@@ -159,8 +159,8 @@ def _check_exits(labels: Sequence[str], scheme: str, legality: Legality) -> None
     stuck = [label for label, out in zip(labels, leads_out.tolist(), strict=True) if not out]
     if stuck:
         raise ValueError(
-            f"`id2label` must let every tag lead to the end of a sequence, {stuck} do not under {scheme}. Add the tags "
-            "of the scheme that are missing, or set `tag_scheme` to 'none'."
+            f"`id2label` must let every tag lead to the end of a sequence, {stuck} do not under {scheme}. Add the "
+            "tags of the scheme that are missing, or set `tag_scheme` to 'none'."
         )
     if not (legality.start & legality.end).any():  # such a tag may also follow itself, however many words there are
         raise ValueError(
