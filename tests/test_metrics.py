@@ -199,7 +199,16 @@ def test_an_illegal_span_counts_leniently_and_not_strictly():
     prediction, reference = [["O", "I-X", "I-X", "O"]], [["O", "B-X", "I-X", "O"]]
     assert span_f1(prediction, reference) == 1.0
     assert span_f1(prediction, reference, strict=True) == 0.0
-    assert (count_illegal(prediction), count_illegal(reference)) == (1, 0)
+    assert (count_illegal(prediction, "IOB2"), count_illegal(reference)) == (1, 0)
+
+
+def test_tags_that_are_all_inner_are_read_strictly_under_a_named_scheme():
+    """They may be IOB1, in which they are legal: to guess IOB2 would score perfect predictions 0."""
+    tags = [["O", "I-X", "I-X"]]
+    assert span_f1(tags, tags) == 1.0
+    for read in (lambda: span_f1(tags, tags, strict=True), lambda: count_illegal(tags)):
+        with pytest.raises(ValueError, match="`scheme` must be named"):
+            read()
 
 
 @pytest.mark.filterwarnings("error")
