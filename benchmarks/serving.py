@@ -65,7 +65,7 @@ class ServingArguments:
     clients: int = field(default=32, metadata={"help": "That ask at the same time."})
     requests: int = field(default=96, metadata={"help": "Of a round."})
     rounds: int = field(default=7, metadata={"help": "That are timed, after one that is not."})
-    max_batch: int = field(default=32, metadata={"help": "Inputs of a batch."})
+    max_batch: int = field(default=8, metadata={"help": "Inputs of a batch; more make a processor slower."})
     max_wait_ms: float = field(default=5.0, metadata={"help": "Wait of a request for company."})
     threads: int = field(default=1, metadata={"help": "Threads that torch computes with."})
     http: bool = field(default=False, metadata={"help": "Ask a server, not the batcher."})
