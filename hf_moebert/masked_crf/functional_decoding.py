@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from .functional import Scores, at_last_word
+from .functional_numpy import HIGHEST
 from .functional_numpy import viterbi as numpy_viterbi
 
 
-HIGHEST = 1e30  # stands for infinity among emissions: as decisive, and differences to it are numbers
 FEW = 2048  # scores of one step up to which numpy is faster than torch
 
 

@@ -3,6 +3,9 @@
 import numpy as np
 
 
+HIGHEST = 1e30  # stands for infinity among emissions: as decisive, and differences to it are numbers
+
+
 def viterbi(
     emissions: np.ndarray, lengths: np.ndarray, transitions: np.ndarray, *, start: np.ndarray, end: np.ndarray
 ) -> np.ndarray:

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from .functional_numpy import viterbi
+from .functional_numpy import HIGHEST, viterbi
 
 
 SCORES = ("transitions", "start", "end")
-HIGHEST = 1e30  # stands for infinity, as in the torch layer
 
 
 def load_decoder(folder: str | PathLike[str]) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:

@@ -64,11 +64,6 @@ def test_the_attention_implementation_stays():
         assert head.from_dense(dense).config._attn_implementation == "eager"
 
 
-def test_the_device_of_a_context_is_that_of_the_masks():
-    model = make()
-    assert {buffer.device for buffer in model.crf.buffers()} == {model.device}
-
-
 def test_tags_and_chances_in_inference_mode():
     model, batch = make().eval(), make_batch()
     with torch.inference_mode():
