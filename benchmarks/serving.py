@@ -41,7 +41,7 @@ from hf_moebert.batching import DynamicBatcher
 from hf_moebert.benchmark import SpeedUp, compare_times, environment
 from hf_moebert.multitask.functional import layers_run
 from hf_moebert.multitask.modeling_multitask import MultiTaskBertModel
-from hf_moebert.multitask.modeling_pipeline import MultiTaskPipeline
+from hf_moebert.multitask.modeling_pipeline import MultiTaskPipeline, group_by_length
 from hf_moebert.report import markdown_table
 from hf_moebert.serving import ServingLimits, build_app
 
@@ -65,7 +65,7 @@ class ServingArguments:
     clients: int = field(default=32, metadata={"help": "That ask at the same time."})
     requests: int = field(default=96, metadata={"help": "Of a round."})
     rounds: int = field(default=7, metadata={"help": "That are timed, after one that is not."})
-    max_batch: int = field(default=8, metadata={"help": "Inputs of a batch; more make a processor slower."})
+    max_batch: int = field(default=32, metadata={"help": "Inputs of a batch."})
     max_wait_ms: float = field(default=5.0, metadata={"help": "Wait of a request for company."})
     threads: int = field(default=1, metadata={"help": "Threads that torch computes with."})
     http: bool = field(default=False, metadata={"help": "Ask a server, not the batcher."})
@@ -120,7 +120,14 @@ class SeparateModels:
 
     @torch.no_grad()
     def answer(self, requests: Sequence[tuple[str, Sequence[str] | None]]) -> list[dict[str, Any]]:
-        """Run every model once, on all texts that ask for it."""
+        """Run every model on the texts that ask for it, grouped by length as the merged model does."""
+        lengths = [len(ids) for ids in self.tokenizer([text for text, _ in requests])["input_ids"]]
+        results: dict[int, dict[str, Any]] = {}
+        for group in group_by_length(lengths):
+            results |= zip(group, self._answer([requests[place] for place in group]), strict=True)
+        return [results[place] for place in range(len(requests))]
+
+    def _answer(self, requests: list[tuple[str, Sequence[str] | None]]) -> list[dict[str, Any]]:
         encoded = self.tokenizer([text for text, _ in requests], padding=True, return_tensors="pt")
         results: list[dict[str, Any]] = [{"answers": {}} for _ in requests]
         for name, model in self.models.items():

@@ -38,6 +38,22 @@ LOADERS = {
 OUTPUTS = ("logits", "start_logits", "end_logits", "marginals", "predictions")
 
 
+def group_by_length(lengths: Sequence[int], shortest: float = 0.75) -> list[list[int]]:
+    """Group places of inputs, longest first, so that none is padded to much more than its length.
+
+    Args:
+        lengths: Of the inputs.
+        shortest: Length of the shortest input of a group, as a share of the longest, in (0, 1].
+    """
+    groups: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        if groups and lengths[place] >= shortest * lengths[groups[-1][0]]:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
+
+
 class MultiTaskPipeline(Pipeline):
     """Answer texts with several tasks on one trunk.
 
@@ -94,7 +110,9 @@ class MultiTaskPipeline(Pipeline):
         self._asked(form, tasks)
 
     def answer(self, requests: Sequence[tuple[Any, Sequence[str] | None]]) -> list[dict[str, Any]]:
-        """Answer inputs, each with its own tasks, in one batch.
+        """Answer inputs, each with its own tasks.
+
+        They run as one batch; on a processor, where padding costs what words cost, as one for each range of lengths.
 
         Args:
             requests: Pairs of an input and the tasks asked for, `None` for all that can read it.
@@ -106,11 +124,15 @@ class MultiTaskPipeline(Pipeline):
             ValueError: As `check`.
         """
         items = [self.preprocess(inputs, tasks) for inputs, tasks in requests]
-        found = self.forward(pad_collate_fn(self.tokenizer, None)(items))
-        return [
-            {"answers": self.postprocess({"outputs": outputs, "example": example}), "truncated": example.truncated}
-            for outputs, example in zip(found["outputs"], found["example"], strict=True)
-        ]
+        lengths = [item["input_ids"].shape[1] for item in items]
+        groups = group_by_length(lengths) if self.device.type == "cpu" else [list(range(len(items)))]
+        answers: dict[int, dict[str, Any]] = {}
+        for group in groups:
+            found = self.forward(pad_collate_fn(self.tokenizer, None)([items[place] for place in group]))
+            for place, outputs, example in zip(group, found["outputs"], found["example"], strict=True):
+                read = self.postprocess({"outputs": outputs, "example": example})
+                answers[place] = {"answers": read, "truncated": example.truncated}
+        return [answers[place] for place in range(len(items))]
 
     def load_task(self, folder: str | PathLike[str]) -> PreTrainedModel:
         """Load a single-task model from a local folder, without running code of it, for `put_task`.

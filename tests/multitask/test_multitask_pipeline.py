@@ -4,17 +4,20 @@ import json
 import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_tasks import KINDS, TAGS, make_task, make_tasks, make_tokenizer, save_merged
 from transformers import BertForSequenceClassification, TextClassificationPipeline, pipeline
 
 from hf_moebert.multitask.modeling_answers import Example, read_answer, read_entities, read_input, word_spans
 from hf_moebert.multitask.modeling_multitask import MultiTaskBertModel
-from hf_moebert.multitask.modeling_pipeline import MultiTaskPipeline
+from hf_moebert.multitask.modeling_pipeline import MultiTaskPipeline, group_by_length
 from hf_moebert.serving import ServingLimits, build_app
 
 
@@ -199,11 +202,29 @@ def test_batches_answer_as_one_by_one(pipe):
 def test_everyone_gets_the_tasks_asked_for(pipe, trunk_layers):
     asked = [["stars"], ["topics", "stars"], None, ["names"], None, ["sentiment"]]
     found = pipe.answer(list(zip(INPUTS, asked, strict=True)))
-    assert trunk_layers == [1, 2]  # once for all
+    groups = group_by_length([pipe.preprocess(one)["input_ids"].shape[1] for one in INPUTS])
+    assert max(trunk_layers.count(1), trunk_layers.count(2)) <= len(groups) < len(INPUTS)  # once for each group
     for one, tasks, answer in zip(INPUTS, asked, found, strict=True):
         assert not answer["truncated"]
         assert near(answer["answers"], pipe(one, tasks=tasks))
         assert tasks is None or answer["answers"].keys() == set(tasks)
+
+
+def test_the_trunk_runs_once_for_inputs_of_one_length(pipe, trunk_layers):
+    """Whatever they ask for."""
+    pipe.answer([("good", ["stars"]), ("bad", ["topics", "stars"]), ("rome", None), ("good", ["sentiment"])])
+    assert trunk_layers == [1, 2]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 512), max_size=64))
+def test_groups_hold_every_input_once_and_pad_little(lengths):
+    groups = group_by_length(lengths)
+    assert sorted(place for group in groups for place in group) == list(range(len(lengths)))
+    for group in groups:
+        assert min(lengths[place] for place in group) >= 0.75 * max(lengths[place] for place in group)
+    longest = [max(lengths[place] for place in group) for group in groups]
+    assert all(shorter < 0.75 * longer for longer, shorter in pairwise(longest))  # no more groups than needed
 
 
 def test_the_trunk_runs_as_deep_as_it_must(pipe, trunk_layers):
