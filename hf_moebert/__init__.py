@@ -24,6 +24,25 @@ from .masked_crf import (
     MaskedCRF,
 )
 from .masked_crf.configuration_masked_crf import BertCrfConfig, CrfConfig
+from .mixture_of_masks import MaskSparsityCallback, MaskSparsityConfig, add_masks, compact
+from .mixture_of_masks.configuration_mixture_of_masks import (
+    MoMBertConfig,
+    MoMGPT2Config,
+    MoMLlamaConfig,
+    MoMMistralConfig,
+    MoMQwen2Config,
+    MoMQwen3Config,
+    MoMT5Config,
+)
+from .mixture_of_masks.modeling_mixture_of_masks import (
+    MoMBertForSequenceClassification,
+    MoMGPT2LMHeadModel,
+    MoMLlamaForCausalLM,
+    MoMMistralForCausalLM,
+    MoMQwen2ForCausalLM,
+    MoMQwen3ForCausalLM,
+    MoMT5ForConditionalGeneration,
+)
 from .moebert import (
     MoEBertConfig,
     MoEBertForQuestionAnswering,
@@ -94,6 +113,8 @@ __all__ = [
     "MPOET5ForConditionalGeneration",
     "MPOSqueezingCallback",
     "MPOSqueezingConfig",
+    "MaskSparsityCallback",
+    "MaskSparsityConfig",
     "MaskedCRF",
     "MoEBertConfig",
     "MoEBertForQuestionAnswering",
@@ -107,6 +128,8 @@ __all__ = [
     "PlatonPruningCallback",
     "SweepConfig",
     "SweepTask",
+    "add_masks",
+    "compact",
     "compress_mpo",
     "measure_importance",
     "optimize_for_inference",
@@ -154,6 +177,13 @@ _TABLE: dict[Any, dict[Any, Any]] = {
     MPOEBertConfig: {AutoModelForSequenceClassification: MPOEBertForSequenceClassification},
     MPOEGPT2Config: {AutoModelForCausalLM: MPOEGPT2LMHeadModel},
     MPOET5Config: {AutoModelForSeq2SeqLM: MPOET5ForConditionalGeneration},
+    MoMLlamaConfig: {AutoModelForCausalLM: MoMLlamaForCausalLM},
+    MoMMistralConfig: {AutoModelForCausalLM: MoMMistralForCausalLM},
+    MoMQwen2Config: {AutoModelForCausalLM: MoMQwen2ForCausalLM},
+    MoMQwen3Config: {AutoModelForCausalLM: MoMQwen3ForCausalLM},
+    MoMGPT2Config: {AutoModelForCausalLM: MoMGPT2LMHeadModel},
+    MoMT5Config: {AutoModelForSeq2SeqLM: MoMT5ForConditionalGeneration},
+    MoMBertConfig: {AutoModelForSequenceClassification: MoMBertForSequenceClassification},
     MultiTaskBertConfig: {AutoModel: MultiTaskBertModel},
 }
 _STAY = (MPOEBertConfig, MPOEGPT2Config, MPOET5Config, MultiTaskBertConfig)  # two systems make them: too much to ship

@@ -279,3 +279,21 @@ def plot_transitions(scores: Tensor, legal: Tensor, labels: Sequence[str], path:
     axes.set(ylabel="previous tag", xlabel="next tag", title="Transition scores, hatched: forbidden")
     figure.colorbar(image, ax=axes)
     figure.savefig(path, dpi=150)
+
+
+def plot_stacks(parts: Mapping[str, Sequence[float]], path: str | PathLike[str], *, x: str, y: str) -> None:
+    """Draw a bar at each position, a stack of what `parts` holds there; `x` and `y` say what both axes are.
+
+    Raises:
+        ValueError: If there is no part, or if they differ in length.
+    """
+    if len({len(heights) for heights in parts.values()}) != 1:
+        raise ValueError(f"`parts` must hold lists of one length, got {dict(parts)}.")
+    figure, floor = Figure(figsize=(8, 5), layout="constrained"), np.zeros(len(next(iter(parts.values()))))
+    axes = figure.subplots()
+    for name, heights in parts.items():
+        axes.bar(range(len(floor)), heights, bottom=floor, label=name)
+        floor = floor + heights
+    axes.set(xlabel=x, ylabel=y, xticks=range(len(floor)))
+    figure.legend(loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=150)

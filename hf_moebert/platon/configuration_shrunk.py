@@ -20,8 +20,9 @@ class ShrunkConfig(PreTrainedConfig):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # The one that dataclasses generate reads the global widths, which the host forbids.
+        # Those that dataclasses generate read the global widths, which the host forbids.
         cls.__eq__ = PreTrainedConfig.__eq__  # type: ignore[method-assign]
+        cls.__repr__ = PreTrainedConfig.__repr__  # type: ignore[method-assign]
 
     @classmethod
     def from_dense(cls, config: PreTrainedConfig, widths: list[dict[str, int]]) -> Self:

@@ -1,0 +1,8 @@
+"""Mixture of Masks: learned masks on the activations of feed-forward networks instead of experts."""
+
+from .configuration_recipe import MaskSparsityConfig
+from .modeling_mixture_of_masks import add_masks, compact
+from .training import MaskSparsityCallback
+
+
+__all__ = ["MaskSparsityCallback", "MaskSparsityConfig", "add_masks", "compact"]

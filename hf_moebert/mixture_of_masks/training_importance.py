@@ -1,0 +1,67 @@
+"""What a one-shot split by importance is made from: the effect of each unit on the loss."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .modeling_structure import find_feed_forwards
+
+
+def measure_unit_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> Tensor:
+    """Score each unit between the matrices of the feed-forward networks by what its loss would cost, to first order.
+
+    It is the absolute derivative of the loss of each example by a mask of value 1 on the unit, summed over examples:
+    the part of MoEBERT's importance that belongs to the second matrix (Zuo et al. 2022,
+    https://arxiv.org/abs/2204.07675, section 3.2); that this stands for the whole is our own choice.
+
+    Args:
+        model: Dense. It is left as it was.
+        batches: Inputs with `labels`, on the model's device. Use training data.
+
+    Returns:
+        Shape `(layers, units)`, on the CPU.
+
+    Raises:
+        ValueError: If there is no batch, or a derivative is not finite.
+    """
+    networks = find_feed_forwards(model)
+    totals = torch.zeros(len(networks), networks[0].num_units)
+    was_training, count = model.training, 0
+    model.eval()
+    for batch in batches:
+        scaled: list[Tensor] = []
+        handles = [network.part("down").register_forward_pre_hook(_scale_by(scaled)) for network in networks]
+        try:
+            with torch.enable_grad():
+                loss = model(**batch).loss
+                grads = torch.autograd.grad(loss, scaled)
+        finally:
+            for handle in handles:
+                handle.remove()
+        totals += torch.stack([grad.abs().sum(dim=0).flatten().float().cpu() for grad in grads])
+        count += 1
+    model.train(was_training)
+    if not count or not totals.isfinite().all():
+        raise ValueError(
+            "`batches` must hold at least one batch, and give finite derivatives, "
+            f"got {'NaN or infinity' if count else 'none'}. Check the data and the model."
+        )
+    return totals
+
+
+def _scale_by(scaled: list[Tensor]) -> Any:
+    """Multiply the input of a matrix by masks of value 1, one for each example, which are collected."""
+
+    def hook(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        hidden = inputs[0]  # (batch, ..., units)
+        mask = hidden.new_ones(len(hidden), *[1] * (hidden.dim() - 2), hidden.shape[-1]).requires_grad_()
+        scaled.append(mask)
+        return (hidden * mask,)
+
+    return hook
+
+
+__all__ = ["measure_unit_importance"]
