@@ -121,6 +121,12 @@ class MoMFields:
                 "for no balance loss."
             )
 
+        if self.chunk_size_feed_forward:  # type: ignore[attr-defined]  # of the host
+            raise ValueError(
+                "`chunk_size_feed_forward` must be 0, because routers see all tokens of a batch at once, got "
+                f"{self.chunk_size_feed_forward}. Leave it out."  # type: ignore[attr-defined]
+            )
+
     def validate_blocks(self) -> None:
         """Refuse blocks that do not exist."""
         blocks = self.blocks

@@ -69,9 +69,13 @@ def choose_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         Index, ties going to the lowest, and weights that sum to 1; that of a single expert is of value 1 and carries
         the router's gradient (straight-through). Both `(tokens, top_k)`, weights in float32.
     """
-    values, index = logits.float().softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    probabilities = logits.float().softmax(dim=-1)
+    if top_k == 1:  # no need to sort
+        kept, index = probabilities.max(dim=-1, keepdim=True)
+        return index, kept / kept.detach()
+    values, index = probabilities.sort(dim=-1, descending=True, stable=True)
     index, kept = index[:, :top_k], values[:, :top_k]
-    return index, kept / (kept.detach() if top_k == 1 else kept.sum(dim=-1, keepdim=True))
+    return index, kept / kept.sum(dim=-1, keepdim=True)
 
 
 def mix_masks(masks: Tensor, index: Tensor, weights: Tensor) -> Tensor:

@@ -71,13 +71,11 @@ class CompactExperts(nn.Module):
         """See `forward`, which the host replaces with the chosen implementation."""
         tokens, top_k = top_k_index.shape
         index = top_k_index.flatten()  # (tokens * top_k,)
-        counts = index.bincount(minlength=self.num_experts).tolist()
-        active = [expert for expert, count in enumerate(counts) if count] or [0]  # so that there are gradients
-        if len(active) == 1:  # nothing to sort
-            output = self.run_expert(
-                active[0], hidden_states.repeat_interleave(top_k, dim=0) if top_k > 1 else hidden_states
-            )
+        if tokens == 1:  # nothing to sort, which would take as long as a narrow expert
+            output = torch.cat([self.run_expert(expert, hidden_states) for expert in index.tolist()])
         else:
+            counts = index.bincount(minlength=self.num_experts).tolist()
+            active = [expert for expert, count in enumerate(counts) if count] or [0]  # so that there are gradients
             order = index.argsort(stable=True)
             slots = hidden_states.index_select(0, order // top_k).split(counts)
             output = torch.cat([self.run_expert(expert, slots[expert]) for expert in active])
@@ -100,6 +98,8 @@ class CompactExperts(nn.Module):
         ]
         gate, *values = inner
         activated = self.act_fn(gate) * values[0] if values else self.act_fn(gate)
+        if not torch.is_autocast_enabled(activated.device.type):
+            activated = activated.to(down.dtype)  # see `lead_back`
         return F.linear(activated, down[:, :size])
 
 
@@ -109,11 +109,12 @@ def sliced_mm_experts_forward(
     """Run the experts the way that suits the device: the default implementation.
 
     On a CPU each expert is multiplied at its own width. Elsewhere, and in compiled graphs, the host's `grouped_mm`
-    does the work, and slices again where it cannot: float64, autocast, rows that are no multiple of 16 bytes.
+    does the work, and slices again where it cannot: float64, two dtypes, autocast, rows that are no multiple of 16
+    bytes.
     """
     compiles = torch.compiler.is_compiling()
     rows_fit = hidden_states.shape[-1] * self.down_proj.element_size() % 16 == 0
-    fits = rows_fit and self.down_proj.dtype != torch.float64
+    fits = rows_fit and self.down_proj.dtype != torch.float64 and self.down_proj.dtype == hidden_states.dtype
     if not compiles:
         fits = fits and not torch.is_autocast_enabled(hidden_states.device.type)
     if fits and (compiles or hidden_states.device.type != "cpu"):
@@ -147,12 +148,8 @@ class CompactFeedForward(RoutedFeedForward):
         assert self.router is not None  # with one expert there are no specific units
         index, weights = self.router.route(self, hidden_states)
         output = self.experts(hidden_states.flatten(0, -2), index, weights.to(hidden_states.dtype))
-        output = output.view_as(hidden_states)
-        if self.num_shared:
-            output = output + self.lead_back(self.activate(hidden_states))
-        elif self.down.bias is not None:
-            output = output + self.down.bias
-        return self.outer_dropout(output)
+        shared = self.lead_back(self.activate(hidden_states))  # of no unit: zeros, and the output's bias
+        return self.outer_dropout(output.view_as(hidden_states) + shared)
 
 
 def split_units(masked: MaskedFeedForward) -> tuple[Tensor, list[Tensor]]:

@@ -59,7 +59,7 @@ class MaskBudget(nn.Module):
         self.clock: Tensor = nn.Buffer(torch.zeros((), dtype=torch.int64))  # optimiser steps that counted
         self.schedule: Tensor = nn.Buffer(torch.full((SCHEDULE,), torch.nan))  # the recipe's numbers
         self.target = 0.0  # the sparsity asked for in this step
-        self.sparsity = torch.zeros(num_budgets)  # what was expected in the last forward
+        self.sparsity: Tensor = nn.Buffer(torch.zeros(num_budgets), persistent=False)  # expected in the last forward
 
 
 def _constrained(forward: Callable) -> Callable:
@@ -85,12 +85,14 @@ class MoMModel(PreTrainedModel):
 
     config: MoMFields
     _can_set_experts_implementation_cached_value = True  # the host would search the wrong file for its decorator
-    _keep_in_fp32_modules_strict = {"masks", "router", "budget"}
+    # Patterns of names; all that match become float32, also integers such as `masks.is_open` and `budget.clock`
+    _keep_in_fp32_modules_strict = {"masks.scores", "router.weight", "budget.multipliers", "budget.schedule"}
     _predicts_next = True  # whether labels are the inputs, and compared with the prediction before them
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.forward = _constrained(cls.forward)
+        if MoMModel in cls.__bases__:  # a subclass of a model inherits what is wrapped
+            cls.forward = _constrained(cls.forward)
 
     def __init__(self, config: MoMFields, *args: Any, **kwargs: Any) -> None:
         with _as_dense(config):
@@ -167,7 +169,7 @@ class MoMModel(PreTrainedModel):
         """
         kinds = ("shared", "specific", "inactive")
         return {
-            path: {kind: int(units.sum()) for kind, units in zip(kinds, classify_units(n.masks() > 0), strict=True)}
+            path: {k: int(units.sum()) for k, units in zip(kinds, classify_units(n.masks.settled() > 0), strict=True)}
             for path, n in self.masked_networks().items()
         }
 
@@ -182,7 +184,7 @@ class MoMModel(PreTrainedModel):
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         for network in self.masked_networks().values():
             scores = network.masks.learned
-            network.masks.noise = torch.rand(scores.shape, generator=generator).to(scores.device)
+            network.masks.set_noise(torch.rand(scores.shape, generator=generator).to(scores.device))
 
     def _constrain(self, outputs: Any, records: list[Routing], given: dict[str, Any]) -> Any:
         """Add the balance of the routers and the constraint on the masks to the loss."""
@@ -271,6 +273,7 @@ class MoMModel(PreTrainedModel):
         elif isinstance(module, MaskBudget):
             init.zeros_(module.multipliers)
             init.zeros_(module.clock)
+            init.zeros_(module.sparsity)
             init.constant_(module.schedule, torch.nan)
         elif isinstance(module, CompactExperts):
             for parameter in module.parameters(recurse=False):

@@ -108,13 +108,17 @@ class Masks(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the masks in float32, `(experts, units)`."""
-        if self.scores is None:
-            values = self.is_open.float()
-        elif self.training and self.noise is not None:
-            values = draw_masks(self.scores, self.noise)
-        else:
-            values = settle_masks(self.scores)
-        return self.expand(values)
+        if self.scores is None or self.noise is None or not self.training:
+            return self.settled()
+        return self.expand(draw_masks(self.scores, self.noise))
+
+    def settled(self) -> Tensor:
+        """Return the masks without noise, in float32, `(experts, units)`."""
+        return self.expand(self.is_open.float() if self.scores is None else settle_masks(self.scores))
+
+    def set_noise(self, noise: Tensor | None) -> None:
+        """Set the noise of the step at hand, `(experts, groups)`: a method, which reaches through PEFT's wrappers."""
+        self.noise = noise
 
 
 class RoutedFeedForward(nn.Module):
@@ -148,6 +152,8 @@ class RoutedFeedForward(nn.Module):
         inner = self.inner_dropout(inner)
         if not torch.is_autocast_enabled(inner.device.type):
             inner = inner.to(self.down.weight.dtype)  # T5 loads the last matrix in float32 where others are half
+        if not inner.shape[-1]:  # which a `Conv1D` cannot multiply, but DDP wants gradients of what is empty too
+            return F.linear(inner, matrix_of(self.down), self.down.bias)
         return self.down(inner)
 
 

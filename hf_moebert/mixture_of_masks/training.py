@@ -13,13 +13,13 @@ from ..schedules import cubic_decay, linear_ramp
 from ..sharding import refuse_sharded
 from .configuration_recipe import RAMPS, MaskSparsityConfig
 from .functional import open_probability
-from .modeling_masked import MoMModel
+from .modeling_masked import MaskBudget, MoMModel
 
 
 logger = logging.get_logger(__name__)
 SCORE_EPSILON = 1e-15  # scores far from closing have tiny gradients, which Adam's usual 1e-8 would swallow
 SCORE_BETAS = (0.5, 0.999)  # a long memory of gradients makes the masks overshoot their target
-STEADY = "steady_rate"  # in a group of the optimizer: the rate that no schedule changes
+STEADY = "steady_rate"  # in a group of the optimizer: which field of the recipe has the rate that no schedule changes
 GAP = 0.01  # how close to its target a run should end
 
 
@@ -37,11 +37,13 @@ class MaskSparsityCallback(TrainerCallback):
 
     Args:
         config: The recipe; by default `MaskSparsityConfig()`.
-        allow_changes: Whether a resumed run may have another recipe or length than it began with.
+        allow_changes: Whether a resumed run may have another recipe or length than it began with. The rates of routers
+            and of all other weights stay what they were, as the host has it.
 
     Raises:
         ValueError: When training begins, if the model has no masks to learn, the optimizer is another one, the run is
-            too short, the model is sharded, or a resumed run has changed.
+            too short, the model is sharded, or a resumed run has changed; at its first step, if the constraint is not
+            in the loss.
         FloatingPointError: While training, if scores become NaN or infinite.
 
     Source: See `MaskSparsityConfig`.
@@ -51,7 +53,7 @@ class MaskSparsityCallback(TrainerCallback):
         self.config = MaskSparsityConfig() if config is None else config
         self.allow_changes = allow_changes
         self._model: MoMModel | None = None
-        self._ramp_steps = 0
+        self._ramp_steps = self._clock = 0
 
     def make_optimizer(self, model: nn.Module, args: TrainingArguments) -> torch.optim.AdamW:
         """Make the optimizer for `Trainer(..., optimizers=(optimizer, None))`.
@@ -61,7 +63,8 @@ class MaskSparsityCallback(TrainerCallback):
         With `freeze_backbone` all other weights stop requiring gradients.
 
         Args:
-            model: With masks to learn, as given to the Trainer; it may be wrapped by PEFT.
+            model: With masks to learn, as given to the Trainer. PEFT may have wrapped it if `modules_to_save` of its
+                configuration names the masks.
             args: As given to the Trainer.
         """
         masked = _find_masked(model)
@@ -80,16 +83,14 @@ class MaskSparsityCallback(TrainerCallback):
             {"params": [p for name, p in rest.items() if name in names and p.requires_grad], "weight_decay": decay}
             for decay, names in ((args.weight_decay, rest.keys() & decayed), (0.0, rest.keys() - decayed))
         ]
-        steady = {"scores": self.config.score_rate, "multipliers": self.config.multiplier_rate}
         groups += [
             {"params": own["routers"], "lr": self.config.router_rate},
-            {"params": own["scores"], "lr": steady["scores"], "eps": SCORE_EPSILON, "betas": SCORE_BETAS},
-            {"params": own["multipliers"], "lr": steady["multipliers"], "maximize": True},
+            {"params": own["scores"], STEADY: "score_rate", "eps": SCORE_EPSILON, "betas": SCORE_BETAS},
+            {"params": own["multipliers"], STEADY: "multiplier_rate", "maximize": True},
         ]
-        for name, group in zip(steady, groups[-2:], strict=True):
-            group[STEADY] = steady[name]
         betas = (args.adam_beta1, args.adam_beta2)
         groups = [group for group in groups if group["params"]]
+        self._hold_rates(groups)
         return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=args.adam_epsilon, weight_decay=0.0)
 
     def on_train_begin(
@@ -107,6 +108,7 @@ class MaskSparsityCallback(TrainerCallback):
             self._refuse_changes(schedule, budget.schedule)
         else:  # anew: `train` may be called twice
             budget.clock.zero_()
+            budget.multipliers.data.zero_()
         budget.schedule.copy_(torch.tensor(list(schedule.values())))
         if self.config.final_active == 1:
             logger.warning("`final_active` is 1: no mask will be closed.")
@@ -116,20 +118,27 @@ class MaskSparsityCallback(TrainerCallback):
     ) -> None:
         """Set the target, draw the noise, and forget what was the best model on the way to the final target."""
         model = self._running
-        clock = int(model.budget.clock)
-        model.budget.target = self.target_at(clock)
+        self._clock = int(model.budget.clock)
+        model.budget.target = self.target_at(self._clock)
+        self._hold_rates(kwargs["optimizer"].param_groups)
+        if self.config.final_active == 1:
+            return
         model.draw_noise(args.seed)
-        for group in kwargs["optimizer"].param_groups:
-            group["lr"] = group.get(STEADY, group["lr"])
-        if clock < self._ramp_steps:
+        if self._clock <= self._ramp_steps:
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Count the step, unless it was skipped for an overflow."""
+        budget = self._running.budget
+        if budget.multipliers.grad is None:
+            raise ValueError(
+                "The constraint on the masks must be in the loss that is trained, but the multipliers got no gradient."
+                " Give the model `labels`: train without `label_smoothing_factor` and `compute_loss_func`."
+            )
         if not getattr(kwargs["optimizer"], "step_was_skipped", False):
-            self._running.budget.clock += 1
+            budget.clock.fill_(self._clock + 1)  # not one more: a second callback would count the step again
 
     @torch.no_grad()
     def on_log(
@@ -144,20 +153,19 @@ class MaskSparsityCallback(TrainerCallback):
         if self._model is None or logs.keys().isdisjoint({"loss", "train_loss"}):
             return
         networks = self._running.masked_networks()
-        probabilities = {n.block: open_probability(n.masks.learned).mean().item() for n in networks.values()}
-        if not all(map(torch.isfinite, torch.tensor(list(probabilities.values())))):
+        if not all(network.masks.learned.isfinite().all() for network in networks.values()):
             raise FloatingPointError(
                 f"Scores of masks must be finite, but by step {state.global_step} some are not. Lower `score_rate`, "
                 "clip with `max_grad_norm`, or train in bf16 instead of fp16."
             )
-        open_shares = [float((n.masks() > 0).float().mean()) for n in networks.values()]
+        open_shares = [float((n.masks.settled() > 0).float().mean()) for n in networks.values()]
         budget = self._running.budget
         logs |= {
             "mom_target": budget.target,
             "mom_sparsity": float(budget.sparsity.mean()),
             "mom_active": sum(open_shares) / len(open_shares),
         } | self._take_load(state.global_step)
-        blocks = {f"mom_open/{block}": value for block, value in probabilities.items()}
+        blocks = {f"mom_open/{n.block}": float(open_probability(n.masks.learned).mean()) for n in networks.values()}
         for path, counts in self._running.count_units().items():
             blocks |= {f"mom_{kind}/{networks[path].block}": count for kind, count in counts.items()}
         if state.is_world_process_zero:  # the host has copied the logs into its history before it tells callbacks
@@ -168,20 +176,26 @@ class MaskSparsityCallback(TrainerCallback):
     ) -> None:
         """Say so if the masks are not where they should be."""
         budget, wanted = self._running.budget, 1 - self.config.final_active
-        reached = float(budget.sparsity.mean())
-        if int(budget.clock) < self._ramp_steps or abs(reached - wanted) > GAP:
+        if int(budget.clock) < self._ramp_steps or (budget.sparsity - wanted).abs().max() > GAP:
+            reached = ", ".join(f"{sparsity:.3f}" for sparsity in budget.sparsity.tolist())
             logger.warning(
-                f"Training stopped after {int(budget.clock)} steps at a sparsity of {reached:.3f} instead of "
-                f"{wanted:.3f}. Train for longer, lower `ramp_share`, or raise `multiplier_rate` and `score_rate`."
+                f"Training stopped after {int(budget.clock)} steps at a sparsity of {reached} instead of {wanted:.3f}."
+                " Train for longer, lower `ramp_share`, or raise `multiplier_rate` and `score_rate`."
             )
         for network in self._running.masked_networks().values():
-            network.masks.noise = None
+            network.masks.set_noise(None)
 
     def target_at(self, clock: int) -> float:
         """Return the sparsity asked for after so many steps."""
         if self.config.ramp == "cubic":
             return 1 - cubic_decay(clock, begin=0, end=self._ramp_steps, final=self.config.final_active)
         return (1 - self.config.final_active) * linear_ramp(clock, begin=0, end=self._ramp_steps)
+
+    def _hold_rates(self, groups: list[dict[str, Any]]) -> None:
+        """Give scores and multipliers the rates of the recipe, whatever schedule or checkpoint says."""
+        for group in groups:
+            if STEADY in group:
+                group["lr"] = getattr(self.config, group[STEADY])
 
     @property
     def _running(self) -> MoMModel:
@@ -211,7 +225,7 @@ class MaskSparsityCallback(TrainerCallback):
         changes = [
             f"`{name}` from {old:g} to {new:g}"
             for (name, new), old in zip(schedule.items(), before.tolist(), strict=True)
-            if not abs(new - old) <= 1e-6 * max(abs(old), 1)  # NaN: it never began
+            if not abs(new - old) <= 1e-6 * abs(old)  # NaN: it never began
         ]
         if changes and not self.allow_changes:
             raise ValueError(
@@ -236,6 +250,12 @@ def _find_masked(model: nn.Module) -> MoMModel:
         raise ValueError(
             f"`model` must have masks to learn, got {type(inner).__name__} whose stage is {stage!r}. Make one with "
             "`add_masks(dense)`; fixed masks need no callback."
+        )
+    is_kept = isinstance(model, MoMModel) or not isinstance(inner.budget, MaskBudget)  # PEFT has wrapped it
+    if not is_kept:
+        raise ValueError(
+            "`modules_to_save` of the PEFT configuration must name the masks, or no checkpoint would hold them. Use "
+            '`LoraConfig(..., modules_to_save=["masks", "router", "budget"])`.'
         )
     return inner
 

@@ -1,0 +1,230 @@
+"""What a study of masks consists of: runs, one-shot plans, equal training for all, which units are used, pictures."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from pruning_study import Run
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
+
+from hf_moebert.mixture_of_masks.functional import active_share, chosen_experts
+from hf_moebert.mixture_of_masks.functional_plans import (
+    clustered_masks,
+    dealt_masks,
+    kept_mask,
+    random_masks,
+    unit_magnitude,
+)
+from hf_moebert.mixture_of_masks.modeling_masks import recording
+from hf_moebert.mixture_of_masks.modeling_structure import find_feed_forwards, matrix_of
+from hf_moebert.mixture_of_masks.training_importance import measure_unit_importance
+from hf_moebert.pictures import plot_curves, plot_stacks
+
+
+LEARNED = ("masks", "single", "distilled-masks")
+ONE_SHOT = ("random", "clustered", "importance", "magnitude")
+UNROUTED = ("single", "magnitude")  # one expert
+
+
+@dataclass
+class MaskArguments:
+    """Which runs to make."""
+
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Runs of everything."})
+    kinds: list[str] = field(default_factory=lambda: ["masks", *ONE_SHOT], metadata={"help": "Rows of the table."})
+    active: list[float] = field(default_factory=lambda: [0.75, 0.5], metadata={"help": "Shares of units that stay."})
+    num_experts: int = field(default=4, metadata={"help": "Experts of each block."})
+    top_k: int = field(default=1, metadata={"help": "Experts of a token."})
+    group_size: int = field(default=1, metadata={"help": "Units that share a learned mask."})
+    budget: str = field(default="global", metadata={"help": "See `add_masks`.", "choices": ("global", "layer")})
+    initial_score: float = field(default=3.0, metadata={"help": "See `add_masks`."})
+    router_aux_loss_coef: float = field(default=0.01, metadata={"help": "See `add_masks`; of all splits."})
+    sparsify_share: float = field(default=0.6, metadata={"help": "Share of the steps in which masks are learned."})
+    importance_batches: int = field(default=32, metadata={"help": "Training batches that measure the importance."})
+    pretrain_steps: int = field(default=0, metadata={"help": "Steps of the start; 0 leaves a named model as it is."})
+    pretrain_rate: float = field(default=1e-3, metadata={"help": "Its learning rate."})
+
+    def __post_init__(self) -> None:
+        """Refuse what does not exist before anything is trained."""
+        if unknown := set(self.kinds) - {*LEARNED, *ONE_SHOT}:
+            raise ValueError(f"`kinds` must be among {', '.join((*LEARNED, *ONE_SHOT))}, got {sorted(unknown)}.")
+        if not all(0 < share < 1 for share in (*self.active, self.sparsify_share)):
+            raise ValueError(
+                f"`active` and `sparsify_share` must be in (0, 1), got {self.active} and {self.sparsify_share}. Use "
+                "0.5."
+            )
+
+
+@dataclass(frozen=True)
+class MaskRun(Run):
+    """One model of the study, or the first stage of one.
+
+    Attributes:
+        kind: What makes the masks; `dense` has none.
+        active: Share of the units that stay.
+        steps: Optimiser steps.
+        first_step: How many the stage before has made.
+        sparsifies: Whether masks are learned in these steps.
+    """
+
+    kind: str = "dense"
+    active: float = 1.0
+    steps: int = 0
+    first_step: int = 0
+    sparsifies: bool = False
+
+
+def plan_stages(kind: str, active: float, *, steps: int, sparsify_steps: int) -> list[MaskRun]:
+    """Return the runs that lead from the start to one row of the table, which is the last of them."""
+    teacher = "start" if kind == "distilled-masks" else None
+    whole = MaskRun(f"{kind}-{active:g}", start="start", teacher=teacher, peer="dense", kind=kind, active=active)
+    if kind in ONE_SHOT:
+        return [replace(whole, steps=steps)]
+    first = replace(whole, name=f"{whole.name}-learning", steps=sparsify_steps, sparsifies=True)
+    rest = replace(whole, start=first.name, steps=steps - sparsify_steps, first_step=sparsify_steps)
+    return [first, rest]
+
+
+def plan_masks(
+    kind: str,
+    model: PreTrainedModel,
+    batches: Iterable[dict[str, Tensor]],
+    *,
+    num_experts: int,
+    active: float,
+    seed: int,
+) -> Tensor:
+    """Split the feed-forward networks of a dense model in one shot.
+
+    Args:
+        kind: One of `ONE_SHOT`.
+        model: Dense.
+        batches: Training data, on its device, from which the importance of units is measured if the kind needs it.
+        num_experts: Of each network; one if the kind has no router.
+        active: Share of the units of each expert.
+        seed: Of what is random.
+
+    Returns:
+        Shape `(layers, experts, units)`, bool, on the CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    importance = measure_unit_importance(model, batches) if kind == "importance" else None  # (layers, units)
+    masks = []
+    for layer, network in enumerate(find_feed_forwards(model)):
+        parts = [network.part(name) for name in ("gate", "up") if network.part(name) is not None]
+        rows = [matrix_of(part).detach().cpu().float() for part in parts]  # (units, hidden)
+        writer = matrix_of(network.part("down")).detach().cpu().float()  # (hidden, units)
+        if importance is not None:
+            masks.append(dealt_masks(importance[layer], num_experts, active))
+        elif kind == "clustered":
+            masks.append(clustered_masks(rows[0], num_experts, active, generator=generator))
+        elif kind == "magnitude":
+            masks.append(kept_mask(unit_magnitude(rows, writer), active))
+        else:
+            masks.append(random_masks(network.num_units, num_experts, active, generator=generator))
+    return torch.stack(masks)
+
+
+def reading(rows: Dataset, count: int, *, seed: list[int], skip: int = 0) -> Dataset:
+    """Return what is read after `skip` rows, in a random order in which all rows come before one comes again."""
+    generator = np.random.default_rng(seed)
+    passes = -(-(skip + count) // len(rows))
+    order = np.concatenate([generator.permutation(len(rows)) for _ in range(passes)])
+    return rows.select(order[skip : skip + count])
+
+
+def collate_for_both(collator: Callable[[list[dict]], dict], model: PreTrainedModel, rows: list[dict]) -> dict:
+    """Make a batch for a student and a teacher, who sees no labels: a decoder's inputs must be there without them."""
+    batch = collator(rows)
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+    return batch
+
+
+def make_optimizer(model: PreTrainedModel, args: TrainingArguments, *, router_rate: float) -> torch.optim.AdamW:
+    """Make the Trainer's default optimizer, with a rate of their own for routers: the one at which masks have them."""
+    decayed = Trainer.get_decay_parameter_names(None, model)
+    groups = [
+        {"params": [], "weight_decay": args.weight_decay},
+        {"params": [], "weight_decay": 0.0},
+        {"params": [], "weight_decay": 0.0, "lr": router_rate},
+    ]
+    for name, parameter in model.named_parameters():
+        groups[2 if ".router." in name else name not in decayed]["params"].append(parameter)
+    betas = (args.adam_beta1, args.adam_beta2)
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, args: TrainingArguments, *, first_step: int, total_steps: int
+) -> LambdaLR:
+    """Make the schedule of the arguments over all steps, for a stage that begins at one of them."""
+    warmup = args.get_warmup_steps(total_steps)
+    whole = get_scheduler(args.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+    return LambdaLR(optimizer, [lambda step, of=of: of(first_step + step) for of in whole.lr_lambdas])
+
+
+@torch.no_grad()
+def measure_use(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> dict[str, list]:
+    """Return for each network of a model with fixed masks what its units are, and how tokens use them.
+
+    Args:
+        model: Top-k routing, or one expert.
+        batches: Inputs without padding.
+
+    Returns:
+        By network: `units`, how many are shared, specific and inactive; `load`, the share of the choices that each
+        expert gets; `used`, the share of the units that a token uses, in the mean.
+    """
+    networks = list(model.masked_networks().values())
+    chosen: dict[int, list[Tensor]] = {network.block: [] for network in networks}
+    for batch in batches:
+        with recording() as records:
+            model(**batch)
+        for record in records:
+            chosen[record.network.block].append(record.chosen)
+    load, used = [], []
+    for network in networks:
+        masks = network.masks()  # (experts, units)
+        nothing = torch.zeros(1, 1, dtype=torch.long, device=masks.device)  # to decide, with one expert
+        index = torch.cat(chosen[network.block] or [nothing])  # (tokens, top_k)
+        real = torch.ones_like(index[:, 0], dtype=torch.bool)
+        counts = chosen_experts(index, real, len(masks)).sum(dim=0)
+        load.append((counts / counts.sum()).tolist())
+        used.append(float(active_share(masks, index, real)))
+    return {"units": list(model.count_units().values()), "load": load, "used": used}
+
+
+def draw_learning(log: list[dict], units: list[dict[str, int]], folder: Path) -> dict[str, Path]:
+    """Draw how masks were learned, and what became of the units of each block.
+
+    Args:
+        log: Of the stage that learned them.
+        units: Of each masked block, how many are shared, specific and inactive.
+        folder: Where the pictures are left.
+
+    Returns:
+        File of each picture by its caption.
+    """
+    entries = [entry for entry in log if "mom_target" in entry]
+    steps = [entry["step"] for entry in entries]
+    blocks = [key for key in entries[0] if key.startswith("mom_open/")]
+    openness = {key.replace("mom_open/", "block "): (steps, [entry[key] for entry in entries]) for key in blocks}
+    sparsity = {
+        "target": (steps, [entry["mom_target"] for entry in entries]),
+        "expected": (steps, [entry["mom_sparsity"] for entry in entries]),
+        "closed without noise": (steps, [1 - entry["mom_active"] for entry in entries]),
+    }
+    parts = {kind: [of_block[kind] for of_block in units] for kind in units[0]}
+    captions = {"openness": "open masks", "sparsity": "target and reached sparsity", "units": "kinds of units"}
+    files = {name: folder / f"{name}.png" for name in captions}
+    plot_curves(openness, files["openness"], x="step", y="share of masks that are open")
+    plot_curves(sparsity, files["sparsity"], x="step", y="sparsity")
+    plot_stacks(parts, files["units"], x="block", y="units")
+    return {captions[name]: file for name, file in files.items()}

@@ -1,0 +1,292 @@
+"""Make the feed-forward networks of a language model use fewer units: learned masks beside one-shot splits.
+
+    python examples/mixture_of_masks_generation.py --smoke --output_dir build/masks-smoke
+    python examples/mixture_of_masks_generation.py --from_scratch true --architecture llama --train_file train.txt \
+        --validation_file test.txt --pretrain_steps 2000 --max_steps 1000 --learning_rate 1e-3 --seeds 0 1 2 \
+        --output_dir build/masks-llama
+    python examples/mixture_of_masks_generation.py --model_name_or_path google/flan-t5-small --train_file train.txt \
+        --validation_file test.txt --max_steps 1000 --learning_rate 3e-4 --output_dir build/masks-t5
+
+Every argument of `TrainingArguments` and `MaskSparsityConfig` may be given, but that `--active` takes the place of
+`final_active`; the others are below. All kinds start from one dense model, `start`, one for all seeds: the one that
+is named, or a small one that is first trained from scratch on the training text. `dense` goes on as it is. The others
+are made for each active share, and what is saved and scored is the compact model:
+
+- `masks`: masks are learned in the first part of the steps, then they are fixed, and the model recovers;
+- `single`: the same with one mask for all tokens; `distilled-masks`: as `masks`, while the start teaches;
+- `random`, `clustered`, `importance`: as many experts, split in one shot; the model recovers in all of the steps;
+- `magnitude`: one narrower network of the units with the largest weights, likewise.
+
+All rows of a seed read the same blocks in the same order, with the same learning rate at each step. Finished runs are
+not repeated when the command is run again.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from labelled_text import make_smoke_task
+from language_task import LanguageArguments, LanguageTask, make_smoke_text
+from mask_runs import (
+    LEARNED,
+    ONE_SHOT,
+    UNROUTED,
+    MaskArguments,
+    MaskRun,
+    collate_for_both,
+    draw_learning,
+    make_optimizer,
+    make_scheduler,
+    measure_use,
+    plan_masks,
+    plan_stages,
+    reading,
+)
+from pruning_study import PruningStudy, mean_over_seeds, show
+from torch import Tensor
+from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
+
+from hf_moebert import (
+    DistillationConfig,
+    DistillationTrainer,
+    MaskSparsityCallback,
+    MaskSparsityConfig,
+    add_masks,
+    compact,
+)
+from hf_moebert.evaluation import Score, bootstrap_interval, paired_bootstrap
+from hf_moebert.footprint import measure_footprint
+from hf_moebert.pictures import plot_curves
+
+
+ABOUT = """\
+{start} All other rows go on from there for {steps} steps on the same blocks in the same order, with the same \
+learning rate at each step; of those with learned masks the first {sparsify} steps close the masks. What is scored is \
+the compact model. `active` counts the weights that one token meets if experts are equally busy, `units used` is the \
+measured share of the feed-forward units, `largest share` that of the tokens which go to the busiest of {experts} \
+experts; both are means over the blocks of the network.\
+"""
+
+
+class MaskStudy(PruningStudy):
+    """Runs that differ in which units of the feed-forward networks a token uses."""
+
+    def __init__(
+        self, task: LanguageTask, args: TrainingArguments, example: MaskArguments, recipe: MaskSparsityConfig
+    ) -> None:
+        super().__init__(task, args)
+        self.example, self.recipe, self.blocks = example, recipe, task.train_dataset
+        self.sparsify_steps = round(example.sparsify_share * args.max_steps)
+        if not 0 < self.sparsify_steps < args.max_steps:
+            raise SystemExit(f"--max_steps must leave steps for two stages, got {args.max_steps}.")
+        if task.arguments.from_scratch and not example.pretrain_steps:
+            raise SystemExit("--pretrain_steps must be above 0 for a model from scratch. Use 2000.")
+        self.first = MaskRun("start", steps=example.pretrain_steps)
+        self.dense = MaskRun("dense", start="start", peer="start", steps=args.max_steps)
+
+    def folder(self, name: str, seed: int) -> Path:
+        """Make one start for all seeds."""
+        return super().folder(name, self.example.seeds[0] if name == "start" else seed)
+
+    def plan(self, kind: str, active: float) -> list[MaskRun]:
+        """Return the stages of one row."""
+        return plan_stages(kind, active, steps=self.args.max_steps, sparsify_steps=self.sparsify_steps)
+
+    def arguments(self, run: MaskRun) -> TrainingArguments:
+        """Train each stage for its own steps, on blocks that lie in the order in which they are read."""
+        args = copy.deepcopy(self.args)
+        args.max_steps, args.train_sampling_strategy, args.logging_first_step = run.steps, "sequential", True
+        if run.name == "start":
+            args.learning_rate = self.example.pretrain_rate
+        if not run.steps:  # the start is good as it is
+            args.max_steps, args.num_train_epochs = -1, 0
+        return args
+
+    def settings(self, run: MaskRun) -> dict:
+        """Say what decides how a run ends."""
+        settings = super().settings(run) | asdict(self.task.arguments) | asdict(run)
+        for name in ("lr_scheduler_type", "gradient_accumulation_steps"):
+            settings[name] = getattr(self.args, name)
+        if run.kind == "dense":
+            return settings
+        names = ("num_experts", "top_k", "router_aux_loss_coef")
+        names += ("group_size", "budget", "initial_score") if run.kind in LEARNED else ("importance_batches",)
+        settings |= {name: getattr(self.example, name) for name in names}
+        return settings | (asdict(self.recipe) if run.kind in LEARNED else {"router_rate": self.recipe.router_rate})
+
+    def start(self, run: MaskRun, seed: int) -> PreTrainedModel:
+        """Give a dense model masks, to be learned or from a one-shot split, or fix those that were learned."""
+        model, example = super().start(run, seed), self.example
+        if run.kind == "dense":
+            return model
+        if run.first_step:  # with several experts for a token the share in use is that of their union
+            return model.fix_masks(run.active if example.top_k == 1 else None)
+        unrouted = run.kind in UNROUTED
+        options: dict[str, Any] = {
+            "num_experts": 1 if unrouted else example.num_experts,
+            "top_k": 1 if unrouted else example.top_k,
+            "router_aux_loss_coef": example.router_aux_loss_coef,
+            "seed": seed,
+        }
+        if run.sparsifies:
+            options |= {name: getattr(example, name) for name in ("group_size", "budget", "initial_score")}
+        else:
+            shape = {"num_experts": options["num_experts"], "active": run.active}
+            model = model.to(self.args.device)
+            options["masks"] = plan_masks(run.kind, model, self.first_batches(seed), **shape, seed=seed)
+        return add_masks(model, **options)
+
+    def first_batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
+        """Yield the batches with which training begins."""
+        size, count = self.args.per_device_train_batch_size, self.example.importance_batches
+        rows = list(reading(self.blocks, size * count, seed=[seed]))
+        for n in range(0, size * count, size):
+            batch = self.task.collator(rows[n : n + size])
+            yield {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+
+    def train(self, run: MaskRun, seed: int) -> Trainer:
+        """Train with the stock Trainer, or with its one subclass if there is a teacher."""
+        set_seed(seed)
+        args = self.arguments(run)
+        args.seed, args.output_dir = seed, str(self.folder("checkpoints", seed))
+        model, options = self.start(run, seed), {}
+        if run.sparsifies:
+            callback = MaskSparsityCallback(replace(self.recipe, final_active=run.active))
+            optimizer, options["callbacks"] = callback.make_optimizer(model, args), [callback]
+        else:
+            optimizer = make_optimizer(model, args, router_rate=self.recipe.router_rate)
+        if run.teacher is not None:
+            teacher = self.load(run.teacher, seed)
+            options |= {"teacher": teacher, "distillation": DistillationConfig(hidden_states=False)}
+        collator = self.task.collator if run.teacher is None else partial(collate_for_both, self.task.collator, model)
+        is_start = run.name == "start"
+        total = run.steps if is_start else self.args.max_steps
+        scheduler = make_scheduler(optimizer, args, first_step=run.first_step, total_steps=total)
+        size = args.train_batch_size * args.gradient_accumulation_steps
+        rows = reading(
+            self.blocks, max(run.steps, 1) * size, seed=[seed, 1] if is_start else [seed], skip=run.first_step * size
+        )
+        trainer = (Trainer if run.teacher is None else DistillationTrainer)(
+            model=model,
+            args=args,
+            train_dataset=rows,
+            data_collator=collator,
+            processing_class=self.task.tokenizer,
+            optimizers=(optimizer, scheduler),
+            **options,
+        )
+        trainer.train()
+        return trainer
+
+    def save(self, model: PreTrainedModel, run: MaskRun, folder: Path) -> None:
+        """Save a model with fixed masks as small as it has become, any other as it is."""
+        (model if run.kind == "dense" or run.sparsifies else compact(model)).save_pretrained(folder)
+
+    def sizes(self, model: PreTrainedModel, run: MaskRun, seed: int) -> dict[str, int]:
+        """Count all weights, those that one token meets, and the bytes on disk."""
+        saved = self.load(run.name, seed)
+        footprint = measure_footprint(saved, seq_len=1, folder=self.folder(run.name, seed))
+        return {"stored": footprint.total, "active": footprint.active, "bytes": footprint.bytes_on_disk}
+
+    def findings(self, trainer: Trainer, run: MaskRun) -> dict[str, Any]:
+        """Keep what was logged, and which units and experts are used."""
+        is_fixed = not (run.kind == "dense" or run.sparsifies)
+        use = measure_use(trainer.model, self.task.batches(trainer.model, 128)) if is_fixed else {}
+        return {"log": trainer.state.log_history, **use}
+
+    def scores(self, run: MaskRun, seeds: list[int]) -> np.ndarray:
+        """Return the predictions of all seeds, `(examples, seeds)`."""
+        return np.stack([self.result(run.name, seed)["predictions"] for seed in seeds], axis=1)
+
+    def rows(self, runs: list[MaskRun], seeds: list[int]) -> list[dict[str, str]]:
+        """Add to each row what is left of the dense score, the units in use, and the load of the busiest expert."""
+        rows, dense = super().rows(runs, seeds), self.scores(self.dense, seeds)
+        for row, run in zip(rows, runs, strict=True):
+            for metric, score in self.task.metrics.items():
+                both = np.stack([self.scores(run, seeds), dense], axis=-1)  # (examples, seeds, 2)
+                ratio = bootstrap_interval(partial(ratio_of_scores, score), both, self.task.references)
+                row[f"{metric} / dense"] = show(ratio, ".1%")
+            results = [self.result(run.name, seed) for seed in seeds]
+            used = [share for result in results for share in result.get("used", [1.0])]
+            loads = [max(of) for result in results for of in result.get("load", []) if len(of) > 1]
+            row["units used"] = f"{np.mean(used):.1%}"
+            row["largest share"] = f"{np.mean(loads):.0%}" if loads else "–"
+        return rows
+
+    def duels(self, runs: list[MaskRun], seeds: list[int]) -> list[dict[str, str]]:
+        """Compare learned masks with every one-shot split at the same active share."""
+        pairs = [(a, b) for a in runs for b in runs if a.kind in LEARNED and b.kind in ONE_SHOT]
+        rows = []
+        for learned, split in pairs:
+            if learned.active != split.active:
+                continue
+            mine, other = self.scores(learned, seeds), self.scores(split, seeds)
+            row = {"learned": learned.name, "against": split.name}
+            for metric, score in self.task.metrics.items():
+                mean = partial(mean_over_seeds, score)
+                gap = paired_bootstrap(mean, mine, other, self.task.references)
+                row[f"{metric} difference"] = show(gap, "+" + self.task.number)
+            rows.append(row)
+        return rows
+
+    def pictures(self, runs: list[MaskRun], seeds: list[int]) -> list[tuple[str, Path]]:
+        """Draw the scores by active share, means over the seeds, and how the first seed's masks were learned."""
+        drawn = []
+        for metric, score in self.task.metrics.items():
+            means = {run: mean_over_seeds(score, self.scores(run, seeds), self.task.references) for run in runs}
+            curves = {}
+            for kind in self.example.kinds:
+                of_kind = sorted([self.dense, *(run for run in runs if run.kind == kind)], key=lambda run: -run.active)
+                curves[kind] = [run.active for run in of_kind], [means[run] for run in of_kind]
+            drawn.append((f"{metric} by active share", self.output / f"{metric}.png"))
+            plot_curves(curves, drawn[-1][1], x="active share of the feed-forward units", y=metric)
+        for run in runs:
+            if run.kind in LEARNED:
+                log = self.result(run.start, seeds[0])["log"]
+                units = self.result(run.name, seeds[0])["units"]
+                files = draw_learning(log, units, self.folder(run.name, seeds[0]))
+                drawn += [(f"{run.name}: {caption}", file) for caption, file in files.items()]
+        return drawn
+
+
+def ratio_of_scores(score: Score, both: np.ndarray, references: np.ndarray) -> float:
+    """Divide the mean score over seeds of one run by that of another; predictions `(examples, seeds, 2)`."""
+    mine, other = (mean_over_seeds(score, both[..., n], references) for n in (0, 1))
+    return mine / other
+
+
+def main() -> None:
+    """Make the runs that are missing, then the tables."""
+    parser = HfArgumentParser((LanguageArguments, MaskArguments, MaskSparsityConfig, TrainingArguments))
+    arguments, example, recipe, args = parser.parse_args_into_dataclasses()
+    if arguments.smoke:
+        make_smoke_text(arguments, Path(args.output_dir) / "inputs")
+        make_smoke_task(arguments, Path(args.output_dir) / "inputs")
+        arguments.architecture, args.logging_steps, args.save_strategy = "llama", 1, "no"
+        args.max_steps, example.pretrain_steps, example.importance_batches = 10, 6, 2
+    study = MaskStudy(LanguageTask(arguments), args, example, recipe)
+
+    plans = [study.plan(kind, active) for active in example.active for kind in example.kinds]
+    for seed in example.seeds:
+        for run in (study.first, study.dense, *(run for stages in plans for run in stages)):
+            study.make(run, seed)
+
+    runs = [study.first, study.dense, *(stages[-1] for stages in plans)]
+    origin = "is trained from scratch" if arguments.from_scratch else "is a pre-trained model"
+    more = f" (and trained for {example.pretrain_steps} steps)" if example.pretrain_steps else ""
+    about = ABOUT.format(
+        start=f"`start` {origin}{more}.",
+        steps=args.max_steps,
+        sparsify=study.sparsify_steps,
+        experts=example.num_experts,
+    )
+    duels = study.duels(runs, example.seeds)
+    study.report("Masks instead of experts", about, runs, example.seeds, speed=duels)
+
+
+if __name__ == "__main__":
+    main()
