@@ -26,7 +26,7 @@ from hf_moebert.mixture_of_masks.training_importance import measure_unit_importa
 from hf_moebert.pictures import plot_curves, plot_stacks
 
 
-LEARNED = ("masks", "single", "distilled-masks")
+LEARNED = ("masks", "guided", "single", "distilled-masks")
 ONE_SHOT = ("random", "clustered", "importance", "magnitude")
 UNROUTED = ("single", "magnitude")  # one expert
 

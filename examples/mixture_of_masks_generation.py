@@ -13,7 +13,9 @@ is named, or a small one that is first trained from scratch on the training text
 are made for each active share, and what is saved and scored is the compact model:
 
 - `masks`: masks are learned in the first part of the steps, then they are fixed, and the model recovers;
-- `single`: the same with one mask for all tokens; `distilled-masks`: as `masks`, while the start teaches;
+- `guided`: the same, but the masks of unimportant units start nearer to closing;
+- `single`: as `masks`, with one mask for all tokens; `distilled-masks`: as `masks`, while the start
+  teaches;
 - `random`, `clustered`, `importance`: as many experts, split in one shot; the model recovers in all of the steps;
 - `magnitude`: one narrower network of the units with the largest weights, likewise.
 
@@ -60,6 +62,7 @@ from hf_moebert import (
 )
 from hf_moebert.evaluation import Score, bootstrap_interval, paired_bootstrap
 from hf_moebert.footprint import measure_footprint
+from hf_moebert.mixture_of_masks.training_importance import measure_unit_importance
 from hf_moebert.pictures import plot_curves
 
 
@@ -114,7 +117,8 @@ class MaskStudy(PruningStudy):
         if run.kind == "dense":
             return settings
         names = ("num_experts", "top_k", "router_aux_loss_coef")
-        names += ("group_size", "budget", "initial_score") if run.kind in LEARNED else ("importance_batches",)
+        names += ("group_size", "budget", "initial_score") if run.kind in LEARNED else ()
+        names += ("importance_batches",) if run.kind in ("guided", *ONE_SHOT) else ()
         settings |= {name: getattr(self.example, name) for name in names}
         return settings | (asdict(self.recipe) if run.kind in LEARNED else {"router_rate": self.recipe.router_rate})
 
@@ -132,11 +136,13 @@ class MaskStudy(PruningStudy):
             "router_aux_loss_coef": example.router_aux_loss_coef,
             "seed": seed,
         }
+        model = model.to(self.args.device)
         if run.sparsifies:
             options |= {name: getattr(example, name) for name in ("group_size", "budget", "initial_score")}
+            if run.kind == "guided":
+                options["importance"] = measure_unit_importance(model, self.first_batches(seed))
         else:
             shape = {"num_experts": options["num_experts"], "active": run.active}
-            model = model.to(self.args.device)
             options["masks"] = plan_masks(run.kind, model, self.first_batches(seed), **shape, seed=seed)
         return add_masks(model, **options)
 

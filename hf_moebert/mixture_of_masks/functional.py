@@ -170,31 +170,48 @@ def balance_loss(logits: Tensor, index: Tensor, real: Tensor) -> Tensor:
 def choose_masks(scores: Tensor, active: float | None, *, by_layer: bool = False) -> Tensor:
     """Decide which masks stay open for good.
 
-    Every expert of every layer keeps the mask with its highest score, whatever the others are.
+    Each layer gets as many as it has among the highest scores of all. All of its experts get the same number of them,
+    their own highest: so a token uses that many units of the layer, whichever expert it goes to.
 
     Args:
         scores: Shape `(layers, experts, groups)`.
-        active: Share of all masks that are open, in (0, 1]: those with the highest scores, ties going to the lowest
-            index. `None` opens those that are open with a probability of at least 1/2.
+        active: Share of the masks that stay open, in (0, 1]. `None` keeps as many as are open with a probability of at
+            least 1/2.
         by_layer: Whether each layer has the same share.
 
     Returns:
-        Bool, of the same shape.
+        Bool, of the same shape. At least one mask of every expert is open; ties go to the lowest index.
 
     Raises:
         ValueError: If scores are not finite, or the share is not in (0, 1].
     """
     if not scores.isfinite().all():
         raise ValueError("`scores` must be finite, got NaN or infinity. Train again with a smaller `score_rate`.")
-    best = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.argmax(-1, keepdim=True), True)
     if active is None:
-        return (scores >= SHIFT) | best
-    if not 0 < active <= 1:
+        active = float((scores >= SHIFT).float().mean())
+    elif not 0 < active <= 1:
         raise ValueError(f"`active` must be in (0, 1], got {active}. Use 0.5 to use half of the units.")
-    ranked = torch.where(best, math.inf, scores).reshape(len(scores) if by_layer else 1, -1)  # (budgets, masks)
-    count = max(round(active * ranked.shape[1]), int(best.sum()) // len(ranked))
-    kept = ranked.argsort(dim=1, descending=True, stable=True)[:, :count]
-    return torch.zeros_like(ranked, dtype=torch.bool).scatter(1, kept, True).view_as(scores)
+    layers, _, groups = scores.shape
+    if by_layer:
+        widths = torch.full((layers,), max(round(active * groups), 1))
+    else:
+        widths = _share_out(scores, max(round(active * layers * groups), layers))
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    first = torch.arange(groups) < widths[:, None, None]  # (layers, 1, groups)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, first.to(scores.device).expand_as(scores))
+
+
+def _share_out(scores: Tensor, total: int) -> Tensor:
+    """Deal a total width out to layers by how many of the highest scores each has, `(layers,)`."""
+    layers, experts, groups = scores.shape
+    best = scores.flatten().argsort(descending=True, stable=True)[: total * experts]
+    wanted = (best // (experts * groups)).bincount(minlength=layers).cpu() / experts  # (layers,)
+    widths = wanted.floor().clamp(1, groups)
+    while gap := total - int(widths.sum()):  # rounding, and layers that would have been left without any
+        room = widths < groups if gap > 0 else widths > 1
+        need = torch.where(room, wanted - widths, -math.inf if gap > 0 else math.inf)
+        widths[need.argmax() if gap > 0 else need.argmin()] += 1 if gap > 0 else -1
+    return widths.long()
 
 
 def classify_units(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:

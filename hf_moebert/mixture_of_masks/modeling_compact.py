@@ -71,7 +71,7 @@ class CompactExperts(nn.Module):
         """See `forward`, which the host replaces with the chosen implementation."""
         tokens, top_k = top_k_index.shape
         index = top_k_index.flatten()  # (tokens * top_k,)
-        if tokens == 1:  # nothing to sort, which would take as long as a narrow expert
+        if tokens == 1:  # nothing to sort
             output = torch.cat([self.run_expert(expert, hidden_states) for expert in index.tolist()])
         else:
             counts = index.bincount(minlength=self.num_experts).tolist()

@@ -141,8 +141,9 @@ class MoMModel(PreTrainedModel):
         Optimisers that were made before know nothing of it: go on with a new `Trainer`.
 
         Args:
-            active: Share of all masks that stay open, in (0, 1], those with the highest scores; of each block if the
-                budget is that of a `layer`. `None` keeps those that are open with a probability of 1/2 or more.
+            active: Share of all masks that stay open, in (0, 1]; of each block if the budget is that of a `layer`.
+                `None` keeps as many as are open with a probability of at least 1/2. All experts of a block get the
+                same number: their own highest scores.
 
         Raises:
             ValueError: If masks are not being learned, scores are not finite, or the share does not exist.

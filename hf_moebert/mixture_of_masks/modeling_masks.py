@@ -15,6 +15,7 @@ from .modeling_structure import FeedForward, matrix_of
 
 
 ROUTER_STD = 0.02
+IMPORTANCE_SPREAD = 10.0  # how far above the least important unit's score that of the most important one starts
 INITIAL_SCORE, SCORE_STD = 3.0, 0.01  # without noise all masks are 1: the dense model
 
 

@@ -30,7 +30,7 @@ from .configuration_mixture_of_masks import (
 )
 from .modeling_compact import CompactFeedForward, copy_units, fill_units, split_units
 from .modeling_masked import MoMModel
-from .modeling_masks import INITIAL_SCORE, ROUTER_STD, MaskedFeedForward
+from .modeling_masks import IMPORTANCE_SPREAD, INITIAL_SCORE, ROUTER_STD, MaskedFeedForward
 from .modeling_structure import find_feed_forwards, matrix_of
 
 
@@ -102,6 +102,7 @@ def add_masks(
     router_aux_loss_coef: float = 0.01,
     layers: list[int] | None = None,
     initial_score: float = INITIAL_SCORE,
+    importance: Tensor | None = None,
     masks: Tensor | None = None,
     seed: int = 0,
 ) -> MoMModel:
@@ -118,6 +119,9 @@ def add_masks(
         layers: Blocks that get masks, by default all; see `MoMFields.masked_layers`.
         initial_score: Of the masks. Without noise all are 1 from 2.4 on; while they are learned, 3 is open with a
             probability of 0.990 and 1 with 0.80, 10 with 0.99999 and 0.9998, but takes longer to close.
+        importance: Score of each unit, from `measure_unit_importance`. Then the masks of the least important units
+            start at `initial_score` and those of the others above it, in order, so that the least important are the
+            first to close; what is learned afterwards may overrule it. `(layers, units)`.
         masks: Masks that are fixed from the start instead of learned, such as those of `functional_plans`. Bool,
             `(layers, experts, units)`.
         seed: Of scores and routers.
@@ -153,17 +157,32 @@ def add_masks(
     masked = _build(cls, config)
     networks = list(masked.masked_networks().values())
     generator = torch.Generator().manual_seed(seed)
-    for network in networks:
+    heads_start = torch.zeros(len(networks)) if importance is None else _head_start(networks, config, importance)
+    for network, head_start in zip(networks, heads_start, strict=True):
         for part in (dense := found[network.block]).layout.matrices:
             copy_units(getattr(network, part), dense.part(part))
         if network.masks.scores is not None:
             network.masks.reset_parameters(initial_score, generator)
+            network.masks.learned.add_(head_start)
         if network.router is not None:
             network.router.weight.normal_(std=ROUTER_STD, generator=generator)
     if masks is not None:
         _set_masks(networks, config, masks)
     replaced = [path for network in networks for path in found[network.block].matrix_paths]
     return _take_over(masked, model, replaced=replaced, done=[*masked.networks(), "budget"])
+
+
+def _head_start(networks: list[MaskedFeedForward], config: MoMFields, importance: Tensor) -> Tensor:
+    """Spread the scores of groups evenly, in the order of their importance, `(layers, 1, groups)`."""
+    wanted = (len(networks), matrix_of(networks[0].down).shape[1])
+    if importance.shape != wanted or not importance.isfinite().all():
+        raise ValueError(
+            f"`importance` must be finite and of shape (layers, units) = {wanted}, got {tuple(importance.shape)}. "
+            "Measure it on the same dense model."
+        )
+    groups = importance.double().unflatten(-1, (-1, config.group_size)).sum(dim=-1)  # (layers, groups)
+    ranks = groups.argsort(dim=-1, stable=True).argsort(dim=-1).float()
+    return IMPORTANCE_SPREAD * ranks[:, None] / max(groups.shape[-1] - 1, 1)
 
 
 def _set_masks(networks: list[MaskedFeedForward], config: MoMFields, masks: Tensor) -> None:

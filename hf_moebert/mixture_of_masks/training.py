@@ -53,7 +53,8 @@ class MaskSparsityCallback(TrainerCallback):
         self.config = MaskSparsityConfig() if config is None else config
         self.allow_changes = allow_changes
         self._model: MoMModel | None = None
-        self._ramp_steps = self._clock = 0
+        self._ramp_steps = 0
+        self._clock = -1  # as this step began; -1 before the first one
 
     def make_optimizer(self, model: nn.Module, args: TrainingArguments) -> torch.optim.AdamW:
         """Make the optimizer for `Trainer(..., optimizers=(optimizer, None))`.
@@ -101,7 +102,7 @@ class MaskSparsityCallback(TrainerCallback):
         refuse_sharded(model, "Masks must be seen whole")
         self._model = _find_masked(model)
         self._refuse_other_optimizer(getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"]))
-        self._ramp_steps = self.config.ramp_steps(state.max_steps)
+        self._ramp_steps, self._clock = self.config.ramp_steps(state.max_steps), -1
         budget = self._running.budget
         schedule = self._describe(state.max_steps)
         if state.global_step:
@@ -150,7 +151,7 @@ class MaskSparsityCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the figures of the masks to what is logged of training."""
-        if self._model is None or logs.keys().isdisjoint({"loss", "train_loss"}):
+        if self._clock < 0 or logs.keys().isdisjoint({"loss", "train_loss"}):
             return
         networks = self._running.masked_networks()
         if not all(network.masks.learned.isfinite().all() for network in networks.values()):
@@ -176,6 +177,8 @@ class MaskSparsityCallback(TrainerCallback):
     ) -> None:
         """Say so if the masks are not where they should be."""
         budget, wanted = self._running.budget, 1 - self.config.final_active
+        if self._clock < 0:  # resumed at its end
+            return
         if int(budget.clock) < self._ramp_steps or (budget.sparsity - wanted).abs().max() > GAP:
             reached = ", ".join(f"{sparsity:.3f}" for sparsity in budget.sparsity.tolist())
             logger.warning(
