@@ -52,6 +52,7 @@ benchmark: $(VENV)/.installed
 	$(PY) benchmarks/moebert_scale.py
 	$(PY) benchmarks/platon_overhead.py
 	$(PY) benchmarks/mpo.py
+	$(PY) benchmarks/masks.py
 	$(PY) benchmarks/crf.py
 	$(PY) benchmarks/serving.py
 

@@ -264,3 +264,59 @@ def test_rebuilding_is_compared_with_the_same_matrix(queue):
         cores = mpo.random_cores(48, 96, num_cores, 4)
         assert max(core.shape[-1] for core in cores) == 4
         torch.testing.assert_close(mpo.left_to_right(cores), mpo.contract(cores))
+
+
+MASKS_ARE_TINY = {"layers": 1, "rounds": 2, "decode_rounds": 2, "train_seq": 8, "batch": 2, "seq": 8, "smoke": True}
+
+
+def test_masks_are_timed_against_dense_models_and_what_they_promise(queue, tmp_path, capsys):
+    masks, output = importlib.import_module("masks"), tmp_path / "masks.json"
+    masks.main(masks.MaskBenchmarkArguments(**MASKS_ARE_TINY, dtypes=["float32"], output=output))
+    found = json.loads(output.read_text())["results"]
+    assert [row["model"] for row in found["training"]] == ["1 expert", "4 experts"]
+    names = ["half width", *(f"4 experts, {way}" for way in masks.IMPLEMENTATIONS), "1 expert"]
+    for case in ("prefill", "decode"):
+        rows = {row["model"]: row for row in found[case]}
+        assert list(rows) == names
+        promised = {name: row["promised"] for name, row in rows.items()}
+        assert promised["1 expert"] == promised["half width"] > promised["4 experts, eager"] > 1.2  # without a router
+        assert promised["4 experts, eager"] == promised["4 experts, grouped_mm"]
+        assert rows["1 expert"]["share of it"] == pytest.approx(
+            rows["1 expert"]["over dense"]["median"] / promised["1 expert"], abs=1e-2
+        )
+    assert "\ndecode, 1 thread(s), cpu clock\n" in capsys.readouterr().out
+
+
+def test_checkpoints_are_timed_instead_of_drawn_masks(queue, tmp_path):
+    masks = importlib.import_module("masks")
+    args = masks.MaskBenchmarkArguments(**MASKS_ARE_TINY, dtypes=["bfloat16"])
+    models = masks.make_models(args, torch.float32)
+    for name in ("dense", "4 experts, eager"):
+        models[name].save_pretrained(tmp_path / name)
+    args.dense, args.model = tmp_path / "dense", tmp_path / "4 experts, eager"
+    rows = masks.CASES["prefill"](args)
+    assert [row["model"] for row in rows] == ["half width", *(f"compact, {way}" for way in masks.IMPLEMENTATIONS)]
+    with pytest.raises(ValueError, match="`model` and `dense` must be given together"):
+        masks.MaskBenchmarkArguments(dense=tmp_path)
+    with pytest.raises(ValueError, match=r"`specific` must be in \[0, 1\], got 2"):
+        masks.MaskBenchmarkArguments(specific=2)
+    with pytest.raises(ValueError, match=r"`cases` must be among \['training', .*\], got \['speed'\]"):
+        masks.MaskBenchmarkArguments(cases=["speed"])
+
+
+@pytest.mark.parametrize("experts", [1, 3, 4])
+@pytest.mark.parametrize("specific", [0.0, 0.25, 0.5])
+def test_drawn_masks_open_half_of_the_units(queue, experts, specific):
+    drawn = importlib.import_module("masks").draw_masks((2, experts, 120), specific, seed=0)
+    open_of_all, open_of_some = drawn.all(dim=1), drawn.any(dim=1)
+    assert drawn.sum(dim=(1, 2)).tolist() == [60 * experts] * 2
+    share = specific if experts > 1 else 0.0
+    assert (open_of_some & ~open_of_all).sum(dim=1).tolist() == [round(share * 120)] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_masks_are_timed_on_a_gpu(queue, tmp_path):
+    masks, output = importlib.import_module("masks"), tmp_path / "masks.json"
+    masks.main(masks.MaskBenchmarkArguments(**MASKS_ARE_TINY, dtypes=["bfloat16"], device="cuda", output=output))
+    assert list(json.loads(output.read_text())["results"]) == list(masks.CASES)

@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     TrainingArguments,
@@ -289,6 +292,156 @@ def test_losses_of_blocks_are_those_of_the_model(monkeypatch, tmp_path, kind):
     load = np.array(task.measure_load(model))
     assert load.shape == (2, 2)
     np.testing.assert_allclose(load.sum(axis=1), 1)
+
+
+MASKS = ("examples/mixture_of_masks_generation.py", "--smoke", "--seeds", "0", "1", "--active", "0.5", "--kinds")
+
+
+def test_mixture_of_masks_generation(tmp_path):
+    learned, split = ["masks", "single"], ["random", "magnitude"]
+    output = run(*MASKS, *learned, *split, "--output_dir", tmp_path).stdout
+    report = (tmp_path / "report.md").read_text()
+    scores = [[name, f"{name} of each seed", f"{name} difference"] for name in ("perplexity", "accuracy")]
+    sizes = ["weights stored", "weights active", "on disk"]
+    more = ["perplexity / dense", "accuracy / dense", "units used", "largest share"]
+    table = ["run", *scores[0], *scores[1], *sizes, *more]
+    assert columns(report) == columns(output) == [table]
+    rows = [line.strip("| ").split(" | ") for line in report.splitlines() if line.startswith("| ")]
+    of_table = [row for row in rows if len(row) == len(table)][2:]  # below its head
+    by_run = {row[0]: dict(zip(table, row, strict=True)) for row in of_table}
+    assert list(by_run) == ["start", "dense", *(f"{kind}-0.5" for kind in learned + split)]
+    for picture in re.findall(r"!\[.*\]\((.*)\)", report):
+        assert (tmp_path / picture).stat().st_size > 0, picture
+    assert "masks-0.5/openness.png" in report
+
+    # exactly half of the units of all experts are left
+    folders = {kind: tmp_path / f"seed-1/{kind}-0.5" for kind in learned + split}
+    results = {kind: json.loads((folder / "result.json").read_text()) for kind, folder in folders.items()}
+    for kind, folder in folders.items():
+        layers = json.loads((folder / "config.json").read_text())["per_layer_config"]
+        experts = 1 if kind in ("single", "magnitude") else 4
+        kept = [experts * of["intermediate_size"] + sum(of.get("expert_sizes", [])) for of in layers.values()]
+        assert sum(kept) == experts * 64
+        units = results[kind]["units"]
+        assert [sum(of.values()) for of in units] == [64, 64]
+        assert [of["shared"] for of in units] == [of["intermediate_size"] for of in layers.values()]
+        if kind != "masks":
+            assert np.mean(results[kind]["used"]) == 0.5
+        assert [len(load) for load in results[kind]["load"]] == [experts, experts]
+        assert 0.5 <= results[kind]["sizes"]["active"] / (30.2e3) < 1
+
+    # all have the same learning rates, whether they have one stage or two
+    def log(name):
+        return json.loads((tmp_path / f"seed-1/{name}/result.json").read_text())["log"]
+
+    dense = [entry["learning_rate"] for entry in log("dense") if "learning_rate" in entry]
+    stages = [*log("masks-0.5-learning"), *log("masks-0.5")]
+    assert len(dense) == 10
+    assert [entry["learning_rate"] for entry in stages if "learning_rate" in entry] == dense
+
+    # the table's numbers are those of the predictions
+    losses = {
+        name: [json.loads((tmp_path / f"seed-{n}/{name}/result.json").read_text())["predictions"] for n in (0, 1)]
+        for name in ("dense", "masks-0.5", "random-0.5")
+    }
+    texts = len(losses["dense"][0]) - 40  # then come the labelled ones
+    scores = {name: [np.exp(np.mean(of[:texts])) for of in runs] for name, runs in losses.items()}
+    row = by_run["masks-0.5"]
+    assert row["perplexity of each seed"] == " ".join(f"{score:.3f}" for score in scores["masks-0.5"])
+    assert row["perplexity / dense"].startswith(f"{sum(scores['masks-0.5']) / sum(scores['dense']):.1%} ")
+    (duel,) = (row for row in rows if row[:2] == ["masks-0.5", "random-0.5"])
+    assert duel[2].startswith(f"{np.mean(scores['masks-0.5']) - np.mean(scores['random-0.5']):+.3f} ")
+
+    made = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("result.json")}
+    run(*MASKS, "masks", "random", "--output_dir", tmp_path)  # trains nothing again
+    assert [str(file) for file in made if file.stat().st_mtime_ns != made[file]] == []
+
+
+def test_masks_of_an_encoder_decoder_that_is_taught(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from language_task import LanguageArguments, LanguageTask, make_smoke_text, train_tokenizer
+    from mixture_of_masks_generation import MaskArguments, MaskStudy
+
+    from hf_moebert import MaskSparsityConfig
+
+    arguments = LanguageArguments(max_validation_blocks=3)
+    make_smoke_text(arguments, tmp_path)
+    tokenizer = train_tokenizer(Path(arguments.train_file).read_text(), 300)
+    tokenizer.save_pretrained(tmp_path / "t5")
+    sizes = {"vocab_size": len(tokenizer), "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).save_pretrained(tmp_path / "t5")
+    arguments.from_scratch, arguments.model_name_or_path = False, str(tmp_path / "t5")
+    args = TrainingArguments(output_dir=tmp_path, max_steps=4, logging_steps=1, use_cpu=True, save_strategy="no")
+    example = MaskArguments(kinds=["distilled-masks", "importance"], top_k=2, importance_batches=1)
+    study = MaskStudy(LanguageTask(arguments), args, example, MaskSparsityConfig())
+    stages = [*study.plan("distilled-masks", 0.5), *study.plan("importance", 0.5)]
+    for stage in (study.first, study.dense, *stages):
+        study.make(stage, 0)
+    start, ours = (study.load(name, 0).state_dict() for name in ("start", "dense"))
+    given = T5ForConditionalGeneration.from_pretrained(tmp_path / "t5").state_dict()
+    assert all(start[name].equal(tensor) for name, tensor in given.items())  # no step was made
+    assert not all(ours[name].equal(tensor) for name, tensor in given.items())
+    taught, split = (study.result(name, 0) for name in ("distilled-masks-0.5", "importance-0.5"))
+    assert all("loss_prediction" in entry for entry in taught["log"][:2])
+    assert "loss_prediction" not in split["log"][0]
+    assert np.shape(taught["load"]) == np.shape(split["load"]) == (4, 4)
+    assert all(0.5 < share <= 1 for share in split["used"])  # what one of two experts opens
+
+
+def test_reading_and_schedule_go_on_where_the_stage_before_ended(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from mask_runs import make_scheduler, reading
+
+    def read(*options, **more):
+        return list(reading(Dataset.from_dict({"n": range(10)}), *options, **more)["n"])
+
+    whole = read(25, seed=[3])
+    assert sorted(whole[:10]) == sorted(whole[10:20]) == list(range(10))
+    assert whole[:10] != whole[10:20]
+    assert read(12, seed=[3]) + read(13, seed=[3], skip=12) == whole
+    assert read(10, seed=[4]) != whole[:10]
+
+    args = TrainingArguments(output_dir=tmp_path, warmup_steps=4, lr_scheduler_type="cosine", use_cpu=True)
+
+    def rates(first_step, steps):
+        optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=0.5)
+        scheduler = make_scheduler(optimizer, args, first_step=first_step, total_steps=20)
+        found = []
+        for _ in range(steps):
+            found.append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+        return found
+
+    assert rates(0, 12) + rates(12, 8) == rates(0, 20)
+    assert max(rates(0, 20)) == rates(4, 1)[0] == 0.5
+
+
+def test_one_shot_splits_read_the_matrices_that_they_should(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from mask_runs import plan_masks
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes, initializer_range=0.5))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate_proj.weight[:4, 0] += 9
+            layer.mlp.gate_proj.weight[4:, 0] -= 9
+            layer.mlp.down_proj.weight[:, [1, 6]] = 0  # units without effect
+    ids = torch.arange(20).view(2, 10)
+    batches = [{"input_ids": ids, "labels": ids}]
+
+    def plan(kind, experts, active):
+        return plan_masks(kind, model, batches, num_experts=experts, active=active, seed=0).int()  # (2, experts, 8)
+
+    for clusters in plan("clustered", 2, 0.5):
+        assert sorted(clusters.tolist()) == [[0, 0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0, 0]]
+    assert plan("magnitude", 1, 0.75).tolist() == [[[1, 0, 1, 1, 1, 1, 0, 1]]] * 2
+    important = plan("importance", 2, 0.75).sum(dim=1)  # experts that hold a unit, (2, 8)
+    assert important[:, [1, 6]].tolist() == [[1, 1], [1, 1]]
+    assert important.sum(dim=1).tolist() == [12, 12]
+    assert plan("random", 4, 0.5).sum(dim=-1).tolist() == [[4] * 4] * 2
 
 
 def test_mpop_text_classification(tmp_path):

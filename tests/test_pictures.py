@@ -17,6 +17,7 @@ from hf_moebert.pictures import (
     plot_pruning,
     plot_quality_and_speed,
     plot_sparsity,
+    plot_stacks,
     plot_transitions,
 )
 
@@ -284,3 +285,13 @@ def test_transitions_show_the_scores_and_hatch_what_is_forbidden(drawn):
 def test_transitions_refuse_what_is_no_table_of_steps(tmp_path, scores, legal, message):
     with pytest.raises(ValueError, match=message):
         plot_transitions(scores, legal, ["O", "B-a"], tmp_path / "transitions.png")
+
+
+def test_stacks_show_every_part_and_refuse_uneven_ones(tmp_path):
+    parts = {"shared": [1, 2], "specific": [3, 0], "inactive": [0, 2]}
+    plot_stacks(parts, tmp_path / "three.png", x="block", y="units")
+    plot_stacks({"shared": [1, 2]}, tmp_path / "one.png", x="block", y="units")
+    assert len(colours(tmp_path / "three.png")) >= len(colours(tmp_path / "one.png")) + 2
+    for uneven in ({}, {"shared": [1, 2], "specific": [3]}):
+        with pytest.raises(ValueError, match="`parts` must hold lists of one length"):
+            plot_stacks(uneven, tmp_path / "never.png", x="block", y="units")

@@ -92,7 +92,9 @@ class MaskSparsityCallback(TrainerCallback):
         betas = (args.adam_beta1, args.adam_beta2)
         groups = [group for group in groups if group["params"]]
         self._hold_rates(groups)
-        return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=args.adam_epsilon, weight_decay=0.0)
+        # Fused as the Trainer's own, but not with fp16, where a fused one does not tell that it skipped a step
+        options = {"lr": rate, "betas": betas, "eps": args.adam_epsilon, "weight_decay": 0.0, "fused": not args.fp16}
+        return torch.optim.AdamW(groups, **options)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
