@@ -39,7 +39,6 @@ class MaskArguments:
     kinds: list[str] = field(default_factory=lambda: ["masks", *ONE_SHOT], metadata={"help": "Rows of the table."})
     active: list[float] = field(default_factory=lambda: [0.75, 0.5], metadata={"help": "Shares of units that stay."})
     num_experts: int = field(default=4, metadata={"help": "Experts of each block."})
-    top_k: int = field(default=1, metadata={"help": "Experts of a token."})
     group_size: int = field(default=1, metadata={"help": "Units that share a learned mask."})
     budget: str = field(default="global", metadata={"help": "See `add_masks`.", "choices": ("global", "layer")})
     initial_score: float = field(default=3.0, metadata={"help": "See `add_masks`."})
@@ -193,7 +192,7 @@ def measure_use(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) ->
     for network in networks:
         masks = network.masks()  # (experts, units)
         nothing = torch.zeros(1, 1, dtype=torch.long, device=masks.device)  # to decide, with one expert
-        index = torch.cat(chosen[network.block] or [nothing])  # (tokens, top_k)
+        index = nothing if network.router is None else torch.cat(chosen[network.block])  # (tokens, top_k)
         real = torch.ones_like(index[:, 0], dtype=torch.bool)
         counts = chosen_experts(index, real, len(masks)).sum(dim=0)
         load.append((counts / counts.sum()).tolist())

@@ -288,7 +288,7 @@ def plot_stacks(parts: Mapping[str, Sequence[float]], path: str | PathLike[str],
         ValueError: If there is no part, or if they differ in length.
     """
     if len({len(heights) for heights in parts.values()}) != 1:
-        raise ValueError(f"`parts` must hold lists of one length, got {dict(parts)}.")
+        raise ValueError(f"`parts` must hold lists of one length, got {dict(parts)}. Give each a value for every bar.")
     figure, floor = Figure(figsize=(8, 5), layout="constrained"), np.zeros(len(next(iter(parts.values()))))
     axes = figure.subplots()
     for name, heights in parts.items():

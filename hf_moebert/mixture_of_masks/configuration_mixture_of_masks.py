@@ -47,6 +47,7 @@ class MoMFields:
 
     dense_model_type: ClassVar[str]
     width_name: ClassVar[str] = "intermediate_size"
+    base_model_tp_plan = None  # the host's plan names modules that are not here, and would leave masks whole
 
     num_experts: int = 4
     num_experts_per_tok: int = 1

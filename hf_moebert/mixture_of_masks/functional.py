@@ -44,14 +44,11 @@ def settle_masks(scores: Tensor) -> Tensor:
 def open_probability(scores: Tensor) -> Tensor:
     """Return the probability that a drawn mask is not zero.
 
+    That of a one is what is left of the same function of the negative scores: the distribution is symmetric.
+
     Source: Louizos et al. 2018, https://arxiv.org/abs/1712.01312, eq. 12.
     """
     return torch.sigmoid(scores.float() - SHIFT)
-
-
-def full_probability(scores: Tensor) -> Tensor:
-    """Return the probability that a drawn mask is one."""
-    return torch.sigmoid(scores.float() + SHIFT)
 
 
 def _stretch(values: Tensor) -> Tensor:
@@ -109,10 +106,11 @@ def active_share(open_masks: Tensor, index: Tensor, real: Tensor) -> Tensor:
     real = real | ~real.any()  # padding alone must not look like a model without units
     if index.shape[1] == 1:
         chosen = chosen_experts(index, real, len(open_masks)).sum(dim=0)  # (experts,)
-        return (chosen / real.sum().clamp(min=1)).to(open_masks.dtype) @ open_masks.mean(dim=1)
+        # Not `@`, which autocast would round
+        return (chosen / real.sum().clamp(min=1) * open_masks.mean(dim=1)).sum()
     sets, counts = index[real].sort(dim=1).values.unique(dim=0, return_counts=True)  # few: tokens choose the same ones
     closed = (1 - open_masks)[sets].prod(dim=1)  # (sets, units)
-    return (counts / counts.sum().clamp(min=1)).to(open_masks.dtype) @ (1 - closed).mean(dim=1)
+    return (counts / counts.sum().clamp(min=1) * (1 - closed).mean(dim=1)).sum()
 
 
 def chosen_experts(index: Tensor, real: Tensor, num_experts: int) -> Tensor:
@@ -189,8 +187,8 @@ def choose_masks(scores: Tensor, active: float | None, *, by_layer: bool = False
         raise ValueError("`scores` must be finite, got NaN or infinity. Train again with a smaller `score_rate`.")
     if active is None:
         active = float((scores >= SHIFT).float().mean())
-    elif not 0 < active <= 1:
-        raise ValueError(f"`active` must be in (0, 1], got {active}. Use 0.5 to use half of the units.")
+    elif type(active) not in (int, float) or not 0 < active <= 1:
+        raise ValueError(f"`active` must be a number in (0, 1], got {active!r}. Use 0.5 to use half of the units.")
     layers, _, groups = scores.shape
     if by_layer:
         widths = torch.full((layers,), max(round(active * groups), 1))

@@ -181,21 +181,23 @@ def fill_units(compact: CompactFeedForward, masked: MaskedFeedForward) -> None:
                 stacks[f"{experts.up_name}_bias"][expert, part] = linear.bias[units]
         stacks["down_proj"][expert, :, : len(units)] = matrix_of(masked.down)[:, units]
     for name, stack in stacks.items():
-        setattr(experts, name, nn.Parameter(stack))
+        setattr(experts, name, nn.Parameter(stack, requires_grad=masked.up.weight.requires_grad))
     assert compact.router is not None
     assert masked.router is not None
-    compact.router.weight = nn.Parameter(masked.router.weight.detach().clone())
+    copy_units(compact.router, masked.router)
 
 
 def copy_units(
     target: nn.Module, source: nn.Module, *, rows: Tensor | None = None, columns: Tensor | None = None
 ) -> None:
-    """Give a linear module some rows and columns of another one of its kind, with their dtype and device."""
+    """Give a linear module some rows and columns of another one of its kind, with all that its parameters have."""
     weight = matrix_of(source).detach()
     weight = weight if rows is None else weight[rows]
     weight = weight if columns is None else weight[:, columns]
     weight = weight.T if isinstance(source, Conv1D) else weight
-    target.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
-    bias: Any = source.bias
+    dense: Any = source
+    trains, bias = dense.weight.requires_grad, dense.bias
+    target.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), requires_grad=trains)
     if bias is not None:
-        target.bias = nn.Parameter((bias.detach() if rows is None else bias.detach()[rows]).clone())
+        part = bias.detach() if rows is None else bias.detach()[rows]
+        target.bias = nn.Parameter(part.clone(), requires_grad=bias.requires_grad)

@@ -41,7 +41,7 @@ from .modeling_structure import find_feed_forwards
 
 
 logger = logging.get_logger(__name__)
-SCHEDULE = 9  # numbers that say how a run learns its masks: the fields of the recipe, and its steps
+SCHEDULE = 10  # numbers that say how a run learns its masks: the fields of the recipe, its steps and seed
 
 
 class MaskBudget(nn.Module):
@@ -53,12 +53,13 @@ class MaskBudget(nn.Module):
         num_budgets: One for all blocks, or as many as there are.
     """
 
+    target: float | None = None  # the sparsity asked for in this step, once a run asks
+
     def __init__(self, num_budgets: int) -> None:
         super().__init__()
         self.multipliers = nn.Parameter(torch.zeros(2, num_budgets))  # of the gap and of its square; maximised over
         self.clock: Tensor = nn.Buffer(torch.zeros((), dtype=torch.int64))  # optimiser steps that counted
-        self.schedule: Tensor = nn.Buffer(torch.full((SCHEDULE,), torch.nan))  # the recipe's numbers
-        self.target = 0.0  # the sparsity asked for in this step
+        self.schedule: Tensor = nn.Buffer(torch.zeros(SCHEDULE))  # the recipe's numbers; zeros before a run
         self.sparsity: Tensor = nn.Buffer(torch.zeros(num_budgets), persistent=False)  # expected in the last forward
 
 
@@ -142,8 +143,9 @@ class MoMModel(PreTrainedModel):
 
         Args:
             active: Share of all masks that stay open, in (0, 1]; of each block if the budget is that of a `layer`.
-                `None` keeps as many as are open with a probability of at least 1/2. All experts of a block get the
-                same number: their own highest scores.
+                With `top_k` 1 that is the share of units which a token uses, with more it uses more of them. `None`
+                keeps as many as are open with a probability of at least 1/2. All experts of a block get the same
+                number: their own highest scores.
 
         Raises:
             ValueError: If masks are not being learned, scores are not finite, or the share does not exist.
@@ -153,6 +155,8 @@ class MoMModel(PreTrainedModel):
                 f"`fix_masks` must come while masks are learned, but the stage is {self.config.mask_stage!r}. Start "
                 "from the dense model again."
             )
+        if not self.budget.clock:
+            logger.warning("No step was counted in which masks are learned: they are fixed as they began.")
         networks = self.masked_networks().values()
         scores = torch.stack([network.masks.learned for network in networks])  # (layers, experts, groups)
         chosen = choose_masks(scores, active, by_layer=self.config.mask_budget == "layer")
@@ -198,11 +202,14 @@ class MoMModel(PreTrainedModel):
             self._check_checkpointing(records[-1])
             losses = [balance_loss(x.logits, x.chosen, place) for x, place in zip(records, real, strict=True)]
             extra["aux_loss"] = torch.stack(losses).mean()
-        if self.config.mask_stage == "learned":
+        target = self.budget.target if self.config.mask_stage == "learned" else None
+        if target is not None:
             sparsity = 1 - self._active_shares(records, real)  # (networks,)
             sparsity = sparsity if self.config.mask_budget == "layer" else sparsity.mean(dim=0, keepdim=True)
             self.budget.sparsity = sparsity.detach()
-            extra["sparsity_loss"] = sparsity_penalty(sparsity, self.budget.target, self.budget.multipliers)
+            extra["sparsity_loss"] = sparsity_penalty(sparsity, target, self.budget.multipliers)
+        elif self.config.mask_stage == "learned":
+            logger.warning_once("Nobody sets the target, so masks are not learned: add `MaskSparsityCallback`.")
         if outputs.get("loss") is not None:
             weights = {"aux_loss": self.config.router_aux_loss_coef, "sparsity_loss": 1.0}
             share = self._share_of_step(given)
@@ -275,7 +282,7 @@ class MoMModel(PreTrainedModel):
             init.zeros_(module.multipliers)
             init.zeros_(module.clock)
             init.zeros_(module.sparsity)
-            init.constant_(module.schedule, torch.nan)
+            init.zeros_(module.schedule)
         elif isinstance(module, CompactExperts):
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, std=ROUTER_STD)

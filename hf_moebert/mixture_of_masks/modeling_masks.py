@@ -16,6 +16,7 @@ from .modeling_structure import FeedForward, matrix_of
 
 ROUTER_STD = 0.02
 IMPORTANCE_SPREAD = 10.0  # how far above the least important unit's score that of the most important one starts
+LOWEST_SCORE, HIGHEST_SCORE = 2.4, 14.0  # open without noise, and not so far that float32 has no gradient
 INITIAL_SCORE, SCORE_STD = 3.0, 0.01  # without noise all masks are 1: the dense model
 
 
@@ -66,7 +67,8 @@ class MaskRouter(nn.Linear):
         """Choose experts for each token: index and weights, `(tokens, top_k)`; recorded where someone asks."""
         logits = self(hidden_states).flatten(0, -2)  # (tokens, experts)
         index, weights = choose_experts(logits, self.top_k)
-        records = _records.get()
+        # Compilers cannot read it: they break the graph while training, and leave it out at inference
+        records = None if torch.compiler.is_compiling() and not self.training else _records.get()
         if records is not None:
             records.append(Routing(network, logits, index, hidden_states.shape[:-1]))
         return index, weights

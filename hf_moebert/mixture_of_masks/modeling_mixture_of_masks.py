@@ -1,7 +1,6 @@
 """Models whose feed-forward networks have masks for experts, and the ways into and out of them."""
 
 import copy
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +16,8 @@ from transformers import (
     Qwen3ForCausalLM,
     T5ForConditionalGeneration,
 )
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from .configuration_mixture_of_masks import (
     MoMBertConfig,
@@ -30,8 +31,18 @@ from .configuration_mixture_of_masks import (
 )
 from .modeling_compact import CompactFeedForward, copy_units, fill_units, split_units
 from .modeling_masked import MoMModel
-from .modeling_masks import IMPORTANCE_SPREAD, INITIAL_SCORE, ROUTER_STD, MaskedFeedForward
+from .modeling_masks import (
+    HIGHEST_SCORE,
+    IMPORTANCE_SPREAD,
+    INITIAL_SCORE,
+    LOWEST_SCORE,
+    ROUTER_STD,
+    MaskedFeedForward,
+)
 from .modeling_structure import find_feed_forwards, matrix_of
+
+
+logger = logging.get_logger(__name__)
 
 
 class MoMLlamaForCausalLM(MoMModel, LlamaForCausalLM):
@@ -127,10 +138,12 @@ def add_masks(
         seed: Of scores and routers.
 
     Returns:
-        The new model in eval mode, with the dense model's dtypes and device; scores and routers are in float32.
+        The new model in eval mode, with the dense model's dtypes, devices and frozen weights; scores and routers are
+        in float32.
 
     Raises:
-        ValueError: If the model or an option does not fit.
+        ValueError: If the model, masks or importance do not fit.
+        StrictDataclassError: If an option breaks a rule of `MoMFields`.
 
     Source: Liu et al. 2025, "Masks Can be Learned as an Alternative to Experts", ACL: masks as experts, all active
     at the start. The options are our own design.
@@ -141,8 +154,8 @@ def add_masks(
             f"`model` must be one of {sorted(stock.__name__ for stock in _classes())}, got {type(model).__name__}. "
             "Load a dense checkpoint with one of these, and merge adapters."
         )
-    if not math.isfinite(initial_score):
-        raise ValueError(f"`initial_score` must be finite, got {initial_score}. Leave it out for {INITIAL_SCORE}.")
+    _check_dense(model)
+    _check_scores(initial_score, importance, masks)
     config = cls.config_class.from_dense(
         model.config,
         num_experts=num_experts,
@@ -153,6 +166,8 @@ def add_masks(
         router_aux_loss_coef=router_aux_loss_coef,
         masked_layers=layers,
     )
+    if isinstance(config, MoMT5Config) and config.num_decoder_layers > config.num_layers:
+        logger.warning("The decoder is deeper than the encoder: `compact` cannot write its widths down.")
     found = find_feed_forwards(model)
     masked = _build(cls, config)
     networks = list(masked.masked_networks().values())
@@ -172,9 +187,35 @@ def add_masks(
     return _take_over(masked, model, replaced=replaced, done=[*masked.networks(), "budget"])
 
 
+def _check_dense(model: PreTrainedModel) -> None:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("`model` must hold its weights in memory, some are elsewhere. Load it without offloading.")
+    if model.config.is_heterogeneous:
+        raise ValueError(
+            f"`model` must have layers of equal widths, got {model.config.to_dict()['per_layer_config']} as its "
+            "`per_layer_config`. Add masks before it is shrunk."
+        )
+
+
+def _check_scores(initial_score: float, importance: Tensor | None, masks: Tensor | None) -> None:
+    high = HIGHEST_SCORE - (0 if importance is None else IMPORTANCE_SPREAD)
+    if type(initial_score) not in (int, float) or not LOWEST_SCORE <= initial_score <= high:
+        raise ValueError(
+            f"`initial_score` must be in [{LOWEST_SCORE}, {high:g}], got {initial_score!r}: below masks are not open, "
+            f"and above they could not close, for want of a gradient. Leave it out for {INITIAL_SCORE:g}."
+        )
+    if importance is not None and masks is not None:
+        raise ValueError("`importance` must be left out with `masks`, which are fixed already. Give one of them.")
+    for name, value in (("importance", importance), ("masks", masks)):
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"`{name}` must be a tensor, got {type(value).__name__}. Use `torch.as_tensor`.")
+
+
 def _head_start(networks: list[MaskedFeedForward], config: MoMFields, importance: Tensor) -> Tensor:
     """Spread the scores of groups evenly, in the order of their importance, `(layers, 1, groups)`."""
     wanted = (len(networks), matrix_of(networks[0].down).shape[1])
+    if len(importance) == config.num_blocks:  # as it is measured; not all blocks may have masks
+        importance = importance[config.blocks]
     if importance.shape != wanted or not importance.isfinite().all():
         raise ValueError(
             f"`importance` must be finite and of shape (layers, units) = {wanted}, got {tuple(importance.shape)}. "
@@ -217,17 +258,19 @@ def compact(model: MoMModel) -> MoMModel:
         model: Its masks are fixed. It is not changed.
 
     Returns:
-        A model of the same class in eval mode, with the same dtypes and device.
+        A model of the same class in eval mode, with the same dtypes, device and frozen weights.
 
     Raises:
-        ValueError: If the masks are not fixed.
+        ValueError: If the masks are not fixed, or a network holds adapters.
 
     Source: Our own design.
     """
-    if not isinstance(model, MoMModel) or model.config.mask_stage != "fixed":
-        stage = getattr(getattr(model, "config", None), "mask_stage", "dense")
-        raise ValueError(f"`model` must have fixed masks, but its stage is {stage!r}. Call `fix_masks` first.")
+    stage = model.config.mask_stage if isinstance(model, MoMModel) else "dense, or wrapped by adapters"
+    if stage != "fixed":
+        raise ValueError(f"`model` must have fixed masks, but is {stage}. Merge adapters, and call `fix_masks` first.")
     masked = model.masked_networks()
+    for path, network in masked.items():
+        _check_network(path, network)
     units = {path: split_units(network) for path, network in masked.items()}
     sizes = {masked[path].block: (len(shared), [len(of) for of in own]) for path, (shared, own) in units.items()}
     widths = model.config.write_sizes(sizes)
@@ -249,6 +292,20 @@ def compact(model: MoMModel) -> MoMModel:
     return _take_over(small, model, replaced=masked, done=done)
 
 
+def _check_network(path: str, network: MaskedFeedForward) -> None:
+    for name in ("gate", "up", "down") if network.is_gated else ("up", "down"):
+        if type(linear := getattr(network, name)) not in (nn.Linear, Conv1D):
+            raise ValueError(
+                f"`{path}.{name}` must be a plain linear module, got {type(linear).__name__}. Merge adapters and "
+                "dequantize first."
+            )
+    if not network.is_gated and network.router is not None and network.act_fn(torch.zeros(1)).any():
+        raise ValueError(
+            f"The activation function of {path!r} must be 0 at 0, got {network.act_fn}: padding would come alive. Use "
+            "one expert."
+        )
+
+
 def _build(cls: type[MoMModel], config: MoMFields) -> MoMModel:
     with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten
         return cls(config)
@@ -264,6 +321,9 @@ def _take_over(target: MoMModel, model: PreTrainedModel, *, replaced: Iterable[s
             f"`model` must have the body and head of a {type(target).__bases__[1].__name__}: missing {missing}, "
             f"unexpected {unexpected}. Load the checkpoint again."
         )
+    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, parameter in target.named_parameters():
+        parameter.requires_grad_(trains.get(name, parameter.requires_grad))
     target.all_tied_weights_keys = dict(model.all_tied_weights_keys)  # as it is, whatever the configuration says
     target.tie_weights(recompute_mapping=False)
     if model.can_generate():

@@ -20,7 +20,8 @@ logger = logging.get_logger(__name__)
 SCORE_EPSILON = 1e-15  # scores far from closing have tiny gradients, which Adam's usual 1e-8 would swallow
 SCORE_BETAS = (0.5, 0.999)  # a long memory of gradients makes the masks overshoot their target
 STEADY = "steady_rate"  # in a group of the optimizer: which field of the recipe has the rate that no schedule changes
-GAP = 0.01  # how close to its target a run should end
+MULTIPLIER_EPSILON = 1e-2  # gradients of multipliers are gaps: those that are smaller than this hardly count
+GAP = 0.02  # how close to its target a run should end, and a model be that may count as the best
 
 
 class MaskSparsityCallback(TrainerCallback):
@@ -87,7 +88,12 @@ class MaskSparsityCallback(TrainerCallback):
         groups += [
             {"params": own["routers"], "lr": self.config.router_rate},
             {"params": own["scores"], STEADY: "score_rate", "eps": SCORE_EPSILON, "betas": SCORE_BETAS},
-            {"params": own["multipliers"], STEADY: "multiplier_rate", "maximize": True},
+            {
+                "params": own["multipliers"],
+                STEADY: "multiplier_rate",
+                "maximize": True,
+                "eps": MULTIPLIER_EPSILON,
+            },
         ]
         betas = (args.adam_beta1, args.adam_beta2)
         groups = [group for group in groups if group["params"]]
@@ -102,11 +108,16 @@ class MaskSparsityCallback(TrainerCallback):
         """Check that everything is in its place, and go on where a checkpoint left off."""
         model: nn.Module = kwargs["model"]
         refuse_sharded(model, "Masks must be seen whole")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"Every process must use one GPU, got {args.n_gpu}: copies of `nn.DataParallel` see no noise. Use "
+                "torchrun."
+            )
         self._model = _find_masked(model)
         self._refuse_other_optimizer(getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"]))
         self._ramp_steps, self._clock = self.config.ramp_steps(state.max_steps), -1
         budget = self._running.budget
-        schedule = self._describe(state.max_steps)
+        schedule = self._describe(state.max_steps, args.seed)
         if state.global_step:
             self._refuse_changes(schedule, budget.schedule)
         else:  # anew: `train` may be called twice
@@ -127,7 +138,7 @@ class MaskSparsityCallback(TrainerCallback):
         if self.config.final_active == 1:
             return
         model.draw_noise(args.seed)
-        if self._clock <= self._ramp_steps:
+        if self._clock <= self._ramp_steps or (model.budget.sparsity - model.budget.target).abs().max() > GAP:
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def on_optimizer_step(
@@ -164,7 +175,7 @@ class MaskSparsityCallback(TrainerCallback):
         open_shares = [float((n.masks.settled() > 0).float().mean()) for n in networks.values()]
         budget = self._running.budget
         logs |= {
-            "mom_target": budget.target,
+            "mom_target": budget.target or 0.0,
             "mom_sparsity": float(budget.sparsity.mean()),
             "mom_active": sum(open_shares) / len(open_shares),
         } | self._take_load(state.global_step)
@@ -174,20 +185,27 @@ class MaskSparsityCallback(TrainerCallback):
         if state.is_world_process_zero:  # the host has copied the logs into its history before it tells callbacks
             state.log_history[-1] |= logs | blocks
 
+    @torch.no_grad()
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Say so if the masks are not where they should be."""
-        budget, wanted = self._running.budget, 1 - self.config.final_active
         if self._clock < 0:  # resumed at its end
             return
-        if int(budget.clock) < self._ramp_steps or (budget.sparsity - wanted).abs().max() > GAP:
-            reached = ", ".join(f"{sparsity:.3f}" for sparsity in budget.sparsity.tolist())
+        model, wanted = self._running, 1 - self.config.final_active
+        networks = model.masked_networks().values()
+        closed = 1 - torch.stack(
+            [open_probability(n.masks.learned).mean() for n in networks]
+        )  # that of the best model
+        reached = closed if model.config.mask_budget == "layer" else closed.mean(dim=0, keepdim=True)
+        if self._clock < self._ramp_steps - 1 or (reached - wanted).abs().max() > GAP:
             logger.warning(
-                f"Training stopped after {int(budget.clock)} steps at a sparsity of {reached} instead of {wanted:.3f}."
-                " Train for longer, lower `ramp_share`, or raise `multiplier_rate` and `score_rate`."
+                f"Training stopped after {state.global_step} steps, and the model that is left has a sparsity of "
+                f"{', '.join(f'{value:.3f}' for value in reached.tolist())} instead of {wanted:.3f}. Train longer, "
+                "lower `ramp_share`, or raise `multiplier_rate` and `score_rate`."
             )
-        for network in self._running.masked_networks().values():
+        model.budget.target = None
+        for network in networks:
             network.masks.set_noise(None)
 
     def target_at(self, clock: int) -> float:
@@ -222,15 +240,20 @@ class MaskSparsityCallback(TrainerCallback):
             )
         return {"mom_load": max(float(load.max() / load.sum()) for load in loads.values())} if loads else {}
 
-    def _describe(self, total_steps: int) -> dict[str, float]:
-        numbers = asdict(self.config) | {"ramp": RAMPS.index(self.config.ramp), "max_steps": total_steps}
+    def _describe(self, total_steps: int, seed: int) -> dict[str, float]:
+        numbers = asdict(self.config) | {"ramp": RAMPS.index(self.config.ramp), "max_steps": total_steps, "seed": seed}
         return {name: -1.0 if value is None else float(value) for name, value in numbers.items()}
 
     def _refuse_changes(self, schedule: dict[str, float], before: Tensor) -> None:
+        if not before.any():
+            raise ValueError(
+                "`resume_from_checkpoint` must be a checkpoint of a run with this callback, got one without. Train "
+                "from its weights without resuming."
+            )
         changes = [
             f"`{name}` from {old:g} to {new:g}"
             for (name, new), old in zip(schedule.items(), before.tolist(), strict=True)
-            if not abs(new - old) <= 1e-6 * abs(old)  # NaN: it never began
+            if abs(new - old) > 1e-6 * abs(old)
         ]
         if changes and not self.allow_changes:
             raise ValueError(
