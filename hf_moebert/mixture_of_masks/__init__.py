@@ -1,7 +1,7 @@
 """Mixture of Masks: learned masks on the activations of feed-forward networks instead of experts."""
 
 from .configuration_recipe import MaskSparsityConfig
-from .modeling_mixture_of_masks import add_masks, compact
+from .modeling_conversion import add_masks, compact
 from .training import MaskSparsityCallback
 
 

@@ -141,7 +141,7 @@ class CompactFeedForward(RoutedFeedForward):
         experts.has_bias = dense.part("up").bias is not None
         dense.narrow(num_shared)
         super().__init__(dense, config)
-        self.num_shared, self.experts = num_shared, experts
+        self.experts = experts
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Add up shared and specific units, `(..., hidden)` to the same."""

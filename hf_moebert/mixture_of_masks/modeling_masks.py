@@ -50,7 +50,6 @@ class MaskRouter(nn.Linear):
     def __init__(self, config: MoMFields, hidden_size: int) -> None:
         super().__init__(hidden_size, config.num_experts, bias=False)
         self.top_k = config.num_experts_per_tok
-        self.active_fraction = 1.0
 
     def reset_parameters(self) -> None:
         """Draw small weights: at first all experts are nearly equally probable."""

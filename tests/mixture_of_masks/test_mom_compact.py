@@ -25,6 +25,7 @@ from hf_moebert import add_masks, compact
 from hf_moebert.footprint import measure_footprint
 from hf_moebert.mixture_of_masks.modeling_compact import CompactFeedForward, split_units
 from hf_moebert.mixture_of_masks.modeling_masks import MaskRouter
+from hf_moebert.mixture_of_masks.modeling_structure import matrix_of
 
 
 ROUTES = [{"num_experts": 1}, {"num_experts": 4}, {"num_experts": 4, "top_k": 2}]
@@ -78,7 +79,7 @@ def test_every_split_of_units_compacts(kind, how):
         assert len(networks) == {"open": 0, "one-sided": blocks_of(kind) - 1}.get(how, blocks_of(kind))
         if how != "open":
             network = list(networks.values())[-1]
-            assert network.num_shared == (0 if how == "apart" else 5)
+            assert len(matrix_of(network.up)) == (0 if how == "apart" else 5)
             assert network.experts.sizes == [3, 4, 5, 6]
             assert network.experts.down_proj.shape == (4, HIDDEN, 8)
 

@@ -1,16 +1,13 @@
 """Two processes on one machine; run as a script, this file is one of them."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import PartialState
 from mom_runs import assert_same, make, make_args, make_data, make_trainer
-from safetensors.torch import load_file, save_file
 from transformers import Trainer
+from two_processes import leave, read_both, run_in_two
 
 
 RUNS = ("llama", "bert", "fixed")
@@ -40,27 +37,15 @@ def be_one_of_two(folder):
     found = {}
     for run in RUNS:
         found |= train(folder, run, 4)
-    state = PartialState()
-    assert state.num_processes == 2
-    save_file(found, folder / f"{state.process_index}.safetensors")
-    state.destroy_process_group()
+    leave(found, folder)
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of two processes ended with."""
     folder = tmp_path_factory.mktemp("ranks")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launcher, __file__, str(folder)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
+    run_in_two(__file__, folder)
+    return read_both(folder)
 
 
 def of(run, tensors):

@@ -127,6 +127,15 @@ def test_the_active_share_is_that_of_all_outcomes(top_k):
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
+def test_the_active_share_is_not_rounded_by_autocast(top_k):
+    masks, real = torch.rand(4, 50, generator=seeded(1)), torch.ones(40, dtype=torch.bool)
+    index = torch.rand(40, 4, generator=seeded(2)).argsort(dim=1)[:, :top_k]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = active_share(masks, index, real)
+    assert torch.equal(found, active_share(masks, index, real))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
 def test_the_active_share_of_binary_masks_counts_units(top_k):
     generator = seeded(4)
     masks = torch.rand(4, 10, generator=generator) < 0.5

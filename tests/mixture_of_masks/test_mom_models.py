@@ -458,13 +458,7 @@ def test_masks_without_a_target_are_not_learned(caplog_of_host):
 
 
 def test_the_constraint_is_computed_in_float32_under_autocast():
-    model, batch = make_masked("llama").train(), make_batch("llama", labels=True)
-    model(**batch)
-    exact = model.budget.sparsity
-    with torch.autocast("cpu", torch.bfloat16):
-        model(**batch)
-    assert model.budget.sparsity.dtype == torch.float32
-    torch.testing.assert_close(model.budget.sparsity, exact, rtol=0, atol=0.02)  # tokens may change their expert
+    batch = make_batch("llama", labels=True)
     one = make_masked("llama", num_experts=1).train()
     one(**batch)
     exact = one.budget.sparsity

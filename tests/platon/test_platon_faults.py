@@ -2,7 +2,6 @@
 
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from two_processes import run_in_two
 
 from hf_moebert import PlatonConfig, PlatonPruningCallback
 from hf_moebert.platon.training_pruner import Pruner
@@ -418,16 +418,7 @@ def be_one_of_two(folder):
 def ranks(tmp_path_factory):
     """The folder in which each of two processes left what it ended with."""
     folder = tmp_path_factory.mktemp("ranks")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launcher, __file__, str(folder)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_in_two(__file__, folder, timeout=120)
     return folder
 
 
