@@ -26,11 +26,11 @@ demo: $(VENV)/.demo
 	OMP_WAIT_POLICY=PASSIVE $(PY) examples/moebert_text_classification.py build/demo/data/demo.json  # share the cores
 
 # transformers' own model tests: part of its source archive, not of its wheel, and not of this repository.
-$(VENV)/.host_suite: $(VENV)/.installed
-	$(PY) tests/host_suite.py
+$(VENV)/.transformers_suite: $(VENV)/.installed
+	$(PY) tests/transformers_suite.py
 	touch $@
 
-test: $(VENV)/.demo $(VENV)/.host_suite
+test: $(VENV)/.demo $(VENV)/.transformers_suite
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) tests  # as many threads as workers: more would wait for each other
 
 style: $(VENV)/.installed

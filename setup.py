@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["hf_moebert", "hf_moebert.*"]),
-    package_data={"hf_moebert": ["py.typed", "*.md", "*/README.md"]},
+    package_data={"hf_moebert": ["py.typed", "**/*.pyi", "**/*.md"]},
     install_requires=[
         "torch>=2.13",
         "transformers>=5.23,<5.24",
@@ -28,6 +28,7 @@ setup(
         "evaluate>=0.4.6",
         "huggingface_hub>=2.4",
         "jinja2",
+        "lazy_loader",
         "matplotlib",
         "numpy",
         "peft>=0.21",

@@ -22,9 +22,9 @@ import torchcrf
 from torch import Tensor
 from transformers import HfArgumentParser
 
-from hf_moebert.benchmark import compare_latency, environment
-from hf_moebert.masked_crf import MaskedCRF
-from hf_moebert.report import markdown_table
+from hf_moebert.measuring.latency import compare_latency, environment
+from hf_moebert.methods.masked_crf import MaskedCRF
+from hf_moebert.reporting.tables import markdown_table
 
 
 CASES = ("full", "ragged", "masked", "underflow")

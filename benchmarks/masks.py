@@ -42,10 +42,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_moebert.benchmark import SpeedUp, compare_times, environment, time_rounds
-from hf_moebert.footprint import measure_footprint
-from hf_moebert.mixture_of_masks import MaskSparsityCallback, add_masks, compact
-from hf_moebert.report import markdown_table
+from hf_moebert.measuring.footprint import measure_footprint
+from hf_moebert.measuring.latency import SpeedUp, compare_times, environment, time_rounds
+from hf_moebert.methods.mixture_of_masks import MaskSparsityCallback, from_dense, shrink
+from hf_moebert.reporting.tables import markdown_table
 
 
 Row = dict[str, Any]
@@ -142,7 +142,7 @@ def time_training(args: MaskBenchmarkArguments) -> list[Row]:
     dense = Qwen2ForCausalLM(args.config)
     models = {"dense": dense}
     for experts in (1, args.experts):
-        models[label(experts)] = add_masks(dense, num_experts=experts, top_k=min(args.top_k, experts), seed=args.seed)
+        models[label(experts)] = from_dense(dense, num_experts=experts, top_k=min(args.top_k, experts), seed=args.seed)
     ids = torch.randint(args.config.vocab_size, (args.train_batch, args.train_seq), device=args.device)
     batch = {"input_ids": ids, "labels": ids}
     calls = {name: make_step(model.to(args.device).train(), batch, args) for name, model in models.items()}
@@ -189,8 +189,10 @@ def make_models(args: MaskBenchmarkArguments, dtype: torch.dtype) -> Models:
         compacts = {}
         for experts in (args.experts, 1):
             masks = draw_masks((args.layers, experts, dense.config.intermediate_size), args.specific, args.seed)
-            masked = add_masks(dense, num_experts=experts, top_k=min(args.top_k, experts), masks=masks, seed=args.seed)
-            compacts[label(experts)] = compact(masked)
+            masked = from_dense(
+                dense, num_experts=experts, top_k=min(args.top_k, experts), masks=masks, seed=args.seed
+            )
+            compacts[label(experts)] = shrink(masked)
     else:
         dense = AutoModelForCausalLM.from_pretrained(args.dense, dtype=dtype)
         compacts = {"compact": AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)}

@@ -32,9 +32,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BertConfig, BertModel, HfArgumentParser, PreTrainedModel
 
 from hf_moebert import MoEBertConfig, MoEBertModel, optimize_for_inference
-from hf_moebert.benchmark import compare_times, environment, time_rounds
-from hf_moebert.linears import check_precision
-from hf_moebert.report import markdown_table
+from hf_moebert.inference.linears import check_precision
+from hf_moebert.measuring.latency import compare_times, environment, time_rounds
+from hf_moebert.reporting.tables import markdown_table
 
 
 PLAIN = "dense, plain"

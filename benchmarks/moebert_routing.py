@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, HfArgumentParser, PreTrainedModel
 
 from hf_moebert import MoEBertConfig, MoEBertModel
-from hf_moebert.benchmark import SpeedUp, compare_times, environment, time_rounds
-from hf_moebert.report import markdown_table
+from hf_moebert.measuring.latency import SpeedUp, compare_times, environment, time_rounds
+from hf_moebert.reporting.tables import markdown_table
 
 
 VOCAB_SIZE = BertConfig().vocab_size

@@ -28,10 +28,10 @@ from moebert_queue import PLAIN, Point, build, model_names, ratio
 from torch import Tensor
 from transformers import BertConfig, HfArgumentParser
 
-from hf_moebert.benchmark import environment, time_rounds
-from hf_moebert.footprint import measure_footprint
-from hf_moebert.linears import check_precision
-from hf_moebert.report import markdown_table
+from hf_moebert.inference.linears import check_precision
+from hf_moebert.measuring.footprint import measure_footprint
+from hf_moebert.measuring.latency import environment, time_rounds
+from hf_moebert.reporting.tables import markdown_table
 
 
 GPU_SEQ = 128

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, HfArgumentParser
 
 from hf_moebert import MoEBertConfig, measure_importance
-from hf_moebert.benchmark import compare_latency, environment
-from hf_moebert.moebert.modeling_experts import MoEBertExperts
-from hf_moebert.report import markdown_table
+from hf_moebert.measuring.latency import compare_latency, environment
+from hf_moebert.methods.moebert.modeling_experts import MoEBertExperts
+from hf_moebert.reporting.tables import markdown_table
 
 
 @dataclass

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, HfArgumentParser, PreTrainedModel
 
-from hf_moebert.benchmark import CLOCKS, SpeedUp, compare_latency, environment
-from hf_moebert.mpo import compress_mpo
-from hf_moebert.mpo.functional import contract, contract_activation, merge
-from hf_moebert.mpo.functional_shapes import count_parameters, factor_matrix, full_bonds, plan_chain
-from hf_moebert.mpo.modeling_mpo import MPOMatrix, decompose_layer
-from hf_moebert.report import markdown_table
+from hf_moebert.measuring.latency import CLOCKS, SpeedUp, compare_latency, environment
+from hf_moebert.methods.mpo import compress_mpo
+from hf_moebert.methods.mpo.functional import contract, contract_activation, merge
+from hf_moebert.methods.mpo.functional_shapes import count_parameters, factor_matrix, full_bonds, plan_chain
+from hf_moebert.methods.mpo.modeling_mpo import MPOMatrix, decompose_layer
+from hf_moebert.reporting.tables import markdown_table
 
 
 Row = dict[str, Any]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import BertModel, PreTrainedModel
 from transformers.exporters import OnnxConfig, OnnxExporter
 
-from hf_moebert.benchmark import time_rounds
+from hf_moebert.measuring.latency import time_rounds
 
 
 TOLERANCE = 1e-4  # between torch and ONNX Runtime in float32

@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, HfArgumentParser
 
 from hf_moebert import PlatonConfig
-from hf_moebert.benchmark import compare_times, environment, time_rounds
-from hf_moebert.platon.functional import kth_smallest
-from hf_moebert.platon.training_pruner import Pruner
-from hf_moebert.report import markdown_table
+from hf_moebert.measuring.latency import compare_times, environment, time_rounds
+from hf_moebert.methods.platon.functional import kth_smallest
+from hf_moebert.methods.platon.training_pruner import Pruner
+from hf_moebert.reporting.tables import markdown_table
 
 
 @dataclass
@@ -35,7 +35,7 @@ class OverheadArguments:
     step_rounds: int = field(default=3, metadata={"help": "Timed whole training steps; 0 leaves them out."})
     batch: int = field(default=32, metadata={"help": "Sequences of a training step."})
     seq: int = field(default=128, metadata={"help": "Tokens of each of them."})
-    final_ratio: float = field(default=0.1, metadata={"help": "Share of the weights kept."})
+    keep_ratio: float = field(default=0.1, metadata={"help": "Share of the weights kept."})
     seed: int = field(default=0, metadata={"help": "Of weights, gradients and ids."})
 
 
@@ -82,7 +82,7 @@ def prepare(args: OverheadArguments) -> tuple[BertForSequenceClassification, Pru
     """BERT-base with random weights and gradients, whose statistics have seen two windows."""
     torch.manual_seed(args.seed)
     model = BertForSequenceClassification(BertConfig()).train()
-    config = PlatonConfig(final_ratio=args.final_ratio, include_bias=True, initial_warmup=0, final_warmup=1)
+    config = PlatonConfig(keep_ratio=args.keep_ratio, include_bias=True, initial_warmup=0, final_warmup=1)
     pruner = Pruner(model, config, 1000)
     for _ in range(20):
         for parameter in pruner.parameters.values():
@@ -108,7 +108,7 @@ def time_parts(pruner: Pruner, rounds: int) -> tuple[dict[str, np.ndarray], list
     """Time each part against the peer; both must find the same threshold."""
     peer = Straightforward(pruner)
     sizes = [piece.stop - piece.start for piece in pruner.selection.pieces]
-    zeros = round((1 - pruner.config.final_ratio) * pruner.numel)
+    zeros = round((1 - pruner.config.keep_ratio) * pruner.numel)
     threshold = partial(kth_smallest, pruner.selection._score, sizes, zeros, torch.device("cpu"))
     pruner.clock = pruner.end + 1
     pruner._renew_masks()

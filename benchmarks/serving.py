@@ -37,13 +37,13 @@ from transformers import (
     TextClassificationPipeline,
 )
 
-from hf_moebert.batching import DynamicBatcher
-from hf_moebert.benchmark import SpeedUp, compare_times, environment
-from hf_moebert.multitask.functional import layers_run
-from hf_moebert.multitask.modeling_multitask import MultiTaskBertModel
-from hf_moebert.multitask.modeling_pipeline import MultiTaskPipeline, group_by_length
-from hf_moebert.report import markdown_table
-from hf_moebert.serving import ServingLimits, build_app
+from hf_moebert.measuring.latency import SpeedUp, compare_times, environment
+from hf_moebert.methods.multitask.functional import layers_run
+from hf_moebert.methods.multitask.modeling_multitask import MultiTaskBertModel
+from hf_moebert.methods.multitask.pipeline import MultiTaskPipeline, group_by_length
+from hf_moebert.reporting.tables import markdown_table
+from hf_moebert.serving.app import ServingLimits, build_app
+from hf_moebert.serving.batching import DynamicBatcher
 
 
 MEASURES = ("requests/s", "p50", "p99")

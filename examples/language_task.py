@@ -32,7 +32,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_moebert.mpoe.functional import expert_load
+from hf_moebert.methods.mpoe.functional import expert_load
 
 
 END = "<|endoftext|>"

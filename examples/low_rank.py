@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_moebert.mpo.functional_shapes import choose_bonds
-from hf_moebert.mpo.modeling_compression import find_matrices
+from hf_moebert.methods.mpo.conversion import find_matrices
+from hf_moebert.methods.mpo.functional_shapes import choose_bonds
 
 
-def cut_to_low_rank(model: PreTrainedModel, *, size_ratio: float) -> PreTrainedModel:
+def cut_to_low_rank(model: PreTrainedModel, *, keep_ratio: float) -> PreTrainedModel:
     """Replace the matrices that `compress_mpo` would replace by two factors each, in place.
 
     Ranks are chosen as `compress_mpo` chooses bonds: over all matrices together, by the error that each parameter
@@ -20,7 +20,7 @@ def cut_to_low_rank(model: PreTrainedModel, *, size_ratio: float) -> PreTrainedM
     ranks = choose_bonds(
         [[values] for _, values, _ in parts],
         [weight.shape for weight in weights],
-        max_parameters=size_ratio * sum(weight.numel() for weight in weights),
+        max_parameters=keep_ratio * sum(weight.numel() for weight in weights),
     )
     for path, (u, values, vh), (rank,) in zip(paths, parts, ranks, strict=True):
         roots = values[:rank].sqrt()

@@ -12,18 +12,18 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 
-from hf_moebert.mixture_of_masks.functional import active_share, chosen_experts
-from hf_moebert.mixture_of_masks.functional_plans import (
+from hf_moebert.methods.mixture_of_masks.functional import active_share, chosen_experts
+from hf_moebert.methods.mixture_of_masks.functional_plans import (
     clustered_masks,
     dealt_masks,
     kept_mask,
     random_masks,
     unit_magnitude,
 )
-from hf_moebert.mixture_of_masks.modeling_masks import recording
-from hf_moebert.mixture_of_masks.modeling_structure import find_feed_forwards, matrix_of
-from hf_moebert.mixture_of_masks.training_importance import measure_unit_importance
-from hf_moebert.pictures import plot_curves, plot_stacks
+from hf_moebert.methods.mixture_of_masks.modeling_feed_forward import find_feed_forwards, matrix_of
+from hf_moebert.methods.mixture_of_masks.modeling_masks import recording
+from hf_moebert.methods.mixture_of_masks.training_importance import measure_unit_importance
+from hf_moebert.reporting.pictures import plot_curves, plot_stacks
 
 
 LEARNED = ("masks", "guided", "single", "distilled-masks")
@@ -40,9 +40,9 @@ class MaskArguments:
     active: list[float] = field(default_factory=lambda: [0.75, 0.5], metadata={"help": "Shares of units that stay."})
     num_experts: int = field(default=4, metadata={"help": "Experts of each block."})
     group_size: int = field(default=1, metadata={"help": "Units that share a learned mask."})
-    budget: str = field(default="global", metadata={"help": "See `add_masks`.", "choices": ("global", "layer")})
-    initial_score: float = field(default=3.0, metadata={"help": "See `add_masks`."})
-    router_aux_loss_coef: float = field(default=0.01, metadata={"help": "See `add_masks`; of all splits."})
+    budget: str = field(default="global", metadata={"help": "See `from_dense`.", "choices": ("global", "layer")})
+    initial_score: float = field(default=3.0, metadata={"help": "See `from_dense`."})
+    router_aux_loss_coef: float = field(default=0.01, metadata={"help": "See `from_dense`; of all splits."})
     sparsify_share: float = field(default=0.6, metadata={"help": "Share of the steps in which masks are learned."})
     importance_batches: int = field(default=32, metadata={"help": "Training batches that measure the importance."})
     pretrain_steps: int = field(default=0, metadata={"help": "Steps of the start; 0 leaves a named model as it is."})

@@ -31,11 +31,9 @@ from tagging_task import TaggingArguments, TaggingTask, make_smoke_tags, tag
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from hf_moebert import BertCrfForTokenClassification, CrfForTokenClassification
-from hf_moebert.benchmark import compare_latency
-from hf_moebert.evaluation import bootstrap_interval, paired_bootstrap
-from hf_moebert.footprint import count_bytes
-from hf_moebert.masked_crf.functional_tags import infer_scheme
-from hf_moebert.metrics.seqeval.seqeval import (
+from hf_moebert.measuring.footprint import count_bytes
+from hf_moebert.measuring.latency import compare_latency
+from hf_moebert.measuring.metrics.seqeval.seqeval import (
     SCHEMES,
     count_illegal,
     count_spans,
@@ -44,7 +42,9 @@ from hf_moebert.metrics.seqeval.seqeval import (
     micro_recall,
     span_f1,
 )
-from hf_moebert.pictures import plot_transitions
+from hf_moebert.measuring.scores import bootstrap_interval, paired_bootstrap
+from hf_moebert.methods.masked_crf.functional_tags import infer_scheme
+from hf_moebert.reporting.pictures import plot_transitions
 
 
 METHODS = ("softmax", "crf", "masked-decoding", "masked-training")

@@ -8,7 +8,7 @@
         --validation_file test.txt --max_steps 1000 --learning_rate 3e-4 --output_dir build/masks-t5
 
 Every argument of `TrainingArguments` and `MaskSparsityConfig` may be given, but that `--active` takes the place of
-`final_active`; the others are below. All kinds start from one dense model, `start`, one for all seeds: the one that
+`keep_ratio`; the others are below. All kinds start from one dense model, `start`, one for all seeds: the one that
 is named, or a small one that is first trained from scratch on the training text. `dense` goes on as it is. The others
 are made for each active share, and what is saved and scored is the compact model:
 
@@ -52,18 +52,12 @@ from pruning_study import PruningStudy, mean_over_seeds, show
 from torch import Tensor
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from hf_moebert import (
-    DistillationConfig,
-    DistillationTrainer,
-    MaskSparsityCallback,
-    MaskSparsityConfig,
-    add_masks,
-    compact,
-)
-from hf_moebert.evaluation import Score, bootstrap_interval, paired_bootstrap
-from hf_moebert.footprint import measure_footprint
-from hf_moebert.mixture_of_masks.training_importance import measure_unit_importance
-from hf_moebert.pictures import plot_curves
+from hf_moebert import DistillationConfig, DistillationTrainer, MaskSparsityCallback, MaskSparsityConfig
+from hf_moebert.measuring.footprint import measure_footprint
+from hf_moebert.measuring.scores import Score, bootstrap_interval, paired_bootstrap
+from hf_moebert.methods.mixture_of_masks import from_dense, shrink
+from hf_moebert.methods.mixture_of_masks.training_importance import measure_unit_importance
+from hf_moebert.reporting.pictures import plot_curves
 
 
 ABOUT = """\
@@ -145,7 +139,7 @@ class MaskStudy(PruningStudy):
         else:
             shape = {"num_experts": options["num_experts"], "active": run.active}
             options["masks"] = plan_masks(run.kind, model, self.first_batches(seed), **shape, seed=seed)
-        return add_masks(model, **options)
+        return from_dense(model, **options)
 
     def first_batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
         """Yield the batches with which training begins."""
@@ -162,7 +156,7 @@ class MaskStudy(PruningStudy):
         args.seed, args.output_dir = seed, str(self.folder("checkpoints", seed))
         model, options = self.start(run, seed), {}
         if run.sparsifies:
-            callback = MaskSparsityCallback(replace(self.recipe, final_active=run.active))
+            callback = MaskSparsityCallback(replace(self.recipe, keep_ratio=run.active))
             optimizer, options["callbacks"] = callback.make_optimizer(model, args), [callback]
         else:
             optimizer = make_optimizer(model, args, router_rate=self.recipe.router_rate)
@@ -191,7 +185,7 @@ class MaskStudy(PruningStudy):
 
     def save(self, model: PreTrainedModel, run: MaskRun, folder: Path) -> None:
         """Save a model with fixed masks as small as it has become, any other as it is."""
-        (model if run.kind == "dense" or run.sparsifies else compact(model)).save_pretrained(folder)
+        (model if run.kind == "dense" or run.sparsifies else shrink(model)).save_pretrained(folder)
 
     def sizes(self, model: PreTrainedModel, run: MaskRun, seed: int) -> dict[str, int]:
         """Count all weights, those that one token meets, and the bytes on disk."""

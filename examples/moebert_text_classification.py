@@ -27,11 +27,11 @@ from transformers import (
 )
 
 from hf_moebert import DistillationConfig, DistillationTrainer, MoEBertForSequenceClassification, measure_importance
-from hf_moebert.hub import write_model_card
-from hf_moebert.linears import why_not
-from hf_moebert.moebert.training import count_tokens, measure_expert_load, save_importance
-from hf_moebert.pictures import plot_distillation_losses, plot_expert_load
-from hf_moebert.report import measurement_rows, write_report
+from hf_moebert.inference.linears import why_not
+from hf_moebert.methods.moebert.conversion import count_tokens, measure_expert_load, save_importance
+from hf_moebert.reporting.model_card import write_model_card
+from hf_moebert.reporting.pictures import plot_distillation_losses, plot_expert_load
+from hf_moebert.reporting.tables import measurement_rows, write_report
 
 
 @dataclass

@@ -41,15 +41,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_moebert import (
-    GradientMaskConfig,
-    MPOEGPT2LMHeadModel,
-    MPOEGradientMaskCallback,
-    MPOET5ForConditionalGeneration,
-)
-from hf_moebert.benchmark import compare_latency
-from hf_moebert.footprint import measure_footprint
-from hf_moebert.pictures import plot_curves
+from hf_moebert import MPOEGradientMaskCallback, MPOEGradientMaskConfig
+from hf_moebert.measuring.footprint import measure_footprint
+from hf_moebert.measuring.latency import compare_latency
+from hf_moebert.methods.mpoe import MPOEGPT2LMHeadModel, MPOET5ForConditionalGeneration
+from hf_moebert.reporting.pictures import plot_curves
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -74,7 +70,7 @@ class ExampleArguments:
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Runs of everything."})
     kinds: list[str] = field(default_factory=lambda: list(KINDS), metadata={"help": "Rows of the table."})
     num_experts: int = field(default=4, metadata={"help": "Experts of each block."})
-    keep: float | None = field(default=None, metadata={"help": "See GradientMaskConfig."})
+    keep: float | None = field(default=None, metadata={"help": "See MPOEGradientMaskConfig."})
     pretrain_steps: int = field(default=600, metadata={"help": "Steps of the dense model, if from scratch."})
     pretrain_rate: float = field(default=1e-3, metadata={"help": "Its learning rate."})
     rounds: int = field(default=8, metadata={"help": "Training steps of each kind that are timed in turns."})
@@ -156,7 +152,7 @@ class GenerationStudy(PruningStudy):
         """Watch the tensors of the chains, and mask where it is asked for."""
         if run.name in ("start", "dense"):
             return {}
-        masks = [MPOEGradientMaskCallback(GradientMaskConfig(keep=self.example.keep))]
+        masks = [MPOEGradientMaskCallback(MPOEGradientMaskConfig(keep=self.example.keep))]
         return {"callbacks": [*(masks if run.name == "mpoe-masked" else []), UpdateSizes()]}
 
     def sizes(self, model: PreTrainedModel, run: Run, seed: int) -> dict[str, int]:

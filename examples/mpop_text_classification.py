@@ -13,7 +13,7 @@ from the same pre-trained encoder and train for the same steps:
 - `adapter`: `MPOConfig`, the tuner for PEFT, with full bonds; `lora`, `lokr`: with about as many trained weights;
 - `mpop`: all matrices decomposed with full bonds, central tensors frozen; `squeezed`: goes on from there by dimension
   squeezing;
-- `mpop-half`: decomposed to `size_ratio`, central tensors frozen; `mpop-half-all`: all of them trained;
+- `mpop-half`: decomposed to `keep_ratio`, central tensors frozen; `mpop-half-all`: all of them trained;
 - `svd-half`: truncated singular values at the same size, all factors trained.
 
 The first seed tries every learning rate, and the best on a part of the training data that was held out is used for
@@ -36,13 +36,13 @@ from text_task import TaskArguments, make_smoke_inputs
 from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
 
 from hf_moebert import MPOConfig, MPOSqueezingCallback, MPOSqueezingConfig, compress_mpo
-from hf_moebert.benchmark import compare_latency
-from hf_moebert.evaluation import predict_logits
-from hf_moebert.footprint import count_bytes
-from hf_moebert.mpo.functional import decompose
-from hf_moebert.mpo.functional_shapes import choose_bonds, entanglement_entropy, error_bound, factor_matrix
-from hf_moebert.mpo.modeling_compression import find_matrices
-from hf_moebert.pictures import plot_curves
+from hf_moebert.measuring.footprint import count_bytes
+from hf_moebert.measuring.latency import compare_latency
+from hf_moebert.measuring.scores import predict_logits
+from hf_moebert.methods.mpo.conversion import find_matrices
+from hf_moebert.methods.mpo.functional import decompose
+from hf_moebert.methods.mpo.functional_shapes import choose_bonds, entanglement_entropy, error_bound, factor_matrix
+from hf_moebert.reporting.pictures import plot_curves
 
 
 METHODS = ("full", "adapter", "lora", "lokr", "mpop", "squeezed", "mpop-half", "mpop-half-all", "svd-half")
@@ -63,7 +63,7 @@ class ExampleArguments:
     learning_rates: list[float] = field(
         default_factory=lambda: [2e-4, 1e-3], metadata={"help": "Tried by each method."}
     )
-    size_ratio: float = field(default=0.5, metadata={"help": "Size of what is made smaller."})
+    keep_ratio: float = field(default=0.5, metadata={"help": "Size of what is made smaller."})
     held_out: int = field(default=1000, metadata={"help": "Training examples that choose, and are not trained on."})
     squeezing_rate: float = field(default=2e-4, metadata={"help": "Learning rate while squeezing."})
     squeezing_steps: int = field(default=300, metadata={"help": "Steps of squeezing, after those of `mpop`."})
@@ -125,12 +125,12 @@ class MPOPStudy(PruningStudy):
         if run.kind in ("lora", "lokr"):
             settings |= {"rank": getattr(self.example, f"{run.kind}_rank"), "factor": self.example.lokr_factor}
         if "half" in run.kind:
-            settings["size_ratio"] = self.example.size_ratio
+            settings["keep_ratio"] = self.example.keep_ratio
         return settings | (asdict(self.squeezing) if run.kind == "squeezed" else {})
 
     def start(self, run: Method, seed: int) -> PreTrainedModel | PeftModel:
         """Bring the encoder, or the model that squeezing goes on with, into the form that is trained."""
-        model, half = super().start(run, seed), self.example.size_ratio
+        model, half = super().start(run, seed), self.example.keep_ratio
         adapter: dict[str, Any] = {"target_modules": TARGETS, "modules_to_save": ["classifier"]}
         lora, lokr, factor = self.example.lora_rank, self.example.lokr_rank, self.example.lokr_factor
         forms = {
@@ -140,9 +140,9 @@ class MPOPStudy(PruningStudy):
                 model, LoKrConfig(r=lokr, alpha=2 * lokr, decompose_factor=factor, **adapter)
             ),
             "mpop": lambda: compress_mpo(model),
-            "mpop-half": lambda: compress_mpo(model, size_ratio=half),
-            "mpop-half-all": lambda: compress_mpo(model, size_ratio=half, train_centre=True),
-            "svd-half": lambda: cut_to_low_rank(model, size_ratio=half),
+            "mpop-half": lambda: compress_mpo(model, keep_ratio=half),
+            "mpop-half-all": lambda: compress_mpo(model, keep_ratio=half, train_centre=True),
+            "svd-half": lambda: cut_to_low_rank(model, keep_ratio=half),
         }
         return forms[run.kind]() if run.kind in forms else model
 

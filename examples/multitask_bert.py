@@ -8,7 +8,7 @@
 
 `tasks.json` gives each task's name its `kind` (classification, regression, tagging, crf_tagging), `train_file`,
 `validation_file`, columns (`text_column`, `text_pair_column`, `label_column`, or `tokens_column`, `tags_column`),
-`metric` and `max_train_examples`. Every argument of `TrainingArguments` and `SweepConfig` may be given; the others are
+`metric` and `max_train_examples`. Every argument of `TrainingArguments` and `MultiTaskSweepConfig` may be given; the others are
 below. For each seed and task:
 
 - `separate`: the whole encoder is fine-tuned, one model for each task;
@@ -36,16 +36,16 @@ from pruning_study import mean_over_seeds, show
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
-from hf_moebert.benchmark import compare_latency, environment
-from hf_moebert.evaluation import Interval, Score
-from hf_moebert.footprint import count_bytes
-from hf_moebert.multitask.configuration_recipe import SweepConfig
-from hf_moebert.multitask.functional import layers_run
-from hf_moebert.multitask.training import MultiTaskSweep, Run
-from hf_moebert.multitask.training_runs import read_result, write_result
-from hf_moebert.multitask.training_states import fingerprint_data
-from hf_moebert.pictures import plot_curves
-from hf_moebert.report import escape_markdown, markdown_table, picture_link, short_number
+from hf_moebert.measuring.footprint import count_bytes
+from hf_moebert.measuring.latency import compare_latency, environment
+from hf_moebert.measuring.scores import Interval, Score
+from hf_moebert.methods.multitask.functional import layers_run
+from hf_moebert.methods.multitask.recipe import MultiTaskSweepConfig
+from hf_moebert.methods.multitask.training import MultiTaskSweep, Run
+from hf_moebert.methods.multitask.training_runs import read_result, write_result
+from hf_moebert.methods.multitask.training_states import fingerprint_data
+from hf_moebert.reporting.pictures import plot_curves
+from hf_moebert.reporting.tables import escape_markdown, markdown_table, picture_link, short_number
 
 
 ABOUT = """\
@@ -78,7 +78,11 @@ class MultiTaskStudy:
     """Sweeps over several seeds, and one table over all ways to serve the tasks."""
 
     def __init__(
-        self, tasks: Mapping[str, LearnedTask], args: TrainingArguments, config: SweepConfig, example: ExampleArguments
+        self,
+        tasks: Mapping[str, LearnedTask],
+        args: TrainingArguments,
+        config: MultiTaskSweepConfig,
+        example: ExampleArguments,
     ) -> None:
         self.tasks, self.args, self.config, self.example = tasks, args, config, example
         self.output = Path(args.output_dir)
@@ -269,7 +273,7 @@ def draw_ways(
 
 def main() -> None:
     """Make the runs that are missing, then the tables."""
-    parser = HfArgumentParser((ExampleArguments, SweepConfig, TrainingArguments))
+    parser = HfArgumentParser((ExampleArguments, MultiTaskSweepConfig, TrainingArguments))
     example, config, args = parser.parse_args_into_dataclasses()
     logging.set_verbosity_error()  # each run puts a new head on the encoder, and the host tells of every one
     logging.disable_progress_bar()
@@ -277,7 +281,7 @@ def main() -> None:
         example.model_name_or_path, example.tasks = make_smoke_tasks(Path(args.output_dir) / "inputs")
         args.max_steps, args.save_strategy, args.disable_tqdm, args.learning_rate = 6, "no", True, 1e-2
         example.samples, example.rounds = 20, 3
-        config = SweepConfig(teacher_layers=[1, 2], student_layers=[1])
+        config = MultiTaskSweepConfig(teacher_layers=[1, 2], student_layers=[1])
     if example.model_name_or_path is None or example.tasks is None:
         raise SystemExit("Give --model_name_or_path and --tasks, or --smoke.")
     options = {"max_length": example.max_length, "dev_share": example.dev_share, "seed": args.seed}

@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from hf_moebert import BertCrfForTokenClassification
-from hf_moebert.data import encode_text, encode_tokens, label_names_of, load_splits, tag_names_of
-from hf_moebert.evaluation import CLASSIFICATION_SCORES, REGRESSION_SCORES, SPAN_SCORES, Score, tags_of
-from hf_moebert.metrics.seqeval.seqeval import count_spans
-from hf_moebert.multitask.training import SweepTask
-from hf_moebert.multitask.training_states import pad_examples
+from hf_moebert.data.texts import encode_text, encode_tokens, label_names_of, load_splits, tag_names_of
+from hf_moebert.measuring.metrics.seqeval.seqeval import count_spans
+from hf_moebert.measuring.scores import CLASSIFICATION_SCORES, REGRESSION_SCORES, SPAN_SCORES, Score, tags_of
+from hf_moebert.methods.multitask.training import MultiTaskSweepTask
+from hf_moebert.methods.multitask.training_states import pad_examples
 
 
 # The library's accuracy checks its arguments for a hundred times as long, and intervals ask for it often.
@@ -118,9 +118,9 @@ class LearnedTask:
         )
         return BertCrfForTokenClassification.from_dense(model) if self.entry.kind == "crf_tagging" else model
 
-    def for_sweep(self) -> SweepTask:
+    def for_sweep(self) -> MultiTaskSweepTask:
         """Show the sweep what it may see."""
-        return SweepTask(self.new_model, self.train, self.dev, self.score_predictions, self.metric)
+        return MultiTaskSweepTask(self.new_model, self.train, self.dev, self.score_predictions, self.metric)
 
     def read(self, predictions: np.ndarray, labels: np.ndarray) -> list:
         """Say what is predicted for each example, in a form that JSON knows: a class, a number, or tags."""

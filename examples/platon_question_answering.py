@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from hf_moebert import DistillationConfig, PlatonConfig
-from hf_moebert.metrics.squad.squad import best_over, exact_match, token_f1
+from hf_moebert.measuring.metrics.squad.squad import best_over, exact_match, token_f1
 
 
 COLOURS = ("red", "blue", "green", "yellow", "black", "white", "brown", "grey")

@@ -22,7 +22,7 @@ from text_task import TaskArguments, TextTask, make_smoke_inputs
 from transformers import AutoModelForSequenceClassification, HfArgumentParser, PreTrainedModel, TrainingArguments
 
 from hf_moebert import DistillationConfig, PlatonConfig
-from hf_moebert.evaluation import CLASSIFICATION_SCORES, REGRESSION_SCORES, predict_logits
+from hf_moebert.measuring.scores import CLASSIFICATION_SCORES, REGRESSION_SCORES, predict_logits
 
 
 @dataclass

@@ -21,11 +21,11 @@ from hf_moebert import (
     save_packed,
     shrink,
 )
-from hf_moebert.benchmark import compare_latency, environment
-from hf_moebert.evaluation import Interval, Score, bootstrap_interval, paired_bootstrap
-from hf_moebert.footprint import measure_footprint
-from hf_moebert.pictures import plot_pruning, plot_sparsity
-from hf_moebert.report import Rows, escape_markdown, markdown_table, picture_link, short_number
+from hf_moebert.measuring.footprint import measure_footprint
+from hf_moebert.measuring.latency import compare_latency, environment
+from hf_moebert.measuring.scores import Interval, Score, bootstrap_interval, paired_bootstrap
+from hf_moebert.reporting.pictures import plot_pruning, plot_sparsity
+from hf_moebert.reporting.tables import Rows, escape_markdown, markdown_table, picture_link, short_number
 
 
 class Task(Protocol):
@@ -81,12 +81,12 @@ def plan_runs(
     runs = []
     for ratio in ratios:
         for criterion in criteria:
-            plan = replace(recipe, final_ratio=ratio, criterion=criterion)
+            plan = replace(recipe, keep_ratio=ratio, criterion=criterion)
             simple = f"{prefix}magnitude-{ratio:g}"
             peer = simple if "magnitude" in criteria and criterion != "magnitude" else baseline.name
             runs.append(Run(f"{prefix}{criterion}-{ratio:g}", plan, start=baseline.start, peer=peer))
     for ratio in ratios if distil else []:
-        plan = replace(recipe, final_ratio=ratio, criterion="platon")
+        plan = replace(recipe, keep_ratio=ratio, criterion="platon")
         peer = f"{prefix}platon-{ratio:g}" if "platon" in criteria else baseline.name
         runs.append(Run(f"{prefix}distilled-platon-{ratio:g}", plan, teacher=baseline.name, peer=peer))
     return runs

@@ -29,8 +29,8 @@ from torch import nn
 from transformers import AutoConfig, HfArgumentParser, PreTrainedModel, TrainingArguments
 
 from hf_moebert import DistillationConfig, MoEBertForSequenceClassification, PlatonConfig, measure_importance
-from hf_moebert.linears import check_precision
-from hf_moebert.moebert.training import count_tokens, load_importance, save_importance
+from hf_moebert.inference.linears import check_precision
+from hf_moebert.methods.moebert.conversion import count_tokens, load_importance, save_importance
 
 
 STAGES = ("all", "train", "measure", "report")
@@ -178,7 +178,7 @@ def main() -> None:
     """Make the runs that are missing, then the measurement."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "65536")  # what one model needs, for all that are timed
     parser = HfArgumentParser((TaskArguments, ExampleArguments, TrainingArguments, PlatonConfig, DistillationConfig))
-    parser.set_defaults(final_ratio=0.5, granularity="structured")
+    parser.set_defaults(keep_ratio=0.5, granularity="structured")
     arguments, example, args, recipe, distillation = parser.parse_args_into_dataclasses()
     for precision in example.precisions:
         check_precision(precision)

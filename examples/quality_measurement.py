@@ -14,11 +14,11 @@ from pruning_study import PruningStudy, Run, mean_over_seeds
 from transformers import PreTrainedModel
 
 from hf_moebert import optimize_for_inference
-from hf_moebert.benchmark import SpeedUp, compare_times, environment, time_rounds
-from hf_moebert.evaluation import bootstrap_interval
-from hf_moebert.moebert.training import measure_expert_load
-from hf_moebert.pictures import plot_quality_and_speed
-from hf_moebert.report import escape_markdown, markdown_table, picture_link
+from hf_moebert.measuring.latency import SpeedUp, compare_times, environment, time_rounds
+from hf_moebert.measuring.scores import bootstrap_interval
+from hf_moebert.methods.moebert.conversion import measure_expert_load
+from hf_moebert.reporting.pictures import plot_quality_and_speed
+from hf_moebert.reporting.tables import escape_markdown, markdown_table, picture_link
 
 
 STOCK = "stock"  # the precision of a model that nothing was done to

@@ -81,9 +81,9 @@ def measure(
         raise typer.BadParameter("give exactly one of --validation_file and --dataset_name.")
     if output is not None and not output.parent.is_dir():
         raise typer.BadParameter(f"the folder of --output must exist, got {str(output)!r}.")
-    from hf_moebert.measurement import Latency, TextColumns
-    from hf_moebert.measurement import measure as measure_models
-    from hf_moebert.report import measurement_rows, rich_table
+    from hf_moebert.measuring.comparison import Latency, TextColumns
+    from hf_moebert.measuring.comparison import measure as measure_models
+    from hf_moebert.reporting.tables import measurement_rows, rich_table
 
     if not sys.stderr.isatty():
         _hide_progress()
@@ -114,7 +114,7 @@ def publish(
     revision: Annotated[str | None, typer.Option("--revision", help="Branch to upload to.")] = None,
 ) -> None:
     """Upload a checkpoint folder to the Hub and print the address of the commit."""
-    from hf_moebert import hub
+    from hf_moebert.reporting import hub
 
     typer.echo(hub.publish(folder, repo_id, private=private, revision=revision))
 
@@ -130,9 +130,10 @@ def footprint(
     """Say how many parameters a model has, how many are zero, and in which form that pays on this machine."""
     import torch
 
-    from hf_moebert.footprint import load_model, measure_footprint
-    from hf_moebert.report import rich_table
-    from hf_moebert.sparse import compare_sparse_forms, sparse_form_rows
+    from hf_moebert.checkpoints.loading import load_model
+    from hf_moebert.measuring.footprint import measure_footprint
+    from hf_moebert.measuring.sparse_forms import compare_sparse_forms, sparse_form_rows
+    from hf_moebert.reporting.tables import rich_table
 
     if not sys.stderr.isatty():
         _hide_progress()
@@ -155,8 +156,8 @@ def pack(
     output: Annotated[Path, typer.Argument(help="A new folder for the packed copy.")],
 ) -> None:
     """Write a copy that stores only what pruning left; `from_pretrained` loads it after `import hf_moebert`."""
-    from hf_moebert.footprint import count_bytes
-    from hf_moebert.packing import pack_folder
+    from hf_moebert.checkpoints.packing import pack_folder
+    from hf_moebert.measuring.footprint import count_bytes
 
     if not sys.stderr.isatty():
         _hide_progress()
@@ -191,7 +192,7 @@ def serve(
 ) -> None:
     """Answer texts over HTTP with all tasks of a model, until Ctrl-C or SIGTERM."""
     try:
-        from hf_moebert.serving import ServingLimits, build_app, run_server
+        from hf_moebert.serving.app import ServingLimits, build_app, run_server
     except ImportError as error:
         raise ValueError(f"`serve` needs more packages, {error}. Use `pip install hf_moebert[serve]`.") from error
     if not sys.stderr.isatty():
@@ -223,7 +224,7 @@ def _load_examples(file: Path | None, name: str | None, config_name: str | None,
         from datasets import load_dataset
 
         return load_dataset(name, config_name, split=split)
-    from hf_moebert.data import load_splits
+    from hf_moebert.data.texts import load_splits
 
     return load_splits(train_file=file, validation_file=file)["validation"]
 

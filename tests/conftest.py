@@ -3,8 +3,8 @@
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from host_suite import MARKERS
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+from transformers_suite import MARKERS
 
 
 def pytest_configure(config):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import uvicorn
 
-from hf_moebert.serving import ServingLimits, build_app, run_server
+from hf_moebert.serving.app import ServingLimits, build_app, run_server
 
 
 class Echo:

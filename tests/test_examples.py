@@ -25,11 +25,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_moebert import CrfForTokenClassification, MPOEGPT2LMHeadModel, MPOET5ForConditionalGeneration
-from hf_moebert.footprint import load_model
-from hf_moebert.linears import why_not
-from hf_moebert.metrics.seqeval.seqeval import count_illegal, span_f1
-from hf_moebert.metrics.squad.squad import squad_scores
+from hf_moebert import CrfForTokenClassification
+from hf_moebert.checkpoints.loading import load_model
+from hf_moebert.inference.linears import why_not
+from hf_moebert.measuring.metrics.seqeval.seqeval import count_illegal, span_f1
+from hf_moebert.measuring.metrics.squad.squad import squad_scores
+from hf_moebert.methods.mpoe import MPOEGPT2LMHeadModel, MPOET5ForConditionalGeneration
 
 
 ROOT = Path(__file__).parents[1]
@@ -477,9 +478,9 @@ def test_factors_multiplied_out_give_what_was_trained(monkeypatch):
     ids = torch.arange(9).unsqueeze(0)
     with torch.no_grad():
         expected = dense(ids).logits
-        exact = cut_to_low_rank(copy.deepcopy(dense), size_ratio=10)
+        exact = cut_to_low_rank(copy.deepcopy(dense), keep_ratio=10)
         torch.testing.assert_close(exact(ids).logits, expected, rtol=1e-4, atol=1e-5)
-        half = cut_to_low_rank(copy.deepcopy(dense), size_ratio=0.5)
+        half = cut_to_low_rank(copy.deepcopy(dense), keep_ratio=0.5)
         kept = sum(p.numel() for p in half.parameters()) / sum(p.numel() for p in dense.parameters())
         assert 0.4 < kept < 0.7  # other embeddings and the head stay
         logits = half(ids).logits

@@ -31,7 +31,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_moebert.evaluation import paired_bootstrap
+from hf_moebert.measuring.scores import paired_bootstrap
 
 
 ROOT = Path(__file__).parents[1]

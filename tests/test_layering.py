@@ -1,4 +1,4 @@
-"""The house's laws, read off the source: roles, directions of imports, and what may not be there."""
+"""The laws of the house, read off the source: the tree, the roles of files, the order of imports, and what travels."""
 
 import ast
 import re
@@ -9,10 +9,34 @@ import pytest
 
 
 PACKAGE = Path(__file__).parents[1] / "hf_moebert"
-ROLES = {"configuration", "functional", "modeling", "training"}
-FRIENDS = {("mpoe", "mpo"), ("multitask", "masked_crf"), ("multitask", "distillation")}  # who may import whom
-STAY = {"mpo", "mpoe", "multitask"}  # read with the package only: more than one system makes them
-SYSTEMS = sorted(p.parent.name for p in PACKAGE.glob("*/functional.py"))
+# Each package may import those of lower levels, and nothing else of ours.
+LEVELS = (
+    ("architectures", "checkpoints", "data", "reporting", "training"),
+    ("inference",),
+    ("measuring", "methods"),
+    ("compress", "serving"),
+    ("registration",),
+    ("__init__", "__main__", "cli"),
+)
+ROLES = ("configuration", "conversion", "functional", "modeling", "pipeline", "recipe", "training")
+BELOW = {  # the roles that a file of each role may import
+    "functional": {"functional"},
+    "configuration": {"functional", "configuration"},
+    "recipe": {"functional", "configuration"},
+    "modeling": {"functional", "configuration", "modeling"},
+    "conversion": set(ROLES) - {"pipeline", "training"},
+    "pipeline": set(ROLES) - {"training"},
+    "training": set(ROLES),
+}
+# Methods that may import another one
+FRIENDS = {("mpoe", "mpo"), ("multitask", "masked_crf"), ("multitask", "distillation")}
+# Methods whose code does not travel with a checkpoint: they are made of more than one method
+STAY = {"mpo", "mpoe", "multitask"}
+TRAVELS = {"configuration", "functional", "modeling"}
+# What code that travels may import besides its flat siblings
+EVERYWHERE = {"torch", "numpy", "safetensors", "transformers", "huggingface_hub"} | sys.stdlib_module_names
+
+METHODS = sorted(path.name for path in (PACKAGE / "methods").iterdir() if (path / "__init__.py").is_file())
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -20,86 +44,93 @@ def role(path):
     return path.stem.split("_")[0]
 
 
-def imports(path):
-    """Every imported module, relative ones written as they stand (`.functional`, `..schedules`)."""
-    found = []
+def level(package):
+    return next(number for number, packages in enumerate(LEVELS) if package in packages)
+
+
+def imported(path):
+    """Return every module that a file imports, those of ours from the root of the package: `.methods.mpo.recipe`."""
+    folder, found = path.relative_to(PACKAGE).parent.parts, []
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            found.append("." * node.level + (node.module or ""))
-        elif isinstance(node, ast.Import):
+        if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
-    return found
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            parents = folder[: len(folder) - node.level + 1]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found += ["." + ".".join([*parents, name]) for name in names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append(node.module)
+    return [re.sub(r"^hf_moebert\b\.?", ".", name) for name in found]
 
 
-def test_there_are_systems():
-    assert {"moebert", "distillation"} <= set(SYSTEMS)
+def of_ours(path):
+    """Return what a file imports of this package, as parts: `("methods", "mpo", "recipe")`."""
+    return [tuple(name[1:].split(".")) for name in imported(path) if name.startswith(".") and name != "."]
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_a_system_holds_the_four_roles_and_nothing_else(system):
-    folder = PACKAGE / system
+def test_there_are_methods():
+    assert {"distillation", "masked_crf", "mixture_of_masks", "moebert", "mpo", "multitask", "platon"} <= set(METHODS)
+
+
+def test_every_package_has_its_place():
+    known = {package for packages in LEVELS for package in packages}
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} <= known
+    assert {path.stem for path in PACKAGE.glob("*.py")} <= known
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_packages_import_those_below_them(path):
+    own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    for name in of_ours(path):
+        if name[0] != own:
+            assert level(name[0]) < level(own), f"{path} imports {'.'.join(name)}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_holds_the_roles_and_nothing_else(method):
+    folder = PACKAGE / "methods" / method
     assert (folder / "README.md").is_file()
     for path in folder.glob("*.py"):
         assert path.name == "__init__.py" or role(path) in ROLES, path
+        assert path.stem in {"recipe", "pipeline"} or role(path) not in {"recipe", "pipeline"}, path
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_imports_point_one_way(system):
-    below = {
-        "configuration": {"functional"},
-        "functional": {"functional"},
-        "modeling": {"modeling", "functional", "configuration"},
-        "training": ROLES,
-    }
-    for path in (PACKAGE / system).glob("*.py"):
-        for name in imports(path) if path.name != "__init__.py" else []:
-            if name.startswith(".") and not name.startswith(".."):
-                assert name.lstrip(".").split("_")[0] in below[role(path)], f"{path.name} imports {name}"
+@pytest.mark.parametrize("method", METHODS)
+def test_roles_import_those_below_them(method):
+    for path in (PACKAGE / "methods" / method).glob("*.py"):
+        for name in of_ours(path) if path.name != "__init__.py" else []:
+            if name[:2] == ("methods", method):
+                assert name[2].split("_")[0] in BELOW[role(path)], f"{path.name} imports {name[2]}"
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_no_system_imports_another(system):
-    for path in (PACKAGE / system).glob("*.py"):
-        for name in imports(path):
-            other = name.removeprefix("hf_moebert.").removeprefix("..").split(".")[0]
-            if other != system and other in SYSTEMS and name.startswith(("hf_moebert.", "..")):
-                assert (system, other) in FRIENDS, f"{path} imports {name}"
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_import_their_friends_alone(method):
+    for path in (PACKAGE / "methods" / method).glob("*.py"):
+        for name in of_ours(path):
+            if name[0] == "methods" and name[1] != method:
+                assert (method, name[1]) in FRIENDS, f"{path} imports {'.'.join(name)}"
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.name)
-def test_shared_modules_know_no_system(path):
-    if path.name != "__init__.py":
-        for name in imports(path):
-            assert name.lstrip(".").removeprefix("hf_moebert.").split(".")[0] not in SYSTEMS, f"{path} imports {name}"
+@pytest.mark.parametrize("method", METHODS)
+def test_equations_live_on_tensors(method):
+    for path in (PACKAGE / "methods" / method).glob("functional*.py"):
+        for name in imported(path):
+            own = name.startswith(f".methods.{method}.functional")
+            assert own or name.split(".")[0] in {"torch", "numpy"} | sys.stdlib_module_names, f"{path} imports {name}"
+        assert not re.search(r"nn\.Module|nn\.Parameter", path.read_text()), path
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_equations_live_on_tensors(system):
-    for path in (PACKAGE / system).glob("functional*.py"):
-        for name in imports(path):
-            allowed = {"torch", "numpy"} | sys.stdlib_module_names
-            assert name.split(".")[0] in allowed or name.startswith(".functional"), name
-        assert not re.search(r"nn\.Module|nn\.Parameter", path.read_text())
-
-
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_what_travels_is_self_contained(system):
-    """`save_pretrained` copies these files; the copier understands `from .name import x` only."""
-    if not list((PACKAGE / system).glob("modeling_*.py")) or system in STAY:
-        return
-    for path in (PACKAGE / system).glob("*.py"):
-        if role(path) in {"configuration", "functional", "modeling"}:
-            for name in imports(path):
-                assert re.fullmatch(r"\.\w+", name) or not name.startswith("."), f"{path.name} imports {name}"
-                if not name.startswith("."):
-                    allowed = {
-                        "torch",
-                        "numpy",
-                        "safetensors",
-                        "transformers",
-                        "huggingface_hub",
-                    } | sys.stdlib_module_names
-                    assert name.split(".")[0] in allowed, f"{path.name} imports {name}"
+@pytest.mark.parametrize("method", sorted(set(METHODS) - STAY))
+def test_what_travels_is_self_contained(method):
+    """`save_pretrained` copies these files; its copier understands `from .name import x` only."""
+    for path in (PACKAGE / "methods" / method).glob("*.py"):
+        if role(path) in TRAVELS:
+            for name in imported(path):
+                sibling = re.fullmatch(rf"\.methods\.{method}\.\w+", name)
+                assert sibling or name.split(".")[0] in EVERYWHERE, f"{path.name} imports {name}"
+            assert not re.search(
+                r"^\s*from \.\.|^\s*from \.\w+\.|^\s*from \. import", path.read_text(), re.MULTILINE
+            ), path
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -110,7 +141,7 @@ def test_nothing_unsafe_and_nothing_left_behind(path):
             names.add(ast.unparse(node.func))
             assert not any(k.arg == "shell" and getattr(k.value, "value", None) for k in node.keywords), path
     assert not names & {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "yaml.load", "print"}, path
-    assert not {n.split(".")[0] for n in imports(path)} & {"pickle", "dill", "joblib", "marshal", "shelve"}, path
+    assert not {n.split(".")[0] for n in imported(path)} & {"pickle", "dill", "joblib", "marshal", "shelve"}, path
     assert not re.search(r"\b(TODO|FIXME|XXX)\b", path.read_text()), path
 
 

@@ -10,7 +10,7 @@ from transformers import (
 )
 
 from hf_moebert import BertCrfForTokenClassification
-from hf_moebert.multitask.modeling_multitask import MultiTaskBertModel
+from hf_moebert.methods.multitask.modeling_multitask import MultiTaskBertModel
 
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

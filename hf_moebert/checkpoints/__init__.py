@@ -1,0 +1,1 @@
+"""Checkpoints: loading them whole, packing them, and finding the last complete one."""

@@ -1,0 +1,36 @@
+"""Load a checkpoint whole, or not at all."""
+
+from os import PathLike
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+
+def load_model(folder: str | PathLike[str]) -> PreTrainedModel:
+    """Load a checkpoint, dense or packed, as the class that its config.json names.
+
+    Args:
+        folder: A checkpoint of an architecture that the Auto classes know.
+
+    Raises:
+        ValueError: If they know no such class, or if weights are missing or damaged.
+        OSError: If the folder is no checkpoint.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(f"`folder` must hold config.json and model.safetensors, got {str(folder)!r}.")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    mappings = [getattr(auto, "_model_mapping", None) or {} for auto in vars(modeling_auto).values()]
+    known = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
+    classes = {found.__name__: found for entry in known for found in (entry if isinstance(entry, tuple) else (entry,))}
+    name = (config.architectures or [None])[0]
+    if name not in classes:
+        raise ValueError(f"`architectures` of {str(folder)!r} must be one of {sorted(classes)}, got {name!r}.")
+    try:
+        model, report = classes[name].from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{str(folder)!r} must hold the weights of a {name}, but: {error}") from error
+    if report["missing_keys"]:
+        raise ValueError(f"{str(folder)!r} must hold all weights, but lacks {sorted(report['missing_keys'])}.")
+    return model

@@ -1,0 +1,284 @@
+"""Save pruned models small: of a tensor with many zeros, only the other values and one bit per weight.
+
+In a packed checkpoint `<name>` holds the values that are not zero, one after the other, and `<name>.bitmask` says
+where they belong. `from_pretrained` of any Auto class reads it, because importing this module registers the form with
+the host; what it returns is an ordinary dense model. A host that does not know the form refuses the checkpoint: the
+shapes differ from the model's.
+"""
+
+import copy
+import math
+import shutil
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform, rename_source_key
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_moebert.checkpoints.loading import load_model
+
+
+FORMAT_VERSION = "1"
+SUFFIX = ".bitmask"
+ENTRY_BYTES = 128  # what the header of a safetensors file spends on one more tensor
+TEXTS = {".json", ".txt", ".model", ".jinja", ".md"}  # what a tokenizer and a model card are made of
+INTEGERS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+
+
+def pack(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Split a tensor into the values that are not zero and a bitmask of their places.
+
+    Zero is what has no bit set: -0.0 is a value, so that unpacking gives every bit back.
+
+    Args:
+        tensor: Of float16, bfloat16, float32 or float64. Shape `(..., columns)`.
+
+    Returns:
+        The values in row-major order, `(kept,)`, and their places, uint8, `(..., ceil(columns / 8))`: the first
+        column is the lowest bit.
+    """
+    kept = _is_kept(tensor)  # (..., columns)
+    bits = pad(kept.to(torch.uint8), (0, -tensor.shape[-1] % 8)).unflatten(-1, (-1, 8))  # (..., bytes, 8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=tensor.device)
+    return tensor[kept], (bits << shifts).sum(dim=-1, dtype=torch.uint8)
+
+
+def unpack(values: Tensor, bitmask: Tensor, columns: int) -> Tensor:
+    """Put the values of `pack` back in their places, on the device they are on.
+
+    Args:
+        values: Shape `(kept,)`.
+        bitmask: Shape `(..., ceil(columns / 8))`.
+        columns: Size of the last dimension.
+
+    Returns:
+        Shape `(..., columns)`.
+
+    Raises:
+        ValueError: If the bitmask has another number of ones than there are values.
+    """
+    kept = _unpack_bits(bitmask, columns)  # (..., columns)
+    if (ones := int(kept.count_nonzero())) != values.numel():
+        raise ValueError(f"`bitmask` must have one bit for each of the {values.numel()} values, got {ones}.")
+    return values.new_zeros(kept.shape).masked_scatter_(kept, values)
+
+
+def packed_bytes(tensor: Tensor) -> int:
+    """Say how many bytes a tensor takes in a packed checkpoint: packed if that is smaller, or as it is."""
+    if tensor.dtype not in INTEGERS or not tensor.dim():
+        return tensor.nbytes
+    kept = int(_is_kept(tensor).count_nonzero())
+    return min(tensor.nbytes, kept * tensor.element_size() + math.prod(_bitmask_shape(tensor.shape)) + ENTRY_BYTES)
+
+
+def _is_kept(tensor: Tensor) -> Tensor:
+    return tensor.detach().view(INTEGERS[tensor.dtype]) != 0
+
+
+def _unpack_bits(bitmask: Tensor, columns: int) -> Tensor:
+    shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
+    return (bitmask.unsqueeze(-1) >> shifts & 1).bool().flatten(-2)[..., :columns]
+
+
+def _bitmask_shape(shape: torch.Size) -> tuple[int, ...]:
+    return *shape[:-1], -(-shape[-1] // 8)
+
+
+def save_packed(model: PreTrainedModel, folder: str | PathLike[str], *, max_shard_size: int | str = "50GB") -> None:
+    """Save a model as `save_pretrained` does, but pack every tensor that gets smaller by it.
+
+    Args:
+        model: Any model of the host, pruned by any means; it is left as it is.
+        folder: Where to.
+        max_shard_size: Size of a weights file above which several are written.
+
+    Raises:
+        ValueError: If the weights are quantized, not in memory, or those of an adapter only.
+    """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    for wrong, what, remedy in (
+        (
+            not isinstance(model, PreTrainedModel),
+            "is no model of transformers",
+            "Merge an adapter: `merge_and_unload`",
+        ),
+        (getattr(model, "hf_quantizer", None) is not None, "is quantized", "Pack the model in its own dtype"),
+        (getattr(model, "_hf_peft_config_loaded", False), "has an adapter", "Merge or remove it"),
+        (any(p.is_meta for p in model.parameters()), "has weights on the meta device", "Load it without offloading"),
+    ):
+        if wrong:
+            raise ValueError(f"`model` must hold all its weights, dense, but {type(model).__name__} {what}. {remedy}.")
+    weights = remove_tied_weights_from_state_dict(model.state_dict(), model)
+    ignored = set(model._keys_to_ignore_on_save or ())
+    packed = _pack_all((name, weight) for name, weight in weights.items() if name not in ignored)
+    # The names of the modules, whatever the architecture was called elsewhere: loading then has nothing to convert.
+    model.save_pretrained(folder, state_dict=packed, max_shard_size=max_shard_size, save_original_format=False)
+    config = copy.deepcopy(model.config)
+    config.quantization_config = BitmaskConfig()
+    config.save_pretrained(folder)
+
+
+def _pack_all(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    packed = {}
+    for name, weight in weights:
+        if packed_bytes(weight) < weight.nbytes:
+            packed[name], packed[name + SUFFIX] = pack(weight.detach())
+        else:
+            packed[name] = weight
+    return packed
+
+
+@register_quantization_config("bitmask")
+class BitmaskConfig(QuantizationConfigMixin):
+    """What config.json says of a packed checkpoint.
+
+    Raises:
+        ValueError: If a newer release wrote it.
+    """
+
+    dequantize = True  # the host then forgets, after loading, that there was another form
+
+    def __init__(self, format_version: str = FORMAT_VERSION, **_: Any) -> None:
+        if format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"`format_version` of a packed checkpoint must be {FORMAT_VERSION!r} for this release, got "
+                f"{format_version!r}. Update hf_moebert."
+            )
+        self.quant_method = "bitmask"
+        self.format_version = format_version
+
+
+@register_quantizer("bitmask")
+class BitmaskQuantizer(HfQuantizer):
+    """Unpack a packed checkpoint while the host loads it, tensor by tensor."""
+
+    requires_calibration = True  # the host then refuses it for a checkpoint that is not packed
+
+    def is_serializable(self) -> bool:
+        """Say that a loaded model can be saved: it is dense."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Say that a loaded model can be trained: it is dense."""
+        return True
+
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], model: PreTrainedModel
+    ) -> list[WeightTransform]:
+        """Replace the conversions of the architecture: a packed checkpoint has the names of the modules."""
+        # "(.+)" becomes the first group of the sources: every tensor passes, and a pair meets under one name
+        return [WeightConverter([rf"^\1\{SUFFIX}$", r"^\1$"], ["(.+)"], [_Unpack()])]
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise ValueError(
+                "A packed checkpoint must be loaded whole, got a distributed configuration. Load it in one process "
+                "and call `save_pretrained`; that folder can be distributed."
+            )
+        with torch.device("cpu"):  # the host builds the model on the meta device
+            check_files(kwargs.get("checkpoint_files") or [], model)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        del model._weight_conversions  # or `save_pretrained` would try to undo the unpacking
+        return model
+
+
+class _Unpack(ConversionOps):
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        name, (bitmask, values) = kwargs["full_layer_name"], source_patterns
+        (tensor,) = input_dict[values]
+        if bitmask in input_dict:
+            columns = kwargs["model"].get_parameter_or_buffer(name).shape[-1]
+            tensor = unpack(tensor, input_dict[bitmask][0], columns)
+        return {name: tensor}
+
+
+def check_files(files: Iterable[str | PathLike[str]], model: PreTrainedModel) -> None:
+    """Refuse weights that would not give the model back whole.
+
+    Args:
+        files: All weights files of a packed checkpoint.
+        model: The model they are for; it may be on the meta device.
+
+    Raises:
+        ValueError: If a file is no complete safetensors file, or if a tensor that the model wants lacks its half or
+            has another shape, dtype or number of values than the other half says.
+    """
+    slices: dict[str, Any] = {}
+    for file in map(Path, files):
+        try:
+            opened = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(
+                f"A packed checkpoint must be of complete safetensors files, got {str(file)!r}: {error}. Copy or save "
+                "it again."
+            ) from error
+        names = list(opened.keys())
+        slices |= {name: opened.get_slice(name) for name in names}
+    wanted = model.state_dict()
+    for name in {name.removesuffix(SUFFIX): None for name in slices}:
+        # a head's checkpoint may be loaded into the bare model, and the other way round
+        target, _ = rename_source_key(name, [], [], model.base_model_prefix, wanted)
+        if target in wanted and (fault := _find_fault(name, slices, wanted[target].shape)):
+            raise ValueError(
+                f"{name!r} of a packed checkpoint {fault}. Copy it again or save it again with `save_packed`; to load "
+                "it into a model of other sizes, save it dense first."
+            )
+
+
+def _find_fault(name: str, slices: dict[str, Any], shape: torch.Size) -> str | None:
+    values, bitmask = slices.get(name), slices.get(name + SUFFIX)
+    if values is None:
+        return f"must hold the values of {name + SUFFIX!r}, but is missing"
+    if bitmask is None:
+        lost = len(values.get_shape()) == 1 and len(shape) != 1
+        return f"must have a bitmask {name + SUFFIX!r}, which is missing" if lost else None
+    if values.get_dtype() not in {"F16", "BF16", "F32", "F64"} or len(values.get_shape()) != 1:
+        return f"must be a list of floating point values, got {values.get_dtype()} of shape {values.get_shape()}"
+    if bitmask.get_dtype() != "U8" or tuple(bitmask.get_shape()) != _bitmask_shape(shape):
+        return (
+            f"must have a bitmask of U8 and shape {list(_bitmask_shape(shape))} to become {list(shape)}, got "
+            f"{bitmask.get_dtype()} of shape {bitmask.get_shape()}"
+        )
+    (count,), ones = values.get_shape(), int(_unpack_bits(bitmask[...], shape[-1]).count_nonzero())
+    return None if ones == count else f"must have as many values as its bitmask has ones, got {count} for {ones}"
+
+
+def pack_folder(folder: str | PathLike[str], output: str | PathLike[str]) -> None:
+    """Write a packed copy of a checkpoint: its weights, configuration, tokenizer and texts.
+
+    Args:
+        folder: What `load_model` loads.
+        output: A folder that does not exist yet, or is empty.
+
+    Raises:
+        ValueError: If the output is not empty, or for what `load_model` refuses.
+        OSError: If the folder is no checkpoint.
+    """
+    folder, output = Path(folder), Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"`output` must be a new or empty folder, got {str(output)!r}.")
+    save_packed(load_model(folder), output)
+    for file in folder.iterdir():
+        beside = file.suffix in TEXTS and not file.name.endswith(".safetensors.index.json")
+        if beside and file.is_file() and not (output / file.name).exists():
+            shutil.copyfile(file, output / file.name)

@@ -1,0 +1,1 @@
+"""Data: labelled texts and tagged words, as the columns that models read."""

@@ -1,0 +1,1 @@
+"""Inference: run a finished model faster on the machine it is on."""

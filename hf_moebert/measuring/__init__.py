@@ -1,0 +1,1 @@
+"""Measuring: footprint, latency, scores, and the comparison of models."""

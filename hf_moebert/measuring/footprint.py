@@ -1,0 +1,139 @@
+"""What a model costs to store and to run: parameters, bytes on disk and floating point operations."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import PreTrainedModel
+
+from hf_moebert.inference.optimized import Optimized
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one model costs.
+
+    Attributes:
+        total: Distinct parameters; a tied parameter counts once.
+        active: Parameters that one token meets.
+        nonzero: Parameters that differ from zero, None for a model on the meta device.
+        bytes_on_disk: Size of the safetensors files, None when no folder was given.
+        flops_per_token: Floating point operations (two per multiply-add) of the forward pass for each token, None
+            for a model that does not run on `input_ids`.
+    """
+
+    total: int
+    active: int
+    nonzero: int | None
+    bytes_on_disk: int | None
+    flops_per_token: float | None
+
+
+def measure_footprint(model: nn.Module, *, seq_len: int = 128, folder: str | PathLike[str] | None = None) -> Footprint:
+    """Count what a model stores, touches and computes.
+
+    A module that uses only a part of its own parameters for one token says so with a float attribute
+    `active_fraction`, in (0, 1]; the parameters of all other modules count fully.
+
+    Args:
+        model: The model, on any device; one on the meta device is counted without its values.
+        seq_len: Tokens of the sequence whose operations are counted.
+        folder: Where the model was saved, to add up its `*.safetensors` files.
+
+    Raises:
+        ValueError: If `seq_len` does not fit the model, if the model is optimised for inference, or if `folder` holds
+            no safetensors file.
+    """
+    if any(isinstance(module, Optimized) for module in model.modules()):
+        raise ValueError(
+            "`model` must not be optimised for inference, whose operators cannot be counted. Measure it before, or "
+            "after `revert_optimizations`."
+        )
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if seq_len < 1 or (positions is not None and seq_len > positions):
+        limit = "1" if positions is None else f"1 and at most the model's {positions} positions"
+        raise ValueError(f"`seq_len` must be at least {limit}, got {seq_len}. Use the length of a usual input.")
+    parameters = list(model.parameters())
+    on_meta = any(parameter.is_meta for parameter in parameters)
+    return Footprint(
+        total=sum(parameter.numel() for parameter in parameters),
+        active=_count_active(model),
+        nonzero=None if on_meta else sum(int(torch.count_nonzero(parameter)) for parameter in parameters),
+        bytes_on_disk=None if folder is None else count_bytes(Path(folder)),
+        flops_per_token=_count_flops(model, seq_len) if _runs_on_ids(model) else None,
+    )
+
+
+def _count_active(model: nn.Module) -> int:
+    fractions: dict[nn.Parameter, float] = {}
+    for module in model.modules():
+        fraction = getattr(module, "active_fraction", 1.0)
+        for parameter in module.parameters(recurse=False):
+            # A parameter tied to two modules is met as often as the busier one meets it.
+            fractions[parameter] = max(fraction, fractions.get(parameter, 0.0))
+    return round(sum(parameter.numel() * fraction for parameter, fraction in fractions.items()))
+
+
+def count_bytes(folder: Path) -> int:
+    """Add up the files with the weights of a saved model.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    # a Trainer's checkpoint may hold the state of a callback besides: no part of the model
+    files = [file for file in folder.glob("*.safetensors") if not file.stem.endswith("_state")]
+    sizes = [file.stat().st_size for file in files]
+    if not sizes:
+        raise ValueError(
+            f"`folder` must hold the model's *.safetensors files, got {str(folder)!r}. Save the model there first."
+        )
+    return sum(sizes)
+
+
+def _runs_on_ids(model: nn.Module) -> bool:
+    takes_ids = getattr(model, "main_input_name", None) == "input_ids"
+    # An encoder-decoder needs ids on both sides, so operations "per token" would have two meanings.
+    return takes_ids and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def _count_flops(model: PreTrainedModel, seq_len: int) -> float:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    device = next(model.parameters()).device
+    # Different ids, because experts may be chosen by the id.
+    input_ids = (torch.arange(seq_len, device=device) % vocabulary).unsqueeze(0)  # (1, seq)
+    formulas = {  # for operations that the counter does not know: it would take them for free
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        torch.ops.aten._grouped_mm: _grouped_flops,
+    }
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with _evaluating(model), torch.no_grad():
+        model(input_ids=input_ids)  # what a model makes once for all calls is not part of a token
+        with counter:
+            model(input_ids=input_ids)
+    return counter.get_total_flops() / seq_len
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _grouped_flops(tokens: torch.Size, weights: torch.Size, *_: Any, **__: Any) -> int:
+    # Every token, whatever its group, is multiplied by one of the stacked matrices.
+    return 2 * tokens.numel() * weights[-1]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

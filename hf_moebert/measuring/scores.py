@@ -1,0 +1,259 @@
+"""Predictions of a model, and scores with the uncertainty that a finite test set leaves."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+from tqdm.auto import tqdm
+
+from .metrics.accuracy.accuracy import accuracy
+from .metrics.f1.f1 import f1
+from .metrics.matthews_correlation.matthews_correlation import matthews_correlation
+from .metrics.pearson_spearman.pearson_spearman import pearson, spearman
+from .metrics.seqeval.seqeval import micro_f1, micro_precision, micro_recall
+
+
+Score = Callable[[np.ndarray, np.ndarray], float]
+
+# metrics of one prediction per example, by the names of `hf_moebert.measuring.metrics`
+CLASSIFICATION_SCORES: dict[str, dict[str, Score]] = {
+    "accuracy": {"accuracy": accuracy},
+    "f1": {"f1": f1},
+    "matthews_correlation": {"matthews_correlation": matthews_correlation},
+}
+REGRESSION_SCORES: dict[str, dict[str, Score]] = {"pearson_spearman": {"pearson": pearson, "spearman": spearman}}
+# of the counts of `hf_moebert.measuring.metrics.seqeval.seqeval.count_spans`, one pair for each sentence
+SPAN_SCORES: dict[str, Score] = {"precision": micro_precision, "recall": micro_recall, "f1": micro_f1}
+
+__all__ = ["Interval", "bootstrap_interval", "paired_bootstrap", "predict_logits", "score", "tags_of"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A measured value and the bounds of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def predict_logits(
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    data_collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+    batch_size: int = 32,
+) -> np.ndarray:
+    """Run a sequence classifier over a dataset without gradients, and leave its modes as they were.
+
+    Texts of similar length share a batch, so that little is padded; the logits come back in the order of the dataset.
+
+    Args:
+        model: Returns `logits`, one row per example; runs on the device of its parameters.
+        dataset: Encoded examples with `input_ids`; labels are not shown to the model.
+        data_collator: Pads a list of examples to tensors.
+        batch_size: Examples per forward pass.
+
+    Returns:
+        The logits in float32. Shape `(examples, labels)`.
+
+    Raises:
+        ValueError: If the dataset is empty or not encoded, or the logits are not one row per example.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    if not len(dataset) or "input_ids" not in dataset.column_names:
+        raise ValueError(
+            f"`dataset` must hold encoded examples with 'input_ids', got {len(dataset)} with the columns "
+            f"{dataset.column_names}. Use `encode_text` first."
+        )
+    inputs = dataset.remove_columns([name for name in ("label", "labels") if name in dataset.column_names])
+    longest_first = np.argsort([-len(ids) for ids in inputs["input_ids"]], kind="stable")
+    batches = np.split(longest_first, range(batch_size, len(inputs), batch_size))
+    device = next(model.parameters()).device
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = [
+                model(**_to(data_collator([inputs[int(row)] for row in rows]), device)).logits.float().cpu().numpy()
+                for rows in tqdm(batches, desc="Predicting", leave=False)
+            ]
+    finally:
+        for module, training in modes:
+            module.training = training
+    if logits[0].ndim != 2 or len(logits[0]) != len(batches[0]):
+        raise ValueError(f"`model` must return logits of shape (batch, labels), got {logits[0].shape}.")
+    restored = np.empty((len(inputs), logits[0].shape[1]), dtype=np.float32)  # (examples, labels)
+    restored[longest_first] = np.concatenate(logits)
+    return restored
+
+
+def _to(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def bootstrap_interval(
+    metric: Score,
+    predictions: np.ndarray,
+    references: np.ndarray,
+    *,
+    rounds: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Measure a metric, and how it varies over test sets drawn with replacement from this one.
+
+    Args:
+        metric: Maps predictions and references of equal length to a number.
+        predictions: Shape `(examples, ...)`.
+        references: Shape `(examples, ...)`.
+        rounds: Number of resampled test sets.
+        confidence: Share of the rounds inside the interval, in (0, 1).
+        seed: Of the resampling.
+
+    Raises:
+        ValueError: If the lengths differ or are 0, or `rounds` or `confidence` is out of range.
+
+    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, section 13.3 (percentile interval).
+    """
+    _check_lengths(predictions=predictions, references=references)
+
+    def measure(rows: np.ndarray) -> float:
+        return metric(predictions[rows], references[rows])
+
+    return _percentile_interval(measure, len(references), rounds, confidence, seed)
+
+
+def paired_bootstrap(
+    metric: Score,
+    predictions_a: np.ndarray,
+    predictions_b: np.ndarray,
+    references: np.ndarray,
+    *,
+    rounds: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Measure by how much `a` scores above `b`, both on the same resampled test sets.
+
+    An interval that leaves out 0 shows a difference which the choice of test examples does not explain.
+
+    Args:
+        metric: Maps predictions and references of equal length to a number.
+        predictions_a: Of the first model. Shape `(examples, ...)`.
+        predictions_b: Of the second model, on the same examples. Shape `(examples, ...)`.
+        references: Shape `(examples, ...)`.
+        rounds: Number of resampled test sets.
+        confidence: Share of the rounds inside the interval, in (0, 1).
+        seed: Of the resampling.
+
+    Raises:
+        ValueError: If the lengths differ or are 0, or `rounds` or `confidence` is out of range.
+
+    Source: Koehn 2004, https://aclanthology.org/W04-3250 (paired bootstrap resampling).
+    """
+    _check_lengths(predictions_a=predictions_a, predictions_b=predictions_b, references=references)
+
+    def measure(rows: np.ndarray) -> float:
+        gold = references[rows]
+        return metric(predictions_a[rows], gold) - metric(predictions_b[rows], gold)
+
+    return _percentile_interval(measure, len(references), rounds, confidence, seed)
+
+
+def _check_lengths(**arrays: np.ndarray) -> None:
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len(set(lengths.values())) > 1 or not lengths["references"]:
+        raise ValueError(f"Predictions and references must be of one length above 0, got {lengths}. Pair them up.")
+
+
+def _percentile_interval(
+    measure: Callable[[np.ndarray], float], size: int, rounds: int, confidence: float, seed: int
+) -> Interval:
+    """Evaluate `measure` on all rows and on `rounds` draws of as many rows."""
+    if rounds < 1:
+        raise ValueError(f"`rounds` must be at least 1, got {rounds}. Use 1000.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"`confidence` must be in (0, 1), got {confidence}. Use 0.95.")
+    generator = np.random.default_rng(seed)
+    draws = [measure(generator.integers(size, size=size)) for _ in range(rounds)]
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(measure(np.arange(size))), float(low), float(high))
+
+
+def score(
+    metric_names: str | Sequence[str],
+    logits: np.ndarray,
+    references: np.ndarray,
+    *,
+    rounds: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Score logits against the truth: the most likely class, or the one number of a regression.
+
+    Args:
+        metric_names: One or more of "accuracy", "f1", "matthews_correlation" and "pearson_spearman"; see
+            `hf_moebert.measuring.metrics.metrics_for_task`.
+        logits: Shape `(examples, labels)`; one label for a regression.
+        references: Class indices, or numbers. Shape `(examples,)`.
+        rounds: Number of resampled test sets.
+        confidence: Share of the rounds inside each interval, in (0, 1).
+        seed: Of the resampling, which is the same for every metric.
+
+    Returns:
+        An interval for each number the metrics give, such as "pearson" and "spearman".
+
+    Raises:
+        ValueError: If a metric does not exist or does not fit the logits.
+    """
+    if logits.ndim != 2:
+        raise ValueError(f"`logits` must be of shape (examples, labels), got {logits.shape}. Use `predict_logits`.")
+    regression = logits.shape[1] == 1
+    predictions = logits[:, 0] if regression else logits.argmax(axis=1)  # (examples,)
+    fitting = REGRESSION_SCORES if regression else CLASSIFICATION_SCORES
+    intervals = {}
+    for name in [metric_names] if isinstance(metric_names, str) else metric_names:
+        if name not in fitting:
+            raise ValueError(
+                f"`metric_names` must be among {', '.join(fitting)} for logits of {logits.shape[1]} labels, "
+                f"got '{name}'. Use `metrics_for_task`."
+            )
+        for key, metric in fitting[name].items():
+            intervals[key] = bootstrap_interval(
+                metric, predictions, np.asarray(references), rounds=rounds, confidence=confidence, seed=seed
+            )
+    return intervals
+
+
+def tags_of(predictions: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> list[list[str]]:
+    """Name the predicted tags of the words of each sentence, as `hf_moebert.measuring.metrics` reads them.
+
+    Args:
+        predictions: Indices of tags, or the labels themselves for the true tags. Shape `(examples, seq)`.
+        labels: Anything at the first sub-word of a word, -100 elsewhere. Shape `(examples, seq)`.
+        names: Tags in the order of their indices.
+
+    Returns:
+        For each sentence one tag a word; none for a sentence without words.
+
+    Raises:
+        ValueError: If the shapes differ, or a prediction at a word is no index into `names`.
+    """
+    if predictions.ndim != 2 or predictions.shape != labels.shape:
+        raise ValueError(
+            "`predictions` and `labels` must be of one shape (examples, seq), got "
+            f"{predictions.shape} and {labels.shape}. Take the argmax of logits first."
+        )
+    words = labels != -100  # (examples, seq)
+    if (strange := predictions[words & ((predictions < 0) | (predictions >= len(names)))]).size:
+        raise ValueError(
+            f"`predictions` must be in [0, {len(names)}) at every word, got {strange[0]}. "
+            "Predict the words of these labels, and name every tag."
+        )
+    return [[names[tag] for tag in row[mask]] for row, mask in zip(predictions, words, strict=True)]

@@ -1,0 +1,159 @@
+"""Compare what each sparse form of a pruned model brings: bytes and speed."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_moebert.checkpoints.packing import packed_bytes
+from hf_moebert.inference.sparse import LAYOUTS, Layout, find_sparse_linears, to_sparse_linears
+from hf_moebert.measuring.latency import SpeedUp, compare_latency
+
+
+@dataclass(frozen=True)
+class SparseForm:
+    """What one form of a pruned model brings.
+
+    Attributes:
+        form: "dense", "packed", "csr" or "2:4".
+        bytes: What the pruned matrices take in it: on disk if packed, else in memory; None if it cannot be had here.
+        speed_up: Of the forward pass, against dense; None where nothing was timed.
+        meaning: The same in words.
+    """
+
+    form: str
+    bytes: int | None
+    speed_up: SpeedUp | None
+    meaning: str
+
+
+def compare_sparse_forms(
+    model: PreTrainedModel,
+    *,
+    batch: int = 1,
+    seq: int = 128,
+    rounds: int = 20,
+    max_kept: float = 0.5,
+    seed: int = 0,
+) -> list[SparseForm]:
+    """Measure in which form a pruned model is smaller, and in which it is faster, on the device it is on.
+
+    A model whose neurons or heads were cut out is narrower by itself, so that is no form of its own.
+
+    Args:
+        model: A pruned model that runs on ids; it is left as it is.
+        batch: Sequences of a timed pass.
+        seq: Tokens of each of them.
+        rounds: Timed passes of every form, in turns.
+        max_kept: As for `to_sparse_linears`.
+        seed: Of the timed ids and the intervals.
+
+    Returns:
+        Dense, packed, csr and 2:4, in this order.
+
+    Raises:
+        ValueError: If the model does not run on ids, or if a number does not fit it.
+    """
+    inputs = _draw_inputs(model, batch, seq, seed)
+    pruned = [weight for weight in model.parameters() if weight.dim() > 1 and packed_bytes(weight) < weight.nbytes]
+    dense = sum(weight.nbytes for weight in pruned)
+    packed = sum(packed_bytes(weight) for weight in pruned)
+    shadows, shares, refusals = {"dense": _shadow(model)}, {}, {}
+    for layout in LAYOUTS:
+        try:
+            shares[layout] = find_sparse_linears(model, layout, max_kept=max_kept)
+        except ValueError as error:
+            refusals[layout] = str(error)
+        else:
+            shadows[layout] = _shadow(model)
+            to_sparse_linears(shadows[layout], layout, max_kept=max_kept)
+    passes = {form: _forward_pass(shadow, inputs) for form, shadow in shadows.items()}
+    speed_ups = compare_latency(passes, baseline="dense", rounds=rounds, seed=seed)
+    forms = [
+        SparseForm("dense", dense, None, "as `from_pretrained` gives it"),
+        SparseForm("packed", packed, None, _say_size(packed, dense)),
+    ]
+    for layout in LAYOUTS:
+        if layout in refusals:
+            forms.append(SparseForm(layout, None, None, refusals[layout]))
+        else:
+            saved = _count_saved(model, shares[layout], layout)
+            meaning = _say_speed(speed_ups[layout], model, shares[layout])
+            forms.append(SparseForm(layout, dense - saved, speed_ups[layout], meaning))
+    return forms
+
+
+def _draw_inputs(model: PreTrainedModel, batch: int, seq: int, seed: int) -> dict[str, Tensor]:
+    positions = getattr(model.config, "max_position_embeddings", None) or seq
+    if batch < 1 or not 1 <= seq <= positions:
+        raise ValueError(
+            f"`batch` and `seq` must be at least 1 and `seq` at most {positions}, got {batch} and {seq}. Use those "
+            "of a usual input."
+        )
+    if model.main_input_name != "input_ids":
+        raise ValueError(f"`model` must run on `input_ids`, got {type(model).__name__} on {model.main_input_name!r}.")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(vocabulary, (batch, seq), generator=torch.Generator().manual_seed(seed))  # (batch, seq)
+    names = ["input_ids", "decoder_input_ids"] if model.config.is_encoder_decoder else ["input_ids"]
+    return dict.fromkeys(names, ids.to(model.device))
+
+
+def _shadow(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy the modules of a model but not its weights: what becomes of the copy does not touch the model."""
+    weights = {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in model.parameters()}
+    return copy.deepcopy(model, weights).eval()
+
+
+def _forward_pass(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Callable[[], object]:
+    @torch.no_grad()
+    def run() -> None:
+        model(**inputs)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def _count_saved(model: nn.Module, shares: Mapping[str, float], layout: Layout) -> int:
+    """Count the bytes that the replaced layers take less than dense ones; negative if they take more."""
+    saved = 0
+    for name, share in shares.items():
+        weight = model.get_parameter(f"{name}.weight")
+        if layout == "csr":
+            kept, index = round(share * weight.numel()), torch.int32.itemsize
+            saved += weight.nbytes - kept * (weight.element_size() + index) - (len(weight) + 1) * index
+        else:  # half the values, and two bits for the place of each
+            saved += weight.nbytes - weight.nbytes // 2 - weight.numel() // 8
+    return saved
+
+
+def _say_size(packed: int, dense: int) -> str:
+    if not dense:
+        return "nothing to gain: no matrix has zeros enough"
+    return f"file {packed / dense:.0%} of dense; same speed, because it is dense in memory"
+
+
+def _say_speed(speed_up: SpeedUp, model: nn.Module, shares: Mapping[str, float]) -> str:
+    sizes = {name: model.get_parameter(f"{name}.weight").numel() for name in shares}
+    zeros = 1 - sum(shares[name] * size for name, size in sizes.items()) / sum(sizes.values())
+    if speed_up.low > 1:
+        verdict = "faster than dense"
+    elif speed_up.high < 1:
+        verdict = "slower than dense"
+    else:
+        verdict = "about as fast as dense"
+    return f"{verdict} here at {zeros:.0%} sparsity of {len(shares)} layers; inference only, not saved"
+
+
+def sparse_form_rows(forms: Iterable[SparseForm]) -> list[dict[str, str]]:
+    """Turn what `compare_sparse_forms` returns into the rows of a table."""
+    rows = []
+    for form in forms:
+        speed = form.speed_up
+        size = "-" if form.bytes is None else f"{form.bytes:,}"
+        times = "-" if speed is None else f"{speed.median:.2f}x [{speed.low:.2f}, {speed.high:.2f}]"
+        rows.append({"form": form.form, "bytes": size, "speed-up": times, "meaning": form.meaning})
+    return rows

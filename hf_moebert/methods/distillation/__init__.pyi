@@ -1,0 +1,2 @@
+from .recipe import DistillationConfig as DistillationConfig
+from .training import DistillationTrainer as DistillationTrainer

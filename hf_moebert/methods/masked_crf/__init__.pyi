@@ -1,0 +1,8 @@
+from .modeling_crf import MaskedCRF as MaskedCRF
+from .modeling_masked_crf import (
+    BertCrfForTokenClassification as BertCrfForTokenClassification,
+)
+from .modeling_masked_crf import (
+    CrfForTokenClassification as CrfForTokenClassification,
+)
+from .pipeline import CrfTokenClassificationPipeline as CrfTokenClassificationPipeline

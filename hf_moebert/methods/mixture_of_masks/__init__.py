@@ -1,0 +1,6 @@
+"""Mixture of Masks: learned masks on the activations of feed-forward networks instead of experts."""
+
+import lazy_loader
+
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)  # the public names stand in `__init__.pyi`

@@ -1,0 +1,247 @@
+"""What config.json says about masked feed-forward networks, and about what is left of them."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.models.bert.configuration_bert import BertConfig
+from transformers.models.gpt2.configuration_gpt2 import GPT2Config
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.mistral.configuration_mistral import MistralConfig
+from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.t5.configuration_t5 import T5Config
+
+
+STAGES = ("learned", "fixed", "compact")
+BUDGETS = ("global", "layer")
+
+
+@dataclass(kw_only=True)
+class MoMFields:
+    """What all configs of this folder add to the host's.
+
+    Once a model is compact, `per_layer_config` says what is left of each block: under the host's own name of the
+    width (`intermediate_size`, `n_inner`, `d_ff`) the units that run for every token, under `expert_sizes` those of
+    each expert besides. With one expert that is the host's standard for layers of different widths.
+
+    Args:
+        num_experts: Masks of each block, 1 to 64; with 1 there is no router.
+        num_experts_per_tok: Masks that a token uses.
+        group_size: Neighbouring units that share a mask.
+        mask_stage: `learned` (scores are trained), `fixed` (masks are 0 or 1) or `shrink` (what they close is gone).
+        mask_budget: Whether the share of units in use is that of all blocks (`global`) or of each (`layer`).
+        router_aux_loss_coef: Weight of the balance loss of the routers while training.
+        masked_layers: Blocks that have masks, ascending from 0, in T5 counted through the encoder and then through
+            the decoder; `None` masks all.
+        expert_sizes: Only in `per_layer_config`.
+
+    Raises:
+        StrictDataclassError: If a value has the wrong type or breaks a rule; the message names rule and remedy.
+
+    Source: Liu et al. 2025, "Masks Can be Learned as an Alternative to Experts", ACL, have masks as experts; the
+    fields are our own design.
+    """
+
+    dense_model_type: ClassVar[str]
+    width_name: ClassVar[str] = "intermediate_size"
+    base_model_tp_plan = None  # the host's plan names modules that are not here, and would leave masks whole
+
+    num_experts: int = 4
+    num_experts_per_tok: int = 1
+    group_size: int = 1
+    mask_stage: str = "learned"
+    mask_budget: str = "global"
+    router_aux_loss_coef: float | int = 0.01
+    masked_layers: list[int] | None = None
+    expert_sizes: list[int] | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Those that dataclasses generate read the global widths, which the host forbids.
+        cls.__eq__ = PreTrainedConfig.__eq__  # type: ignore[method-assign]
+        cls.__repr__ = PreTrainedConfig.__repr__  # type: ignore[method-assign]
+
+    @classmethod
+    def from_dense(cls, config: PreTrainedConfig, **fields: Any) -> Self:
+        """Take over everything a dense model's config says and add the masks.
+
+        Args:
+            config: Config of a model of the host's architecture, or of this class.
+            **fields: Fields of this class.
+        """
+        dense = config.to_dict()
+        for name in ("model_type", "architectures", "transformers_version", "dtype", "auto_map"):
+            dense.pop(name, None)
+        return cls(**(dense | fields | {"attn_implementation": config._attn_implementation}))
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks with a feed-forward network there are."""
+        return self.num_hidden_layers  # type: ignore[attr-defined]  # of the host
+
+    @property
+    def blocks(self) -> list[int]:
+        """The blocks that have masks, ascending."""
+        return list(range(self.num_blocks)) if self.masked_layers is None else self.masked_layers
+
+    def block_sizes(self, block: int) -> tuple[int | None, list[int]]:
+        """Return how many units of a compact block run for every token, and how many of each expert besides."""
+        layer = self.per_layer_config[block]  # type: ignore[attr-defined]  # of the host
+        return getattr(layer, self.width_name), layer.expert_sizes or []
+
+    def write_sizes(self, sizes: dict[int, tuple[int, list[int]]]) -> dict[int, dict[str, Any]]:
+        """Return the `per_layer_config` from which `block_sizes` reads these."""
+        return {
+            block: {self.width_name: width} | ({"expert_sizes": experts} if any(experts) else {})
+            for block, (width, experts) in sizes.items()
+        }
+
+    def validate_masks(self) -> None:
+        """Refuse masks that do not exist."""
+        if not 1 <= self.num_experts <= 64:
+            raise ValueError(f"`num_experts` must be in [1, 64], got {self.num_experts}. Use 4, or leave it out.")
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"`top_k` must be in [1, {self.num_experts}], the number of experts, got {self.num_experts_per_tok}. "
+                "Use 1."
+            )
+        if self.group_size < 1:
+            raise ValueError(f"`group_size` must be at least 1, got {self.group_size}. Use 8 for widths of 8.")
+        for name, known in (("mask_stage", STAGES), ("mask_budget", BUDGETS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}. Leave it out for "
+                    f"{known[0]!r}."
+                )
+        if not 0 <= self.router_aux_loss_coef < math.inf:
+            raise ValueError(
+                f"`router_aux_loss_coef` must be finite and >= 0, got {self.router_aux_loss_coef}. Use 0.01, or 0 "
+                "for no balance loss."
+            )
+
+        if self.chunk_size_feed_forward:  # type: ignore[attr-defined]  # of the host
+            raise ValueError(
+                "`chunk_size_feed_forward` must be 0, because routers see all tokens of a batch at once, got "
+                f"{self.chunk_size_feed_forward}. Leave it out."  # type: ignore[attr-defined]
+            )
+
+    def validate_blocks(self) -> None:
+        """Refuse blocks that do not exist."""
+        blocks = self.blocks
+        if not blocks or blocks != sorted(set(blocks)) or any(not 0 <= block < self.num_blocks for block in blocks):
+            raise ValueError(
+                f"`masked_layers` must name blocks from 0 to {self.num_blocks - 1}, ascending and each once, got "
+                f"{blocks}. Leave it out to mask all."
+            )
+
+
+@strict
+class MoMLlamaConfig(MoMFields, LlamaConfig):
+    """Configuration of a Llama with masked feed-forward networks: the arguments of `LlamaConfig` and `MoMFields`."""
+
+    model_type = "mom_llama"
+    dense_model_type = "llama"
+
+
+@strict
+class MoMMistralConfig(MoMFields, MistralConfig):
+    """Configuration of a Mistral with masked feed-forward networks, with the arguments of `MistralConfig`."""
+
+    model_type = "mom_mistral"
+    dense_model_type = "mistral"
+
+
+@strict
+class MoMQwen2Config(MoMFields, Qwen2Config):
+    """Configuration of a Qwen2 with masked feed-forward networks, with the arguments of `Qwen2Config`."""
+
+    model_type = "mom_qwen2"
+    dense_model_type = "qwen2"
+
+
+@strict
+class MoMQwen3Config(MoMFields, Qwen3Config):
+    """Configuration of a Qwen3 with masked feed-forward networks, with the arguments of `Qwen3Config`."""
+
+    model_type = "mom_qwen3"
+    dense_model_type = "qwen3"
+
+
+@strict
+class MoMGPT2Config(MoMFields, GPT2Config):
+    """Configuration of a GPT-2 with masked feed-forward networks, with the arguments of `GPT2Config`."""
+
+    model_type = "mom_gpt2"
+    dense_model_type = "gpt2"
+    width_name = "n_inner"
+
+
+@strict
+class MoMBertConfig(MoMFields, BertConfig):
+    """Configuration of a BERT with masked feed-forward networks, with the arguments of `BertConfig`."""
+
+    model_type = "mom_bert"
+    dense_model_type = "bert"
+
+
+@strict
+class MoMT5Config(MoMFields, T5Config):
+    """Configuration of a T5 with masked feed-forward networks, with the arguments of `T5Config`.
+
+    The host's `per_layer_config` counts layers of the encoder: the sizes of the decoder's are in the same entries.
+
+    Args:
+        d_ff_of_decoder: Only in `per_layer_config`.
+        expert_sizes_of_decoder: Only in `per_layer_config`.
+    """
+
+    model_type = "mom_t5"
+    dense_model_type = "t5"
+    width_name = "d_ff"
+
+    d_ff_of_decoder: int | None = None
+    expert_sizes_of_decoder: list[int] | None = None
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks encoder and decoder have."""
+        return self.num_layers + self.num_decoder_layers
+
+    def block_sizes(self, block: int) -> tuple[int | None, list[int]]:
+        """See `MoMFields`."""
+        if block < self.num_layers:
+            return super().block_sizes(block)
+        layer = self.per_layer_config[block - self.num_layers]
+        return layer.d_ff_of_decoder, layer.expert_sizes_of_decoder or []
+
+    def write_sizes(self, sizes: dict[int, tuple[int, list[int]]]) -> dict[int, dict[str, Any]]:
+        """See `MoMFields`.
+
+        Raises:
+            ValueError: If the decoder is deeper than the encoder.
+        """
+        if self.num_decoder_layers > self.num_layers:
+            raise ValueError(
+                f"A T5 to compact must have no more decoder layers than its {self.num_layers} encoder layers, got "
+                f"{self.num_decoder_layers}: `per_layer_config` has no place for them. Keep it masked."
+            )
+        entries: dict[int, dict[str, Any]] = {}
+        for block, entry in super().write_sizes(sizes).items():
+            in_decoder = block >= self.num_layers
+            named = {f"{name}_of_decoder": value for name, value in entry.items()} if in_decoder else entry
+            entries[block % self.num_layers] = entries.get(block % self.num_layers, {}) | named
+        return entries
+
+
+__all__ = [
+    "MoMBertConfig",
+    "MoMGPT2Config",
+    "MoMLlamaConfig",
+    "MoMMistralConfig",
+    "MoMQwen2Config",
+    "MoMQwen3Config",
+    "MoMT5Config",
+]

@@ -1,0 +1,6 @@
+"""Matrix product operators: compress pre-trained models, and fine-tune only their small tensors."""
+
+import lazy_loader
+
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)  # the public names stand in `__init__.pyi`

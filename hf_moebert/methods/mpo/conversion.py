@@ -1,0 +1,245 @@
+"""Replace the matrices of a pre-trained model by chains of cores, and load such a model again.
+
+The shapes stand in config.json as the host's `quantization_config`, so that `from_pretrained` of any Auto class builds
+the same modules after `import hf_moebert`; `model.dequantize()` returns the dense model.
+"""
+
+import copy
+import math
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .configuration_mpo import MPOCompressionConfig
+from .functional import GAUGES, check_option, decompose, round_cores
+from .functional_shapes import cap_bonds, check_cap, check_num_cores, choose_bonds, factor_matrix
+from .modeling_mpo import MPOMatrix
+from .modeling_quantizer import MPOQuantizer, replace_matrices
+
+
+DENSE = (nn.Linear, Conv1D, nn.Embedding)
+
+
+def compress_mpo(
+    model: PreTrainedModel,
+    *,
+    target_modules: str | Sequence[str] | None = None,
+    num_cores: int = 5,
+    bond: int | None = None,
+    max_error: float | None = None,
+    keep_ratio: float | None = None,
+    gauge: str = "symmetric",
+    train_centre: bool = False,
+) -> PreTrainedModel:
+    """Write the matrices of a model as chains of cores, in place, with at most one of three ways to make them smaller.
+
+    Args:
+        model: Any model of the host, dense.
+        target_modules: Ends of the modules' paths, or a regular expression for whole paths. By default the linear
+            layers inside the repeated layers, the pooler, and the word embeddings with whatever is tied to them.
+        num_cores: Odd, at least 3.
+        bond: A cap on every bond.
+        max_error: Largest relative error of every matrix, in the Frobenius norm, in [0, 1), before the cores are
+            rounded to the model's dtype.
+        keep_ratio: Parameters of all chosen matrices together, as a share of the dense ones; the bonds are about
+            those with the least total error, see `choose_bonds`.
+        gauge: As in `decompose`.
+        train_centre: Whether central tensors learn. Otherwise they are frozen, as published.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If an option is out of range, if two of the three ways are given, if nothing is chosen, or if the
+            model is not dense.
+
+    Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205; choosing bonds by size or error is our own design.
+    """
+    _check_options(num_cores, bond, max_error, keep_ratio, gauge)
+    _check_model(model)
+    chosen = find_matrices(model, target_modules)
+    weights = {paths[0]: model.get_parameter(f"{paths[0]}.weight").detach() for paths in chosen}
+    if broken := [path for path, weight in weights.items() if not bool(weight.isfinite().all())]:
+        raise ValueError(
+            f"`model` must hold finite weights, got NaN or infinity in {', '.join(broken)}. Repair it first."
+        )
+    weights = {path: weight.double() for path, weight in weights.items()}  # rounded once, at the end
+    factors = {path: factor_matrix(len(w), w.shape[1], num_cores) for path, w in weights.items()}
+    if max_error is None and keep_ratio is None:
+        caps = {path: cap_bonds(*factors[path], bond) for path in weights}
+        chains = {path: decompose(weights[path], *factors[path], bonds=caps[path], gauge=gauge)[0] for path in weights}
+    else:
+        chains = _decompose_to_size(weights, factors, max_error=max_error, keep_ratio=keep_ratio, gauge=gauge)
+    tied = {path: paths[0] for paths in chosen for path in paths[1:]}
+    _own_config(model)
+    _install(model, chains, MPOCompressionConfig(_describe(chains), tied, train_centre, gauge))
+    return model
+
+
+def _describe(chains: dict[str, list[Tensor]]) -> dict[str, dict[str, list[int]]]:
+    return {
+        path: {
+            "row_factors": [core.shape[1] for core in cores],
+            "column_factors": [core.shape[2] for core in cores],
+            "bonds": [core.shape[3] for core in cores[:-1]],
+        }
+        for path, cores in chains.items()
+    }
+
+
+def _install(model: PreTrainedModel, chains: dict[str, list[Tensor]], config: MPOCompressionConfig) -> None:
+    """Leave the model as the host would have loaded it."""
+    replace_matrices(model, config)
+    for path, cores in chains.items():
+        layer = model.get_submodule(path)
+        assert isinstance(layer, MPOMatrix)
+        layer.set_cores(cores)
+    quantizer = MPOQuantizer(config)
+    model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, config.quant_method
+    quantizer.postprocess_model(model)
+
+
+def find_matrices(model: PreTrainedModel, target_modules: str | Sequence[str] | None = None) -> list[list[str]]:
+    """Choose the modules whose matrices are decomposed.
+
+    Args:
+        model: Any dense model.
+        target_modules: As in `compress_mpo`.
+
+    Returns:
+        For each matrix the paths of all modules that share it; an embedding first, otherwise in the model's order.
+
+    Raises:
+        ValueError: If nothing is chosen; the message lists what could be.
+    """
+    dense: dict[str, nn.Module] = {}
+    groups: dict[nn.Parameter, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            groups.setdefault(weight, []).append(path)
+            if _is_plain(module):
+                dense[path] = module
+    if target_modules is None:
+        chosen = _default_targets(model, dense)
+    else:
+        chosen = _named_targets(dense, target_modules)
+    found = [paths for paths in groups.values() if chosen & set(paths)]
+    for paths in found:
+        if odd := [path for path in paths if path not in dense]:
+            raise ValueError(
+                f"`target_modules` must not name a matrix that another kind of layer shares, got {paths}, of which "
+                f"{', '.join(odd)} is a {type(model.get_submodule(odd[0])).__name__}. Leave them out."
+            )
+    return [sorted(paths, key=lambda path: not isinstance(dense[path], nn.Embedding)) for paths in found]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    if not isinstance(module, DENSE) or type(module) not in DENSE or not module.weight.is_floating_point():
+        return False
+    # these change the table, or the form of its gradient, behind the back of whoever holds the cores
+    return not isinstance(module, nn.Embedding) or (module.max_norm is None and not module.sparse)
+
+
+def _named_targets(dense: dict[str, nn.Module], targets: str | Sequence[str]) -> set[str]:
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    matched = {target: {path for path in dense if _is_target(path, target, targets)} for target in wanted}
+    if lost := [target for target, paths in matched.items() if not paths]:
+        raise ValueError(
+            f"`target_modules` must name linear layers or embeddings of the model, got {', '.join(map(repr, lost))}. "
+            f"Choose from {', '.join(sorted({path.rpartition('.')[2] for path in dense}))}."
+        )
+    return set().union(*matched.values())
+
+
+def _is_target(path: str, target: str, targets: str | Sequence[str]) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(target, path) is not None
+    return path == target or path.endswith(f".{target}")
+
+
+def _default_targets(model: PreTrainedModel, dense: dict[str, nn.Module]) -> set[str]:
+    body = set(model.base_model.modules())
+    repeated = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and module in body]
+    routers = {child for module in body if hasattr(module, "num_experts") for child in module.children()}
+    chosen = {
+        path
+        for path, module in dense.items()
+        if not isinstance(module, nn.Embedding)
+        and module in body - routers
+        and (any(path.startswith(f"{root}.") for root in repeated) or "pooler" in path.split("."))
+    }
+    with suppress(NotImplementedError):  # a model without words
+        table = getattr(model.get_input_embeddings(), "weight", None)
+        named = model.named_modules(remove_duplicate=False)
+        sharers = {path for path, m in named if table is not None and getattr(m, "weight", None) is table}
+        chosen |= sharers if sharers <= dense.keys() else set()
+    if not chosen:
+        raise ValueError(
+            f"`model` must have linear layers in repeated layers, {type(model).__name__} has none. Name them."
+        )
+    return chosen
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give the model a configuration of its own: another model made of the same object stays dense."""
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
+
+
+def _decompose_to_size(
+    weights: dict[str, Tensor],
+    factors: dict[str, tuple[tuple[int, ...], tuple[int, ...]]],
+    *,
+    max_error: float | None,
+    keep_ratio: float | None,
+    gauge: str,
+) -> dict[str, list[Tensor]]:
+    chains = {path: decompose(weight, *factors[path], gauge="left") for path, weight in weights.items()}
+    sizes = [[i * j for i, j in zip(*factors[path], strict=True)] for path in weights]
+    budget = None if keep_ratio is None else keep_ratio * sum(weight.numel() for weight in weights.values())
+    bonds = choose_bonds([values for _, values in chains.values()], sizes, max_parameters=budget, max_error=max_error)
+    return {
+        path: round_cores(cores, wanted, gauge=gauge)[0]
+        for (path, (cores, _)), wanted in zip(chains.items(), bonds, strict=True)
+    }
+
+
+def _check_options(
+    num_cores: int, bond: int | None, max_error: float | None, keep_ratio: float | None, gauge: str
+) -> None:
+    check_num_cores(num_cores)
+    check_cap(bond)
+    check_option("gauge", gauge, GAUGES)
+    given = {"bond": bond, "max_error": max_error, "keep_ratio": keep_ratio}
+    if len(named := [name for name, value in given.items() if value is not None]) > 1:
+        raise ValueError(f"At most one of `bond`, `max_error` and `keep_ratio` must be given, got {', '.join(named)}.")
+    if max_error is not None and not (_is_number(max_error) and 0 <= max_error < 1):
+        raise ValueError(f"`max_error` must be in [0, 1), got {max_error!r}. Use 0.1 for a tenth of a matrix's norm.")
+    if keep_ratio is not None and not (_is_number(keep_ratio) and 0 < keep_ratio < math.inf):
+        raise ValueError(
+            f"`keep_ratio` must be above 0, got {keep_ratio!r}. Use 0.5 for half of the dense parameters."
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    form = getattr(model, "quantization_method", None)
+    for wrong, what, remedy in (
+        (not isinstance(model, PreTrainedModel), "no model of transformers", "Merge an adapter: `merge_and_unload`"),
+        (form is not None, f"already in another form, {form!r}", "Take the dense model, or call `model.dequantize()`"),
+        (any(hasattr(m, "base_layer") for m in model.modules()), "one with a PEFT adapter", "Merge or remove it"),
+        (any(hasattr(m, "make_linear") for m in model.modules()), "optimised", "Call `revert_optimizations`"),
+        (any(p.is_meta for p in model.parameters()), "partly on the meta device", "Load it without offloading"),
+    ):
+        if wrong:
+            raise ValueError(f"`model` must be dense, but {type(model).__name__} is {what}. {remedy}.")

@@ -1,0 +1,6 @@
+"""MPOE: feed-forward networks become experts that share the central tensor of a matrix product operator."""
+
+import lazy_loader
+
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)  # the public names stand in `__init__.pyi`

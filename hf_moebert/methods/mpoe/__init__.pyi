@@ -1,0 +1,14 @@
+from .configuration_mpoe import (
+    MPOEBertConfig as MPOEBertConfig,
+)
+from .configuration_mpoe import (
+    MPOEGPT2Config as MPOEGPT2Config,
+)
+from .configuration_mpoe import (
+    MPOET5Config as MPOET5Config,
+)
+from .modeling_bert import MPOEBertForSequenceClassification as MPOEBertForSequenceClassification
+from .modeling_gpt2 import MPOEGPT2LMHeadModel as MPOEGPT2LMHeadModel
+from .modeling_t5 import MPOET5ForConditionalGeneration as MPOET5ForConditionalGeneration
+from .recipe import MPOEGradientMaskConfig as MPOEGradientMaskConfig
+from .training import MPOEGradientMaskCallback as MPOEGradientMaskCallback

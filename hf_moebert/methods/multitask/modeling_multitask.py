@@ -1,0 +1,282 @@
+"""Many tasks on one trunk: it runs once and as deep as needed, and every task goes on from its own depth."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.models.bert.modeling_bert import BertLayer
+from transformers.utils import ModelOutput
+
+from hf_moebert.methods.masked_crf.modeling_masked_crf import CrfTagger
+
+from .configuration_multitask import SHARED, MultiTaskBertConfig, check_task_name, describe_task
+from .modeling_storage import StoredByTask, check_hashes, hash_trunk
+from .modeling_trunk import (
+    HEADS,
+    BertTrunk,
+    check_single_task,
+    fill,
+    join,
+    new_branch,
+    take_branch,
+    trunk_state,
+)
+
+
+TAGGING = ("word_mask", "output_marginals")  # arguments that only heads with a CRF take
+Labels = Tensor | Mapping[str, Tensor]
+
+
+class MultiTaskBertModel(StoredByTask):
+    """A trunk with a branch for every task; each branch is the host's single-task model without its first layers."""
+
+    accepts_loss_kwargs = False  # losses are means over the batch: the Trainer divides by accumulation steps
+
+    def __init__(self, config: MultiTaskBertConfig) -> None:
+        super().__init__(config)
+        self.trunk = BertTrunk(config)
+        self.branches = nn.ModuleDict()
+        for name, task in config.tasks.items():
+            if (head := HEADS.get(task["architecture"])) is None:
+                raise ValueError(
+                    f"`tasks[{name!r}].architecture` must be one of {', '.join(HEADS)}, got {task['architecture']!r}. "
+                    "Update hf_moebert if the model is newer."
+                )
+            own = head.config_class.from_dict(copy.deepcopy(task["config"]))
+            own.frozen_layers = task["frozen_layers"]
+            own.num_hidden_layers -= own.frozen_layers
+            own._attn_implementation = config._attn_implementation
+            self.branches[name] = new_branch(head, own)
+        self.post_init()
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, sorted."""
+        return sorted(self.branches)
+
+    @classmethod
+    def from_tasks(cls, models: Mapping[str, PreTrainedModel]) -> Self:
+        """Merge single-task models that share their first layers.
+
+        Args:
+            models: For each task a `BertForSequenceClassification`, or another of the host's single-task models,
+                whose `config.frozen_layers` says how many layers stayed as they were pre-trained. They are not
+                changed.
+
+        Returns:
+            The merged model in eval mode: each task's outputs are bit for bit those of its model.
+
+        Raises:
+            ValueError: If there is no model, or one does not fit the others.
+
+        Source: Wei et al. 2022, https://arxiv.org/abs/2107.05377.
+        """
+        if not models:
+            raise ValueError("`models` must hold one task or more, got none. Give {'sst2': model}.")
+        for model in models.values():
+            check_single_task(model)
+            describe_task(type(model).__name__, model.config)  # refuses a `frozen_layers` that cannot be
+        deepest = max(models.values(), key=lambda model: model.config.frozen_layers)
+        config = cls.config_class.from_single_task(deepest.config, deepest.config.frozen_layers)
+        config._attn_implementation = deepest.config._attn_implementation
+        with no_init_weights():
+            merged = cls(config)
+        fill(merged.trunk, trunk_state(deepest, config.num_hidden_layers))
+        merged.to(deepest.device).eval()._seal_trunk()
+        for name, model in models.items():
+            merged.add_task(name, model)
+        return merged
+
+    def add_task(self, name: str, model: PreTrainedModel) -> None:
+        """Add a task; the others stay as they are. A task that froze more layers makes the trunk deeper.
+
+        Args:
+            name: Of letters, digits, `_` and `-`.
+            model: As for `from_tasks`. It is not changed.
+
+        Raises:
+            ValueError: If there is such a task, or the model was not trained on this trunk.
+        """
+        check_task_name(name, self.tasks)
+        self.branches[name] = self._take_in(model)
+        self._describe()
+
+    def replace_task(self, name: str, model: PreTrainedModel) -> None:
+        """Put another model in a task's place; see `add_task`."""
+        self._check_tasks([name])
+        self.branches[name] = self._take_in(model)
+        self._describe()
+
+    def remove_task(self, name: str) -> None:
+        """Drop a task; the trunk and the others stay as they are."""
+        self._check_tasks([name])
+        del self.branches[name]
+        self._describe()
+
+    def extract_task(self, name: str) -> PreTrainedModel:
+        """Return a copy of a task as the host's plain single-task model, in eval mode."""
+        self._check_tasks([name])
+        return join(self.trunk, self._branch(name))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        tasks: Sequence[str] | None = None,
+        labels: Mapping[str, Labels] | None = None,
+        word_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, ModelOutput]:
+        """Run the trunk once, to the depth of the deepest task asked for, and the branches of these tasks.
+
+        Args:
+            input_ids: Shape `(batch, seq)`.
+            attention_mask: 1 or True at real tokens, shape `(batch, seq)`; or a ready mask `(batch, 1, seq, seq)`.
+            token_type_ids: Shape `(batch, seq)`.
+            position_ids: Shape `(batch, seq)`.
+            inputs_embeds: Word embeddings in place of ids. Shape `(batch, seq, hidden)`.
+            tasks: Which; `None` runs all.
+            labels: Of some tasks: what the single-task model takes as `labels`, or a mapping of all that its loss
+                takes, such as `start_positions` and `end_positions`.
+            word_mask: True at words, for tasks with a CRF, which sees words only. Shape `(batch, seq)`.
+            **kwargs: Of all branches, such as `output_hidden_states`, which then start at the task's own layers;
+                `output_marginals` goes to those with a CRF.
+
+        Returns:
+            The output of each task, as from its single-task model.
+
+        Raises:
+            ValueError: If a task, an id or a label does not exist, or the sequence is too long.
+        """
+        asked = self.tasks if tasks is None else list(tasks)
+        self._check_tasks(asked)
+        labels = labels or {}
+        if unasked := sorted(set(labels) - set(asked)):
+            raise ValueError(f"`labels` must be of tasks that are run, {asked}, got {unasked}. Name them in `tasks`.")
+        states, mask = self.trunk.embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        depths = {name: self._branch(name).config.frozen_layers for name in asked}
+        found = self.trunk.run(states, mask, position_ids, depths=set(depths.values()))
+        if word_mask is None and attention_mask is not None and attention_mask.dim() == 2:
+            word_mask = attention_mask  # what a tagger would look at, but branches get the ready mask
+        kwargs |= {"attention_mask": mask, "position_ids": position_ids, "word_mask": word_mask, "return_dict": True}
+        return {name: self._run_branch(name, found[depth], labels.get(name), kwargs) for name, depth in depths.items()}
+
+    def _branch(self, name: str) -> PreTrainedModel:
+        return cast(PreTrainedModel, self.branches[name])
+
+    def _run_branch(self, name: str, states: Tensor, labels: Labels | None, kwargs: dict[str, Any]) -> ModelOutput:
+        branch = self._branch(name)
+        if not isinstance(branch, CrfTagger):
+            kwargs = {key: value for key, value in kwargs.items() if key not in TAGGING}
+        targets = {} if labels is None else {"labels": labels} if isinstance(labels, Tensor) else labels
+        if not isinstance(targets, Mapping) or not all(isinstance(target, Tensor) for target in targets.values()):
+            raise ValueError(f"`labels[{name!r}]` must be a tensor or a mapping of tensors, got {labels!r}.")
+        if "labels" in targets:
+            self._check_labels(name, targets["labels"])
+        output = branch(inputs_embeds=states, **kwargs, **targets)
+        if targets and not any(x.is_floating_point() or (x != -100).any() for x in targets.values()):
+            logits = next(value for key, value in output.items() if key.endswith("logits"))
+            output.loss = logits.sum() * 0.0  # the host's mean over nothing is NaN
+        return output
+
+    def _check_labels(self, name: str, labels: Tensor) -> None:
+        """Refuse classes that the head does not have, before a GPU aborts the process over them."""
+        config = self._branch(name).config
+        classes = config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
+        if not classes or labels.is_floating_point() or torch.compiler.is_compiling():
+            return
+        wrong = (labels != -100) & ((labels < 0) | (labels >= config.num_labels))
+        if wrong.any():
+            raise ValueError(
+                f"`labels[{name!r}]` must be in [0, {config.num_labels}) or -100, got {int(labels[wrong][0])}. Map "
+                "the data set's labels to the task's `label2id`."
+            )
+
+    def _check_tasks(self, names: Sequence[str]) -> None:
+        """Refuse tasks that do not exist, and asking for none."""
+        unknown = [name for name in names if name not in self.branches]
+        if unknown or not names:
+            raise ValueError(
+                f"`tasks` must name one or more of {self.tasks}, got {unknown or list(names)}. Leave it out to run "
+                "all, or add a task with `add_task`."
+            )
+
+    def _take_in(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Make a branch of a model that fits the trunk; the trunk gets the layers that it lacks."""
+        check_single_task(model)
+        frozen = describe_task(type(model).__name__, model.config)["frozen_layers"]
+        self._check_sizes(model)
+        branch = take_branch(model, frozen).to(self.device)
+        branch.set_attn_implementation(self.config._attn_implementation)
+        theirs = trunk_state(model, frozen)
+        self._check_prefix(theirs, frozen)
+        for index in range(len(self.trunk.layer), frozen):
+            place = f"layer.{index}."
+            with no_init_weights():
+                layer = BertLayer(self.config, layer_idx=index)
+            fill(layer, {name.removeprefix(place): x for name, x in theirs.items() if name.startswith(place)})
+            self.trunk.layer.append(layer.requires_grad_(False).to(self.device).eval())
+        if len(self.trunk.layer) >= len(self.config.trunk_sha256):  # deeper than it was
+            self._seal_trunk()
+        return branch.train(self.training)
+
+    def _check_sizes(self, model: PreTrainedModel) -> None:
+        """Refuse a model of another architecture or precision."""
+        sizes = {field: (getattr(self.config, field), getattr(model.config, field)) for field in SHARED}
+        for field, (ours, theirs) in (sizes | {"dtype": (self.dtype, model.dtype)}).items():
+            if ours != theirs:
+                raise ValueError(
+                    f"`model` must have the trunk's `{field}` {ours!r}, got {theirs!r}. Use tasks of one pre-trained "
+                    "model."
+                )
+
+    def _check_prefix(self, theirs: Mapping[str, Tensor], frozen: int) -> None:
+        """Refuse a model whose frozen layers are not bit for bit those of the trunk."""
+        depth = min(frozen, len(self.trunk.layer))
+        places = ("embeddings.", *(f"layer.{i}." for i in range(depth)))
+        ours, theirs = (
+            {name: x.to(self.device).contiguous() for name, x in side.items() if name.startswith(places)}
+            for side in (self.trunk.state_dict(), theirs)
+        )
+        if ours.keys() != theirs.keys() or not all(
+            torch.equal(x.view(torch.uint8), ours[name].view(torch.uint8)) for name, x in theirs.items()
+        ):
+            hashes, expected = (hash_trunk(side, side.__getitem__, depth) for side in (theirs, ours))
+            check_hashes(hashes, expected, "The frozen part of `model`")
+
+    def _describe(self) -> None:
+        """Bring the config up to what is there."""
+        tasks = {}
+        for name in self.tasks:
+            branch = self._branch(name)
+            config = copy.deepcopy(branch.config)
+            config.num_hidden_layers += config.frozen_layers
+            tasks[name] = describe_task(type(branch).__name__, config)
+        self.config.num_hidden_layers = len(self.trunk.layer)
+        self.config.tasks = tasks
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the word embeddings."""
+        return self.trunk.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the word embeddings."""
+        self.trunk.embeddings.word_embeddings = value
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Refuse: the vocabulary is the one that all tasks were trained with."""
+        raise ValueError(
+            "The vocabulary must stay the one that the tasks were trained with. Resize the pre-trained model before "
+            "tasks are trained on it."
+        )
+
+
+__all__ = ["MultiTaskBertModel"]

@@ -1,0 +1,252 @@
+"""From one pre-trained encoder to a branch for every task: teachers, students, and the choice among them."""
+
+import copy
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+
+from hf_moebert.methods.distillation import DistillationConfig, DistillationTrainer
+
+from .configuration_multitask import check_task_name
+from .functional import choose_depth, choose_uniform
+from .modeling_multitask import MultiTaskBertModel
+from .modeling_trunk import HEADS, join, take_branch, take_trunk
+from .recipe import INITS, MultiTaskSweepConfig
+from .training_runs import MultiTaskSweepTask, PreparedTask, Run, describe_arguments, read_result, write_result
+from .training_states import CachedStates, pad_examples
+
+
+class MultiTaskSweep:
+    """Find for every task how many layers to freeze, and how few to keep above them.
+
+    Each task is worked on alone. Teachers train the top layers of the encoder on cached states of the frozen ones; the
+    one that is best on the dev examples teaches students with fewer layers on the same frozen ones, by the loss
+    `CE + T^2 CE_soft`. Of these, more layers are kept for as long as they bring the task enough.
+
+    Every run leaves `<output_dir>/<task>/<run>`: the plain single-task model, whose `config.frozen_layers` says where
+    it may be split, and `result.json`, which is written last. A run that has it is not repeated.
+
+    Args:
+        tasks: By name, which is also that of a folder.
+        args: For the stock `Trainer` of every run; `output_dir` is the folder of the sweep.
+        config: The recipe; by default `MultiTaskSweepConfig()`.
+        states_dir: Folder for the cached states, shared by sweeps over the same data; by default in `output_dir`.
+
+    Raises:
+        ValueError: If there is no task, a name cannot be a folder's, or the recipe does not fit the encoder; later, if
+            the folder holds runs of other settings or states of another trunk.
+
+    Source: Wei et al. 2022, https://arxiv.org/abs/2107.05377. Cached states, and the frozen layers without dropout
+    that they mean, are our own design.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, MultiTaskSweepTask],
+        args: TrainingArguments,
+        config: MultiTaskSweepConfig | None = None,
+        *,
+        states_dir: str | Path | None = None,
+    ) -> None:
+        for name in tasks:
+            check_task_name(name, [other for other in tasks if other != name])
+        if not tasks:
+            raise ValueError("`tasks` must hold at least one task, got none. Name one.")
+        self.args, self.config = args, MultiTaskSweepConfig() if config is None else config
+        self.output = Path(args.output_dir)
+        states = self.output / "states" if states_dir is None else Path(states_dir)
+        self.tasks = {name: PreparedTask(task, states / name, seed=args.seed) for name, task in tasks.items()}
+        (first, expected), *_ = self.tasks.items()
+        self.config.check_depth(expected.depth)
+        for name, prepared in self.tasks.items():
+            if prepared.fingerprints["encoder"] != expected.fingerprints["encoder"]:
+                raise ValueError(
+                    f"`tasks` must share one encoder, got another for {name!r} than for {first!r}. Let every"
+                    " `new_model` load the same pre-trained weights."
+                )
+
+    def runs(self) -> Iterator[tuple[str, Run]]:
+        """Yield task and run of the whole sweep in order; a task's students are known once its teachers are made."""
+        for task, prepared in self.tasks.items():
+            yield task, Run("whole", prepared.depth)
+            yield from ((task, Run("teacher", layers)) for layers in sorted(self.config.teacher_layers))
+            teacher = self.choose_teacher(task)
+            yield from (
+                (task, Run("student", layers)) for layers in sorted(self.config.student_layers) if layers < teacher
+            )
+
+    def run(self) -> None:
+        """Make all runs that are missing, with a bar unless `args.disable_tqdm`."""
+        bar = tqdm(self.runs(), unit="run", disable=self.args.disable_tqdm)
+        for task, run in bar:
+            bar.set_postfix_str(f"{task}, {run.name}")
+            self.make(task, run)
+
+    def make(self, task: str, run: Run) -> float:
+        """Train and save a model unless it is there, and return its score on the dev examples.
+
+        Raises:
+            ValueError: If the folder holds a run of other settings, or the score is not finite.
+        """
+        folder, settings = self.folder(task, run), self.settings(task, run)
+        if (result := read_result(folder / "result.json")) is not None:
+            made = result["settings"]
+            other = [name for name in sorted(made.keys() | settings.keys()) if made.get(name) != settings.get(name)]
+            if other:
+                pairs = "; ".join(f"{name}: {settings.get(name)} here, {made.get(name)} there" for name in other)
+                raise ValueError(
+                    f"{folder} must hold a run of the settings asked for, but it was made with others: {pairs}. Choose"
+                    " another `output_dir`, or delete it."
+                )
+            return result["score"]
+        trainer = self._train(task, run)
+        score = trainer.evaluate()["eval_score"]
+        if not math.isfinite(score):
+            raise ValueError(
+                f"The score of {task!r}, {run.name}, must be finite, got {score}. Check its `score`, or train with a"
+                " smaller `learning_rate`."
+            )
+        self._plain(task, run, trainer.model).save_pretrained(folder)
+        write_result(folder / "result.json", {"score": score, "settings": settings, "command": " ".join(sys.argv)})
+        return score
+
+    def choose_teacher(self, task: str) -> int:
+        """Return the layers of the best teacher on the dev examples, the fewest of equals; makes those missing."""
+        scores = {layers: self.make(task, Run("teacher", layers)) for layers in self.config.teacher_layers}
+        return min(scores, key=lambda layers: (-scores[layers], layers))
+
+    def student_scores(self, task: str) -> dict[int, float]:
+        """Return what each number of layers scores on the dev examples; makes the runs that are missing."""
+        return {run.layers: self.make(task, run) for run in map(self.branch(task), self.config.student_layers)}
+
+    def choose_depths(self, min_gain: float | None = None, *, uniform: bool = False) -> dict[str, int]:
+        """Choose the layers of each task's branch; makes the runs that are missing.
+
+        Args:
+            min_gain: Points that one more layer has to bring; by default that of the recipe.
+            uniform: Whether all tasks get as many, by the mean of their scores. A teacher with fewer keeps its own.
+        """
+        points = self.config.min_gain if min_gain is None else min_gain
+        if uniform:
+            layers = self.config.student_layers
+            scores = {task: {n: self.make(task, self.branch(task)(n)) for n in layers} for task in self.tasks}
+            return dict.fromkeys(self.tasks, choose_uniform(scores, points / 100))
+        return {task: choose_depth(self.student_scores(task), points / 100) for task in self.tasks}
+
+    def branch(self, task: str) -> Callable[[int], Run]:
+        """Return what makes a number of layers the run whose model they are: where that is enough, the teacher's."""
+        teacher = self.choose_teacher(task)
+        return lambda layers: Run("student", layers) if layers < teacher else Run("teacher", teacher)
+
+    def load(self, task: str, run: Run) -> PreTrainedModel:
+        """Load the plain single-task model of a run."""
+        folder = self.folder(task, run)
+        (architecture,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
+        return HEADS[architecture].from_pretrained(folder)
+
+    def merge(self, depths: Mapping[str, int]) -> MultiTaskBertModel:
+        """Put the branches of these many layers, by task, on one trunk; makes the runs that are missing."""
+        runs = {task: self.branch(task)(layers) for task, layers in depths.items()}
+        for task, run in runs.items():
+            self.make(task, run)
+        return MultiTaskBertModel.from_tasks({task: self.load(task, run) for task, run in runs.items()})
+
+    def folder(self, task: str, run: Run) -> Path:
+        """Say where a run leaves what it makes."""
+        return self.output / task / run.name
+
+    def settings(self, task: str, run: Run) -> dict[str, Any]:
+        """Say what decides how a run ends, in a form that JSON knows."""
+        settings = describe_arguments(self.args) | asdict(run) | self.tasks[task].fingerprints
+        if run.kind == "student":
+            recipe = {"teacher": self.choose_teacher(task)}
+            settings |= recipe | {name: getattr(self.config, name) for name in ("student_init", "temperature")}
+        return json.loads(json.dumps(settings, default=str))
+
+    def _train(self, task: str, run: Run) -> Trainer:
+        prepared = self.tasks[task]
+        args = copy.deepcopy(self.args)
+        args.output_dir = str(self.folder(task, run) / "checkpoints")
+        set_seed(args.seed)  # of new heads; the Trainer sets it again
+        options: dict[str, Any] = {}
+        if run.kind == "student":
+            teacher = self.load(task, Run("teacher", self.choose_teacher(task)))
+            frozen = teacher.config.frozen_layers
+            model = new_student(teacher, run.layers, init=self.config.student_init, encoder=prepared.task.new_model())
+            recipe = DistillationConfig(hidden_states=False, temperature=self.config.temperature)
+            options = {"teacher": take_branch(teacher, frozen), "distillation": recipe}
+        elif run.kind == "teacher":
+            frozen = prepared.depth - run.layers
+            model = take_branch(prepared.task.new_model(), frozen)
+        else:
+            frozen, model = None, prepared.task.new_model()
+        train, dev = (self._data(task, split, frozen) for split in ("train", "dev"))
+        trainer = (DistillationTrainer if options else Trainer)(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=dev,
+            data_collator=pad_examples,
+            compute_metrics=lambda predictions: {"score": float(prepared.task.score(predictions))},
+            **options,
+        )
+        # Losses are means over the micro-batch. Left to itself the host trusts every model with `**kwargs` to divide
+        # by the items of the whole batch, and stock heads do not.
+        trainer.model_accepts_loss_kwargs = False
+        trainer.train()
+        return trainer
+
+    def _data(self, task: str, split: str, frozen: int | None) -> Dataset | CachedStates:
+        prepared = self.tasks[task]
+        if frozen is None:
+            return prepared.examples(split)
+        depths = sorted(prepared.depth - layers for layers in self.config.teacher_layers)
+        return prepared.states(split, depths, self.args.device)[frozen]
+
+    def _plain(self, task: str, run: Run, model: PreTrainedModel) -> PreTrainedModel:
+        if run.kind == "whole":
+            return model
+        return join(take_trunk(self.tasks[task].task.new_model(), model.config.frozen_layers), model.cpu())
+
+
+def new_student(
+    teacher: PreTrainedModel, num_layers: int, *, init: str = "teacher", encoder: PreTrainedModel | None = None
+) -> PreTrainedModel:
+    """Make an untrained branch out of a trained model.
+
+    Args:
+        teacher: A single-task model whose `config.frozen_layers` are frozen. It is not changed.
+        num_layers: Layers of the branch.
+        init: Where they start: the teacher's first ones ("teacher"), those of `encoder` after the frozen ones
+            ("next"), or random ("random"). Pooler and head are the teacher's.
+        encoder: The pre-trained encoder in a model of the teacher's class, for "next".
+
+    Raises:
+        ValueError: If there is no such `init`, or "next" has no encoder.
+
+    Source: Wei et al. 2022, https://arxiv.org/abs/2107.05377, for "teacher"; the others are our own design.
+    """
+    if init not in INITS:
+        raise ValueError(f"`init` must be one of {', '.join(INITS)}, got {init!r}.")
+    if init == "next" and encoder is None:
+        raise ValueError('`encoder` must be given for `init="next"`, got None. Load the pre-trained model.')
+    frozen = teacher.config.frozen_layers
+    student = take_branch(teacher, frozen, num_layers)
+    layers: Any = student.base_model.encoder
+    if encoder is not None and init == "next":
+        start: Any = take_branch(encoder, frozen, num_layers).base_model
+        layers.load_state_dict(start.encoder.state_dict())
+    elif init == "random":
+        layers.apply(student._init_weights)
+    return student
+
+
+__all__ = ["MultiTaskSweep", "MultiTaskSweepTask", "Run"]

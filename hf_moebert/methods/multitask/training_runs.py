@@ -1,0 +1,122 @@
+"""The runs of a sweep: on what task, of what settings, and what they leave."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from transformers import EvalPrediction, PreTrainedModel, TrainingArguments, set_seed
+
+from .configuration_multitask import UNSAID
+from .functional import chain_hashes
+from .modeling_trunk import take_trunk
+from .training_states import CachedStates, cache_states, fingerprint_data, fingerprint_trunk
+
+
+# Beginnings of the arguments that say where and how a run is made and told of, not how it ends
+HOUSEKEEPING = (
+    *("output_dir", "log", "report_to", "run_name", "project", "trackio", "push_to_hub", "hub_", "disable_tqdm"),
+    *("save_total_limit", "save_on_each_node", "save_only_model", "enable_jit", "restore_callback", "resume_from"),
+    *("do_", "debug", "include_", "skip_memory", "prediction_loss_only", "per_device_eval", "eval_accumulation"),
+    *("eval_use_gather", "dataloader_num", "dataloader_pin", "dataloader_persistent", "dataloader_prefetch"),
+    *("dataloader_multi", "torch_empty_cache", "use_cpu", "local_rank", "ddp_"),
+)
+
+
+@dataclass(frozen=True)
+class MultiTaskSweepTask:
+    """One task of a sweep.
+
+    Attributes:
+        new_model: Makes the pre-trained encoder with a new head, a class of `modeling_trunk.HEADS`; its values come
+            from the seed that was set last. All tasks of a sweep share the encoder.
+        train_dataset: Encoded examples that are trained on.
+        dev_dataset: Encoded examples that choose. What they are chosen by is no measurement: keep others for that.
+        score: What predictions are worth; the larger the better, and 1 is perfect.
+        metric: Name of what `score` computes. Runs that were scored by another are not taken for finished.
+    """
+
+    new_model: Callable[[], PreTrainedModel]
+    train_dataset: Dataset
+    dev_dataset: Dataset
+    score: Callable[[EvalPrediction], float]
+    metric: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a sweep.
+
+    Attributes:
+        kind: "whole" trains all weights, embeddings too; "teacher" the layers above the frozen ones; "student" fewer.
+        layers: Layers that are trained.
+    """
+
+    kind: Literal["whole", "teacher", "student"]
+    layers: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return "whole" if self.kind == "whole" else f"{self.kind}-{self.layers}"
+
+
+def describe_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """Return the arguments that decide how a run ends."""
+    return {name: value for name, value in args.to_dict().items() if not name.startswith(HOUSEKEEPING)}
+
+
+class PreparedTask:
+    """A task, and what is found out about it once."""
+
+    def __init__(self, task: MultiTaskSweepTask, folder: Path, *, seed: int) -> None:
+        self.task, self.folder, self.seed = task, folder, seed
+        self._states: dict[str, dict[int, CachedStates]] = {}
+
+    @cached_property
+    def depth(self) -> int:
+        """Layers of the encoder."""
+        return self.task.new_model().config.num_hidden_layers
+
+    @cached_property
+    def fingerprints(self) -> dict[str, Any]:
+        """What is trained, on what, and how it is scored."""
+        set_seed(self.seed)  # of a pooler that the encoder does not bring along
+        model = self.task.new_model()
+        config = model.config.to_diff_dict()
+        return {
+            **{split: fingerprint_data(self.examples(split)) for split in ("train", "dev")},
+            "encoder": fingerprint_trunk(take_trunk(model, self.depth), self.depth),
+            "base": chain_hashes([model.base_model.state_dict()])[0],
+            "model": type(model).__name__,
+            "config": {name: value for name, value in config.items() if name not in UNSAID},
+            "metric": self.task.metric,
+        }
+
+    def examples(self, split: str) -> Dataset:
+        """Return the encoded examples of a split, "train" or "dev"."""
+        return self.task.train_dataset if split == "train" else self.task.dev_dataset
+
+    def states(self, split: str, depths: list[int], device: torch.device) -> dict[int, CachedStates]:
+        """Return the examples of a split after each of some numbers of frozen layers."""
+        if split not in self._states:
+            trunk = take_trunk(self.task.new_model(), max(depths)).to(device)
+            self._states[split] = cache_states(trunk, self.examples(split), self.folder / split, depths=depths)
+        return self._states[split]
+
+
+def read_result(file: Path) -> dict[str, Any] | None:
+    """Read what a run left; None if it left nothing."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def write_result(file: Path, result: dict[str, Any]) -> None:
+    """Write what a run found, whole or not at all."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    os.replace(partial, file)

@@ -1,0 +1,6 @@
+"""PLATON: prune by the upper confidence bound of importance, in any Trainer."""
+
+import lazy_loader
+
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)  # the public names stand in `__init__.pyi`

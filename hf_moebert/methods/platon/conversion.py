@@ -1,0 +1,58 @@
+"""Remove the zero units of a pruned model."""
+
+import torch
+from transformers import (
+    PreTrainedModel,
+)
+from transformers.utils import logging
+
+from .modeling_shrunk import can_shrink, shrunk_classes
+from .modeling_units import cut_state, find_kept_units, find_unit_groups
+
+
+logger = logging.get_logger(__name__)
+
+
+@torch.no_grad()
+def shrink(model: PreTrainedModel, *, multiple_of: int = 1) -> PreTrainedModel:
+    """Remove the neurons and heads of a pruned model that contribute nothing.
+
+    A unit may go if all its columns in the matrix behind it (the second one of the feed-forward network, the output
+    of the attention) are exactly zero. The outputs stay the same up to rounding.
+
+    Args:
+        model: A stock BERT, RoBERTa, DistilBERT or ViT, or one that was shrunk before. It is not changed.
+        multiple_of: Numbers of neurons are rounded up to a multiple of this by keeping some that are zero: hardware
+            likes multiples of 8. At least so many neurons, and one head, stay in every layer.
+
+    Returns:
+        A model of the registered class with the same head, and the same dtype, device and mode.
+
+    Raises:
+        ValueError: If the model's family or head is not supported, or `multiple_of` is not positive.
+    """
+    if not isinstance(multiple_of, int) or multiple_of < 1:
+        raise ValueError(
+            f"`multiple_of` must be an integer of at least 1, got {multiple_of!r}. Use 8 for tensor cores."
+        )
+    groups = find_unit_groups(model)
+    classes = shrunk_classes()
+    cls = classes.get(type(model), type(model))
+    if not can_shrink(model):
+        raise ValueError(
+            f"`model` must be one of {sorted(stock.__name__ for stock in classes)}, got {type(model).__name__}. Load "
+            "the checkpoint with one of these, or shrink its body."
+        )
+    kept = [(group, find_kept_units(group, multiple_of=multiple_of)) for group in groups]
+    if all(len(units) == group.num_units for group, units in kept):
+        logger.warning_once(
+            f"No neuron and no head of the {type(model).__name__} can be removed: nothing was pruned in whole units, "
+            "or `multiple_of` is too large. The result has full width."
+        )
+    widths: list[dict[str, int]] = [{} for _ in range(model.config.num_hidden_layers)]
+    for group, units in kept:
+        widths[group.layer][group.kind] = len(units)
+    with torch.random.fork_rng(devices=[]):  # what the host draws for a fresh model disturbs nobody
+        shrunk = cls(cls.config_class.from_dense(model.config, widths))
+    shrunk.to(dtype=model.dtype, device=model.device).load_state_dict(cut_state(model, kept))
+    return shrunk.train(model.training)

@@ -1,0 +1,192 @@
+"""Models whose layers differ in width: what is left of a pruned model once its zero units are removed."""
+
+from typing import Any
+
+from transformers import (
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    DistilBertForMaskedLM,
+    DistilBertForQuestionAnswering,
+    DistilBertForSequenceClassification,
+    DistilBertForTokenClassification,
+    DistilBertModel,
+    PreTrainedModel,
+    RobertaForMaskedLM,
+    RobertaForQuestionAnswering,
+    RobertaForSequenceClassification,
+    RobertaForTokenClassification,
+    RobertaModel,
+    ViTForImageClassification,
+    ViTModel,
+)
+from transformers.utils import logging
+
+from .configuration_shrunk import (
+    ShrunkBertConfig,
+    ShrunkConfig,
+    ShrunkDistilBertConfig,
+    ShrunkRobertaConfig,
+    ShrunkViTConfig,
+)
+from .modeling_units import narrow_layers
+
+
+logger = logging.get_logger(__name__)
+
+
+def can_shrink(model: PreTrainedModel) -> bool:
+    """Whether there is a registered class for what `shrink` would leave of a model."""
+    return type(model) in shrunk_classes() or isinstance(model, ShrunkModel)
+
+
+def shrunk_classes() -> dict[type[PreTrainedModel], type["ShrunkModel"]]:
+    return {cls.__bases__[1]: cls for cls in ShrunkModel.__subclasses__()}  # by the stock class
+
+
+class ShrunkModel(PreTrainedModel):
+    """What all shrunk models share: layers of different widths, and how they are saved."""
+
+    config: ShrunkConfig
+
+    def __init__(self, config: ShrunkConfig, *args: Any, **kwargs: Any) -> None:
+        layers = config.to_dict().get("per_layer_config")
+        config.per_layer_config = None  # the host does not know it: it builds the dense model
+        try:
+            super().__init__(config, *args, **kwargs)
+        finally:
+            config.per_layer_config = layers
+        narrow_layers(self, config.widths)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save like the host, by the modules' own names, and name the family's other classes in `auto_map`."""
+        family = [cls for cls in ShrunkModel.__subclasses__() if cls.config_class is self.config_class]
+        code = {c._auto_class: f"{c.__module__.rpartition('.')[2]}.{c.__name__}" for c in family if c._auto_class}
+        self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | code
+        kwargs.setdefault("save_original_format", False)  # the host would rename a ViT inside a head, but not a body
+        super().save_pretrained(*args, **kwargs)
+
+
+class ShrunkBertModel(ShrunkModel, BertModel):
+    """BERT with layers of different widths."""
+
+    config: ShrunkBertConfig
+
+
+class ShrunkBertForSequenceClassification(ShrunkModel, BertForSequenceClassification):
+    """BERT with layers of different widths, for sequence classification."""
+
+    config: ShrunkBertConfig
+
+
+class ShrunkBertForTokenClassification(ShrunkModel, BertForTokenClassification):
+    """BERT with layers of different widths, for token classification."""
+
+    config: ShrunkBertConfig
+
+
+class ShrunkBertForQuestionAnswering(ShrunkModel, BertForQuestionAnswering):
+    """BERT with layers of different widths, for question answering."""
+
+    config: ShrunkBertConfig
+
+
+class ShrunkBertForMaskedLM(ShrunkModel, BertForMaskedLM):
+    """BERT with layers of different widths, for masked language modelling."""
+
+    config: ShrunkBertConfig
+
+
+class ShrunkRobertaModel(ShrunkModel, RobertaModel):
+    """RoBERTa with layers of different widths."""
+
+    config: ShrunkRobertaConfig
+
+
+class ShrunkRobertaForSequenceClassification(ShrunkModel, RobertaForSequenceClassification):
+    """RoBERTa with layers of different widths, for sequence classification."""
+
+    config: ShrunkRobertaConfig
+
+
+class ShrunkRobertaForTokenClassification(ShrunkModel, RobertaForTokenClassification):
+    """RoBERTa with layers of different widths, for token classification."""
+
+    config: ShrunkRobertaConfig
+
+
+class ShrunkRobertaForQuestionAnswering(ShrunkModel, RobertaForQuestionAnswering):
+    """RoBERTa with layers of different widths, for question answering."""
+
+    config: ShrunkRobertaConfig
+
+
+class ShrunkRobertaForMaskedLM(ShrunkModel, RobertaForMaskedLM):
+    """RoBERTa with layers of different widths, for masked language modelling."""
+
+    config: ShrunkRobertaConfig
+
+
+class ShrunkDistilBertModel(ShrunkModel, DistilBertModel):
+    """DistilBERT with layers of different widths."""
+
+    config: ShrunkDistilBertConfig
+
+
+class ShrunkDistilBertForSequenceClassification(ShrunkModel, DistilBertForSequenceClassification):
+    """DistilBERT with layers of different widths, for sequence classification."""
+
+    config: ShrunkDistilBertConfig
+
+
+class ShrunkDistilBertForTokenClassification(ShrunkModel, DistilBertForTokenClassification):
+    """DistilBERT with layers of different widths, for token classification."""
+
+    config: ShrunkDistilBertConfig
+
+
+class ShrunkDistilBertForQuestionAnswering(ShrunkModel, DistilBertForQuestionAnswering):
+    """DistilBERT with layers of different widths, for question answering."""
+
+    config: ShrunkDistilBertConfig
+
+
+class ShrunkDistilBertForMaskedLM(ShrunkModel, DistilBertForMaskedLM):
+    """DistilBERT with layers of different widths, for masked language modelling."""
+
+    config: ShrunkDistilBertConfig
+
+
+class ShrunkViTModel(ShrunkModel, ViTModel):
+    """ViT with layers of different widths."""
+
+    config: ShrunkViTConfig
+
+
+class ShrunkViTForImageClassification(ShrunkModel, ViTForImageClassification):
+    """ViT with layers of different widths, for image classification."""
+
+    config: ShrunkViTConfig
+
+
+__all__ = [
+    "ShrunkBertForMaskedLM",
+    "ShrunkBertForQuestionAnswering",
+    "ShrunkBertForSequenceClassification",
+    "ShrunkBertForTokenClassification",
+    "ShrunkBertModel",
+    "ShrunkDistilBertForMaskedLM",
+    "ShrunkDistilBertForQuestionAnswering",
+    "ShrunkDistilBertForSequenceClassification",
+    "ShrunkDistilBertForTokenClassification",
+    "ShrunkDistilBertModel",
+    "ShrunkRobertaForMaskedLM",
+    "ShrunkRobertaForQuestionAnswering",
+    "ShrunkRobertaForSequenceClassification",
+    "ShrunkRobertaForTokenClassification",
+    "ShrunkRobertaModel",
+    "ShrunkViTForImageClassification",
+    "ShrunkViTModel",
+]

@@ -1,0 +1,190 @@
+"""The recipe of a pruning run."""
+
+import json
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from transformers.hf_argparser import HfArg
+
+
+CHOICES = {
+    "granularity": ("unstructured", "2:4", "structured"),
+    "criterion": ("platon", "movement", "magnitude"),
+    "sensitivity_at": ("pre_step", "post_step"),
+}
+
+
+@dataclass(frozen=True)
+class PlatonConfig:
+    """How much to prune, by what measure, and when.
+
+    Raises:
+        ValueError: If a value breaks the rule in its help text; the message names rule and remedy.
+
+    Source: Zhang et al. 2022, https://arxiv.org/abs/2206.12562. `sensitivity_at`, `include_bias` and
+    `reference_parity` tell the paper and its code apart. Our own design are the defaults of `beta2` and of the
+    warm-ups, which the paper chooses for each task, and `granularity`, `modules`, `min_keep` and `balance_experts`.
+    """
+
+    keep_ratio: float = HfArg(default=0.1, help="Share of the prunable weights kept at the end, in (0, 1].")
+    initial_warmup: float = HfArg(
+        default=0.08,
+        help="How long nothing is pruned at first: a share of the run if below 1, otherwise optimiser steps.",
+    )
+    final_warmup: float = HfArg(
+        default=0.35,
+        help="How long the final ratio is held at the end, with the mask applied after every step: a share of the run"
+        " if below 1, otherwise optimiser steps. Above 0.",
+    )
+    window: int = HfArg(
+        default=10,
+        help="Optimiser steps whose mean sensitivity feeds the averages, and between masks; at least 1.",
+    )
+    beta1: float = HfArg(default=0.85, help="Decay of the average of the sensitivity, in (0, 1).")
+    beta2: float = HfArg(default=0.9, help="Decay of the average of its uncertainty, in (0, 1).")
+    sensitivity_at: str = HfArg(
+        default="pre_step",
+        help="Whether a gradient meets the weights it was taken at, `pre_step` as in the paper, or the updated ones,"
+        " `post_step` as in its code.",
+    )
+    include_bias: bool = HfArg(
+        default=False, help="Whether the biases of the chosen modules are pruned too, as in the paper's code."
+    )
+    reference_parity: bool = HfArg(
+        default=False,
+        help="Whether weights are selected as in the paper's code: int((1 - ratio) * count) instead of rounding, one"
+        " zero less than that, and none at all where scores tie at the threshold.",
+    )
+    granularity: str = HfArg(
+        default="unstructured",
+        help="What is removed: single weights, `2:4` (two of every four along the input), or `structured` (whole"
+        " feed-forward neurons and attention heads, which `shrink` then really removes).",
+    )
+    criterion: str = HfArg(
+        default="platon",
+        help="What is kept: the weights of largest sensitivity times uncertainty (`platon`), those that descent pushes"
+        " away from zero (`movement`, whose mask follows every step and lets a weight come back as it went), or the"
+        " largest (`magnitude`).",
+    )
+    modules: list[str] | None = HfArg(
+        default=None,
+        help="Paths of the modules in which linear layers are pruned, such as `bert.encoder.layer.0`. By default the"
+        " repeated layers of the model, which leaves out embeddings, pooler and head.",
+    )
+    min_keep: float = HfArg(
+        default=0.0,
+        help="Share of every single matrix that is kept whatever its scores, in [0, keep_ratio]. The paper has none.",
+    )
+    balance_experts: bool = HfArg(
+        default=True,
+        help="Whether the experts of one layer count alike, so that few tokens alone do not prune an expert. Not for"
+        " movement, whose sums have a sign.",
+    )
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
+        for name in ("include_bias", "reference_parity", "balance_experts"):
+            if getattr(self, name) not in (True, False):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}. Write it unquoted.")
+        self._check_ratios()
+        self._check_clock()
+        if self.modules is not None and (isinstance(self.modules, str) or not all(map(_is_path, self.modules))):
+            raise ValueError(
+                f"`modules` must list paths of modules, got {self.modules!r}. Use ['bert.encoder.layer.0'], or None"
+                " for all repeated layers."
+            )
+        self._check_units()
+
+    def _check_units(self) -> None:
+        if self.granularity == "2:4" and self.reference_parity:
+            raise ValueError(
+                "`reference_parity` must be False with granularity '2:4', got True. It leaves one weight too many."
+            )
+        for name, default in (
+            ("reference_parity", False),
+            ("include_bias", False),
+            ("modules", None),
+            ("min_keep", 0),
+        ):
+            if self.granularity == "structured" and getattr(self, name) != default:
+                raise ValueError(
+                    f"`{name}` must be {default} with granularity 'structured', got {getattr(self, name)!r}. It is"
+                    " about single weights; units take their biases with them, in every layer."
+                )
+
+    def _check_ratios(self) -> None:
+        if not _is_number(self.keep_ratio) or not 0 < self.keep_ratio <= 1:
+            raise ValueError(
+                f"`keep_ratio` must be in (0, 1], got {self.keep_ratio!r}. Use 0.1 to keep a tenth of the weights."
+            )
+        if self.granularity == "2:4" and self.keep_ratio != 0.5:
+            raise ValueError(
+                f"`keep_ratio` must be 0.5 with granularity '2:4', got {self.keep_ratio}. Two of four are kept."
+            )
+        if not _is_number(self.min_keep) or not 0 <= self.min_keep <= self.keep_ratio:
+            raise ValueError(
+                f"`min_keep` must be in [0, {self.keep_ratio}], got {self.min_keep!r}. Use 0.01 to keep a hundredth"
+                " of every matrix."
+            )
+        for name in ("beta1", "beta2"):
+            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < 1:
+                raise ValueError(
+                    f"`{name}` must be in (0, 1), got {getattr(self, name)!r}. Use 0.85; with 0 the uncertainty, and"
+                    " so every score, would be zero."
+                )
+
+    def _check_clock(self) -> None:
+        if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 1:
+            raise ValueError(f"`window` must be a whole number of at least 1, got {self.window!r}. Use 10.")
+        for name in ("initial_warmup", "final_warmup"):
+            value = getattr(self, name)
+            if not _is_number(value) or value < 0 or (value >= 1 and value != int(value)):
+                raise ValueError(
+                    f"`{name}` must be a share below 1 or a whole number of steps, got {value!r}. Use 0.1 for a tenth"
+                    " of the run."
+                )
+        if self.final_warmup == 0:
+            raise ValueError(
+                "`final_warmup` must be above 0, got 0. The final ratio holds only where masks follow every step: use"
+                " at least 1."
+            )
+
+    def resolve_steps(self, total_steps: int) -> tuple[int, int]:
+        """Say after which optimiser step pruning begins, and after which the final ratio is held.
+
+        Args:
+            total_steps: Optimiser steps of the run.
+
+        Raises:
+            ValueError: If the run is too short for its warm-ups and one window.
+        """
+        begin = _steps(self.initial_warmup, total_steps)
+        end = total_steps - max(1, _steps(self.final_warmup, total_steps))
+        if end <= begin or end < self.window:
+            raise ValueError(
+                f"The run must be longer than `initial_warmup` and `final_warmup` together and leave one `window` for"
+                f" scores before the final phase, got {total_steps} steps, of which {begin} and"
+                f" {total_steps - end}, and a window of {self.window}. Train longer, or use smaller ones."
+            )
+        return begin, end
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """Name the fields that differ from a saved recipe, with both values."""
+        mine = json.loads(json.dumps({field.name: getattr(self, field.name) for field in fields(self)}))
+        pairs = {key: (other.get(key), mine.get(key)) for key in mine | other}
+        return [f"{key}: {old!r} -> {new!r}" for key, (old, new) in pairs.items() if old != new]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _steps(warmup: float, total_steps: int) -> int:
+    return round(warmup * total_steps) if warmup < 1 else int(warmup)

@@ -1,0 +1,167 @@
+"""Where pruning meets the stock `Trainer`: a callback says when, what is done is imported."""
+
+import math
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from hf_moebert.training.sharding import refuse_sharded
+
+from .recipe import PlatonConfig
+from .training_pruner import STATE_FILE, Pruner
+
+
+logger = logging.get_logger(__name__)
+
+
+class PlatonPruningCallback(TrainerCallback):
+    """Zero the least important weights of a model while any stock `Trainer` trains it.
+
+    After `initial_warmup` the share of kept weights falls along a cubic curve; from `final_warmup` before the end on
+    it is `keep_ratio` after every single step, so that every evaluation and checkpoint of that phase is exactly as
+    sparse as asked for. Until then nothing counts as the best model, and early stopping waits: an early, dense model
+    would always win.
+
+    Logs hold the scheduled ratio, the real share of zeros, the threshold and the share of revived weights as
+    `platon_*`; `trainer.state.log_history` also holds the sparsity of each parameter. Every checkpoint gets the
+    statistics in `platon_state.safetensors`, and a resumed run goes on as if it had never stopped.
+
+    Args:
+        config: The recipe; by default `PlatonConfig()`.
+        resume_from: Folder of the checkpoint a run is resumed from, if it does not lie in its `output_dir`.
+        allow_changes: Whether a resumed run may have another recipe or length than it began with.
+
+    Raises:
+        ValueError: When training begins, if nothing can be pruned, the run is too short for the schedule, the model
+            is sharded (FSDP, DeepSpeed), or the checkpoint has no fitting state.
+        FloatingPointError: While training, if gradients stay NaN or infinite.
+
+    Source: Zhang et al. 2022, https://arxiv.org/abs/2206.12562.
+    """
+
+    # What `last_complete_checkpoint` must find beside the host's own files.
+    checkpoint_files = (STATE_FILE,)
+
+    def __init__(
+        self,
+        config: PlatonConfig | None = None,
+        *,
+        resume_from: str | Path | None = None,
+        allow_changes: bool = False,
+    ) -> None:
+        self.config = PlatonConfig() if config is None else config
+        self.resume_from, self.allow_changes = resume_from, allow_changes
+        self.pruner: Pruner | None = None
+        self._overflow = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Choose what is pruned, and go on where a checkpoint left off."""
+        model: nn.Module = kwargs["model"]
+        refuse_sharded(model, "Pruning must see whole parameters and their gradients")
+        self.pruner = None  # its memory, before another one takes as much
+        self.pruner = Pruner(model, self.config, state.max_steps)  # anew: `train` may be called twice
+        if state.global_step:
+            folder = Path(self.resume_from or _checkpoint(args, state))
+            self.pruner.load(folder, state.global_step, allow_changes=self.allow_changes)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget what was the best model as long as the final ratio was not reached."""
+        if not self._running.is_final:
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take in the gradients beside the weights they were taken at: the paper's order."""
+        # Asked now and not with `step_was_skipped` later: the host does not know when a fused optimizer skips a step.
+        self._overflow = _has_overflow(kwargs["optimizer"])
+        if self.config.sensitivity_at == "pre_step" and not self._overflow:
+            self._running.observe()
+
+    @torch.no_grad()
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take in the gradients beside the updated weights if so asked, and zero what the schedule says."""
+        if self._overflow:  # the clock stands still
+            return
+        if self.config.sensitivity_at == "post_step":
+            self._running.observe()
+        self._running.advance()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Add the figures of the pruning to what is logged of training."""
+        # Not to an evaluation's: its logs are the metrics that searches optimise and model cards print.
+        if self.pruner is None or not state.is_world_process_zero or logs.keys().isdisjoint({"loss", "train_loss"}):
+            return
+        sparsity = self.pruner.measure_sparsity()
+        sizes = {name: parameter.numel() for name, parameter in self.pruner.parameters.items()}
+        zeros = sum(round(share * sizes[name]) for name, share in sparsity.items())
+        logs |= {
+            "platon_ratio": self.pruner.ratio,
+            "platon_sparsity": zeros / self.pruner.numel,
+            "platon_revived": self.pruner.revived,
+        }
+        if math.isfinite(self.pruner.threshold):  # nothing was pruned yet, and JSON has no infinity
+            logs["platon_threshold"] = self.pruner.threshold
+        # The host has copied the logs into its history before it tells callbacks.
+        state.log_history[-1] |= logs | {f"platon_sparsity/{name}": share for name, share in sparsity.items()}
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the statistics into the checkpoint."""
+        if not args.should_save or args.save_only_model:
+            return
+        folder = _checkpoint(args, state)
+        if folder.is_dir():
+            self._running.save(folder, state.global_step)
+        else:  # a hyper-parameter search saves in folders of its own
+            logger.warning_once(f"{folder} does not exist, so the state of the pruning was not saved: do not resume.")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say so if training stopped before the final ratio was reached."""
+        if not self._running.is_final:
+            left = sum(int(torch.count_nonzero(p)) for p in self._running.parameters.values()) / self._running.numel
+            logger.warning(
+                f"Training stopped after {self._running.clock} steps, before the final ratio"
+                f" {self.config.keep_ratio} was reached: {left:.1%} of the weights are not zero."
+            )
+
+    @property
+    def _running(self) -> Pruner:
+        if self.pruner is None:
+            raise RuntimeError("The callback must be added to the Trainer before `train` is called.")
+        return self.pruner
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _has_overflow(optimizer: Any) -> bool:
+    """Whether the loss scaler will skip this step, for an overflow in its gradients; unscales them if nobody did."""
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is None or not scaler.is_enabled():
+        return False
+    with suppress(RuntimeError):  # refused a second time: clipping does it, and so does a norm that is only logged
+        scaler.unscale_(optimizer.optimizer)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return not torch.stack([gradient.float().sum() for gradient in gradients]).isfinite().all()

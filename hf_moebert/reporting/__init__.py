@@ -1,0 +1,1 @@
+"""Reporting: tables, pictures, model cards, and publishing on the Hub."""

@@ -1,0 +1,1 @@
+"""Serving: requests answered in batches over HTTP."""

@@ -1,0 +1,1 @@
+"""Training: what the callbacks and Trainers of several methods share."""

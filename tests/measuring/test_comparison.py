@@ -1,0 +1,139 @@
+"""Measuring a model against itself, against a copy with other label ids, and against a count by hand."""
+
+import json
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset
+from tiny_classifiers import EXAMPLES, classifiers, save_classifier  # noqa: F401
+from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
+
+from hf_moebert.measuring.comparison import Latency, TextColumns, measure
+
+
+QUICK = {"latency": Latency(seq=4, rounds=2), "columns": TextColumns(max_length=8)}
+
+
+@pytest.fixture
+def examples():
+    return Dataset.from_list(EXAMPLES)
+
+
+def test_a_model_against_itself_differs_in_nothing(classifiers, examples):  # noqa: F811
+    source = str(classifiers / "large")
+    result = measure({"a": source, "b": source}, examples, baseline="a", **QUICK)
+    first, second = result["models"].values()
+    assert second["differences"] == {"accuracy": {"value": 0.0, "low": 0.0, "high": 0.0}}
+    assert first["scores"] == second["scores"]
+    assert first["footprint"] == second["footprint"]
+    assert first["differences"] is first["speed_up"] is None
+    assert second["speed_up"]["rounds"] == 2
+
+
+def test_accuracy_and_footprint_equal_a_count_by_hand(classifiers, examples):  # noqa: F811
+    source = str(classifiers / "large")
+    model, tokenizer = BertForSequenceClassification.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    with torch.no_grad():
+        predicted = [model(**tokenizer(row["text"], return_tensors="pt")).logits.argmax().item() for row in EXAMPLES]
+    right = [model.config.id2label[index] == row["label"] for index, row in zip(predicted, EXAMPLES, strict=True)]
+    result = measure({"large": source}, examples, baseline="large", **QUICK)["models"]["large"]
+    assert result["scores"]["accuracy"]["value"] == sum(right) / len(right)
+    assert result["footprint"]["total"] == model.num_parameters()
+    assert result["footprint"]["bytes_on_disk"] == (classifiers / "large" / "model.safetensors").stat().st_size
+
+
+def test_labels_are_matched_by_name(classifiers, examples, tmp_path):  # noqa: F811
+    original = BertForSequenceClassification.from_pretrained(classifiers / "large")
+    swapped = save_classifier(tmp_path, labels=("positive", "negative"), layers=2)
+    weights = original.state_dict()
+    weights["classifier.weight"] = weights["classifier.weight"].flip(0)
+    weights["classifier.bias"] = weights["classifier.bias"].flip(0)
+    swapped.load_state_dict(weights)
+    swapped.save_pretrained(tmp_path)
+    sources = {"original": str(classifiers / "large"), "swapped": str(tmp_path)}
+    models = measure(sources, examples, baseline="original", **QUICK)["models"]
+    assert models["swapped"]["differences"]["accuracy"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert models["swapped"]["scores"] == models["original"]["scores"]
+
+
+def test_a_model_without_label_names_takes_their_order_from_the_data(classifiers, examples, tmp_path):  # noqa: F811
+    save_classifier(tmp_path, labels=("LABEL_0", "LABEL_1"), layers=2)
+    classes = examples.cast_column("label", ClassLabel(names=["negative", "positive"]))
+    sources = {"unnamed": str(tmp_path), "named": str(classifiers / "large")}
+    models = measure(sources, classes, baseline="unnamed", **QUICK)["models"]
+    assert models["unnamed"]["scores"] == models["named"]["scores"]
+
+
+def test_regression(examples, tmp_path):
+    save_classifier(tmp_path, labels=("score",))
+    numbered = examples.remove_columns("label").add_column("label", [0.5 * row for row in range(len(EXAMPLES))])
+    result = measure({"a": str(tmp_path)}, numbered, baseline="a", **QUICK)
+    assert result["models"]["a"]["scores"].keys() == {"pearson", "spearman"}
+
+
+def test_result_is_json_that_says_how_it_was_measured(classifiers, examples):  # noqa: F811
+    sources = {"large": str(classifiers / "large"), "small": str(classifiers / "small")}
+    threads = torch.get_num_threads()
+    result = measure(
+        sources, examples, baseline="large", metrics=["accuracy", "f1"], max_examples=5, threads=1, seed=2, **QUICK
+    )
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert result["settings"]["examples"] == 5
+    assert result["settings"]["latency_seq"] == 4
+    assert result["environment"]["threads"] == 1
+    assert torch.get_num_threads() == threads
+    assert result["models"]["small"]["differences"].keys() == {"accuracy", "f1"}
+    again = measure(sources, examples, baseline="large", metrics=["accuracy"], max_examples=5, seed=2, **QUICK)
+    assert again["models"]["small"]["scores"]["accuracy"] == result["models"]["small"]["scores"]["accuracy"]
+
+
+def test_refuses_models_that_cannot_be_compared(classifiers, examples, tmp_path):  # noqa: F811
+    sources = {"large": str(classifiers / "large")}
+    save_classifier(tmp_path / "other", labels=("negative", "neutral"))
+    with pytest.raises(ValueError, match="'other' has .*'neutral'"):
+        measure(sources | {"other": str(tmp_path / "other")}, examples, baseline="large", **QUICK)
+    model = BertForSequenceClassification.from_pretrained(classifiers / "large")
+    BertModel.from_pretrained(classifiers / "large").save_pretrained(tmp_path / "headless")
+    assert model.config.num_labels == 2
+    with pytest.raises(ValueError, match="must be fine-tuned classifiers, .*headless' lacks .*classifier.weight"):
+        measure({"large": str(tmp_path / "headless")}, examples, baseline="large", **QUICK)
+
+
+def test_optimised_models_are_measured_beside_the_plain_ones(classifiers, examples):  # noqa: F811
+    sources = {"large": str(classifiers / "large"), "small": str(classifiers / "small")}
+    result = measure(sources, examples, baseline="large", optimized=["float32"], metrics=["accuracy"], **QUICK)
+    assert list(result["models"]) == ["large", "small", "large, float32", "small, float32"]
+    for name in sources:
+        plain, optimized = result["models"][name], result["models"][f"{name}, float32"]
+        assert (plain["optimized"], optimized["optimized"]) == (None, "float32")
+        assert optimized["scores"] == plain["scores"]
+        assert optimized["footprint"] == plain["footprint"]
+        assert optimized["speed_up"]["rounds"] == QUICK["latency"].rounds
+
+
+def test_refuses_a_model_with_the_name_of_an_optimised_one(classifiers, examples):  # noqa: F811
+    sources = dict.fromkeys(("a", "a, float32"), str(classifiers / "large"))
+    with pytest.raises(ValueError, match=r"must not have the names of optimised ones, got \['a, float32'\]"):
+        measure(sources, examples, baseline="a", optimized=["float32"], **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimized": ["float16"]}, "`precision` must be one of .*, got 'float16'"),
+        ({"baseline": "small"}, r"`baseline` must be one of \['large'\], got 'small'"),
+        ({"max_examples": 0}, "`max_examples` must be at least 1, got 0"),
+        ({"threads": 0}, "`threads` must be at least 1, got 0"),
+        ({"columns": TextColumns()}, "`max_length` must be at most the 16 positions of .*, got 128"),
+        ({"latency": Latency()}, "`seq_len` must be .* at most the model's 16 positions, got 128"),
+        ({"latency": Latency(seq=4, rounds=1)}, "`rounds` must be at least 2, got 1"),
+    ],
+)
+def test_refuses_bad_options(classifiers, examples, options, message):  # noqa: F811
+    with pytest.raises(ValueError, match=message):
+        measure({"large": str(classifiers / "large")}, examples, **{"baseline": "large"} | QUICK | options)
+
+
+def test_latency_refuses_an_empty_batch():
+    with pytest.raises(ValueError, match="`batch` must be at least 1, got 0"):
+        Latency(batch=0)

@@ -1,0 +1,85 @@
+"""A tagger with a CRF for users without the package: by the code that travels along, model and pipeline."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from loopback_hub import loopback_hub  # noqa: F401
+from tiny_crf import labels_of, make, make_batch, make_tokenizer
+
+from hf_moebert.methods.masked_crf import CrfTokenClassificationPipeline
+
+
+CODE = {"configuration_masked_crf.py", "modeling_masked_crf.py", "modeling_crf.py", "modeling_pipeline.py"}
+CODE |= {f"functional{name}.py" for name in ("", "_decoding", "_numpy", "_tags")}
+TEXT = "New Yorkers in the London and New York"
+PUBLISH = """
+from hf_moebert.methods.masked_crf import CrfTokenClassificationPipeline
+from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+for name in ("bert", "roberta"):
+    model = AutoModelForTokenClassification.from_pretrained(folder / name)
+    tokenizer = AutoTokenizer.from_pretrained(folder / name)
+    CrfTokenClassificationPipeline(model=model, tokenizer=tokenizer).push_to_hub(name)
+    told[name] = model(ids).predictions.tolist()
+"""
+WITHOUT_PACKAGE = """
+sys.modules["hf_moebert"] = None  # importing it fails
+from transformers import AutoModelForTokenClassification, pipeline
+
+for name in ("bert", "roberta"):
+    for place in (f"tester/{name}", str(folder / name)):
+        try:
+            AutoModelForTokenClassification.from_pretrained(place)
+        except ValueError as error:
+            told.setdefault("refusals", []).append(str(error))
+        model = AutoModelForTokenClassification.from_pretrained(place, trust_remote_code=True).eval()
+        told[place.rsplit("/")[-1] + str(place.startswith("tester"))] = model(ids).predictions.tolist()
+    pipe = pipeline("masked-crf", model=f"tester/{name}", trust_remote_code=True)
+    told[f"text {name}"] = pipe(sys.argv[3], aggregation_strategy="simple")
+"""
+
+
+def run(hub, home, code, *values):
+    """Run Python in a process that takes the loopback server for the Hub, and return what it tells."""
+    start = "import json, pathlib, sys, torch\nfolder, told = pathlib.Path(sys.argv[1]), {}\n"
+    start += "ids = torch.tensor(json.loads(sys.argv[2]))\n"
+    command = [sys.executable, "-c", start + code + "\nprint()\nprint(json.dumps(told))", *map(str, values)]
+    done = subprocess.run(
+        command,
+        env=hub.environment(home),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@torch.no_grad()
+def test_published_taggers_work_without_the_package(loopback_hub, tmp_path):  # noqa: F811
+    ids, found, texts = make_batch()["input_ids"], {}, {}
+    for name in ("bert", "roberta"):
+        model = make(name, labels_of("IOBES"))
+        model.save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+        pipe = CrfTokenClassificationPipeline(model=model, tokenizer=make_tokenizer())
+        found[name], texts[name] = model(ids).predictions.tolist(), pipe(TEXT, aggregation_strategy="simple")
+        assert texts[name]
+    values = (tmp_path, json.dumps(ids.tolist()), TEXT)
+    assert run(loopback_hub, tmp_path / "home", PUBLISH, *values) == found
+    for name in found:
+        files = loopback_hub.files(f"tester/{name}")
+        assert {file for file in files if file.endswith(".py")} >= CODE
+        assert not [file for file in files if file.endswith((".bin", ".pt", ".pkl"))]
+    told = run(loopback_hub, tmp_path / "other home", WITHOUT_PACKAGE, *values)
+    assert len(told["refusals"]) == 4
+    assert all("trust_remote_code=True" in refusal for refusal in told["refusals"])
+    for name, tags in found.items():
+        assert told[f"{name}True"] == told[f"{name}False"] == tags
+        for ours, theirs in zip(texts[name], told[f"text {name}"], strict=True):
+            assert theirs == ours | {"score": pytest.approx(ours["score"], abs=1e-5)}

@@ -1,0 +1,199 @@
+"""The pipeline gives the decoded segments, whatever the scheme, the strategy, the batch and the tokenizer."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny_crf import LABELS, PREFIXES, labels_of, make, make_dense, make_tokenizer
+from transformers import RobertaTokenizer, pipeline
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from hf_moebert.methods.masked_crf import CrfTokenClassificationPipeline
+from hf_moebert.methods.masked_crf.functional_tags import count_breaks, find_segments
+
+
+STRATEGIES = ("simple", "first", "average", "max")
+TEXTS = (
+    "New Yorkers in the London and New York .",
+    "London",
+    "the London and Yorkers.in",
+    "in the New York , and London London",
+)
+
+
+def make_pipeline(scheme="IOB2", kind="bert", tokenizer=None, **fields):
+    model = make(kind, labels_of(scheme), tag_scheme=scheme, **fields)
+    return CrfTokenClassificationPipeline(model=model, tokenizer=tokenizer or make_tokenizer())
+
+
+@torch.no_grad()
+def decode(pipe, text):
+    """By hand: the tags of the words of a text, their probabilities, and where the words stand."""
+    encoded = pipe.tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
+    offsets, words = encoded.pop("offset_mapping")[0].tolist(), encoded.word_ids()
+    places = {word: [i for i, other in enumerate(words) if other == word] for word in words if word is not None}
+    firsts = [positions[0] for positions in places.values()]
+    mask = torch.zeros_like(encoded["input_ids"])
+    mask[0, firsts] = 1
+    outputs = pipe.model(**encoded, word_mask=mask, output_marginals=True)
+    ids = outputs.predictions[0, firsts]
+    scores = outputs.marginals[0, firsts].gather(1, ids[:, None])[:, 0]
+    spans = [(offsets[positions[0]][0], offsets[positions[-1]][1]) for positions in places.values()]
+    return [pipe.model.config.id2label[tag] for tag in ids.tolist()], scores.tolist(), spans
+
+
+def segments_of(pipe, text):
+    tags, scores, spans = decode(pipe, text)
+    return [
+        (kind, spans[start][0], spans[stop - 1][1], pytest.approx(min(scores[start:stop]), abs=1e-5))
+        for kind, start, stop in find_segments(tags)
+    ]
+
+
+def told(entities):
+    return [(entity["entity_group"], entity["start"], entity["end"], entity["score"]) for entity in entities]
+
+
+# Oracle: the model called by hand
+
+
+@pytest.mark.parametrize("kind", ["bert", "any bert"])
+@pytest.mark.parametrize("scheme", PREFIXES)
+def test_every_strategy_gives_the_decoded_segments(scheme, kind):
+    pipe = make_pipeline(scheme, kind)
+    wanted = [segments_of(pipe, text) for text in TEXTS]
+    assert sum(map(len, wanted)) > 4
+    for strategy in STRATEGIES:
+        for size in (1, 3):
+            found = pipe(list(TEXTS), aggregation_strategy=strategy, batch_size=size)
+            assert [told(entities) for entities in found] == wanted
+
+
+@pytest.mark.parametrize("scheme", PREFIXES)
+def test_tokens_spell_the_segments_in_the_scheme(scheme):
+    pipe = make_pipeline(scheme)
+    for text in TEXTS:
+        tokens = pipe(text, ignore_labels=[])
+        tags = [token["entity"] for token in tokens]
+        assert count_breaks(tags, scheme) == 0
+        spelled = [(kind, tokens[i]["start"], tokens[j - 1]["end"]) for kind, i, j in find_segments(tags)]
+        assert spelled == [segment[:3] for segment in segments_of(pipe, text)]
+        assert [token["index"] for token in tokens] == list(range(1, len(tokens) + 1))
+        assert {token["entity"] for token in pipe(text)} == set(tags) - {"O"}
+
+
+def test_entities_are_described_as_by_the_host():
+    pipe = make_pipeline()
+    host = pipeline("token-classification", model=make_dense(labels=labels_of("IOB2")), tokenizer=pipe.tokenizer)
+    for strategy in ("none", *STRATEGIES):
+        ours, theirs = (x("New Yorkers", aggregation_strategy=strategy, ignore_labels=[])[0] for x in (pipe, host))
+        assert ours.keys() == theirs.keys()
+        assert isinstance(ours["score"], float)
+    (group,) = [x for x in pipe(TEXTS[0], aggregation_strategy="simple", ignore_labels=[]) if x["start"] == 0]
+    assert TEXTS[0][: group["end"]].lower() == group["word"]
+
+
+def test_what_is_between_segments_can_be_asked_for():
+    pipe = make_pipeline()
+    for text in TEXTS:
+        all_groups = pipe(text, aggregation_strategy="simple", ignore_labels=[])
+        assert [x for x in all_groups if x["entity_group"] != "O"] == pipe(text, aggregation_strategy="simple")
+        ends = [(before["end"], after["start"]) for before, after in pairwise(all_groups)]
+        assert all(not text[end:start].strip() for end, start in ends)
+
+
+def test_tags_without_types_name_themselves():
+    labels = ["NOUN", "VERB", "DET"]
+    model = make(labels=labels)
+    pipe = CrfTokenClassificationPipeline(model=model, tokenizer=make_tokenizer())
+    tags, _, spans = decode(pipe, TEXTS[0])
+    groups = pipe(TEXTS[0], aggregation_strategy="simple")
+    assert [(x["entity_group"], x["start"], x["end"]) for x in groups] == [
+        (tag, *span) for tag, span in zip(tags, spans, strict=True)
+    ]
+
+
+# Inputs
+
+
+def test_lists_of_words():
+    pipe = make_pipeline("IOBES")
+    for text in TEXTS[:2]:
+        words = text.split()
+        options = {"is_split_into_words": True, "aggregation_strategy": "simple"}
+        assert told(pipe([words], **options)[0]) == segments_of(pipe, text)
+        apart = pipe([words], **options, delimiter=" | ")[0]
+        assert [" | ".join(words)[x["start"] : x["end"]] for x in apart] == [
+            " | ".join(text[start:end].split()) for _, start, end, _ in segments_of(pipe, text)
+        ]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_texts_of_different_lengths_in_one_batch(side):
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = side
+    pipe = make_pipeline("BILOU", tokenizer=tokenizer)
+    pipe.model.bert.embeddings.position_embeddings.weight.data.zero_()  # which padding on the left shifts
+    texts = [*TEXTS, ""]
+    together = pipe(texts, aggregation_strategy="simple", batch_size=5)
+    for entities, text in zip(together, texts, strict=True):
+        assert told(entities) == segments_of(pipe, text)
+
+
+def test_tokenizers_of_bytes():
+    symbols = ["<s>", "<pad>", "</s>", "<unk>", *bytes_to_unicode().values(), "<mask>"]
+    tokenizer = RobertaTokenizer(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[])
+    tokenizer.model_max_length = 60
+    model = make("roberta", labels_of("IOBES"))
+    model.resize_token_embeddings(len(tokenizer))
+    pipe = CrfTokenClassificationPipeline(model=model, tokenizer=tokenizer)
+    for text in (*TEXTS, "Zoë é 🙂 in"):
+        assert told(pipe(text, aggregation_strategy="average")) == segments_of(pipe, text)
+
+
+def test_windows_are_decoded_as_one_text():
+    """With emissions that do not depend on the context, windows must not change anything."""
+    pipe = make_pipeline("IOBES")
+    pipe.model.bert.embeddings.position_embeddings.weight.data.zero_()
+    pipe.model.bert.encoder.layer = torch.nn.ModuleList()
+    text = " ".join(TEXTS)
+    windows = pipe(text, aggregation_strategy="simple", stride=5, batch_size=2)
+    pipe.tokenizer.model_max_length = 64
+    whole = pipe(text, aggregation_strategy="simple")
+    assert len(list(pipe.preprocess(text, tokenizer_params={}))) == 1
+    assert len(whole) > 4
+    assert [x[:3] for x in told(windows)] == [x[:3] for x in told(whole)]
+    assert [x["score"] for x in windows] == pytest.approx([x["score"] for x in whole], abs=1e-5)
+
+
+def test_windows_of_a_contextual_model_never_overlap():
+    pipe = make_pipeline("BILOU", "any bert")
+    found = pipe(" ".join(TEXTS * 3), aggregation_strategy="first", stride=4, batch_size=3)
+    assert len(found) > 4
+    assert all(before["end"] <= after["start"] for before, after in pairwise(found))
+
+
+# Refusals
+
+
+def test_models_and_tokenizers_that_do_not_fit(monkeypatch):
+    with pytest.raises(ValueError, match="`model` must be a tagger with a CRF, got BertForTokenClassification"):
+        CrfTokenClassificationPipeline(model=make_dense(), tokenizer=make_tokenizer())
+    slow = make_tokenizer()
+    monkeypatch.setattr(type(slow), "is_fast", False)
+    with pytest.raises(ValueError, match="`tokenizer` must be a fast one"):
+        CrfTokenClassificationPipeline(model=make(), tokenizer=slow)
+
+
+def test_inputs_that_do_not_fit():
+    pipe = make_pipeline()
+    with pytest.raises(ValueError, match="must be a text without `offset_mapping`, got str"):
+        pipe("the London", offset_mapping=[(0, 3), (4, 10)])
+    with pytest.raises(ValueError, match="must be a text .*, got list. Set `is_split_into_words`"):
+        pipe([["the", "London"]])
+
+
+def test_the_task_is_registered():
+    pipe = pipeline("masked-crf", model=make(), tokenizer=make_tokenizer())
+    assert type(pipe) is CrfTokenClassificationPipeline
+    assert pipe.model.crf.labels == LABELS

@@ -1,0 +1,488 @@
+"""The masked models: the dense ones at first, in every precision, and what their loss and gradients are."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_masks import (
+    GENERATIVE,
+    KINDS,
+    LAYERS,
+    STOCK,
+    STRUCTURES,
+    UNITS,
+    assert_near,
+    logits_of,
+    make_batch,
+    make_dense,
+    make_fixed,
+    make_masked,
+    scatter_masks,
+    seeded,
+)
+
+from hf_moebert.methods.mixture_of_masks import from_dense, shrink
+from hf_moebert.methods.mixture_of_masks.functional import (
+    active_share,
+    balance_loss,
+    choose_experts,
+    choose_masks,
+    draw_masks,
+    open_probability,
+    settle_masks,
+)
+
+
+ROUTES = [{"num_experts": 1}, {"num_experts": 4}, {"num_experts": 4, "top_k": 2}]
+GENERATE = ({}, {"use_cache": False}, {"num_beams": 3})
+
+
+# identity
+
+
+@pytest.mark.parametrize("options", ROUTES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_all_masks_open_a_model_is_the_dense_one(kind, options):
+    dense = make_dense(kind)
+    before = copy.deepcopy(dense.state_dict())
+    model = from_dense(dense, **options)
+    with torch.no_grad():
+        for network in model.networks().values():  # whatever the routers say
+            if network.router is not None:
+                network.router.weight.normal_(generator=seeded(3))
+    wanted = logits_of(dense, kind)
+    if options.get("top_k") == 2:  # whose weights add up to 1 but for rounding
+        assert_near(logits_of(model, kind), wanted)
+    else:
+        assert torch.equal(logits_of(model, kind), wanted)
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    assert not model.training
+    assert type(model).__bases__[1] is type(dense)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("kind", GENERATIVE)
+def test_with_all_masks_open_it_generates_what_the_dense_one_does(kind, top_k):
+    dense, ids = make_dense(kind), make_batch(kind)["input_ids"][1:]
+    model = from_dense(dense, num_experts=4, top_k=top_k)
+    for options in GENERATE:
+        limits = {"max_new_tokens": 7, "do_sample": False, **options}
+        assert torch.equal(model.generate(ids, **limits), dense.generate(ids, **limits))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_the_dense_one_in_bfloat16_with_masks_and_routers_in_float32(kind, tmp_path):
+    make_dense(kind).save_pretrained(tmp_path)
+    dense = type(make_dense(kind)).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    wanted = logits_of(dense, kind)
+    for options in ROUTES:
+        model = from_dense(dense, **options)
+        assert_near(logits_of(model, kind), wanted, 2e-2)
+        for name, parameter in model.named_parameters():
+            own = ".masks." in name or ".router." in name or name.startswith("budget.")
+            assert parameter.dtype == (torch.float32 if own else torch.bfloat16), name
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "t5"])
+def test_padding_on_the_left_changes_nothing(kind):
+    """With closed masks and routers that send tokens everywhere."""
+    model = make_fixed(kind, top_k=2)
+    ids = make_batch(kind)["input_ids"][1:2]
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], dim=1)
+    mask = (torch.arange(padded.shape[1]) >= 3).long()[None]
+    alone = model.generate(ids, max_new_tokens=6, do_sample=False)
+    batched = model.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    start = 0 if kind == "t5" else ids.shape[1]
+    assert torch.equal(alone[:, start:], batched[:, start and start + 3 :])
+
+
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_blocks_without_masks_stay_what_they_are(kind):
+    dense, last = make_dense(kind), 2 * LAYERS - 1 if kind.startswith("t5") else LAYERS - 1
+    model = make_masked(kind, dense=dense, layers=[last])
+    (network,) = model.networks().values()
+    assert network.block == last
+    assert model.config.masked_layers == [last]
+    model.fix_masks(1.0)
+    assert torch.equal(logits_of(model, kind), logits_of(dense, kind))
+    model.networks()[next(iter(model.networks()))].masks.is_open.zero_()
+    assert not torch.equal(logits_of(model, kind), logits_of(dense, kind))
+
+
+# oracle
+
+
+@pytest.mark.parametrize("options", [*ROUTES, {"num_experts": 3, "group_size": 8}])
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_a_masked_network_is_the_gated_sum_of_its_experts(kind, options):
+    """Each expert computed by itself, from the matrices."""
+    model = make_masked(kind, **options)
+    for network in model.masked_networks().values():
+        hidden = torch.randn(2, 3, 16, generator=seeded(1))
+        masks = settle_masks(network.masks.scores).repeat_interleave(options.get("group_size", 1), dim=1)
+        assert masks.shape == (options["num_experts"], UNITS)
+        inner = network.act_fn(network.gate(hidden)) * network.up(hidden) if network.is_gated else None
+        inner = network.act_fn(network.up(hidden)) if inner is None else inner
+        with torch.no_grad():
+            found = network(hidden)
+            outputs = torch.stack([network.down(inner * mask) for mask in masks], dim=-2)  # (batch, seq, experts, ...)
+            if network.router is None:
+                wanted = outputs.squeeze(-2)
+            else:
+                logits = (hidden @ network.router.weight.T).flatten(0, 1)
+                index, weights = choose_experts(logits, options.get("top_k", 1))
+                gates = torch.zeros_like(logits).scatter(1, index, weights).view(2, 3, -1, 1)
+                wanted = (outputs * gates).sum(dim=-2)
+        assert_near(found, wanted)
+
+
+@pytest.mark.parametrize("budget", ["global", "layer"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_has_the_constraint_and_the_balance_over_real_tokens(kind, budget):
+    model = make_masked(kind, budget=budget, top_k=2, router_aux_loss_coef=0.5)
+    batch = make_batch(kind, labels=True)
+    seen = {}
+    for name, network in model.masked_networks().items():
+        network.router.register_forward_hook(lambda module, _, logits, name=name: seen.__setitem__(name, logits))
+    host = model(**batch).loss
+    with torch.no_grad():
+        model.budget.multipliers.copy_(torch.tensor([[0.7], [1.3]]).expand_as(model.budget.multipliers))
+    model.budget.target = 0.25
+    output = model.train()(**batch)
+    shares, balances = [], []
+    for name, network in model.masked_networks().items():
+        in_decoder = kind.startswith("t5") and network.block >= LAYERS
+        mask = batch["labels"] != -100 if in_decoder else batch["attention_mask"].bool()
+        logits = seen[name][mask]  # (real, experts)
+        index, _ = choose_experts(logits, 2)
+        real = torch.ones(len(logits), dtype=torch.bool)
+        shares.append(active_share(open_probability(network.masks.scores), index, real))
+        balances.append(balance_loss(logits, index, real))
+        assert network.load.sum() == 2 * mask.sum()
+    sparsity = 1 - torch.stack(shares)
+    gap = (sparsity if budget == "layer" else sparsity.mean()) - 0.25
+    penalty = (0.7 * gap + 1.3 * gap.square()).sum()
+    torch.testing.assert_close(output.aux_loss, torch.stack(balances).mean())
+    torch.testing.assert_close(output.sparsity_loss, penalty)
+    torch.testing.assert_close(output.loss, host + penalty + 0.5 * output.aux_loss)
+    torch.testing.assert_close(model.budget.sparsity, (sparsity if budget == "layer" else sparsity.mean()[None]))
+
+
+def test_a_subclass_counts_the_constraint_once():
+    model, batch = make_masked("llama").train(), make_batch("llama", labels=True)
+    model.budget.multipliers.data.fill_(1.0)
+    wanted = model(**batch).loss
+    model.__class__ = type("Mine", (type(model),), {})
+    assert model(**batch).loss == wanted
+
+
+def test_noise_is_that_of_the_step_and_of_training_only():
+    model, batch = make_masked("llama"), make_batch("llama", labels=True)
+    settled = model(**batch).loss
+    model.draw_noise(3)
+    drawn = [network.masks.noise.clone() for network in model.networks().values()]
+    assert torch.equal(model(**batch).loss, settled)
+    for network in model.train().networks().values():
+        masks = draw_masks(network.masks.scores, network.masks.noise)
+        assert torch.equal(network.masks(), masks)
+    torch.manual_seed(99)  # whatever drew random numbers before
+    model.draw_noise(3)
+    assert all(torch.equal(n.masks.noise, old) for n, old in zip(model.networks().values(), drawn, strict=True))
+    model.budget.clock += 1
+    model.draw_noise(3)
+    assert not any(torch.equal(n.masks.noise, old) for n, old in zip(model.networks().values(), drawn, strict=True))
+
+
+def test_seeds_decide_scores_and_routers_and_nothing_else_is_drawn():
+    dense = make_dense("llama")
+    before = torch.get_rng_state()
+    one, two, other = (from_dense(dense, seed=seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(one[name], two[name]) for name in one if "schedule" not in name)
+    assert not torch.equal(one["model.layers.0.mlp.router.weight"], other["model.layers.0.mlp.router.weight"])
+    assert not torch.equal(one["model.layers.0.mlp.masks.scores"], other["model.layers.0.mlp.masks.scores"])
+
+
+# masks that are given or fixed
+
+
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_given_masks_are_fixed_from_the_start(kind):
+    blocks = 2 * LAYERS if kind.startswith("t5") else LAYERS
+    masks = torch.rand(blocks, 4, UNITS // 4, generator=seeded(2)) < 0.5
+    masks[:, :, 0] = True
+    masks = masks.repeat_interleave(4, dim=-1)
+    model = make_masked(kind, masks=masks, group_size=4)
+    assert model.config.mask_stage == "fixed"
+    assert not hasattr(model, "budget")
+    for network, wanted in zip(model.masked_networks().values(), masks, strict=True):
+        assert torch.equal(network.masks(), wanted.float())
+        assert network.masks.is_open.shape == (4, UNITS // 4)
+        assert not any("scores" in name for name, _ in network.named_parameters())
+    counts = model.count_units()
+    assert all(sum(kinds.values()) == UNITS for kinds in counts.values())
+    assert [kinds["shared"] for kinds in counts.values()] == masks.all(dim=1).sum(dim=1).tolist()
+
+
+@pytest.mark.parametrize("budget", ["global", "layer"])
+def test_fixing_keeps_the_exact_share_with_the_highest_scores(budget):
+    model = make_masked("llama", budget=budget)
+    scores = torch.stack([network.masks.scores.detach().clone() for network in model.networks().values()])
+    assert model.fix_masks(0.3) is model
+    opened = torch.stack([network.masks() for network in model.networks().values()]).bool()
+    assert torch.equal(opened, choose_masks(scores, 0.3, by_layer=budget == "layer"))
+    assert opened.sum() == (2 * 4 * round(0.3 * UNITS) if budget == "layer" else 4 * round(0.3 * 2 * UNITS))
+    assert model.config.mask_stage == "fixed"
+    assert model.train()(**make_batch("llama", labels=True)).keys().isdisjoint({"sparsity_loss"})
+
+
+def test_labels_and_gradients_reach_what_they_should():
+    for options in ROUTES:
+        model = make_masked("llama", **options).train()
+        model.budget.multipliers.data.fill_(1.0)
+        model.draw_noise(0)
+        model(**make_batch("llama", labels=True)).loss.backward()
+        lost = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+        assert lost == []
+        for network in model.networks().values():
+            assert network.masks.scores.grad.abs().sum() > 0
+            assert network.router is None or network.router.weight.grad.abs().sum() > 0
+
+
+# inputs at the edge
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_label_gives_no_loss_of_its_own_and_no_nan(kind):
+    model, batch = make_masked(kind, router_aux_loss_coef=0).train(), make_batch(kind, labels=True)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    output = model(**batch)
+    assert output.loss == output.sparsity_loss == 0  # the multipliers begin at 0
+    output.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert model.eval()(**batch).loss == 0
+
+
+def test_a_batch_of_padding_alone_is_not_sparse():
+    model, batch = make_masked("bert", scatter=False).train(), make_batch("bert", labels=True)
+    model(**batch | {"attention_mask": torch.zeros_like(batch["attention_mask"])})
+    assert model.budget.sparsity.item() < 0.02
+
+
+def test_every_form_of_a_mask_gives_the_same_constraint():
+    model, batch = make_masked("llama", top_k=2).train(), make_batch("llama", labels=True)
+    rows = batch["attention_mask"]
+    causal = torch.ones(7, 7, dtype=torch.bool).tril() & rows.bool()[:, None, None]
+    wanted = model(**batch)
+    for mask in (rows.bool(), rows.float(), causal):
+        output = model(**batch | {"attention_mask": mask})
+        torch.testing.assert_close(output.aux_loss, wanted.aux_loss)
+        torch.testing.assert_close(output.loss, wanted.loss)
+
+
+def test_routers_and_masks_compute_in_float32_under_autocast():
+    model, batch = make_masked("llama", top_k=2).train(), make_batch("llama", labels=True)
+    model.draw_noise(0)
+    exact, seen = model(**batch), []
+    for network in model.networks().values():
+        for part in (network.router, network.masks):
+            part.register_forward_hook(lambda module, _, output: seen.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(**batch)
+    assert set(seen) == {torch.float32}
+    assert output.loss.dtype == output.aux_loss.dtype == output.sparsity_loss.dtype == torch.float32
+    torch.testing.assert_close(output.loss, exact.loss, rtol=0.05, atol=0)
+    output.loss.backward()
+    assert all(n.masks.scores.grad.dtype == torch.float32 for n in model.networks().values())
+
+
+# beside the host's features
+
+
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_gradient_checkpointing_changes_nothing(kind):
+    found = []
+    for checkpointing in (False, True):
+        model = make_masked(kind, top_k=2).train()
+        model.budget.multipliers.data.fill_(1.0)
+        model.draw_noise(0)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        options = {} if kind == "bert" else {"use_cache": False}
+        output = model(**make_batch(kind, labels=True), **options)
+        output.loss.backward()
+        loads = {name: network.load for name, network in model.networks().items()}
+        found.append((output.loss, loads, {name: p.grad for name, p in model.named_parameters()}))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_reentrant_checkpointing_is_refused_where_it_loses_the_balance():
+    model, batch = make_masked("llama").train(), make_batch("llama", labels=True)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.raises(ValueError, match="`use_reentrant` must be False with gradient checkpointing"):
+        model(**batch, use_cache=False)
+
+
+def test_copies_of_a_trained_model_are_equal_and_apart():
+    model, batch = make_masked("llama", top_k=2).train(), make_batch("llama", labels=True)
+    model.draw_noise(0)
+    model(**batch).loss.backward()
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(**batch).loss, model(**batch).loss)
+    before = logits_of(model.eval(), "llama")
+    scatter_masks(twin, seed=1)
+    assert torch.equal(logits_of(model, "llama"), before)
+
+
+def test_outputs_are_a_tuple_if_asked_for():
+    model, batch = make_masked("llama"), make_batch("llama", labels=True)
+    assert torch.equal(model(**batch, return_dict=False)[0], model(**batch).loss)
+    assert isinstance(model.train()(**batch, return_dict=False), tuple)
+    positional = model(batch["input_ids"], batch["attention_mask"], labels=batch["labels"])
+    assert torch.equal(positional.loss, model(**batch).loss)
+
+
+# refusals
+
+
+def test_what_cannot_be_masked_is_refused():
+    dense = make_dense("llama")
+    with pytest.raises(ValueError, match=r"`model` must be one of \[.*\], got LlamaModel. Load a dense"):
+        from_dense(dense.model)
+    with pytest.raises(ValueError, match="`model` must be one of .* got MoMLlamaForCausalLM"):
+        from_dense(make_masked("llama"))
+    for score in (float("nan"), 2.3, 14.1, "3"):
+        with pytest.raises(ValueError, match=r"`initial_score` must be in \[2.4, 14\], got .* Leave it out for 3"):
+            from_dense(dense, initial_score=score)
+    importance, masks = torch.ones(LAYERS, UNITS), torch.ones(LAYERS, 4, UNITS, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"`initial_score` must be in \[2.4, 4\], got 10"):
+        from_dense(dense, initial_score=10, importance=importance)
+    with pytest.raises(ValueError, match="`importance` must be left out with `masks`"):
+        from_dense(dense, importance=importance, masks=masks)
+    for options in ({"importance": importance.numpy()}, {"masks": masks.numpy()}):
+        with pytest.raises(ValueError, match="must be a tensor, got ndarray"):
+            from_dense(dense, **options)
+    uneven = make_dense("llama")
+    uneven.config.per_layer_config = {0: {"intermediate_size": 8}}
+    with pytest.raises(ValueError, match="`model` must have layers of equal widths, got {'0'"):
+        from_dense(uneven)
+    with torch.device("meta"):
+        empty = STOCK["llama"]()
+    with pytest.raises(ValueError, match="`model` must hold its weights in memory"):
+        from_dense(empty)
+    with pytest.raises(ValueError, match="`group_size` must divide the 32 units of 'model.layers.0.mlp', got 5"):
+        from_dense(dense, group_size=5)
+    broken = make_dense("llama")
+    del broken.model.norm.weight
+    with pytest.raises(ValueError, match=r"must have the body and head of a LlamaForCausalLM: missing .*norm"):
+        from_dense(broken)
+    other = make_dense("llama")
+    other.model.layers[0].mlp.up_proj = torch.nn.Bilinear(16, 16, 32)
+    with pytest.raises(ValueError, match=r"`model.layers.0.mlp.up_proj` must be a plain linear .* got Bilinear"):
+        from_dense(other)
+
+
+def test_masks_that_do_not_fit_are_refused():
+    dense, masks = make_dense("llama"), torch.ones(LAYERS, 4, UNITS, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"`masks` must be boolean and of shape .* = \(2, 4, 32\), got torch.float32"):
+        from_dense(dense, masks=masks.float())
+    with pytest.raises(ValueError, match=r"`masks` must be boolean .* and \(1, 4, 32\)"):
+        from_dense(dense, masks=masks[:1])
+    masks[1, 2, 3] = False
+    with pytest.raises(ValueError, match="`masks` must be alike for the 4 units of a group"):
+        from_dense(dense, masks=masks, group_size=4)
+    masks[1, 2] = False
+    with pytest.raises(ValueError, match=r"must open at least one unit of each expert, got none at \[1, 2\]"):
+        from_dense(dense, masks=masks)
+
+
+def test_importance_orders_the_scores_and_leaves_the_model_dense():
+    dense = make_dense("llama")
+    importance = torch.rand(LAYERS, UNITS, generator=seeded(3))
+    model = from_dense(dense, num_experts=3, importance=importance, initial_score=3.0)
+    for network, of_layer in zip(model.masked_networks().values(), importance, strict=True):
+        scores = network.masks.scores.detach()
+        assert torch.equal(scores.argsort(dim=-1), of_layer.argsort().expand(3, -1))
+        assert scores.min() == pytest.approx(3, abs=0.1)
+        assert scores.max() == pytest.approx(13, abs=0.1)
+    assert torch.equal(logits_of(model, "llama"), logits_of(dense, "llama"))
+    grouped = from_dense(dense, group_size=4, importance=importance)
+    first = next(iter(grouped.masked_networks().values())).masks.scores.detach()
+    assert torch.equal(first[0].argsort(), importance[0].view(-1, 4).sum(dim=1).argsort())
+
+
+def test_importance_of_all_blocks_serves_those_with_masks():
+    importance = torch.rand(LAYERS, UNITS, generator=seeded(3))
+    (network,) = from_dense(make_dense("llama"), importance=importance, layers=[1]).masked_networks().values()
+    assert torch.equal(network.masks.scores[0].argsort(), importance[1].argsort())
+
+
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_frozen_weights_stay_frozen(kind):
+    dense = make_dense(kind).requires_grad_(False)
+    masked = from_dense(dense)
+    assert {n.split(".")[-1] for n, p in masked.named_parameters() if p.requires_grad and ".router." not in n} == {
+        "scores",
+        "multipliers",
+    }
+    masked.fix_masks(0.5)
+    small = shrink(masked)
+    assert all(".router." in name for name, p in small.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_and_activations_that_would_be_lost_are_refused():
+    model = make_fixed("llama")
+    lora = get_peft_model(model, LoraConfig(target_modules=["up", "down"]))
+    with pytest.raises(ValueError, match="must have fixed masks, but is dense, or wrapped by adapters"):
+        shrink(lora)
+    with pytest.raises(ValueError, match=r"mlp.up` must be a plain linear module, got Linear. Merge adapters"):
+        shrink(lora.base_model.model)
+    plain = make_fixed("bert")
+    for network in plain.networks().values():
+        network.act_fn = torch.nn.Sigmoid()
+    with pytest.raises(ValueError, match="must be 0 at 0"):
+        shrink(plain)
+
+
+def test_masks_without_a_target_are_not_learned(caplog_of_transformers):
+    model = make_masked("llama").train()
+    model.budget.target = None
+    model.budget.multipliers.data.fill_(5.0)
+    output = model(**make_batch("llama", labels=True))
+    assert "sparsity_loss" not in output
+    model.fix_masks(0.5)
+    assert "No step was counted in which masks are learned" in caplog_of_transformers.text
+
+
+def test_the_constraint_is_computed_in_float32_under_autocast():
+    batch = make_batch("llama", labels=True)
+    one = make_masked("llama", num_experts=1).train()
+    one(**batch)
+    exact = one.budget.sparsity
+    with torch.autocast("cpu", torch.bfloat16):
+        one(**batch)
+    assert torch.equal(one.budget.sparsity, exact)
+
+
+def test_importance_of_another_model_is_refused():
+    for wrong in (torch.ones(LAYERS, UNITS + 1), torch.full((LAYERS, UNITS), torch.nan)):
+        with pytest.raises(
+            ValueError, match=r"`importance` must be finite and of shape \(layers, units\) = \(2, 32\)"
+        ):
+            from_dense(make_dense("llama"), importance=wrong)
+
+
+def test_masks_are_fixed_once():
+    model = make_fixed("llama")
+    with pytest.raises(ValueError, match="`fix_masks` must come while masks are learned, but the stage is 'fixed'"):
+        model.fix_masks(0.5)
+    model = make_masked("llama")
+    with pytest.raises(ValueError, match=r"`active` must be a number in \(0, 1\], got 0"):
+        model.fix_masks(0)
+    assert model.config.mask_stage == "learned"  # nothing was changed
+    model.networks()["model.layers.1.mlp"].masks.scores.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="`scores` must be finite"):
+        model.fix_masks(0.5)

@@ -1,0 +1,521 @@
+"""The callback with the stock Trainer: identity, an oracle loop, the constraint, and everything a Trainer can do."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from mom_runs import (
+    KINDS,
+    assert_same,
+    callback_of,
+    gather_state,
+    logged,
+    make,
+    make_args,
+    make_data,
+    make_dense,
+    make_trainer,
+)
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+
+from hf_moebert.methods.distillation import DistillationConfig, DistillationTrainer
+from hf_moebert.methods.mixture_of_masks import MaskSparsityCallback, MaskSparsityConfig
+from hf_moebert.methods.mixture_of_masks.functional import open_probability
+from hf_moebert.methods.mixture_of_masks.training import STEADY
+from hf_moebert.training.schedules import linear_ramp
+
+
+OURS = {"masks", "router", "budget"}  # modules whose parameters the host does not have
+
+
+def scores_of(model):
+    return torch.stack([network.masks.learned.detach() for network in model.masked_networks().values()])
+
+
+def without_opinion(model):
+    """A language model whose loss is always the same, whatever its masks."""
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    return model
+
+
+class Spy(TrainerCallback):
+    """Calls a function with the state and the callback's arguments at one event."""
+
+    def __init__(self, event, function):
+        setattr(self, event, lambda args, state, control, **kwargs: function(state, **kwargs))
+
+
+# Identity
+
+
+def test_nothing_to_close_is_untouched_training(tmp_path, caplog_of_transformers):
+    dense, options = make_dense(), {"max_grad_norm": 0.0, "weight_decay": 0.1}
+    Trainer(dense, make_args(tmp_path, **options), train_dataset=make_data()).train()
+    trainer = make_trainer(tmp_path, make(num_experts=1), {"keep_ratio": 1}, **options)
+    trainer.train()
+    ours, theirs = trainer.model.state_dict(), dense.state_dict()
+    named = {name: ours[name.replace("_proj", "") if ".mlp." in name else name] for name in theirs}
+    assert_same(named, theirs)
+    assert "`keep_ratio` is 1: no mask will be closed." in caplog_of_transformers.text
+    assert "Training stopped" not in caplog_of_transformers.text
+
+
+# Oracle
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_a_loop_by_hand(tmp_path, kind):
+    """The same in plain torch: what is set when, and which rate and sign each parameter has; bit for bit."""
+    trainer = make_trainer(tmp_path, make(kind, top_k=2), weight_decay=0.1)
+    model, batches = copy.deepcopy(trainer.model), []
+    compute_loss = trainer.compute_loss
+
+    def recording(model, inputs, *args, **kwargs):
+        batches.append(copy.deepcopy(inputs))
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = recording
+    trainer.train()
+
+    kinds = {"scores": [], "router": [], "multipliers": [], "decayed": [], "other": []}
+    for name, parameter in model.named_parameters():
+        last = name.split(".")[-1]
+        kind_of = "router" if ".router." in name else last if last in kinds else None
+        kinds[kind_of or ("other" if "norm" in name.lower() or "bias" in name else "decayed")].append(parameter)
+    adam = {"lr": 1e-3, "weight_decay": 0.0, "fused": True}
+    optimizers = [
+        torch.optim.AdamW(kinds["decayed"], **adam | {"weight_decay": 0.1}),
+        torch.optim.AdamW(kinds["router"] + kinds["other"], **adam),
+        torch.optim.AdamW(kinds["scores"], **adam | {"lr": 0.1}, betas=(0.5, 0.999), eps=1e-15),
+        torch.optim.AdamW(kinds["multipliers"], **adam | {"lr": 1.0}, eps=1e-2, maximize=True),
+    ]
+    model.train()
+    for step, batch in enumerate(batches):
+        model.budget.target = 0.5 * min(step / 6, 1)
+        model.budget.clock.fill_(step)
+        model.draw_noise(0)
+        if kind == "llama":
+            batch["num_items_in_batch"] = (batch["labels"][:, 1:] != -100).sum()
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            if optimizer in optimizers[:2]:
+                optimizer.param_groups[0]["lr"] = 1e-3 * (12 - step) / 12
+            optimizer.step()
+            optimizer.zero_grad()
+    ours, theirs = dict(trainer.model.named_parameters()), dict(model.named_parameters())
+    assert len(batches) == 12
+    assert_same(ours, theirs)
+
+
+# The constraint
+
+
+@pytest.mark.parametrize(("budget", "ramp"), [("global", "linear"), ("layer", "cubic")])
+def test_a_loss_that_does_not_care_leaves_the_masks_to_their_target(tmp_path, budget, ramp):
+    model = without_opinion(make(num_experts=4, budget=budget))
+    recipe = {"freeze_backbone": True, "ramp": ramp, "keep_ratio": 0.4}
+    trainer = make_trainer(tmp_path, model, recipe, max_steps=200, logging_steps=5)
+    trainer.train()
+    assert model.budget.sparsity.tolist() == pytest.approx([0.6] * len(model.budget.sparsity), abs=0.01)
+    assert logged(trainer, "mom_sparsity")[-10:] == pytest.approx([0.6] * 10, abs=0.02)
+    targets = logged(trainer, "mom_target")
+    assert targets == pytest.approx([callback_of(trainer).target_at(step) for step in range(4, 200, 5)])
+    assert targets == sorted(targets)
+
+
+def test_the_first_multiplier_pulls_to_the_target(tmp_path):
+    """Maximised over, it goes the way of sparsity minus target: down while too much is open, so that closing pays."""
+    seen = []
+    spy = Spy(
+        "on_step_end", lambda state, model, **_: seen.append(model.budget.multipliers.detach().flatten().tolist())
+    )
+    open_model = without_opinion(make())
+    make_trainer(tmp_path, open_model, {"freeze_backbone": True}, callbacks=[spy], max_steps=10).train()
+    assert seen[0][0] > 0  # the target is 0 at first, and not all is open: a little too sparse
+    assert seen[-1][0] < seen[2][0]
+    assert all(after > before for (_, before), (_, after) in itertools.pairwise(seen))
+
+    closed = without_opinion(make())
+    for network in closed.masked_networks().values():
+        network.masks.scores.data -= 8
+    before = open_probability(scores_of(closed)).mean()
+    trainer = make_trainer(tmp_path, closed, {"freeze_backbone": True, "keep_ratio": 0.9}, max_steps=10)
+    trainer.train()
+    assert closed.budget.multipliers[0, 0] > 1  # too sparse
+    assert open_probability(scores_of(closed)).mean() > before
+
+
+def slope(scores):
+    """Of the probability to be open: with it, a loss falls for each mask that opens."""
+    probability = open_probability(scores.detach())
+    return probability * (1 - probability)
+
+
+def test_each_layer_is_held_to_its_target(tmp_path):
+    """Against a loss that would rather have the masks of one of them open."""
+    found = {}
+    for budget in ("global", "layer"):
+        model = without_opinion(make(num_experts=1, budget=budget))
+        pulled = model.model.layers[1].mlp.masks.scores
+        pulled.register_hook(lambda gradient, pulled=pulled: gradient - 0.05 * slope(pulled))
+        make_trainer(tmp_path, model, {"freeze_backbone": True}, max_steps=150, logging_steps=150).train()
+        found[budget] = open_probability(scores_of(model)).mean(dim=(1, 2)).tolist()
+    assert sum(found["global"]) / 2 == pytest.approx(0.5, abs=0.02)
+    assert found["global"][1] - found["global"][0] > 0.5
+    assert found["layer"] == pytest.approx([0.5, 0.5], abs=0.02)
+
+
+# Rates
+
+
+def rates_of(trainer):
+    """The rate of each group at each step, by what is in it."""
+    seen = []
+    trainer.add_callback(
+        Spy(
+            "on_pre_optimizer_step",
+            lambda state, optimizer, **_: seen.append([g["lr"] for g in optimizer.param_groups]),
+        )
+    )
+    trainer.train()
+    return list(zip(*seen, strict=True))
+
+
+def test_only_the_rates_of_weights_and_routers_fall(tmp_path):
+    recipe = {"score_rate": 0.07, "multiplier_rate": 0.3, "router_rate": 0.02, "backbone_rate": 0.004}
+    decayed, other, routers, scores, multipliers = rates_of(make_trainer(tmp_path, make(), recipe))
+    assert scores == (0.07,) * 12
+    assert multipliers == (0.3,) * 12
+    assert routers == pytest.approx([0.02 * (12 - step) / 12 for step in range(12)])
+    assert decayed == other == pytest.approx([0.004 * (12 - step) / 12 for step in range(12)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_are_those_of_the_host_but_for_what_is_ours(tmp_path, kind):
+    model, args = make(kind), make_args(tmp_path, weight_decay=0.1, learning_rate=0.01)
+    ours = {id(p) for name, p in model.named_parameters() if name.split(".")[-2] in OURS}
+    groups = MaskSparsityCallback().make_optimizer(model, args).param_groups
+    host = Trainer(model, args).create_optimizer().param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0, 0.0, 0.0]
+    for mine, theirs in zip(groups, host, strict=False):
+        assert [id(p) for p in mine["params"]] == [id(p) for p in theirs["params"] if id(p) not in ours]
+        assert mine["lr"] == theirs["lr"] == 0.01
+    assert {id(p) for group in groups[2:] for p in group["params"]} == ours
+    assert [group.get(STEADY) for group in groups[2:]] == [None, "score_rate", "multiplier_rate"]
+
+
+def test_a_frozen_backbone_stays_as_it_is(tmp_path):
+    model = make()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = make_trainer(tmp_path, model, {"freeze_backbone": True}, weight_decay=0.1)
+    trainer.train()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {name.split(".")[-2] for name in moved} == OURS
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == OURS
+
+
+# Batches and steps
+
+
+def plain_descent(trainer):
+    """The same groups without moments, in which differences of rounding stay what they are."""
+    kept = ("params", "lr", "weight_decay", "maximize", STEADY)
+    groups = [{key: group[key] for key in kept if key in group} for group in trainer.optimizer.param_groups]
+    trainer.optimizer = torch.optim.SGD(groups)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_experts", "padded"),
+    [
+        ("llama", 1, True),
+        ("llama", 1, False),
+        ("llama", 2, False),
+        ("t5", 2, False),
+        ("bert", 2, False),
+        ("bert", 1, True),
+    ],
+)
+def test_accumulation_changes_nothing(tmp_path, kind, num_experts, padded):
+    """36 examples, so that the last window of an epoch is incomplete; counted by targets where the host does so."""
+    found = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        trainer = plain_descent(
+            make_trainer(
+                tmp_path,
+                make(kind, num_experts=num_experts, router_aux_loss_coef=0.0),
+                {"score_rate": 50.0, "multiplier_rate": 10.0, "router_rate": 0.1},
+                data=make_data(kind, count=36, padded=padded),
+                max_steps=10,
+                learning_rate=0.05,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=accumulation,
+            )
+        )
+        before = copy.deepcopy(trainer.model.state_dict())
+        trainer.train()
+        assert int(trainer.model.budget.clock) == 10
+        found.append(trainer.model.state_dict())
+    tolerance = {"rtol": 1e-3, "atol": 1e-3} if num_experts > 1 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(found[0], found[1], **tolerance)
+    moved = [(found[0][name] - tensor).abs().max() for name, tensor in before.items() if name.endswith(".scores")]
+    assert min(moved) > 0.2  # what the tolerance is to be held against
+
+
+def test_a_step_has_one_noise(tmp_path):
+    seen = {}
+    trainer = make_trainer(tmp_path, make(), per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=4)
+    compute_loss, model = trainer.compute_loss, trainer.model
+
+    def watching(*args, **kwargs):
+        noises = torch.stack([network.masks.noise for network in model.masked_networks().values()])
+        seen.setdefault(trainer.state.global_step, []).append(noises)
+        return compute_loss(*args, **kwargs)
+
+    trainer.compute_loss = watching
+    trainer.train()
+    assert [len(noises) for noises in seen.values()] == [4] * 4
+    assert all(torch.equal(noise, noises[0]) for noises in seen.values() for noise in noises)
+    assert not torch.equal(seen[0][0], seen[1][0])
+    assert all(network.masks.noise is None for network in model.masked_networks().values())
+    model.budget.clock.fill_(2)
+    model.draw_noise(0)  # of seed and clock alone
+    assert torch.equal(torch.stack([n.masks.noise for n in model.masked_networks().values()]), seen[2][0])
+    model.draw_noise(1)
+    assert not torch.equal(next(iter(model.masked_networks().values())).masks.noise, seen[2][0][0])
+
+
+def test_train_twice_starts_anew(tmp_path):
+    trainer = make_trainer(tmp_path, make())
+    trainer.train()
+    trainer.train()
+    assert int(trainer.model.budget.clock) == 12
+    targets = [entry["mom_target"] for entry in trainer.state.log_history if "loss" in entry]
+    assert targets == [0.5 * linear_ramp(step, begin=0, end=6) for step in range(12)]
+    assert float(trainer.model.budget.multipliers.detach().abs().max()) <= 12  # at most its rate in each step
+
+
+def test_two_callbacks_do_what_one_does(tmp_path):
+    one, two = make_trainer(tmp_path, make()), make_trainer(tmp_path, make(), callbacks=[MaskSparsityCallback()])
+    one.train()
+    two.train()
+    assert_same(gather_state(two), gather_state(one))
+
+
+def test_a_smaller_batch_after_running_out_of_memory_starts_anew(tmp_path):
+    trainer = make_trainer(tmp_path, make(), auto_find_batch_size=True)
+    compute_loss = trainer.compute_loss
+
+    def out_of_memory(model, inputs, *args, **kwargs):
+        if len(inputs["input_ids"]) == 8 and trainer.state.global_step == 4:
+            raise RuntimeError("CUDA out of memory.")
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = out_of_memory
+    trainer.train()
+    assert trainer._train_batch_size < 8
+    assert int(trainer.model.budget.clock) == 12
+    targets = [entry["mom_target"] for entry in trainer.state.log_history if "loss" in entry]
+    assert targets[-12:] == [0.5 * linear_ramp(step, begin=0, end=6) for step in range(12)]
+
+
+# The best model
+
+
+class Metric:
+    """Falls with every evaluation: the first one, with all masks open, is always the best."""
+
+    def __init__(self):
+        self.value = 1.0
+
+    def __call__(self, predictions):
+        self.value -= 0.01
+        return {"score": self.value}
+
+
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_strategy": "steps", "logging_steps": 5}
+BEST |= {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": True}
+
+
+def test_the_best_model_has_seen_the_final_target(tmp_path):
+    model = make("bert")
+    kept = {}
+    spy = Spy("on_save", lambda state, **_: kept.update({state.global_step: scores_of(model).clone()}))
+    recipe = {"keep_ratio": 0.99}  # where masks are from the start
+    trainer = make_trainer(tmp_path, model, recipe, extra={"compute_metrics": Metric()}, callbacks=[spy], **BEST)
+    trainer.train()
+    assert trainer.state.best_global_step == 7  # the ramp takes 6, and the 7th step is the first with all of it
+    assert torch.equal(scores_of(model), kept[7])
+    assert not torch.equal(kept[7], kept[12])
+
+
+def test_a_model_that_is_far_from_the_target_is_not_the_best(tmp_path):
+    trainer = make_trainer(tmp_path, make("bert"), extra={"compute_metrics": Metric()}, **BEST)
+    trainer.train()
+    assert abs(trainer.model.budget.sparsity - 0.5) > 0.02
+    assert trainer.state.best_global_step == 12  # the last one, after which nobody asked again
+
+
+def test_nothing_to_close_leaves_the_choice_of_the_best_alone(tmp_path):
+    extra = {"compute_metrics": Metric()}
+    trainer = make_trainer(tmp_path, make("bert"), {"keep_ratio": 1.0}, extra=extra, **BEST)
+    trainer.train()
+    assert trainer.state.best_global_step == 1
+
+
+def test_early_stopping_waits_for_the_final_target(tmp_path, caplog_of_transformers):
+    stop = EarlyStoppingCallback(early_stopping_patience=2)
+    extra = {"compute_metrics": Metric()}
+    trainer = make_trainer(tmp_path, make("bert"), {"keep_ratio": 0.99}, extra=extra, callbacks=[stop], **BEST)
+    trainer.train()
+    assert trainer.state.global_step == 9
+    trainer = make_trainer(tmp_path, make("bert"), max_steps=8)
+    trainer.train()
+    assert "a sparsity of" in caplog_of_transformers.text  # a ramp of four steps is too short for the masks
+
+
+def test_stopping_on_the_way_is_said(tmp_path, caplog_of_transformers):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    make_trainer(tmp_path, make(), {"keep_ratio": 0.999}, callbacks=[Stop()]).train()
+    assert (
+        "Training stopped after 4 steps, and the model that is left has a sparsity of 0.0"
+        in caplog_of_transformers.text
+    )
+    assert "instead of 0.001. Train longer" in caplog_of_transformers.text
+
+
+# Logs and evaluation
+
+
+def test_logs(tmp_path):
+    heard = []
+    spy = Spy("on_log", lambda state, logs, **_: heard.append(dict(logs)))
+    model = make(num_experts=3)
+    trainer = make_trainer(tmp_path, model, {"score_rate": 0.4}, callbacks=[spy], max_steps=30, logging_steps=10)
+    trainer.train()
+    trainer.evaluate()
+    assert not any(name.startswith("mom_") for name in heard[-1])
+    for logs in (heard[2], trainer.state.log_history[2]):
+        assert logs["mom_target"] == 0.5
+        assert 0.1 < logs["mom_sparsity"] < 1
+        assert 1 / 3 <= logs["mom_load"] <= 1
+    assert not any("/" in name for logs in heard for name in logs)
+    last = trainer.state.log_history[-2]  # of the training as a whole
+    assert "train_loss" in last
+    masks = torch.stack([n.masks.settled() for n in model.masked_networks().values()])
+    assert last["mom_active"] == pytest.approx(float((masks > 0).float().mean()))
+    assert 0 < last["mom_active"] < 1
+    for block, scores in enumerate(scores_of(model)):
+        assert last[f"mom_open/{block}"] == pytest.approx(float(open_probability(scores).mean()))
+        counts = {kind: last[f"mom_{kind}/{block}"] for kind in ("shared", "specific", "inactive")}
+        assert counts == dict(zip(counts, model.count_units()[f"model.layers.{block}.mlp"].values(), strict=True))
+        assert sum(counts.values()) == 24
+    assert len(trainer.state.log_history) == 5
+
+
+def test_what_is_open_is_told_without_noise(tmp_path):
+    """All scores are well above where a mask without noise closes, yet noise closes some of them."""
+    model = without_opinion(make())
+    for network in model.masked_networks().values():
+        network.masks.scores.data -= 4
+    trainer = make_trainer(tmp_path, model, {"score_rate": 0.0}, max_steps=3)
+    trainer.train()
+    assert logged(trainer, "mom_active") == [1.0] * 3
+    assert [entry["mom_shared/0"] for entry in trainer.state.log_history if "loss" in entry] == [24] * 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_of_evaluation_is_the_host_s_own(tmp_path, kind):
+    model, dense, data = make(kind), make_dense(kind), make_data(kind, padded=kind != "t5")
+    with torch.no_grad():
+        model.budget.multipliers.fill_(7.0)
+        model.budget.target = 0.5
+    trainer = make_trainer(tmp_path, model, data=data)
+    host = Trainer(dense, make_args(tmp_path), eval_dataset=data)
+    assert trainer.evaluate()["eval_loss"] == host.evaluate()["eval_loss"]
+    found, expected = trainer.predict(data), host.predict(data)
+    logits, theirs = ((p[0] if isinstance(p, tuple) else p) for p in (found.predictions, expected.predictions))
+    assert (logits == theirs).all()
+    assert found.metrics["test_loss"] == expected.metrics["test_loss"]
+
+
+def test_training_lowers_the_loss_while_masks_close(tmp_path):
+    model = make(num_experts=2)
+    trainer = make_trainer(tmp_path, model, learning_rate=2e-2, max_steps=60, logging_steps=60)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before - 1
+    assert open_probability(scores_of(model)).mean() < 0.8
+
+
+# What else a run can be
+
+
+def checkpointing(**options):
+    return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": options}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing", "ignore:`is_gradient")
+def test_checkpointed_activations_change_nothing(tmp_path):
+    plain = make_trainer(tmp_path, make())
+    trainer = make_trainer(tmp_path, make(), **checkpointing(use_reentrant=False))
+    plain.train()
+    trainer.train()
+    assert_same(gather_state(trainer), gather_state(plain))
+    assert logged(trainer, "mom_load") == logged(plain, "mom_load")
+    with pytest.raises(ValueError, match="`use_reentrant` must be False with gradient checkpointing"):
+        make_trainer(tmp_path, make(), **checkpointing(use_reentrant=True)).train()
+
+
+@pytest.mark.parametrize("options", [{"group_size": 4}, {"layers": [1]}, {"num_experts": 3, "top_k": 2}], ids=str)
+def test_options_of_masks(tmp_path, options):
+    model = make(**options)
+    before = scores_of(model).clone()
+    trainer = make_trainer(tmp_path, model, {"score_rate": 0.4}, max_steps=30, logging_steps=30)
+    trainer.train()
+    assert before.shape == (
+        2 - ("layers" in options),
+        options.get("num_experts", 2),
+        24 // options.get("group_size", 1),
+    )
+    assert float(model.budget.sparsity.mean()) > 0.3
+    model.fix_masks(0.5)
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_a_student_learns_masks_from_its_dense_teacher(tmp_path):
+    extra = {"teacher": make_dense(), "distillation": DistillationConfig(hidden_states=False)}
+    model = make(num_experts=2)
+    recipe = {"score_rate": 0.3}
+    trainer = make_trainer(tmp_path, model, recipe, trainer=DistillationTrainer, extra=extra, max_steps=30)
+    trainer.train()
+    assert logged(trainer, "loss_prediction")[0] >= 0
+    assert float(model.budget.sparsity.mean()) > 0.3
+    assert logged(trainer, "mom_sparsity")[0] < 0.02
+
+
+def test_two_stages_and_a_compact_model(tmp_path):
+    """The whole way, with the stock Trainer in each stage."""
+    model = make(num_experts=2)
+    make_trainer(tmp_path, model, {"score_rate": 0.2}, max_steps=30, logging_steps=30).train()
+    model.fix_masks(0.5)
+    fixed = [network.masks.is_open.clone() for network in model.masked_networks().values()]
+    trainer = Trainer(
+        model, make_args(tmp_path, learning_rate=1e-2), train_dataset=make_data(), eval_dataset=make_data()
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    now = [network.masks.is_open for network in model.masked_networks().values()]
+    assert all(torch.equal(a, b) for a, b in zip(now, fixed, strict=True))
+    assert sum(int(m.sum()) for m in now) == sum(m.numel() for m in now) // 2
+
+
+def test_the_recipe_by_default():
+    assert MaskSparsityCallback().config == MaskSparsityConfig()

@@ -1,0 +1,211 @@
+"""The equations of MoEBERT against definitions, hand-computed examples and naive loops."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from hf_moebert.methods.moebert import functional
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_importance_of_the_closed_form_example():
+    # One input x=2, two neurons, identity activation: h=(2.5, -2), y=-3.5, L=y^2/2, so the scores are |7.5y+...|.
+    w1, b1, w2 = (torch.tensor(v, dtype=torch.float64) for v in ([1.0, -1.0], [0.5, 0.0], [1.0, 3.0]))
+    z = (2 * w1 + b1).view(1, 1, 2).requires_grad_()
+    h = z * 1
+    loss = (h @ w2).square().sum() / 2
+    grad_z, grad_h = torch.autograd.grad(loss, (z, h))
+    score = functional.neuron_importance(z, grad_z, h, grad_h, b1)
+    torch.testing.assert_close(score, torch.tensor([15.75, 42.0], dtype=torch.float64), rtol=0, atol=0)
+
+
+def test_neurons_are_dealt_like_cards():
+    importance = torch.arange(12.0, 0, -1)  # order of importance: 0, 1, ..., 11
+    dealt = functional.assign_neurons(importance, num_experts=3, expert_size=6, num_shared=3)
+    assert dealt.tolist() == [[0, 1, 2, 3, 6, 9], [0, 1, 2, 4, 7, 10], [0, 1, 2, 5, 8, 11]]
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "num_shared", "expert_size", "union"),
+    [(4, 512, 768, 1536), (8, 512, 768, 2560), (4, 0, 768, 3072), (2, 512, 768, 1024), (4, 768, 768, 768)]
+    + [(1, 512, 768, 768), (3, 512, 768, 1280), (4, 512, 1024, 2560), (1, 3072, 3072, 3072)],
+)
+def test_union_of_the_experts_neurons(num_experts, num_shared, expert_size, union):
+    importance = torch.rand(3072, generator=seeded())
+    dealt = functional.assign_neurons(importance, num_experts, expert_size, num_shared)
+    assert dealt.shape == (num_experts, expert_size)
+    assert dealt.unique().numel() == union
+
+
+@given(st.integers(1, 6), st.integers(0, 20), st.integers(0, 10), st.integers(0, 5), st.integers(0, 1000))
+def test_dealing_shares_the_best_and_splits_the_rest(num_experts, num_shared, own, spare, seed):
+    size = num_shared + own * num_experts + spare
+    if num_shared + own == 0:
+        return
+    importance = torch.rand(size, generator=seeded(seed))
+    dealt = functional.assign_neurons(importance, num_experts, num_shared + own, num_shared)
+    best = set(importance.topk(num_shared).indices.tolist())
+    experts = [set(row.tolist()) for row in dealt]
+    assert all(best <= expert and len(expert) == num_shared + own for expert in experts)
+    assert sum(len(expert - best) for expert in experts) == len(set().union(*experts) - best)  # nothing twice
+    assert torch.equal(dealt, dealt.sort(dim=1).values)
+
+
+def test_ties_go_to_the_smaller_index():
+    assert functional.assign_neurons(torch.ones(6), 2, 2, 1).tolist() == [[0, 1], [0, 2]]
+
+
+def test_too_large_experts_are_refused():
+    with pytest.raises(ValueError, match=r"`expert_size` must be in \[3, 6\] for 3 experts .* got 7"):
+        functional.assign_neurons(torch.rand(12), 3, 7, 3)
+
+
+def test_experts_are_rows_and_columns_of_the_dense_layer():
+    up, up_bias, down, down_bias = torch.rand(6, 4), torch.rand(6), torch.rand(4, 6), torch.rand(4)
+    index = torch.tensor([[0, 2, 5], [1, 2, 3]])
+    cut = functional.cut_experts(up, up_bias, down, down_bias, index=index)
+    for expert, rows in enumerate(index.tolist()):
+        x = torch.rand(5, 4)
+        mask = torch.zeros(6).index_fill(0, torch.tensor(rows), 1)
+        dense = F.linear(F.gelu(F.linear(x, up, up_bias)) * mask, down, down_bias)
+        small = F.linear(F.gelu(F.linear(x, cut[0][expert], cut[1][expert])), cut[2][expert], cut[3][expert])
+        torch.testing.assert_close(small, dense)
+
+
+def test_random_tables_follow_their_seed_alone():
+    first = functional.random_table(1000, 4, generator=seeded(7))
+    torch.rand(5)  # other draws change nothing
+    assert torch.equal(first, functional.random_table(1000, 4, generator=seeded(7)))
+    assert not torch.equal(first, functional.random_table(1000, 4, generator=seeded(8)))
+    assert first.dtype == torch.uint8
+    assert (first.bincount(minlength=4) - 250).abs().max() < 60  # uniform: sd is 13.7
+
+
+def test_balanced_table_of_a_small_corpus():
+    counts = torch.tensor([10, 7, 5, 4, 1])
+    table = functional.balanced_table(counts, 2, generator=seeded())
+    assert table.tolist() == [0, 1, 1, 0, 1]
+    assert [int(counts[table == expert].sum()) for expert in (0, 1)] == [14, 13]
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=50), st.integers(1, 5))
+def test_balanced_loads_differ_by_at_most_one_token_type(counts, num_experts):
+    counts = torch.tensor(counts)
+    if counts.sum() == 0:
+        return  # nothing to balance
+    table = functional.balanced_table(counts, num_experts, generator=seeded()).long()
+    loads = torch.zeros(num_experts, dtype=torch.long).index_add(0, table, counts)
+    fullest = table == loads.argmax()
+    assert int(loads.max() - loads.min()) <= int(counts[fullest].max())
+
+
+def test_gate_weights():
+    logits = torch.tensor([[0.0, 2.0, 1.0], [1.0, 1.0, 1.0]], requires_grad=True)
+    index, weights = functional.choose_experts(logits, 2, "probability")
+    assert index.tolist() == [[1, 2], [0, 1]]  # ties: lowest first
+    torch.testing.assert_close(weights, logits.softmax(-1).gather(1, index))
+    index, straight = functional.choose_experts(logits, 2, "straight-through")
+    torch.testing.assert_close(straight.sum(dim=-1), torch.ones(2))
+    torch.testing.assert_close(straight, weights / weights.sum(-1, keepdim=True))
+    (gradient,) = torch.autograd.grad(functional.choose_experts(logits, 1, "straight-through")[1][0].sum(), logits)
+    p = logits[0].detach().softmax(-1)
+    torch.testing.assert_close(gradient[0], torch.tensor([0.0, 1.0, 0.0]) - p)  # of log p of the chosen
+
+
+def test_balance_loss():
+    ones = torch.ones(2, dtype=torch.bool)
+    two = torch.tensor([[0.7, 0.3]]).log().repeat(2, 1)
+    assert functional.load_balancing_loss(two, ones, 1).item() == pytest.approx(1.4)
+    uniform = torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log() + torch.tensor([[1e-6, 0], [0, 1e-6]])
+    assert functional.load_balancing_loss(uniform, ones, 1).item() == pytest.approx(1.0)
+    logits = torch.randn(6, 4, generator=seeded())
+    assert functional.load_balancing_loss(logits, torch.ones(6, dtype=torch.bool), 4).item() == pytest.approx(1.0)
+
+
+def test_balance_loss_does_not_see_padding():
+    logits = torch.randn(6, 4, generator=seeded())
+    mask = torch.tensor([True, True, False, True, False, False])
+    real = functional.load_balancing_loss(logits[mask], mask[mask], 1)
+    torch.testing.assert_close(functional.load_balancing_loss(logits, mask, 1), real)
+    nothing = functional.load_balancing_loss(logits, torch.zeros(6, dtype=torch.bool), 1)
+    assert nothing.item() == 0
+
+
+def test_balance_loss_gradient():
+    logits = torch.randn(5, 3, dtype=torch.float64, generator=seeded(), requires_grad=True)
+    mask = torch.tensor([True, True, True, False, True])
+    p = logits.softmax(-1)
+    share = F.one_hot(p.argmax(-1), 3)[mask].double().mean(0)
+    expected = 3 * (p[mask].mean(0) * share).sum()
+    torch.testing.assert_close(functional.load_balancing_loss(logits.double(), mask, 1).double(), expected)
+    (gradient,) = torch.autograd.grad(functional.load_balancing_loss(logits, mask, 1), logits)
+    (wanted,) = torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-7)  # the loss is computed in float32
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_expert_load_counts_real_tokens(top_k):
+    index = torch.randint(4, (9, top_k), generator=seeded())
+    mask = torch.tensor([True, False, True, True, True, False, True, True, True])
+    counted = [sum(int(e) == expert for e in index[mask].flatten()) for expert in range(4)]
+    assert functional.expert_load(index, mask, 4).tolist() == counted
+
+
+def test_masked_mean():
+    states = torch.randn(3, 4, 2, generator=seeded())
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    mean = functional.masked_mean(states, mask)
+    torch.testing.assert_close(mean[0], states[0, :3].mean(0))
+    torch.testing.assert_close(mean[1], states[1, 0])
+    assert mean[2].tolist() == [0, 0]
+
+
+def test_real_tokens_from_any_mask():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    wanted = mask.bool()
+    square = wanted[:, None, None, :].expand(2, 1, 3, 3)
+    additive = torch.zeros(2, 1, 3, 3).masked_fill(~square, torch.finfo(torch.float32).min)
+    for form in (mask, mask.bool(), mask.float(), square, additive):
+        assert torch.equal(functional.real_tokens(form, (2, 3)), wanted)
+    assert functional.real_tokens(None, (2, 3)).all()
+
+
+def test_sorted_slots():
+    index = torch.tensor([[2, 0, 2, 1, 0], [3, 3, 3, 3, 3]], dtype=torch.uint8)
+    order, inverse, counts = functional.sort_by_expert(index, 4)
+    assert order.tolist() == [[1, 4, 3, 0, 2], [0, 1, 2, 3, 4]]  # stable
+    assert counts.tolist() == [[2, 1, 2, 0], [0, 0, 0, 5]]
+    assert torch.equal(order.gather(1, inverse), torch.arange(5).expand(2, 5))
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification", "regression"])
+def test_per_example_losses_average_to_the_hosts_loss(problem_type):
+    logits = torch.randn(5, 3, generator=seeded())
+    if problem_type == "single_label_classification":
+        labels, wanted = torch.tensor([0, 2, 1, 1, 0]), F.cross_entropy
+    elif problem_type == "multi_label_classification":
+        labels, wanted = torch.randint(2, (5, 3), generator=seeded()).float(), F.binary_cross_entropy_with_logits
+    else:
+        labels, wanted = torch.randn(5, 3, generator=seeded(1)), F.mse_loss
+    losses = functional.per_example_loss(logits, labels, problem_type)
+    assert losses.shape == (5,)
+    torch.testing.assert_close(losses.mean(), wanted(logits, labels))
+
+
+def test_token_and_span_losses():
+    logits = torch.randn(2, 4, 3, generator=seeded())
+    labels = torch.tensor([[0, 1, -100, 2], [-100, -100, 1, -100]])
+    losses = functional.token_loss(logits, labels)
+    assert losses[labels == -100].eq(0).all()
+    torch.testing.assert_close(losses.sum() / 4, F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+
+    start, end = torch.randn(2, 4, generator=seeded()), torch.randn(2, 4, generator=seeded(1))
+    spans = functional.span_loss(start, end, torch.tensor([1, 9]), torch.tensor([[2], [9]]))
+    wanted = (F.cross_entropy(start[:1], torch.tensor([1])) + F.cross_entropy(end[:1], torch.tensor([2]))) / 2
+    torch.testing.assert_close(spans[0], wanted)
+    assert spans[1] == 0  # the answer is elsewhere

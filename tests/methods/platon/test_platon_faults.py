@@ -1,0 +1,449 @@
+"""Overflows, bad gradients, sharded models, several processes; run as a script, this file is one of two."""
+
+import math
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
+from test_platon_training import StopAt, assert_same_weights, callback_of, count_all_zeros, pruner_of
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from two_processes import run_in_two
+
+from hf_moebert import PlatonConfig, PlatonPruningCallback
+from hf_moebert.methods.platon.training_pruner import Pruner
+from hf_moebert.methods.platon.training_selection import WeightSelection
+
+
+# Overflow in half precision
+
+
+class Scaled(TrainerCallback):
+    """Train with a loss scaler, as on a GPU, but in float32; `overflow` names optimiser steps whose loss is infinite.
+
+    The host offers no loss scaler on a CPU, so the two places where accelerate asks for it are told.
+    """
+
+    def __init__(self, monkeypatch, trainer, *, overflow=(), scale=2.0**14):
+        self.trainer, self.overflow, self.skipped = trainer, overflow, []
+        self.before, self.same, self.counted = None, [], 0
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "fp16")
+        compute_loss = trainer.compute_loss
+
+        def overflowing(*args, **kwargs):
+            loss = compute_loss(*args, **kwargs)
+            return loss * math.inf if trainer.state.global_step + 1 in self.overflow else loss
+
+        trainer.compute_loss = overflowing
+        trainer.add_callback(self)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.accelerator.native_amp = True  # only now: the model has not been wrapped in autocast
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.before, self.scale = snapshot(pruner_of(self.trainer)), self.trainer.accelerator.scaler.get_scale()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.accelerator.scaler.get_scale() < self.scale:  # its word that it has skipped the step
+            self.skipped.append(state.global_step)
+            self.same.append(same_snapshots(self.before, snapshot(pruner_of(self.trainer))))
+        else:
+            self.counted += 1
+
+
+def snapshot(pruner):
+    tensors = {f"{kind} {n}": t.clone() for kind, named in pruner.statistics.tensors.items() for n, t in named.items()}
+    tensors |= {f"keep {name}": keep.clone() for name, keep in pruner.keep.items()}
+    tensors |= {f"weight {name}": parameter.detach().clone() for name, parameter in pruner.parameters.items()}
+    return tensors, (pruner.clock, pruner.ratio, pruner.threshold, pruner.revived, pruner.dropped)
+
+
+def same_snapshots(one, other):
+    return one[1] == other[1] and all(torch.equal(tensor, other[0][name]) for name, tensor in one[0].items())
+
+
+OVERFLOWS = [1, 2, 6, 13, 17]  # at once, on what would be a mask step, on that of the final phase
+
+
+@pytest.mark.parametrize("sensitivity_at", ["pre_step", "post_step"])
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"optim": "adamw_torch"}, {"optim": "adamw_torch_fused"}, {"gradient_accumulation_steps": 2}],
+    ids=["plain", "fused", "accumulation"],  # accelerate does not notice when a fused optimizer skips a step
+)
+def test_an_overflow_does_not_count(tiny_bert, make_trainer, monkeypatch, sensitivity_at, max_grad_norm, arguments):
+    trainer = make_trainer(tiny_bert(), {"sensitivity_at": sensitivity_at}, max_grad_norm=max_grad_norm, **arguments)
+    spy = Scaled(monkeypatch, trainer, overflow=OVERFLOWS)
+    trainer.train()
+    assert spy.skipped == OVERFLOWS
+    assert spy.same == [True] * 5
+    assert pruner_of(trainer).clock == spy.counted == 15
+    zeros, numel = count_all_zeros(trainer.model)
+    assert zeros == round(0.7 * numel)
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("sensitivity_at", ["pre_step", "post_step"])
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_the_loss_scale_is_no_part_of_the_statistics(
+    tiny_bert, make_trainer, monkeypatch, sensitivity_at, max_grad_norm
+):
+    def make():
+        recipe = {"sensitivity_at": sensitivity_at}
+        return make_trainer(tiny_bert(), recipe, optim="sgd", max_grad_norm=max_grad_norm)
+
+    plain, scaled = make(), make()
+    plain.train()
+    spy = Scaled(monkeypatch, scaled)
+    scaled.train()
+    assert spy.skipped == []
+    for kind, named in pruner_of(plain).statistics.tensors.items():
+        largest = max(float(tensor.max()) for tensor in named.values())
+        assert largest > 0
+        for name, tensor in named.items():
+            ours = pruner_of(scaled).statistics.tensors[kind][name]
+            torch.testing.assert_close(ours, tensor, rtol=1e-3, atol=largest * 1e-5)
+
+
+def test_two_callbacks_unscale_once(tiny_bert, make_trainer, monkeypatch):
+    recipe = PlatonConfig(keep_ratio=0.3, initial_warmup=2, final_warmup=6, window=3)
+    trainer = make_trainer(tiny_bert(), callbacks=[PlatonPruningCallback(recipe)], max_grad_norm=0.0)
+    Scaled(monkeypatch, trainer, overflow=[4])
+    trainer.train()
+    assert pruner_of(trainer).clock == 19
+
+
+def test_the_end_comes_late_after_an_overflow(tiny_bert, make_trainer, monkeypatch, warnings_of_host):
+    """The clock that stood still reaches the final phase that much later, and not at all if there were too many."""
+    trainer = make_trainer(tiny_bert())
+    Scaled(monkeypatch, trainer, overflow=range(1, 7))
+    trainer.train()
+    assert pruner_of(trainer).clock == 14
+    assert "Training stopped after 14 steps, before the final ratio 0.3 was reached" in warnings_of_host.text
+
+
+# Bad gradients
+
+
+def make_pruner(model, **changes):
+    recipe = {"keep_ratio": 0.3, "initial_warmup": 2, "final_warmup": 6, "window": 3}
+    return Pruner(model, PlatonConfig(**recipe | changes), 30)
+
+
+@torch.no_grad()
+def step(pruner, seed, *, bad=None):
+    """One step with drawn gradients, without an optimizer; `bad` is put into one of them."""
+    generator = torch.Generator().manual_seed(seed)
+    for index, parameter in enumerate(pruner.parameters.values()):
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        if bad is not None and index == 3:
+            parameter.grad[0, 0] = bad
+    pruner.observe()
+    pruner.advance()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("position", [3, 4, 5])  # of the window that step 6 closes: its first, middle and last step
+def test_a_window_with_a_bad_gradient_is_left_out(tiny_bert, warnings_of_host, bad, position):
+    pruner = make_pruner(tiny_bert())
+    averages = {}
+    for seed in range(1, 10):
+        step(pruner, seed, bad=bad if seed == position else None)
+        averages[seed] = {
+            (kind, name): tensor.clone()
+            for kind in ("importance", "uncertainty")
+            for name, tensor in pruner.statistics.tensors[kind].items()
+        }
+        assert all(tensor.isfinite().all() for tensor in averages[seed].values())
+    for key, tensor in averages[6].items():
+        # What takes in its own average does not change; its uncertainty fades by one window.
+        expected = tensor if key[0] == "importance" else averages[3][key] * 0.9
+        torch.testing.assert_close(averages[6][key], expected, rtol=1e-6, atol=0)
+        assert key[0] != "importance" or torch.equal(tensor, averages[3][key])
+        assert not torch.equal(averages[9][key], averages[6][key])  # the next window counts again
+    assert warnings_of_host.text.count("A gradient was NaN or infinite: the window up to step 5 is left out.") == 1
+    assert pruner.dropped == 0  # forgiven by the good window that followed
+
+
+def test_bad_gradients_in_three_windows_in_a_row_are_an_error(tiny_bert, warnings_of_host):
+    pruner = make_pruner(tiny_bert())
+    for seed in range(1, 9):
+        step(pruner, seed, bad=math.nan if seed in (1, 4, 7) else None)
+    with pytest.raises(FloatingPointError, match=r"up to step 8 some were not, in 3 windows of 3 steps in a row"):
+        step(pruner, 9)
+    assert warnings_of_host.text.count("is left out") == 3
+
+
+def test_two_bad_windows_with_a_good_one_between_are_none(tiny_bert):
+    pruner = make_pruner(tiny_bert())
+    for seed in range(1, 31):
+        step(pruner, seed, bad=math.nan if seed % 9 in (1, 4) else None)
+    assert pruner.clock == 30
+    assert pruner.dropped < 3
+
+
+@pytest.mark.parametrize("at", [4, 5, 6, 16])  # step 6 makes a mask, 16 lies in the final phase
+@pytest.mark.parametrize("criterion", ["platon", "movement", "magnitude"])
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_nan_that_reaches_the_weights_is_an_error_at_last(tiny_bert, make_trainer, criterion, at, max_grad_norm):
+    """Clipping spreads it to all weights, without it one matrix has it; a mask of such scores would mean nothing."""
+    model = tiny_bert()
+    trainer = make_trainer(model, {"criterion": criterion}, max_steps=40, max_grad_norm=max_grad_norm)
+    weight = model.bert.encoder.layer[0].output.dense.weight
+    weight.register_hook(lambda gradient: gradient * (math.nan if trainer.state.global_step + 1 == at else 1.0))
+    with pytest.raises(FloatingPointError, match="Gradients must be finite, but up to step"):
+        trainer.train()
+    assert trainer.state.global_step <= at + 9  # within three windows
+
+
+def test_no_gradients_at_all_are_an_error(tiny_bert, make_trainer):
+    class Forgetful(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            model.zero_grad()
+
+    trainer = make_trainer(tiny_bert())
+    trainer.callback_handler.callbacks.insert(0, Forgetful())
+    with pytest.raises(RuntimeError, match="must leave gradients for the callback to read"):
+        trainer.train()
+
+
+def test_one_parameter_without_gradient_has_not_moved_the_loss(tiny_bert):
+    pruner = make_pruner(tiny_bert())
+    name = "bert.encoder.layer.1.output.dense.weight"
+    for seed in range(1, 13):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in pruner.parameters.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        pruner.parameters[name].grad = None
+        with torch.no_grad():
+            pruner.observe()
+            pruner.advance()
+    assert all(not named[name].any() for named in pruner.statistics.tensors.values())
+    assert not pruner.keep[name].any()
+    assert all(keep.any() for other, keep in pruner.keep.items() if other != name)
+
+
+# What cannot be pruned
+
+
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM])
+def test_sharded_training_is_refused(tiny_bert, make_trainer, monkeypatch, kind):
+    trainer = make_trainer(tiny_bert())
+    for shared in (AcceleratorState._shared_state, PartialState._shared_state):
+        monkeypatch.setitem(shared, "distributed_type", kind)
+    with pytest.raises(ValueError, match=rf"which {kind.value} keeps in shards. Use plain data parallelism"):
+        callback_of(trainer).on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+def test_tensor_parallelism_is_refused(tiny_bert, make_trainer, tmp_path):
+    trainer = make_trainer(tiny_bert())
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        linear = trainer.model.bert.encoder.layer[0].output.dense
+        linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), init_device_mesh("cpu", (1,))))
+        with pytest.raises(ValueError, match="which tensor parallelism keeps in shards"):
+            callback_of(trainer).on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "steps"),
+    [({}, 8), ({"initial_warmup": 0.5, "final_warmup": 0.5}, 20), ({"window": 15}, 20), ({"final_warmup": 20}, 20)],
+)
+def test_too_short_a_run_is_refused(tiny_bert, make_trainer, recipe, steps):
+    model = tiny_bert()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = make_trainer(model, recipe, max_steps=steps)
+    with pytest.raises(ValueError, match=rf"The run must be longer than .* got {steps} steps"):
+        trainer.train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_callback_must_be_there_from_the_beginning(tiny_bert, make_trainer):
+    class Late(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                trainer.add_callback(PlatonPruningCallback())
+
+    trainer = make_trainer(tiny_bert(), False, callbacks=[Late()])
+    with pytest.raises(RuntimeError, match="must be added to the Trainer before `train` is called"):
+        trainer.train()
+
+
+# Sparse to the bone
+
+
+def kill_gradient_of(model, path):
+    model.get_submodule(path).weight.register_hook(torch.zeros_like)
+
+
+def test_an_empty_matrix_is_told(tiny_bert, make_trainer, warnings_of_host):
+    model = tiny_bert()
+    kill_gradient_of(model, "bert.encoder.layer.1.attention.self.key")
+    trainer = make_trainer(model)
+    trainer.train()
+    assert not model.bert.encoder.layer[1].attention.self.key.weight.any()
+    empty = sum(not keep.any() for keep in pruner_of(trainer).keep.values())
+    assert f"Nothing is left of {empty} of the parameters. Use `min_keep`" in warnings_of_host.text
+
+
+@pytest.mark.parametrize("criterion", ["platon", "movement", "magnitude"])
+@pytest.mark.parametrize("granularity", ["unstructured", "2:4"])
+def test_a_floor_under_every_matrix(tiny_bert, make_trainer, warnings_of_host, criterion, granularity):
+    """The others make room: the total stays exact."""
+    model = tiny_bert()
+    for layer in range(2):
+        kill_gradient_of(model, f"bert.encoder.layer.{layer}.attention.self.key")
+    ratio = 0.5 if granularity == "2:4" else 0.11
+    recipe = {"keep_ratio": ratio, "min_keep": 0.05, "criterion": criterion, "granularity": granularity}
+    trainer = make_trainer(model, recipe)
+    trainer.train()
+    zeros, numel = count_all_zeros(trainer.model)
+    assert zeros == round((1 - ratio) * numel)
+    for keep in pruner_of(trainer).keep.values():
+        assert int(keep.sum()) >= math.ceil(0.05 * len(keep))
+    assert "Nothing is left of" not in warnings_of_host.text
+
+
+# A restart inside `train`
+
+
+def test_a_smaller_batch_after_running_out_of_memory_starts_anew(tiny_bert, make_trainer, monkeypatch):
+    """The host begins its loop again, with the weights as they are: nothing may be counted twice."""
+    trainer = make_trainer(tiny_bert(), auto_find_batch_size=True, optim="sgd")
+    compute_loss, begun = trainer.compute_loss, []
+
+    def out_of_memory(model, inputs, *args, **kwargs):
+        if len(inputs["input_ids"]) == 8 and trainer.state.global_step == 7:
+            begun.append((pruner_of(trainer), {n: t.clone() for n, t in model.state_dict().items()}))
+            raise RuntimeError("CUDA out of memory.")
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = out_of_memory
+    trainer.train()
+    ((first, weights),) = begun
+    assert first.clock == 7
+    assert pruner_of(trainer) is not first
+    assert pruner_of(trainer).clock == 20
+    # just as if a run of the smaller batch had begun with these weights
+    model = tiny_bert()
+    model.load_state_dict(weights)
+    fresh = make_trainer(model, optim="sgd", per_device_train_batch_size=trainer._train_batch_size)
+    fresh.train()
+    assert_same_weights(trainer.model, fresh.model)
+    for name, tensor in pruner_of(fresh).statistics.tensors["importance"].items():
+        assert torch.equal(tensor, pruner_of(trainer).statistics.tensors["importance"][name])
+
+
+def test_stopping_too_early_says_how_dense_the_model_is(tiny_bert, make_trainer, warnings_of_host):
+    trainer = make_trainer(tiny_bert(), callbacks=[StopAt(9)])
+    trainer.train()
+    zeros, numel = count_all_zeros(trainer.model)
+    assert 0 < zeros < numel
+    assert f"{1 - zeros / numel:.1%} of the weights are not zero" in warnings_of_host.text
+
+
+# Two processes
+
+
+def make_bert():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = BertForSequenceClassification(BertConfig(vocab_size=20, max_position_embeddings=16, **sizes, **dropout))
+    model.accepts_loss_kwargs = False
+    return model
+
+
+def make_examples():
+    ids = torch.randint(20, (64, 6), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": int(row[0] < 10)} for row in ids]
+
+
+def prune(folder, batch_size, **recipe):
+    config = PlatonConfig(**{"keep_ratio": 0.3, "initial_warmup": 2, "final_warmup": 6, "window": 3} | recipe)
+    options = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": 0}
+    options |= {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 1e-2, "max_steps": 20}
+    args = TrainingArguments(str(folder), per_device_train_batch_size=batch_size, **options)
+    trainer = Trainer(make_bert(), args, train_dataset=make_examples(), callbacks=[PlatonPruningCallback(config)])
+    trainer.train()
+    return trainer
+
+
+def gather_state(trainer):
+    tensors, _ = snapshot(pruner_of(trainer))
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("weight")} | {
+        f"weight {name}": tensor for name, tensor in trainer.model.state_dict().items()
+    }
+
+
+def be_one_of_two(folder):
+    found = {}
+    for granularity in ("unstructured", "structured"):
+        trainer = prune(folder / "run", 4, granularity=granularity)
+        found |= {f"{granularity} {name}": tensor for name, tensor in gather_state(trainer).items()}
+    rank = trainer.args.process_index
+    assert trainer.args.world_size == 2
+    save_file(found, folder / f"{rank}.safetensors")
+    if rank == 1:
+        select = WeightSelection.select_
+
+        def select_another(self, masks, ratio):
+            selection = select(self, masks, ratio)
+            if ratio < 0.6:  # only after a while
+                mask = next(iter(masks.values()))
+                mask[5] = ~mask[5]
+            return selection
+
+        WeightSelection.select_ = select_another
+    try:
+        prune(folder / "run", 4)
+    except RuntimeError as error:
+        (folder / f"{rank}.txt").write_text(str(error), encoding="utf-8")
+    os._exit(0)  # taking down the group of a broken run in order may wait for the other process for ever
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """The folder in which each of two processes left what it ended with."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_in_two(__file__, folder, timeout=120)
+    return folder
+
+
+@pytest.mark.parametrize("granularity", ["unstructured", "structured"])
+def test_two_processes_prune_what_one_does_on_both_batches(ranks, tmp_path, granularity):
+    first, second = (
+        {name: t for name, t in load_file(ranks / f"{rank}.safetensors").items() if name.startswith(granularity)}
+        for rank in range(2)
+    )
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    alone = gather_state(prune(tmp_path, 8, granularity=granularity))
+    assert first.keys() == {f"{granularity} {name}" for name in alone}
+    for name, tensor in alone.items():
+        kind = name.split()[0]
+        if kind == "keep":
+            assert torch.equal(first[f"{granularity} {name}"], tensor), name
+        elif kind != "weight":  # what is zero but for rounding differs: the gradient of the keys' biases
+            largest = max(float(other.max()) for key, other in alone.items() if key.startswith(kind))
+            torch.testing.assert_close(first[f"{granularity} {name}"], tensor, rtol=1e-3, atol=largest * 1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_whose_masks_differ_all_stop(ranks, rank):
+    assert "All processes must have the same mask, but at step" in (ranks / f"{rank}.txt").read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    be_one_of_two(Path(sys.argv[1]))

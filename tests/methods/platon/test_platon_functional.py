@@ -1,0 +1,239 @@
+"""The equations: golden traces, an exact threshold whatever the scores, and masks of the exact size."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from hf_moebert.methods.platon import functional
+from hf_moebert.methods.platon.functional import (
+    apply_mask_,
+    balance_factors,
+    best_two_of_four,
+    checksum,
+    close_window_,
+    count_zeros,
+    kth_smallest,
+    select_,
+    sensitivity,
+    update_movement_,
+    update_window_,
+)
+
+
+CPU = torch.device("cpu")
+
+# Scores with ties, zeros, denormal numbers and infinities.
+SCORES = arrays(
+    "float32",
+    st.integers(1, 300),
+    elements=st.one_of(
+        st.sampled_from([0.0, 1e-45, 1e-38, 1.0, 2.0, math.inf]), st.floats(0, 8, width=32), st.floats(-8, 0, width=32)
+    ),
+)
+
+
+@pytest.fixture(autouse=True, params=["one chunk", "many chunks"])
+def chunk_size(request, monkeypatch):
+    if request.param == "many chunks":
+        monkeypatch.setattr(functional, "CPU_CHUNK", 8)
+        monkeypatch.setattr(functional, "SAMPLE", 16)
+
+
+def score_of(pieces):
+    return lambda index, part: pieces[index][part].clone()
+
+
+def cut(scores, parts=3):
+    return list(torch.as_tensor(scores).tensor_split(parts))
+
+
+def test_golden_trace():
+    """dT=2, beta1=.85, beta2=.95, the sensitivities of six steps: hand-computed in the specification."""
+    steps = [(1, 2, 3, 4), (4, 3, 2, 1), (2, 2, 2, 2), (0, 0, 8, 0), (1, 1, 1, 1), (0, 5, 0, 5)]
+    window, importance, uncertainty = (torch.zeros(4) for _ in range(3))
+    seen = {}
+    for t, s in enumerate(steps, start=1):
+        weight, gradient = -torch.tensor(s, dtype=torch.float32), torch.ones(4)
+        if t % 2:
+            update_window_(window, weight, gradient, 1)
+        else:
+            close_window_(window, importance, uncertainty, weight, gradient, beta1=0.85, beta2=0.95)
+        seen[t] = [x.clone() for x in (window, importance, uncertainty, importance * uncertainty)]
+    expected = {
+        1: [(0.5, 1, 1.5, 2)],
+        2: [
+            (4, 3, 2, 1),
+            (0.075, 0.15, 0.225, 0.3),
+            (0.02125, 0.0425, 0.06375, 0.085),
+            (0.00159375, 0.006375, 0.01434375, 0.0255),
+        ],
+        3: [(3, 2.5, 2, 1.5)],
+        4: [
+            (0, 0, 8, 0),
+            (0.51375, 0.5025, 0.49125, 0.48),
+            (0.1445, 0.14025, 0.136, 0.13175),
+            (0.074236875, 0.070475625, 0.06681, 0.06324),
+        ],
+        5: [(0.5, 0.5, 4.5, 0.5)],
+        6: [
+            (0, 5, 0, 5),
+            (0.5116875, 0.502125, 1.0925625, 0.483),
+            (0.137859375, 0.13334375, 0.299571875, 0.1260125),
+            (0.0705409, 0.0669552, 0.3273010, 0.0608640),
+        ],
+    }
+    for t, values in expected.items():
+        for found, value in zip(seen[t], values, strict=False):
+            torch.testing.assert_close(found, torch.tensor(value, dtype=torch.float32), rtol=1e-6, atol=1e-7)
+
+
+def test_a_window_is_the_mean_of_its_steps():
+    generator = torch.Generator().manual_seed(0)
+    weights, gradients = torch.randn(2, 7, 50, generator=generator).unbind()
+    window = sensitivity(weights[0], gradients[0])
+    for position in range(1, 7):
+        update_window_(window, weights[position], gradients[position], position)
+    torch.testing.assert_close(window, (weights * gradients).abs().mean(0))
+
+
+def test_scaled_gradients_scale_the_averages_alike():
+    generator = torch.Generator().manual_seed(0)
+    weights, gradients = torch.randn(2, 8, 40, generator=generator).unbind()
+
+    def run(scale):
+        state = [torch.zeros(40) for _ in range(3)]
+        for t in range(1, 8):
+            if t % 3:
+                update_window_(state[0], weights[t], gradients[t] * scale, t % 3)
+            else:
+                close_window_(*state, weights[t], gradients[t] * scale, beta1=0.85, beta2=0.9)
+        return state
+
+    for one, two in zip(run(1.0), run(4.0), strict=True):
+        assert torch.equal(one * 4, two)  # a power of two rounds nothing
+
+
+def test_half_precision_is_multiplied_in_single_precision():
+    weight, gradient = torch.full((5,), 1.0078125), torch.full((5,), 1.0078125)  # bf16 would drop their last bit
+    exact = weight * gradient
+    assert torch.equal(sensitivity(weight.bfloat16(), gradient.bfloat16()), exact)
+    window = torch.zeros(5)
+    close_window_(window, window.clone(), window.clone(), weight.bfloat16(), gradient.bfloat16(), beta1=0.5, beta2=0.5)
+    assert torch.equal(window, exact)
+
+
+def test_movement_grows_where_descent_leads_away_from_zero():
+    movement = torch.zeros(4)
+    weight, gradient = torch.tensor([1.0, 1.0, -1.0, -1.0]), torch.tensor([-2.0, 3.0, 4.0, -5.0])
+    update_movement_(movement, weight, gradient)
+    update_movement_(movement, weight, gradient)
+    assert movement.tolist() == [4, -6, 8, -10]
+
+
+@settings(deadline=None)
+@given(SCORES, st.data())
+def test_the_threshold_is_that_of_kthvalue(scores, data):
+    k = data.draw(st.integers(1, len(scores)))
+    pieces = cut(scores)
+    score, below = kth_smallest(score_of(pieces), [len(p) for p in pieces], k, CPU)
+    flat = torch.as_tensor(scores)
+    assert score == float(flat.kthvalue(k).values)
+    assert below == int((flat < score).sum())
+
+
+@pytest.mark.parametrize("zero_share", [0.0, 0.5, 0.95])
+def test_the_threshold_is_exact_at_size(zero_share, chunk_size):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(200_000, generator=generator) ** 8
+    scores[torch.rand(200_000, generator=generator) < zero_share] = 0
+    pieces = cut(scores, 7)
+    for k in (1, 2, 100_000, 190_001, 200_000):
+        assert kth_smallest(score_of(pieces), [len(p) for p in pieces], k, CPU)[0] == float(scores.kthvalue(k).values)
+
+
+def test_a_sample_that_misleads_is_not_believed():
+    """Every score that the sample meets is large, so that its bracket is wrong at first."""
+    stride = 1000 // 16 // 6 * 6 + 1
+    scores = torch.linspace(0, 1, 1000)
+    scores[::stride] = 100.0
+    for k in (1, 500, 983, 999):
+        assert kth_smallest(score_of([scores]), [1000], k, CPU)[0] == float(scores.kthvalue(k).values)
+
+
+@pytest.mark.parametrize("k", [0, 11])
+def test_a_rank_must_exist(k):
+    with pytest.raises(ValueError, match=rf"`k` must be from 1 to the number of scores, 10, got {k}"):
+        kth_smallest(score_of([torch.rand(10)]), [10], k, CPU)
+
+
+def test_what_is_no_number_is_not_ranked():
+    with pytest.raises(FloatingPointError, match="must give numbers, got NaN"):
+        kth_smallest(score_of([torch.tensor([1.0, math.nan, math.nan])]), [3], 3, CPU)
+
+
+@settings(deadline=None)
+@given(SCORES, st.data())
+def test_exactly_so_many_zeros_and_they_are_the_smallest(scores, data):
+    zeros = data.draw(st.integers(0, len(scores)))
+    pieces = cut(scores)
+    keep = [torch.zeros(len(p), dtype=torch.bool) for p in pieces]
+    threshold, revived, emptied = select_(keep, score_of(pieces), zeros)
+    kept, flat = torch.cat(keep), torch.as_tensor(scores)
+    assert int((~kept).sum()) == zeros
+    expected = torch.ones_like(kept)
+    expected[flat.argsort(stable=True)[:zeros]] = False  # ties fall by position
+    assert torch.equal(kept, expected)
+    assert revived == len(scores) - zeros
+    assert emptied == sum(not mask.any() for mask in keep)
+    assert select_(keep, score_of(pieces), zeros).revived == 0
+    assert kept.all() or not kept.any() or threshold == float(flat[kept].min())
+
+
+def test_the_papers_code_keeps_one_more_and_all_of_a_tie():
+    keep = [torch.zeros(1000, dtype=torch.bool)]
+    scores = torch.randperm(1000).float()
+    select_(keep, score_of([scores]), 800, reference=True)
+    assert int((~keep[0]).sum()) == 799
+    scores[:] = 0
+    scores[900:] = 1
+    select_(keep, score_of([scores]), 800, reference=True)
+    assert keep[0].all()
+
+
+@pytest.mark.parametrize(("numel", "ratio", "zeros"), [(85_017_600, 0.3, 59_512_320), (10, 0.75, 2), (10, 1.0, 0)])
+def test_the_number_of_zeros_is_rounded(numel, ratio, zeros):
+    assert count_zeros(numel, ratio) == zeros
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_masked_weights_are_positive_zeros(dtype):
+    weight = torch.tensor([-1.0, math.nan, -math.inf, -3.0, -0.0], dtype=dtype)
+    apply_mask_(weight, torch.tensor([False, False, False, True, True]))
+    assert weight.tolist() == [0, 0, 0, -3, 0]
+    assert weight.signbit().tolist() == [False, False, False, True, True]  # what is kept keeps every bit
+
+
+def test_two_of_four():
+    scores = torch.tensor([1.0, 4.0, 3.0, 2.0, 5.0, 5.0, 5.0, 5.0, 0.0, 0.0, 9.0, 0.0])
+    assert best_two_of_four(scores).view(-1, 4).int().tolist() == [[0, 1, 1, 0], [1, 1, 0, 0], [1, 0, 1, 0]]
+
+
+def test_balanced_experts_have_equal_totals():
+    totals = torch.tensor([1.0, 3.0, 0.0, 8.0])
+    balanced = totals * balance_factors(totals)
+    assert balanced.tolist() == [3, 3, 0, 3]
+
+
+def test_a_checksum_tells_masks_apart():
+    generator = torch.Generator().manual_seed(0)
+    masks = [torch.rand(50, generator=generator) < 0.5 for _ in range(2)]
+    same = checksum([mask.clone() for mask in masks])
+    assert torch.equal(checksum(masks), same)
+    first, second = (int(masks[0].int().argmax()), int((~masks[0]).int().argmax()))
+    masks[0][[first, second]] = masks[0][[second, first]]
+    assert not torch.equal(checksum(masks), same)
+    assert not torch.equal(checksum(masks[::-1]), checksum(masks))

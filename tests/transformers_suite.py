@@ -1,0 +1,106 @@
+"""The host's own test suite, which its wheel leaves out: fetched from the source archive of the installed version.
+
+Nothing of it is kept in this repository. `python tests/transformers_suite.py` fetches it ahead of the tests.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+
+import transformers
+from filelock import FileLock
+
+
+CACHE = Path(__file__).parents[1] / "build" / "transformers_suite"
+PACKAGE = "transformers_tests"  # its own name: `tests` would clash with ours
+# Marks that the suite puts on its tests; pytest is strict about unknown ones
+MARKERS = (
+    "accelerate_tests",
+    "flash_attn_test",
+    "flash_attn_3_test",
+    "flash_attn_4_test",
+    "order",
+    "slow",
+    "torch_compile_test",
+)
+# Modules that the suite imports and the archive leaves out: two mixins for exporters and generation, which do not
+# concern an encoder, and the values that its config test passes through every config.
+STUBS = {
+    "__init__.py": "",
+    "exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
+    "generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
+    "utils/test_configuration_utils.py": """\
+config_common_kwargs = {
+    "return_dict": False,
+    "output_hidden_states": True,
+    "dtype": "float16",
+    "chunk_size_feed_forward": 5,
+    "problem_type": "regression",
+}
+""",
+}
+
+
+class TransformersSuiteUnavailableError(RuntimeError):
+    """The archive could not be fetched."""
+
+
+def load(module: str) -> ModuleType:
+    """Import a module of the suite, e.g. `test_modeling_common`; its relative imports work."""
+    folder = str(fetch(transformers.__version__))
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(f"{PACKAGE}.{module}")
+
+
+def fetch(version: str) -> Path:
+    """Return the folder that holds the suite as a package; the first process makes it, the others wait."""
+    folder = CACHE / version
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / f"{version}.lock"):
+        if not folder.exists():
+            with TemporaryDirectory(dir=CACHE) as scratch:
+                made = unpack(download(version, Path(scratch)), Path(scratch) / "made")
+                os.replace(made, folder)  # complete or not at all
+    return folder
+
+
+def download(version: str, scratch: Path) -> Path:
+    """Let pip fetch the source archive and check its hash.
+
+    Build isolation stays on: pip asks the archive for its metadata, and this environment need not have setuptools.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries=1"]
+    command += ["--no-deps", "--no-binary=transformers", f"--dest={scratch}", f"transformers=={version}"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise TransformersSuiteUnavailableError(
+            f"The test suite of transformers {version} is not in {CACHE} and pip could not fetch it: "
+            f"{done.stderr.strip().splitlines()[-1]}"
+        )
+    return scratch / f"transformers-{version}.tar.gz"
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """Extract the tests alone, and write the modules that they miss."""
+    inside = f"{archive.name.removesuffix('.tar.gz')}/tests/"
+    package = folder / PACKAGE
+    with tarfile.open(archive) as tar:
+        members = [x for x in tar.getmembers() if x.name.startswith(inside) and x.name.endswith(".py")]
+        moved = [x.replace(name=x.name.removeprefix(inside), deep=False) for x in members]
+        tar.extractall(package, moved, filter="data")
+    for name, text in STUBS.items():
+        path = package / name
+        if not path.exists():  # a later archive may bring its own
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    return folder
+
+
+if __name__ == "__main__":
+    print(fetch(transformers.__version__))
