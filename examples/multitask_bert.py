@@ -8,8 +8,8 @@
 
 `tasks.json` gives each task's name its `kind` (classification, regression, tagging, crf_tagging), `train_file`,
 `validation_file`, columns (`text_column`, `text_pair_column`, `label_column`, or `tokens_column`, `tags_column`),
-`metric` and `max_train_examples`. Every argument of `TrainingArguments` and `MultiTaskSweepConfig` may be given; the others are
-below. For each seed and task:
+`metric` and `max_train_examples`. Every argument of `TrainingArguments` and `MultiTaskSweepConfig` may be given; the
+others are below. For each seed and task:
 
 - `separate`: the whole encoder is fine-tuned, one model for each task;
 - `teachers`: the top layers alone, as many as serve the task best; merged on the frozen layers below;

@@ -1,4 +1,4 @@
-"""Enter the models, quantizers, pipelines and the PEFT method of this package in the tables of transformers and PEFT."""
+"""Enter our models, quantizers, pipelines and PEFT method in the tables of transformers and PEFT."""
 
 from typing import Any
 

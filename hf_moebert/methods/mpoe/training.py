@@ -35,8 +35,8 @@ class MPOEGradientMaskCallback(TrainerCallback):
             DeepSpeed, tensor parallelism), or if the run has two such callbacks. After the first step, if `element`
             meets an optimiser whose state is factored or quantised (Adafactor, 8-bit optimisers).
 
-    Source: Gao et al. 2022, https://arxiv.org/abs/2203.01104, for the idea; see `MPOEGradientMaskConfig` for what is our
-    own.
+    Source: Gao et al. 2022, https://arxiv.org/abs/2203.01104, for the idea; see `MPOEGradientMaskConfig` for
+    what is our own.
     """
 
     _run: ClassVar[weakref.ref[TrainerState] | None] = None  # the last that began with a callback of this class
