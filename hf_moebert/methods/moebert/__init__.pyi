@@ -3,6 +3,9 @@ from .conversion import (
     count_tokens as count_tokens,
 )
 from .conversion import (
+    from_dense as from_dense,
+)
+from .conversion import (
     load_importance as load_importance,
 )
 from .conversion import (

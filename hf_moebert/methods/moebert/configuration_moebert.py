@@ -1,4 +1,4 @@
-"""What config.json says about a MoEBERT."""
+"""The configuration of a MoEBERT."""
 
 import dataclasses
 import difflib
@@ -31,12 +31,12 @@ class MoEBertConfig(BertConfig):
             `hash-balanced` (one table for all layers that gives each expert the same share of a corpus),
             `gate-token` or `gate-sentence` (a trained linear gate on the token, or on the mean of the sentence).
         top_k: Experts per token; more than one only with a gate.
-        gate_scaling: What the gate's probability does to the output. `straight-through` (the chosen probabilities
-            divided by their detached sum: of value 1 in sum, with a gradient; our own design), `probability` (each
+        gate_scaling: How the gate's probability scales the output. `straight-through` (the chosen probabilities
+            divided by their detached sum: they add up to 1, and carry a gradient; our own design), `probability` (each
             expert's output is multiplied by its probability; paper, eq. 2) or `reference` (the output after residual
             and LayerNorm is multiplied, as in the paper's code).
         router_aux_loss_coef: Weight of the load-balancing loss of the gates in the model's loss.
-        moe_layers: Layers that are converted, ascending from 0; `None` converts all.
+        layers: Layers that are converted, ascending from 0; `None` converts all.
         routing_seed: Seed of the hash tables.
         output_router_logits: Whether the gates' logits are returned.
         output_expert_load: Whether the number of real tokens that each expert processed is returned.
@@ -49,6 +49,7 @@ class MoEBertConfig(BertConfig):
 
     model_type = "moebert"
     keys_to_ignore_at_inference = ["router_logits", "expert_load", "aux_loss"]
+    attribute_map = {"moe_layers": "layers"}  # as checkpoints of version 0.1 write it
 
     num_experts: int = 4
     expert_size: int = 768
@@ -57,7 +58,7 @@ class MoEBertConfig(BertConfig):
     top_k: int = 1
     gate_scaling: str = "straight-through"
     router_aux_loss_coef: float | int = 0.0
-    moe_layers: list[int] | None = None
+    layers: list[int] | None = None
     routing_seed: int = 0
     output_router_logits: bool = False
     output_expert_load: bool = False
@@ -81,9 +82,8 @@ class MoEBertConfig(BertConfig):
         known = {field.name for field in dataclasses.fields(cls)}
         for name in fields.keys() - known:
             close = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(
-                f"`{name}` is not a field of MoEBertConfig." + (f" Did you mean `{close[0]}`?" if close else "")
-            )
+            hint = f" Did you mean `{close[0]}`?" if close else ""
+            raise ValueError(f"`{name}` is not a field of MoEBertConfig.{hint}")
         dense = config.to_dict()
         for name in ("model_type", "architectures", "transformers_version", "dtype", "auto_map"):
             dense.pop(name, None)
@@ -92,11 +92,11 @@ class MoEBertConfig(BertConfig):
     @property
     def converted_layers(self) -> list[int]:
         """The layers that hold experts, ascending."""
-        return list(range(self.num_hidden_layers)) if self.moe_layers is None else self.moe_layers
+        return list(range(self.num_hidden_layers)) if self.layers is None else self.layers
 
     @property
     def uses_gate(self) -> bool:
-        """Whether routing is learned (gates) rather than looked up (hash tables)."""
+        """True if routing is learned by gates, False if it is looked up in hash tables."""
         return self.routing in GATE_ROUTINGS
 
     def validate_experts(self) -> None:
@@ -135,10 +135,11 @@ class MoEBertConfig(BertConfig):
 
     def validate_layers(self) -> None:
         """Refuse layers that do not exist, and decoders."""
+        self.layers = self.layers  # checks the type of what came under the name of version 0.1, too
         layers = self.converted_layers
         if layers != sorted(set(layers)) or any(not 0 <= layer < self.num_hidden_layers for layer in layers):
             raise ValueError(
-                f"`moe_layers` must name layers from 0 to {self.num_hidden_layers - 1}, ascending and each once, got "
+                f"`layers` must name layers from 0 to {self.num_hidden_layers - 1}, ascending and each once, got "
                 f"{layers}."
             )
         if self.is_decoder or self.add_cross_attention:

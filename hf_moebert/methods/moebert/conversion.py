@@ -1,4 +1,4 @@
-"""What a MoEBERT is made from: neuron importance and token counts, measured on a training set."""
+"""The way from a dense BERT to a MoEBERT, and what it needs: neuron importance and token counts."""
 
 import copy
 import hashlib
@@ -18,7 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, default_data_collator
+from transformers import (
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    PreTrainedModel,
+    default_data_collator,
+)
 from transformers.trainer_utils import RemoveColumnsCollator
 
 from .functional import (
@@ -29,6 +36,12 @@ from .functional import (
     span_loss,
     token_loss,
 )
+from .modeling_heads import (
+    MoEBertForQuestionAnswering,
+    MoEBertForSequenceClassification,
+    MoEBertForTokenClassification,
+)
+from .modeling_moebert import MoEBertModel, MoEBertPreTrainedModel
 
 
 FORMAT_VERSION = "1"
@@ -233,7 +246,7 @@ def save_importance(path: str | Path, importance: Tensor, model: PreTrainedModel
         path: File to write, ending in `.safetensors`; it appears complete or not at all.
         importance: Shape `(layers, intermediate)`.
         model: The dense model.
-        **metadata: What else to remember, e.g. data set, number of examples, seed.
+        **metadata: Further facts to keep, e.g. data set, number of examples, seed.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -281,3 +294,36 @@ def load_importance(path: str | Path, model: PreTrainedModel) -> Tensor:
             f"{own}. Measure it again, or give the model it belongs to."
         )
     return importance
+
+
+# The MoEBERT of each dense class
+MOEBERTS: dict[type[PreTrainedModel], type[MoEBertPreTrainedModel]] = {
+    BertModel: MoEBertModel,
+    BertForSequenceClassification: MoEBertForSequenceClassification,
+    BertForTokenClassification: MoEBertForTokenClassification,
+    BertForQuestionAnswering: MoEBertForQuestionAnswering,
+}
+
+
+def from_dense(model: PreTrainedModel, importance: Tensor, **options: Any) -> MoEBertPreTrainedModel:
+    """Convert a fine-tuned dense BERT to the MoEBERT with the same head.
+
+    Args:
+        model: The dense BERT. It is not changed.
+        importance: Score of each neuron, from `measure_importance`. Shape `(layers, intermediate)`.
+        **options: See `MoEBertModel.from_dense`: `num_experts`, `expert_size`, `num_shared_neurons`, `routing`,
+            `token_counts`, `seed`, and further fields of `MoEBertConfig`.
+
+    Returns:
+        The student in eval mode, with the dense model's dtype and device.
+
+    Raises:
+        ValueError: If no MoEBERT has the model's head, or the importance or an option does not fit.
+
+    Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, section 3.2.
+    """
+    for dense_class, moebert_class in MOEBERTS.items():
+        if isinstance(model, dense_class):
+            return moebert_class.from_dense(model, importance, **options)
+    names = ", ".join(dense_class.__name__ for dense_class in MOEBERTS)
+    raise ValueError(f"`model` must be one of {names}, got {type(model).__name__}. Other heads have no MoEBERT.")

@@ -89,7 +89,7 @@ def cut_experts(
 
 
 def random_table(vocab_size: int, num_experts: int, *, generator: Generator) -> Tensor:
-    """Send each token id to an expert drawn uniformly.
+    """Assign each token id to an expert drawn uniformly.
 
     Returns:
         Expert of each token id. Shape `(vocab,)`, dtype uint8.
@@ -100,7 +100,7 @@ def random_table(vocab_size: int, num_experts: int, *, generator: Generator) -> 
 
 
 def balanced_table(token_counts: Tensor, num_experts: int, *, generator: Generator) -> Tensor:
-    """Send token ids to experts so that each expert sees about the same share of a corpus.
+    """Assign token ids to experts so that each expert sees about the same share of a corpus.
 
     Ids are taken by falling count (ties by id) and each goes to the expert with the smallest load so far (ties to
     the lowest expert). Ids that the corpus never shows go to a random expert.
@@ -146,14 +146,15 @@ def choose_experts(logits: Tensor, top_k: int, scaling: str) -> tuple[Tensor, Te
     if top_k == 1:
         weights, index = probabilities.max(dim=-1, keepdim=True)  # of equal ones the first; faster than a sort
     else:
-        weights, index = (x[..., :top_k] for x in probabilities.sort(dim=-1, descending=True, stable=True))
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        weights, index = ordered[..., :top_k], order[..., :top_k]
     if scaling == "probability":
         return index, weights
     return index, weights / weights.detach().sum(dim=-1, keepdim=True)
 
 
 def real_tokens(attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor:
-    """Say which tokens are not padding, from any kind of attention mask.
+    """Find the tokens that are not padding, from any kind of attention mask.
 
     Args:
         attention_mask: `None`, or of any dtype and shape `(batch, seq)`, or boolean or additive of shape
@@ -256,14 +257,14 @@ def expert_load(expert_index: Tensor, mask: Tensor, num_experts: int) -> Tensor:
 
 
 def infer_problem_type(num_labels: int, labels: Tensor) -> str:
-    """Tell the kind of sequence classification from the labels, by the host's rule."""
+    """Infer the kind of sequence classification from the labels, by the rule of transformers."""
     if num_labels == 1:
         return "regression"
     return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
 
 
 def per_example_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
-    """Task loss of each example of a sequence classifier.
+    """Compute the task loss of each example of a sequence classifier.
 
     Args:
         logits: Shape `(batch, labels)`.
@@ -291,13 +292,13 @@ def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         labels: Classes, -100 where there is none. Shape `(items,)`.
 
     Returns:
-        Scalar; the same number, bit for bit, as the host's loss where that is defined.
+        Scalar; the same number, bit for bit, as the stock loss where that is defined.
     """
     return F.cross_entropy(logits, labels, reduction="sum") / (labels != -100).sum().clamp(min=1)
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of each token; 0 where the label is -100.
+    """Compute the cross entropy of each token; 0 where the label is -100.
 
     Args:
         logits: Shape `(batch, seq, labels)`.
@@ -310,7 +311,7 @@ def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def span_loss(start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Mean of the cross entropies of a span's two ends; an end outside the sequence adds 0.
+    """Average the cross entropies of a span's two ends; an end outside the sequence adds 0.
 
     Args:
         start_logits: Shape `(batch, seq)`.
@@ -324,7 +325,7 @@ def span_loss(start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tens
     outside = start_logits.shape[1]
 
     def one_end(logits: Tensor, position: Tensor) -> Tensor:
-        position = position.reshape(-1).clamp(0, outside)  # the host's convention: `outside` means "not in here"
+        position = position.reshape(-1).clamp(0, outside)  # transformers' convention: `outside` means "not in here"
         return F.cross_entropy(logits, position, ignore_index=outside, reduction="none")
 
     return (one_end(start_logits, start) + one_end(end_logits, end)) / 2
@@ -342,8 +343,7 @@ def sort_by_expert(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tens
         `(layers, experts)`.
     """
     order = expert_index.argsort(dim=-1, stable=True)
-    inverse = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    )
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    inverse = torch.empty_like(order).scatter_(-1, order, places)
     counts = F.one_hot(expert_index.long(), num_experts).sum(dim=1)
     return order, inverse, counts

@@ -1,4 +1,4 @@
-"""The experts in a form that can be written down as a graph, for exporters."""
+"""The experts as a graph, for exporters."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from .functional import weigh_experts
 
 
 def is_exporting() -> bool:
-    """Whether a graph is recorded for others to run: by `torch.export` and what builds on it, or by TorchScript."""
+    """Check whether a graph is being recorded, by `torch.export` and what builds on it, or by TorchScript."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 

@@ -34,22 +34,23 @@ class MoEBertQuestionAnsweringOutput(RoutingOutput, QuestionAnsweringModelOutput
 
 
 class MoEBertHead(MoEBertPreTrainedModel):
-    """What the heads share: a balance term in the loss, and outputs that carry the routing."""
+    """Base class of the heads: a balance term in the loss, and outputs with the records of the routing."""
 
     def _finish(self, output_class: Callable, outputs: Any, loss: Tensor | None, **logits: Tensor) -> Any:
         """Add the weighted balance loss to the task loss, and pass the encoder's records on."""
         if loss is not None and outputs.aux_loss is not None:
             loss = loss + self.config.router_aux_loss_coef * outputs.aux_loss
-        records = {
-            name: outputs.get(name)
-            for name in ("hidden_states", "attentions", "aux_loss", "router_logits", "expert_load")
-        }
+        names = ("hidden_states", "attentions", "aux_loss", "router_logits", "expert_load")
+        records = {name: outputs.get(name) for name in names}
         return output_class(loss=loss, **logits, **records)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save like the host, and name the body and the other heads, whose code is saved along."""
-        classes = [MoEBertModel, *MoEBertHead.__subclasses__()]
-        code = {c._auto_class: f"{c.__module__.rpartition('.')[2]}.{c.__name__}" for c in classes if c._auto_class}
+        """Save like the base class, and name the body and the other heads, whose code is saved along."""
+        code = {}
+        for model_class in (MoEBertModel, *MoEBertHead.__subclasses__()):
+            if model_class._auto_class:
+                module = model_class.__module__.rpartition(".")[2]
+                code[model_class._auto_class] = f"{module}.{model_class.__name__}"
         self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | code
         super().save_pretrained(*args, **kwargs)
 
@@ -108,7 +109,7 @@ class MoEBertForSequenceClassification(MoEBertHead):
         return self._finish(MoEBertSequenceClassifierOutput, outputs, loss, logits=logits)
 
     def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.config.problem_type is None:  # inferred and kept, as the host does
+        if self.config.problem_type is None:  # inferred and kept, as stock heads do
             self.config.problem_type = infer_problem_type(self.num_labels, labels)
         labels = labels.to(logits.device)
         if self.config.problem_type == "single_label_classification":
@@ -141,7 +142,20 @@ class MoEBertForTokenClassification(MoEBertHead):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> MoEBertTokenClassifierOutput:
-        """Tag a batch; `labels` has shape `(batch, seq)`, -100 where there is none. The rest as above."""
+        """Tag a batch; see `MoEBertModel.forward` for the inputs.
+
+        Args:
+            input_ids: Shape `(batch, seq)`.
+            attention_mask: Shape `(batch, seq)`.
+            token_type_ids: Shape `(batch, seq)`.
+            position_ids: Shape `(batch, seq)`.
+            inputs_embeds: Shape `(batch, seq, hidden)`.
+            labels: Class of each token, -100 where there is none. Shape `(batch, seq)`.
+            **kwargs: The encoder's output flags.
+
+        Raises:
+            ValueError: If a label does not exist, or an input does not fit.
+        """
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(outputs.last_hidden_state))  # (batch, seq, labels)
         loss = None
@@ -152,7 +166,7 @@ class MoEBertForTokenClassification(MoEBertHead):
 
 
 class MoEBertForQuestionAnswering(MoEBertHead):
-    """MoEBERT with two scores on every token: an answer starts, or ends here."""
+    """MoEBERT with two scores on every token: that an answer starts there, and that it ends there."""
 
     def __init__(self, config: MoEBertConfig) -> None:
         super().__init__(config)
@@ -173,7 +187,21 @@ class MoEBertForQuestionAnswering(MoEBertHead):
         end_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> MoEBertQuestionAnsweringOutput:
-        """Score answers; both positions have shape `(batch,)`, and one past the end means "not in here"."""
+        """Score the places where an answer may start and end; see `MoEBertModel.forward` for the inputs.
+
+        Args:
+            input_ids: Shape `(batch, seq)`.
+            attention_mask: Shape `(batch, seq)`.
+            token_type_ids: Shape `(batch, seq)`.
+            position_ids: Shape `(batch, seq)`.
+            inputs_embeds: Shape `(batch, seq, hidden)`.
+            start_positions: First token of each answer; past the end if there is none in here. Shape `(batch,)`.
+            end_positions: Last token of each answer, likewise. Shape `(batch,)`.
+            **kwargs: The encoder's output flags.
+
+        Raises:
+            ValueError: If an input does not fit.
+        """
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)  # (batch, seq) each
         loss = None

@@ -1,4 +1,4 @@
-"""BERT with mixtures of experts in place of feed-forward networks."""
+"""BERT with mixtures of experts in place of its feed-forward networks."""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -19,17 +19,19 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_moebert import MoEBertConfig
-from .functional import assign_neurons, choose_experts, cut_experts, expert_load, load_balancing_loss, real_tokens
-from .modeling_experts import MoEBertEncoder, MoEBertExperts, MoEBertHashRouter, MoEBertLayer, Route
+from .functional import choose_experts, expert_load, load_balancing_loss, real_tokens
+from .modeling_dense import check_dense, check_importance, check_token_counts, load_experts
+from .modeling_experts import MoEBertExperts
+from .modeling_layers import MoEBertEncoder, MoEBertHashRouter, MoEBertLayer, Route
 
 
 logger = logging.get_logger(__name__)
-WATCH_STEPS = 100  # training steps without a token after which an expert counts as dead
+MAX_IDLE_STEPS = 100  # training steps without a token after which an expert counts as dead
 
 
 @dataclass
 class RoutingOutput(ModelOutput):
-    """What every MoEBERT output adds to the host's.
+    """The records of routing that every MoEBERT output has besides the fields of the base class.
 
     Args:
         aux_loss: Load-balancing loss summed over layers, unweighted; only with gates and `router_aux_loss_coef > 0`.
@@ -48,12 +50,12 @@ class MoEBertModelOutput(RoutingOutput, BaseModelOutputWithPooling):
 
 
 class MoEBertPreTrainedModel(BertPreTrainedModel):
-    """What all MoEBERT classes share: initialisation, growing the vocabulary, and conversion of a dense model."""
+    """Base class of all MoEBERTs: initialisation, loading, growing the vocabulary, and conversion of a dense model."""
 
     config: MoEBertConfig
     accepts_loss_kwargs = False  # losses are means over the batch: the Trainer divides by accumulation steps
     _no_split_modules = ["BertEmbeddings", "BertLayer", "MoEBertLayer"]
-    _can_set_experts_implementation_cached_value = True  # the host would read a stock BERT's answer, if built first
+    _can_set_experts_implementation_cached_value = True  # or a stock BERT's answer is read, if built first
     _can_record_outputs = {
         "hidden_states": GradientCheckpointingLayer,  # dense layers and converted ones alike
         "attentions": BertSelfAttention,
@@ -62,7 +64,7 @@ class MoEBertPreTrainedModel(BertPreTrainedModel):
     }
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """Prefer `sorted_mm` to the host's choice."""
+        """Prefer `sorted_mm` to the choice of transformers."""
         return super().get_correct_experts_implementation(requested_experts or "sorted_mm")
 
     @torch.no_grad()
@@ -79,13 +81,13 @@ class MoEBertPreTrainedModel(BertPreTrainedModel):
     def from_pretrained(
         cls, *args: Any, output_loading_info: bool = False, allow_nonfinite: bool = False, **kwargs: Any
     ) -> Any:
-        """Load like the host, but never make up experts, gates or tables that the checkpoint lacks.
+        """Load like the base class, but never make up experts, gates or tables that the checkpoint lacks.
 
         Args:
-            *args: As for the host.
-            output_loading_info: As for the host.
+            *args: As for the base class.
+            output_loading_info: As for the base class.
             allow_nonfinite: Whether weights may be NaN or infinite.
-            **kwargs: As for the host.
+            **kwargs: As for the base class.
 
         Raises:
             ValueError: If the routed layers are incomplete, e.g. in the checkpoint of a dense BERT, or a weight is
@@ -107,7 +109,7 @@ class MoEBertPreTrainedModel(BertPreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize the embeddings like the host, and the hash tables with them."""
+        """Resize the embeddings like the base class, and the hash tables with them."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         if self.base_model.router is not None:
             self.base_model.router.resize(embeddings.num_embeddings)
@@ -140,7 +142,7 @@ class MoEBertPreTrainedModel(BertPreTrainedModel):
             token_counts: Occurrences of each token id in the training corpus, for `hash-balanced`. Shape `(vocab,)`.
             seed: Seed of hash tables and gates.
             **options: Further fields of `MoEBertConfig`: `top_k`, `gate_scaling`, `router_aux_loss_coef`,
-                `moe_layers`.
+                `layers`.
 
         Returns:
             The student in eval mode, with the dense model's dtype and device.
@@ -150,11 +152,7 @@ class MoEBertPreTrainedModel(BertPreTrainedModel):
 
         Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, section 3.2.
         """
-        if (form := getattr(model, "quantization_method", None)) is not None:
-            raise ValueError(
-                f"`model` must be dense to be cut into the experts of {cls.__name__}, but its form is {form!r}. Call "
-                "`model.dequantize()` first."
-            )
+        check_dense(model, cls.__name__)
         dense_size = model.config.intermediate_size
         config = cls.config_class.from_dense(
             model.config,
@@ -165,49 +163,18 @@ class MoEBertPreTrainedModel(BertPreTrainedModel):
             routing_seed=seed,
             **options,
         )
-        expected = (config.num_hidden_layers, dense_size)
-        if importance.shape != expected or not importance.isfinite().all():
-            raise ValueError(
-                f"`importance` must hold a finite score for each neuron, of shape {expected} (layers, intermediate), "
-                f"got shape {tuple(importance.shape)}, finite: {bool(importance.isfinite().all())}. Measure it on "
-                "this model with `measure_importance`."
-            )
-        if routing == "hash-balanced" and (token_counts is None or token_counts.shape != (config.vocab_size,)):
-            raise ValueError(
-                f"`token_counts` must have shape ({config.vocab_size},) for `routing` 'hash-balanced', got "
-                f"{None if token_counts is None else tuple(token_counts.shape)}. Count the ids of the training set."
-            )
+        check_importance(importance, (config.num_hidden_layers, dense_size))
+        if routing == "hash-balanced":
+            check_token_counts(token_counts, config.vocab_size)
+
         with torch.random.fork_rng(devices=[]):  # gates are drawn from `seed`, and nothing else is disturbed
             torch.manual_seed(seed)
             student = cls(config).to(dtype=model.dtype, device=model.device)
-        state = student._cut_state(model.state_dict(), importance)
-        missing, unexpected = student.load_state_dict(state, strict=False)
-        missing = [name for name in missing if not name.endswith((".gate.weight", "router.table"))]
-        if missing or unexpected:
-            raise ValueError(
-                f"`model` must have the body and head of a dense {cls.__name__}, got {type(model).__name__}: missing "
-                f"{missing}, unexpected {unexpected}. Convert with the class that has the same head."
-            )
-        if token_counts is not None and routing == "hash-balanced":
+        load_experts(student, model, importance)
+        if routing == "hash-balanced":
             router = student.base_model.router
             router.table.copy_(router.draw_table(config.vocab_size, token_counts))
         return student.eval()
-
-    def _cut_state(self, state: dict[str, Tensor], importance: Tensor) -> dict[str, Tensor]:
-        """Rename and cut the feed-forward weights of a dense state dict."""
-        config, prefix = self.config, "" if self.base_model is self else f"{self.base_model_prefix}."
-        for layer in config.converted_layers:
-            name = f"{prefix}encoder.layer.{layer}."
-            for norm in ("weight", "bias"):
-                state[f"{name}moe.LayerNorm.{norm}"] = state.pop(f"{name}output.LayerNorm.{norm}")
-            dense = [
-                state.pop(f"{name}{part}.dense.{w}") for part in ("intermediate", "output") for w in ("weight", "bias")
-            ]
-            sizes = (config.num_experts, config.expert_size, config.num_shared_neurons)
-            cut = cut_experts(*dense, index=assign_neurons(importance[layer], *sizes))
-            stacks = ("up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
-            state |= {f"{name}moe.experts.{stack}": tensor for stack, tensor in zip(stacks, cut, strict=True)}
-        return state
 
 
 class MoEBertModel(MoEBertPreTrainedModel):
@@ -219,8 +186,8 @@ class MoEBertModel(MoEBertPreTrainedModel):
         self.router = None if config.uses_gate else MoEBertHashRouter(config)
         self.encoder = MoEBertEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer else None
-        self.steps = 0
-        self.idle: Tensor | None = None  # training steps since each expert's last token, (layers, experts)
+        self.steps = 0  # training steps with gates
+        self.idle_steps: Tensor | None = None  # since each expert's last token, (layers, experts)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -271,30 +238,35 @@ class MoEBertModel(MoEBertPreTrainedModel):
         kwargs.setdefault("output_expert_load", self.config.output_expert_load)
         hidden_states, router_logits = self.encoder(hidden_states, attention_mask, token_mask, routes, **kwargs)
         if self.training and self.config.uses_gate and router_logits and not torch.compiler.is_compiling():
-            self._watch(router_logits, token_mask)
+            self._warn_of_idle_experts(router_logits, token_mask)
         return MoEBertModelOutput(
             last_hidden_state=hidden_states,
             pooler_output=None if self.pooler is None else self.pooler(hidden_states),
-            aux_loss=self._balance(router_logits, token_mask, kwargs.get("sentences")),
+            aux_loss=self._balance_loss(router_logits, token_mask, kwargs.get("sentences")),
         )
 
     @torch.no_grad()
-    def _watch(self, router_logits: list[Tensor], token_mask: Tensor) -> None:
+    def _warn_of_idle_experts(self, router_logits: list[Tensor], token_mask: Tensor) -> None:
         """Warn of experts that the gates have not chosen for a long time; training goes on."""
         mask = token_mask.any(dim=1) if self.config.routing == "gate-sentence" else token_mask
-        chosen = [choose_experts(x.flatten(0, -2), self.config.top_k, "probability")[0] for x in router_logits]
-        loads = torch.stack([expert_load(x, mask.flatten(), self.config.num_experts) for x in chosen])
-        idle = torch.where(loads > 0, 0, 1 if self.idle is None else self.idle.to(loads.device) + 1)
-        self.steps, self.idle = self.steps + 1, idle
-        if self.steps % WATCH_STEPS == 0 and (idle >= WATCH_STEPS).any():  # seldom, for it waits for a GPU
-            where = (idle >= WATCH_STEPS).nonzero().tolist()
+        loads = []
+        for logits in router_logits:
+            chosen, _ = choose_experts(logits.flatten(0, -2), self.config.top_k, "probability")
+            loads.append(expert_load(chosen, mask.flatten(), self.config.num_experts))
+        load = torch.stack(loads)  # (layers, experts)
+
+        before = 0 if self.idle_steps is None else self.idle_steps.to(load.device)
+        idle = torch.where(load > 0, 0, before + 1)
+        self.steps, self.idle_steps = self.steps + 1, idle
+        if self.steps % MAX_IDLE_STEPS == 0 and (idle >= MAX_IDLE_STEPS).any():  # seldom, for it waits for a GPU
+            where = (idle >= MAX_IDLE_STEPS).nonzero().tolist()
             logger.warning(
-                f"{len(where)} of {idle.numel()} experts had no token for {WATCH_STEPS} steps or more: {where} "
+                f"{len(where)} of {idle.numel()} experts had no token for {MAX_IDLE_STEPS} steps or more: {where} "
                 "(converted layer, expert). Raise `router_aux_loss_coef`."
             )
 
-    def _balance(self, router_logits: list[Tensor], token_mask: Tensor, sentences: Any) -> Tensor | None:
-        """Sum the layers' load-balancing losses, where they have a weight."""
+    def _balance_loss(self, router_logits: list[Tensor], token_mask: Tensor, sentences: Any) -> Tensor | None:
+        """Sum the load-balancing losses of the layers, if they have a weight."""
         if not self.config.uses_gate or self.config.router_aux_loss_coef == 0 or not router_logits:
             return None
         mask = token_mask
@@ -306,7 +278,7 @@ class MoEBertModel(MoEBertPreTrainedModel):
     def _check_inputs(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, position_ids: Tensor | None
     ) -> None:
-        """Refuse what would fail later without saying why, or on a GPU take the whole process down."""
+        """Refuse inputs that would fail later without a reason, or on a GPU take the whole process down."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if input_ids is None and self.router is not None:

@@ -1,4 +1,6 @@
-"""What a MoEBERT's config accepts, refuses and remembers."""
+"""The config of a MoEBERT: what it accepts and refuses, and that it survives its file."""
+
+import json
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
@@ -10,12 +12,33 @@ from hf_moebert import MoEBertConfig
 
 
 def test_config_survives_json(tmp_path):
-    config = MoEBertConfig(routing="gate-token", top_k=2, moe_layers=[1, 3], num_experts=8, expert_size=640)
+    config = MoEBertConfig(routing="gate-token", top_k=2, layers=[1, 3], num_experts=8, expert_size=640)
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is MoEBertConfig
     assert loaded.to_diff_dict() | {"_name_or_path": ""} == config.to_diff_dict() | {"_name_or_path": ""}
-    assert (loaded.routing, loaded.top_k, loaded.moe_layers, loaded.num_experts) == ("gate-token", 2, [1, 3], 8)
+    assert (loaded.routing, loaded.top_k, loaded.layers, loaded.num_experts) == ("gate-token", 2, [1, 3], 8)
+
+
+def test_configs_of_version_0_1_load_and_are_saved_anew(tmp_path):
+    MoEBertConfig(layers=[2, 5]).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    fields = json.loads(file.read_text())
+    fields["moe_layers"] = fields.pop("layers")
+    file.write_text(json.dumps(fields))
+    old = AutoConfig.from_pretrained(tmp_path)
+    assert old.layers == [2, 5]
+    old.save_pretrained(tmp_path)
+    saved = json.loads(file.read_text())
+    assert saved["layers"] == [2, 5]
+    assert "moe_layers" not in saved
+
+
+@pytest.mark.parametrize("name", ["layers", "moe_layers"])
+@pytest.mark.parametrize("value", [[12], [1.0], [True], ["1"], "abc", 3])
+def test_layers_are_validated_under_either_name(name, value):
+    with pytest.raises(StrictDataclassError, match="layers"):
+        MoEBertConfig(**{name: value})
 
 
 @given(st.integers(1, 16), st.integers(1, 200), st.integers(0, 64))
@@ -46,9 +69,9 @@ def test_sizes_are_accepted_exactly_when_the_neurons_suffice(num_experts, expert
         ({"top_k": 2, "routing": "gate-token", "gate_scaling": "reference"}, r"`top_k` must be in \[1, 1\]"),
         ({"router_aux_loss_coef": -0.1}, "`router_aux_loss_coef` must be finite and >= 0, got -0.1"),
         ({"router_aux_loss_coef": float("nan")}, "`router_aux_loss_coef` must be finite"),
-        ({"moe_layers": [12]}, r"`moe_layers` must name layers from 0 to 11"),
-        ({"moe_layers": [1, 1]}, "`moe_layers` must name layers .* each once"),
-        ({"moe_layers": [2, 1]}, "`moe_layers` must name layers .* ascending"),
+        ({"layers": [12]}, r"`layers` must name layers from 0 to 11"),
+        ({"layers": [1, 1]}, "`layers` must name layers .* each once"),
+        ({"layers": [2, 1]}, "`layers` must name layers .* ascending"),
         ({"is_decoder": True}, "`is_decoder` and `add_cross_attention` must be False"),
     ],
 )

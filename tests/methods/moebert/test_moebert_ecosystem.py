@@ -103,11 +103,11 @@ def assert_equal_states(one, other):
 def test_the_auto_classes_give_back_what_was_saved(tmp_path, dense_config, importance, inputs, auto, cls, dense_cls):
     if dense_cls is BertForQuestionAnswering:
         dense_config.num_labels = 2
-    model = cls.from_dense(dense_cls(dense_config).eval(), importance, moe_layers=[0, 2], seed=7, **SIZES)
+    model = cls.from_dense(dense_cls(dense_config).eval(), importance, layers=[0, 2], seed=7, **SIZES)
     model.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     assert type(config) is MoEBertConfig
-    assert (config.moe_layers, config.expert_size, config.routing_seed) == ([0, 2], 16, 7)
+    assert (config.layers, config.expert_size, config.routing_seed) == ([0, 2], 16, 7)
     loaded = auto.from_pretrained(tmp_path)
     assert type(loaded) is cls
     assert not loaded.training

@@ -19,7 +19,7 @@ from hf_moebert import MoEBertForQuestionAnswering, MoEBertForTokenClassificatio
 
 
 SIZES = {"num_experts": 4, "expert_size": 16, "num_shared_neurons": 8}
-CODE = {f"modeling_{name}.py" for name in ("experts", "export", "moebert")}
+CODE = {f"modeling_{name}.py" for name in ("dense", "experts", "export", "layers", "moebert")}
 CODE |= {"configuration_moebert.py", "functional.py"}
 START = """
 import json, os, pathlib, sys

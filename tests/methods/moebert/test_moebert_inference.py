@@ -40,7 +40,7 @@ ROUTINGS = {
     "gate-sentence, two experts": {"routing": "gate-sentence", "top_k": 2},
     "gate-sentence, balanced": {"routing": "gate-sentence", "router_aux_loss_coef": 0.1},
     "one expert": {"num_experts": 1, "expert_size": 64, "num_shared_neurons": 64},
-    "some layers": {"routing": "gate-token", "moe_layers": [0, 2]},
+    "some layers": {"routing": "gate-token", "layers": [0, 2]},
 }
 HEADS = [MoEBertForSequenceClassification, MoEBertForTokenClassification, MoEBertForQuestionAnswering]
 

@@ -1,13 +1,17 @@
-"""MoEBERT as a model: the identity, the routes, the independence of rows, and what it refuses."""
-
-import copy
+"""MoEBERT as a model: the identity, the routes, the independence of rows, and the refusals."""
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification, BertModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    BertModel,
+)
 
 from hf_moebert import (
     MoEBertConfig,
@@ -16,6 +20,7 @@ from hf_moebert import (
     MoEBertForTokenClassification,
     MoEBertModel,
 )
+from hf_moebert.methods.moebert.conversion import MOEBERTS, from_dense
 from hf_moebert.methods.moebert.functional import assign_neurons
 
 
@@ -62,19 +67,22 @@ def test_one_expert_trains_like_the_dense_model(dense, importance, batch):
     assert torch.equal(*losses)
 
 
-def test_all_heads_convert(dense_config, importance, batch):
-    pairs = [
-        (BertModel, MoEBertModel),
-        (BertForTokenClassification, MoEBertForTokenClassification),
-        (BertForQuestionAnswering, MoEBertForQuestionAnswering),
-    ]
+@pytest.mark.parametrize("dense_class", MOEBERTS)
+def test_every_head_finds_its_moebert(dense_config, importance, batch, dense_class):
+    dense_config.num_labels = 2
+    dense = dense_class(dense_config).eval()
+    student = from_dense(dense, importance, num_experts=1, expert_size=64, num_shared_neurons=0, layers=[0, 2])
+    assert type(student) is MOEBERTS[dense_class]
+    assert student.config.layers == [0, 2]
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    for dense_class, moe_class in pairs:
-        config = copy.deepcopy(dense_config)
-        config.num_labels = 2
-        dense = dense_class(config).eval()
-        student = moe_class.from_dense(dense, importance, num_experts=1, expert_size=64, num_shared_neurons=0)
-        assert all(torch.equal(a, b) for a, b in zip(dense(**inputs)[:2], student(**inputs)[:2], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(dense(**inputs)[:2], student(**inputs)[:2], strict=True))
+
+
+@pytest.mark.parametrize("make", [BertForMaskedLM, lambda config: torch.nn.Linear(2, 2)])
+def test_heads_without_a_moebert_are_refused(dense_config, importance, make):
+    names = "BertModel, BertForSequenceClassification, BertForTokenClassification, BertForQuestionAnswering"
+    with pytest.raises(ValueError, match=f"`model` must be one of {names}, got (BertForMaskedLM|Linear)"):
+        from_dense(make(dense_config), importance)
 
 
 # ------------------------------------------------------------------------------------------- oracle and routing
@@ -189,7 +197,7 @@ def test_a_row_does_not_depend_on_neighbours_or_padding(dense, importance, batch
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_a_subset_of_layers(dense, importance, batch, routing):
-    student = convert(dense, importance, routing, moe_layers=[1])
+    student = convert(dense, importance, routing, layers=[1])
     kinds = [type(layer).__name__ for layer in student.bert.encoder.layer]
     assert kinds == ["BertLayer", "MoEBertLayer", "BertLayer"]
     got = student(**batch, output_hidden_states=True, output_expert_load=True)
@@ -203,7 +211,7 @@ def test_a_subset_of_layers(dense, importance, batch, routing):
 def test_gate_scalings(dense, importance, batch):
     states = {}
     for scaling in ("straight-through", "probability", "reference"):
-        student = convert(dense, importance, "gate-token", gate_scaling=scaling, moe_layers=[0])
+        student = convert(dense, importance, "gate-token", gate_scaling=scaling, layers=[0])
         output = student(**batch, output_hidden_states=True, output_router_logits=True)
         states[scaling] = output.hidden_states[1]
     p = output.router_logits[0].softmax(-1).amax(-1, keepdim=True)  # (batch, seq, 1)
@@ -222,9 +230,9 @@ def test_sentence_gate_scales_alike_at_every_batch_size(dense, importance, batch
 
 
 def test_a_collapsed_gate_is_reported_and_training_goes_on(dense, importance, batch, caplog, monkeypatch):
-    monkeypatch.setattr("hf_moebert.methods.moebert.modeling_moebert.WATCH_STEPS", 3)
+    monkeypatch.setattr("hf_moebert.methods.moebert.modeling_moebert.MAX_IDLE_STEPS", 3)
     monkeypatch.setattr("transformers.utils.logging.get_verbosity", lambda: 10)
-    student = convert(dense, importance, "gate-token", moe_layers=[0, 2]).train()
+    student = convert(dense, importance, "gate-token", layers=[0, 2]).train()
     with torch.no_grad():
         student.bert.encoder.layer[2].moe.gate.weight.zero_()  # ties go to expert 0
     for _ in range(2):

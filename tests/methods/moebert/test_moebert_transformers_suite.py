@@ -105,7 +105,7 @@ class GateTokenTest(MoEBertSuite, unittest.TestCase):
 
 
 class HashRandomTest(MoEBertSuite, unittest.TestCase):
-    fields = {"routing": "hash-random", "moe_layers": [1]}  # the first layer stays dense
+    fields = {"routing": "hash-random", "layers": [1]}  # the first layer stays dense
 
     @unittest.skip("Hash routing looks token ids up and refuses embeddings.")
     def test_inputs_embeds(self):
