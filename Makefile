@@ -22,8 +22,8 @@ $(VENV)/.demo: $(VENV)/.installed
 	touch $@
 
 demo: $(VENV)/.demo
-	$(PY) examples/demo_data.py --output_dir build/demo/data --seed $(SEED)
-	OMP_WAIT_POLICY=PASSIVE $(PY) examples/moebert_text_classification.py build/demo/data/demo.json  # share the cores
+	$(PY) benchmarks/studies/demo_data.py --output_dir build/demo/data --seed $(SEED)
+	OMP_WAIT_POLICY=PASSIVE $(PY) benchmarks/studies/moebert_text_classification.py build/demo/data/demo.json  # share the cores
 
 # transformers' own model tests: part of its source archive, not of its wheel, and not of this repository.
 $(VENV)/.transformers_suite: $(VENV)/.installed

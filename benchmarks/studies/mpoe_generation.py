@@ -1,9 +1,10 @@
 """Go on training a language model, dense or with experts that share central tensors, for the same steps.
 
-    python examples/mpoe_generation.py --smoke --output_dir build/mpoe-smoke
-    python examples/mpoe_generation.py --from_scratch true --train_file train.txt --validation_file test.txt \
-        --pretrain_steps 600 --max_steps 300 --learning_rate 1e-3 --seeds 0 1 2 --output_dir build/mpoe-gpt2
-    python examples/mpoe_generation.py --model_name_or_path google/flan-t5-small --train_file train.txt \
+    python benchmarks/studies/mpoe_generation.py --smoke --output_dir build/mpoe-smoke
+    python benchmarks/studies/mpoe_generation.py --from_scratch true --train_file train.txt \
+        --validation_file test.txt --pretrain_steps 600 --max_steps 300 --learning_rate 1e-3 --seeds 0 1 2 \
+        --output_dir build/mpoe-gpt2
+    python benchmarks/studies/mpoe_generation.py --model_name_or_path google/flan-t5-small --train_file train.txt \
         --validation_file test.txt --max_steps 100 --learning_rate 3e-4 --output_dir build/mpoe-t5
 
 Every argument of `TrainingArguments` may be given; the others are below. All kinds start from one dense model,

@@ -1,8 +1,9 @@
 """Prune a vision transformer that reads handwritten digits, in single weights and in whole neurons and heads.
 
-    python examples/platon_image_classification.py --smoke --output_dir build/digits-smoke
-    python examples/platon_image_classification.py --seeds 0 1 2 --output_dir build/digits
-    python examples/platon_image_classification.py --unstructured_ratios 0.2 0.1 --output_dir build/digits-ratios
+    python benchmarks/studies/platon_image_classification.py --smoke --output_dir build/digits-smoke
+    python benchmarks/studies/platon_image_classification.py --seeds 0 1 2 --output_dir build/digits
+    python benchmarks/studies/platon_image_classification.py --unstructured_ratios 0.2 0.1 \
+        --output_dir build/digits-ratios
 
 The images are the 1,797 real ones of 8x8 pixels that come with scikit-learn. The model is tiny and trained from
 scratch on them: no pre-trained weights take part, and nothing is downloaded. Each seed trains it densely and goes on

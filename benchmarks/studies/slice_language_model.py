@@ -1,7 +1,7 @@
 """Cut a small language model out of a large one: its first layers, and the first byte pairs of its tokenizer.
 
-    python examples/slice_language_model.py --smoke --output_dir build/slice
-    python examples/slice_language_model.py --model_name_or_path Qwen/Qwen2.5-0.5B --num_layers 4 \
+    python benchmarks/studies/slice_language_model.py --smoke --output_dir build/slice
+    python benchmarks/studies/slice_language_model.py --model_name_or_path Qwen/Qwen2.5-0.5B --num_layers 4 \
         --vocab_size 16000 --output_dir build/qwen-slice
 
 Byte pairs are learned in the order of their use, so the first of them are a tokenizer too: one that reads any text, in

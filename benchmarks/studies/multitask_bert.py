@@ -1,10 +1,10 @@
 """Serve several tasks from one encoder: fine-tune branches, make them shallow, merge them, and count what it costs.
 
-    python examples/multitask_bert.py --smoke --output_dir build/multitask-smoke
-    python examples/multitask_bert.py --model_name_or_path google-bert/bert-base-uncased --tasks tasks.json \
+    python benchmarks/studies/multitask_bert.py --smoke --output_dir build/multitask-smoke
+    python benchmarks/studies/multitask_bert.py --model_name_or_path google-bert/bert-base-uncased --tasks tasks.json \
         --teacher_layers 4 6 8 10 --student_layers 1 2 3 --seeds 0 1 2 --num_train_epochs 3 --learning_rate 5e-5 \
         --per_device_train_batch_size 32 --save_strategy no --output_dir build/multitask
-    python examples/multitask_bert.py … --stage report  # of the runs that are there
+    python benchmarks/studies/multitask_bert.py … --stage report  # of the runs that are there
 
 `tasks.json` gives each task's name its `kind` (classification, regression, tagging, crf_tagging), `train_file`,
 `validation_file`, columns (`text_column`, `text_pair_column`, `label_column`, or `tokens_column`, `tags_column`),

@@ -1,10 +1,11 @@
 """Prune an encoder while it is fine-tuned, by several criteria under one schedule, and compare what is left of it.
 
-    python examples/platon_text_classification.py --smoke --output_dir build/platon-smoke
-    python examples/platon_text_classification.py --model_name_or_path google-bert/bert-base-uncased \
+    python benchmarks/studies/platon_text_classification.py --smoke --output_dir build/platon-smoke
+    python benchmarks/studies/platon_text_classification.py --model_name_or_path google-bert/bert-base-uncased \
         --dataset_name nyu-mll/glue --dataset_config_name sst2 --text_column sentence \
         --seeds 0 1 2 --final_ratios 0.5 0.2 0.1 --learning_rate 1e-4 --output_dir build/platon-sst2
-    python examples/platon_text_classification.py --granularity structured --final_ratios 0.5 --distil false …
+    python benchmarks/studies/platon_text_classification.py --granularity structured --final_ratios 0.5 \
+        --distil false …
 
 Every argument of `TrainingArguments`, `PlatonConfig` and `DistillationConfig` may be given; the others are below.
 Each seed fine-tunes the encoder densely, prunes it by every criterion at every ratio from the same start, and once

@@ -34,14 +34,15 @@ from transformers import (
 from hf_moebert.measuring.scores import paired_bootstrap
 
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.process
+ROOT = Path(__file__).parents[2]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
 SENTENCES = "".join(f"The cat number {n} saw {n * n} mice.\n" for n in range(200))
 
 
 @pytest.fixture(autouse=True)
 def _examples(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks/studies")
 
 
 def make_task(folder, kind="llama", *, labelled=True, **settings):
@@ -275,7 +276,7 @@ def test_any_text_is_read_and_written_by_a_part_of_the_byte_pairs(size):
 
 
 def test_slice_language_model(tmp_path):
-    command = [sys.executable, "examples/slice_language_model.py", "--smoke", "--output_dir", tmp_path]
+    command = [sys.executable, "benchmarks/studies/slice_language_model.py", "--smoke", "--output_dir", tmp_path]
     output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert "300 tokens" in output
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)

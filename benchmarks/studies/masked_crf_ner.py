@@ -1,10 +1,10 @@
 """Tag names with and without a CRF, and with one that cannot give illegal tags.
 
-    python examples/masked_crf_ner.py --smoke --output_dir build/tags-smoke
-    python examples/masked_crf_ner.py --model_name_or_path google-bert/bert-base-cased \
+    python benchmarks/studies/masked_crf_ner.py --smoke --output_dir build/tags-smoke
+    python benchmarks/studies/masked_crf_ner.py --model_name_or_path google-bert/bert-base-cased \
         --train_file train.jsonl --validation_file test.jsonl --seeds 0 1 2 --learning_rates 2e-5 5e-5 \
         --max_steps 600 --output_dir build/tags
-    python examples/masked_crf_ner.py … --stage report  # of the runs that are there
+    python benchmarks/studies/masked_crf_ner.py … --stage report  # of the runs that are there
 
 Every argument of `TrainingArguments` may be given; the others are below. All methods start from the same pre-trained
 encoder, any for which transformers has a token classifier, and train for the same steps on the same batches:

@@ -1,10 +1,10 @@
 """Fine-tune an encoder whose matrices are chains of small tensors, beside what one would use instead.
 
-    python examples/mpop_text_classification.py --smoke --output_dir build/mpop-smoke
-    python examples/mpop_text_classification.py --model_name_or_path google-bert/bert-base-uncased \
+    python benchmarks/studies/mpop_text_classification.py --smoke --output_dir build/mpop-smoke
+    python benchmarks/studies/mpop_text_classification.py --model_name_or_path google-bert/bert-base-uncased \
         --dataset_name nyu-mll/glue --dataset_config_name sst2 --text_column sentence \
         --seeds 0 1 2 --learning_rates 2e-4 1e-3 --max_steps 300 --output_dir build/mpop-sst2
-    python examples/mpop_text_classification.py … --stage report  # of the runs that are there
+    python benchmarks/studies/mpop_text_classification.py … --stage report  # of the runs that are there
 
 Every argument of `TrainingArguments` and `MPOSqueezingConfig` may be given; the others are below. All methods start
 from the same pre-trained encoder and train for the same steps:

