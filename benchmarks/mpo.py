@@ -10,7 +10,6 @@ time. The training step is that of a model of BERT-base's width with two layers,
 and head weigh more in it than in the whole model, which brings its ratio nearer to 1.
 """
 
-import copy
 import json
 import math
 import sys
@@ -29,7 +28,8 @@ from hf_moebert.measuring.latency import CLOCKS, SpeedUp, compare_latency, envir
 from hf_moebert.methods.mpo import compress_mpo
 from hf_moebert.methods.mpo.functional import contract, contract_activation, merge
 from hf_moebert.methods.mpo.functional_shapes import count_parameters, factor_matrix, full_bonds, plan_chain
-from hf_moebert.methods.mpo.modeling_mpo import MPOMatrix, decompose_layer
+from hf_moebert.methods.mpo.modeling_matrix import MPOMatrix
+from hf_moebert.methods.mpo.modeling_mpo import decompose_layer
 from hf_moebert.reporting.tables import markdown_table
 
 
@@ -177,7 +177,7 @@ def time_training(args: MPOBenchmarkArguments) -> list[Row]:
     shape = {"layers": args.layers, "batch": f"{args.batch}x{args.seq}"}
     rows = []
     for cap, train_centre in ((None, False), (None, True), (64, False)):
-        model = compress_mpo(copy.deepcopy(dense), target_modules=FFN, bond=cap, train_centre=train_centre)
+        model = compress_mpo(dense, target_modules=FFN, bond=cap, train_centre=train_centre)
         ratio = args.compare(make_step(dense, batch), make_step(model, batch), args.step_rounds)
         row = {"bonds": cap or "full", "centre": "trained" if train_centre else "frozen"}
         rows.append(shape | row | {"over dense": ratio, "target": round(1 / 1.35, 3)})
@@ -203,9 +203,9 @@ def time_compression(args: MPOBenchmarkArguments) -> list[Row]:
         model = BertModel(args.config)
         now = CLOCKS[args.clock]
         start = now()
-        compress_mpo(model, bond=cap)
+        compressed = compress_mpo(model, bond=cap)
         seconds = now() - start
-        layers = [module for module in model.modules() if isinstance(module, MPOMatrix)]
+        layers = [module for module in compressed.modules() if isinstance(module, MPOMatrix)]
         kept = sum(sum(count_parameters(m.row_factors, m.column_factors, m.bonds)) for m in layers)
         row = {"bonds": cap or "full", "matrices": len(layers)}
         row["parameters over dense"] = round(kept / sum(m.rows * m.columns for m in layers), 3)

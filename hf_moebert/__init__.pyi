@@ -54,6 +54,9 @@ from .methods.mpo import (
 from .methods.mpo import (
     compress_mpo as compress_mpo,
 )
+from .methods.mpo import (
+    to_dense as to_dense,
+)
 from .methods.mpoe import (
     MPOEGradientMaskCallback as MPOEGradientMaskCallback,
 )

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_moebert.methods.mpo.conversion import find_matrices
-from hf_moebert.methods.mpo.functional_shapes import choose_bonds
+from hf_moebert.methods.mpo.functional_bonds import choose_bonds
 
 
 def cut_to_low_rank(model: PreTrainedModel, *, keep_ratio: float) -> PreTrainedModel:

@@ -40,8 +40,9 @@ from hf_moebert.measuring.footprint import count_bytes
 from hf_moebert.measuring.latency import compare_latency
 from hf_moebert.measuring.scores import predict_logits
 from hf_moebert.methods.mpo.conversion import find_matrices
-from hf_moebert.methods.mpo.functional import decompose
-from hf_moebert.methods.mpo.functional_shapes import choose_bonds, entanglement_entropy, error_bound, factor_matrix
+from hf_moebert.methods.mpo.functional_bonds import choose_bonds, entanglement_entropy, error_bound
+from hf_moebert.methods.mpo.functional_decomposition import decompose
+from hf_moebert.methods.mpo.functional_shapes import factor_matrix
 from hf_moebert.reporting.pictures import plot_curves
 
 

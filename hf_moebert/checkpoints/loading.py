@@ -1,9 +1,11 @@
 """Load a checkpoint whole, or not at all."""
 
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -34,3 +36,29 @@ def load_model(folder: str | PathLike[str]) -> PreTrainedModel:
     if report["missing_keys"]:
         raise ValueError(f"{str(folder)!r} must hold all weights, but lacks {sorted(report['missing_keys'])}.")
     return model
+
+
+def open_tensors(files: Iterable[str | PathLike[str]]) -> dict[str, Any]:
+    """Open weights files without reading their tensors.
+
+    Args:
+        files: All weights files of a checkpoint.
+
+    Returns:
+        Slices as safetensors returns them, by the tensors' names: `get_shape`, `get_dtype`, `[...]`.
+
+    Raises:
+        ValueError: If one is no complete safetensors file.
+    """
+    tensors: dict[str, Any] = {}
+    for file in map(Path, files):
+        try:
+            opened = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(
+                f"A checkpoint must be of complete safetensors files, got {str(file)!r}: {error}. Copy or save it "
+                "again."
+            ) from error
+        for name in list(opened.keys()):
+            tensors[name] = opened.get_slice(name)
+    return tensors

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
@@ -25,7 +24,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_moebert.checkpoints.loading import load_model
+from .loading import load_model, open_tensors
 
 
 FORMAT_VERSION = "1"
@@ -223,17 +222,7 @@ def check_files(files: Iterable[str | PathLike[str]], model: PreTrainedModel) ->
         ValueError: If a file is no complete safetensors file, or if a tensor that the model wants lacks its half or
             has another shape, dtype or number of values than the other half says.
     """
-    slices: dict[str, Any] = {}
-    for file in map(Path, files):
-        try:
-            opened = safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(
-                f"A packed checkpoint must be of complete safetensors files, got {str(file)!r}: {error}. Copy or save "
-                "it again."
-            ) from error
-        names = list(opened.keys())
-        slices |= {name: opened.get_slice(name) for name in names}
+    slices = open_tensors(files)
     wanted = model.state_dict()
     for name in {name.removesuffix(SUFFIX): None for name in slices}:
         # a head's checkpoint may be loaded into the bare model, and the other way round

@@ -6,7 +6,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from .functional import GAUGES, check_option
+from .functional_decomposition import GAUGES, check_option
 from .functional_shapes import check_cap, check_num_cores
 
 

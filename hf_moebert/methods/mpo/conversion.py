@@ -1,12 +1,13 @@
-"""Replace the matrices of a pre-trained model by chains of cores, and load such a model again.
+"""Write the matrices of a pre-trained model as chains of cores, and multiply such a model out again.
 
-The shapes stand in config.json as the host's `quantization_config`, so that `from_pretrained` of any Auto class builds
-the same modules after `import hf_moebert`; `model.dequantize()` returns the dense model.
+config.json describes the chains in its `quantization_config`, so that `from_pretrained` of any Auto class builds the
+same modules after `import hf_moebert`.
 """
 
 import copy
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -15,10 +16,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .configuration_mpo import MPOCompressionConfig
-from .functional import GAUGES, check_option, decompose, round_cores
-from .functional_shapes import cap_bonds, check_cap, check_num_cores, choose_bonds, factor_matrix
-from .modeling_mpo import MPOMatrix
-from .modeling_quantizer import MPOQuantizer, replace_matrices
+from .functional_bonds import choose_bonds
+from .functional_decomposition import GAUGES, check_option, decompose, round_cores
+from .functional_shapes import cap_bonds, check_cap, check_num_cores, factor_matrix
+from .modeling_matrix import MPOMatrix, list_matrices
+from .modeling_mpo import TiedMPOEmbedding, TiedMPOLinear, restore_layer
+from .modeling_quantizer import MPOQuantizer, replace_matrices, restore_ties
 
 
 DENSE = (nn.Linear, Conv1D, nn.Embedding)
@@ -35,10 +38,10 @@ def compress_mpo(
     gauge: str = "symmetric",
     train_centre: bool = False,
 ) -> PreTrainedModel:
-    """Write the matrices of a model as chains of cores, in place, with at most one of three ways to make them smaller.
+    """Copy a model with its matrices as chains of cores, with at most one of three ways to make them smaller.
 
     Args:
-        model: Any model of the host, dense.
+        model: Any dense model of transformers. It is not changed.
         target_modules: Ends of the modules' paths, or a regular expression for whole paths. By default the linear
             layers inside the repeated layers, the pooler, and the word embeddings with whatever is tied to them.
         num_cores: Odd, at least 3.
@@ -51,7 +54,7 @@ def compress_mpo(
         train_centre: Whether central tensors learn. Otherwise they are frozen, as published.
 
     Returns:
-        The same model.
+        A new model of the same class. `to_dense` makes it dense again.
 
     Raises:
         ValueError: If an option is out of range, if two of the three ways are given, if nothing is chosen, or if the
@@ -62,22 +65,83 @@ def compress_mpo(
     _check_options(num_cores, bond, max_error, keep_ratio, gauge)
     _check_model(model)
     chosen = find_matrices(model, target_modules)
+    chains = _decompose(
+        _finite_weights(model, chosen),
+        num_cores=num_cores,
+        bond=bond,
+        max_error=max_error,
+        keep_ratio=keep_ratio,
+        gauge=gauge,
+    )
+    tied = {path: paths[0] for paths in chosen for path in paths[1:]}
+    compressed = _copy_rest(model, chosen)
+    _install(compressed, chains, MPOCompressionConfig(_describe(chains), tied, train_centre, gauge))
+    return compressed
+
+
+def to_dense(model: PreTrainedModel) -> PreTrainedModel:
+    """Multiply the chains of a compressed model out.
+
+    Args:
+        model: From `compress_mpo`, or loaded from its checkpoint. It is not changed.
+
+    Returns:
+        A dense model of the same class, which saves a stock checkpoint. What was tied is tied again, and matrices
+        are of the dtype of their cores.
+
+    Raises:
+        ValueError: If the model has no matrix product operators.
+    """
+    if not isinstance(model, PreTrainedModel) or getattr(model, "quantization_method", None) != "mpo":
+        raise ValueError(
+            f"`model` must hold matrices as chains of cores, as `compress_mpo` makes them, got {type(model).__name__} "
+            "without any. Merge an adapter with `merge_and_unload`; a dense model needs nothing."
+        )
+    cores = [core for matrix in list_matrices(model).values() for core in matrix.chain()]
+    dense = copy.deepcopy(model, {id(core): core for core in cores})  # cores are read once more, and not copied
+    weights = {module: nn.Parameter(module.weight.detach().clone()) for module in list_matrices(dense).values()}
+    for path, module in list(dense.named_modules()):
+        if isinstance(module, MPOMatrix):
+            dense.set_submodule(path, restore_layer(module, weights[module]))
+        elif isinstance(module, TiedMPOEmbedding | TiedMPOLinear):
+            dense.set_submodule(path, restore_layer(module, weights[module._source[0]]))
+    restore_ties(dense)
+    dense.hf_quantizer.remove_quantization_config(dense)
+    return dense
+
+
+def _finite_weights(model: PreTrainedModel, chosen: list[list[str]]) -> dict[str, Tensor]:
     weights = {paths[0]: model.get_parameter(f"{paths[0]}.weight").detach() for paths in chosen}
     if broken := [path for path, weight in weights.items() if not bool(weight.isfinite().all())]:
         raise ValueError(
             f"`model` must hold finite weights, got NaN or infinity in {', '.join(broken)}. Repair it first."
         )
-    weights = {path: weight.double() for path, weight in weights.items()}  # rounded once, at the end
+    return weights
+
+
+def _decompose(
+    weights: dict[str, Tensor],
+    *,
+    num_cores: int,
+    bond: int | None,
+    max_error: float | None,
+    keep_ratio: float | None,
+    gauge: str,
+) -> dict[str, list[Tensor]]:
+    """Return the cores of each matrix, in float64."""
+    weights = {path: weight.double() for path, weight in weights.items()}  # rounded once, when they are installed
     factors = {path: factor_matrix(len(w), w.shape[1], num_cores) for path, w in weights.items()}
     if max_error is None and keep_ratio is None:
         caps = {path: cap_bonds(*factors[path], bond) for path in weights}
-        chains = {path: decompose(weights[path], *factors[path], bonds=caps[path], gauge=gauge)[0] for path in weights}
-    else:
-        chains = _decompose_to_size(weights, factors, max_error=max_error, keep_ratio=keep_ratio, gauge=gauge)
-    tied = {path: paths[0] for paths in chosen for path in paths[1:]}
-    _own_config(model)
-    _install(model, chains, MPOCompressionConfig(_describe(chains), tied, train_centre, gauge))
-    return model
+        return {path: decompose(weights[path], *factors[path], bonds=caps[path], gauge=gauge)[0] for path in weights}
+    chains = {path: decompose(weight, *factors[path], gauge="left") for path, weight in weights.items()}
+    sizes = [[i * j for i, j in zip(*factors[path], strict=True)] for path in weights]
+    budget = None if keep_ratio is None else keep_ratio * sum(weight.numel() for weight in weights.values())
+    bonds = choose_bonds([values for _, values in chains.values()], sizes, max_parameters=budget, max_error=max_error)
+    return {
+        path: round_cores(cores, wanted, gauge=gauge)[0]
+        for (path, (cores, _)), wanted in zip(chains.items(), bonds, strict=True)
+    }
 
 
 def _describe(chains: dict[str, list[Tensor]]) -> dict[str, dict[str, list[int]]]:
@@ -91,8 +155,19 @@ def _describe(chains: dict[str, list[Tensor]]) -> dict[str, dict[str, list[int]]
     }
 
 
+def _copy_rest(model: PreTrainedModel, chosen: list[list[str]]) -> PreTrainedModel:
+    """Copy a model, but share the weights that its copy is about to lose, so that they take no memory twice."""
+    places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    shared = {}
+    for paths in chosen:
+        weight = model.get_parameter(f"{paths[0]}.weight")
+        if places[id(weight)] == len(paths):  # nothing holds it but the modules that are replaced
+            shared[id(weight)] = weight
+    return copy.deepcopy(model, shared)
+
+
 def _install(model: PreTrainedModel, chains: dict[str, list[Tensor]], config: MPOCompressionConfig) -> None:
-    """Leave the model as the host would have loaded it."""
+    """Bring the model into the state in which transformers would have loaded it."""
     replace_matrices(model, config)
     for path, cores in chains.items():
         layer = model.get_submodule(path)
@@ -185,32 +260,6 @@ def _default_targets(model: PreTrainedModel, dense: dict[str, nn.Module]) -> set
     return chosen
 
 
-def _own_config(model: PreTrainedModel) -> None:
-    """Give the model a configuration of its own: another model made of the same object stays dense."""
-    shared, own = model.config, copy.deepcopy(model.config)
-    for module in model.modules():
-        if getattr(module, "config", None) is shared:
-            module.config = own
-
-
-def _decompose_to_size(
-    weights: dict[str, Tensor],
-    factors: dict[str, tuple[tuple[int, ...], tuple[int, ...]]],
-    *,
-    max_error: float | None,
-    keep_ratio: float | None,
-    gauge: str,
-) -> dict[str, list[Tensor]]:
-    chains = {path: decompose(weight, *factors[path], gauge="left") for path, weight in weights.items()}
-    sizes = [[i * j for i, j in zip(*factors[path], strict=True)] for path in weights]
-    budget = None if keep_ratio is None else keep_ratio * sum(weight.numel() for weight in weights.values())
-    bonds = choose_bonds([values for _, values in chains.values()], sizes, max_parameters=budget, max_error=max_error)
-    return {
-        path: round_cores(cores, wanted, gauge=gauge)[0]
-        for (path, (cores, _)), wanted in zip(chains.items(), bonds, strict=True)
-    }
-
-
 def _check_options(
     num_cores: int, bond: int | None, max_error: float | None, keep_ratio: float | None, gauge: str
 ) -> None:
@@ -236,7 +285,7 @@ def _check_model(model: PreTrainedModel) -> None:
     form = getattr(model, "quantization_method", None)
     for wrong, what, remedy in (
         (not isinstance(model, PreTrainedModel), "no model of transformers", "Merge an adapter: `merge_and_unload`"),
-        (form is not None, f"already in another form, {form!r}", "Take the dense model, or call `model.dequantize()`"),
+        (form is not None, f"already in another form, {form!r}", "Take the dense model, or call `to_dense(model)`"),
         (any(hasattr(m, "base_layer") for m in model.modules()), "one with a PEFT adapter", "Merge or remove it"),
         (any(hasattr(m, "make_linear") for m in model.modules()), "optimised", "Call `revert_optimizations`"),
         (any(p.is_meta for p in model.parameters()), "partly on the meta device", "Load it without offloading"),

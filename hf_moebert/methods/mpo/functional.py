@@ -1,4 +1,4 @@
-"""Matrix product operators: a matrix as a chain of small tensors, and the algebra of such chains.
+"""Chains of cores: products of a matrix that is written as a matrix product operator.
 
 Core `k` of `n` has shape `(bond, rows, columns, next bond)`, the outer bonds being 1. A row index counts through the
 `row_factors`, a column index through the `column_factors`, the last fastest; an entry of the matrix is the product of
@@ -8,110 +8,13 @@ are the auxiliary tensors.
 Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205; Gao et al. 2022, https://arxiv.org/abs/2203.01104.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .functional_shapes import check_bonds, full_bonds
 
-
-GAUGES = ("symmetric", "left", "centre")
-TRUNCATIONS = ("sequential", "simultaneous")
-TOKENS_AT_ONCE = 64  # through a chain of cores: what lies between two of them then stays in the cache
-RANK_TOLERANCE = 1e-12  # of the largest Schmidt value: what is below is rounding of float64
-
-
-def decompose(
-    matrix: Tensor,
-    row_factors: Sequence[int],
-    column_factors: Sequence[int],
-    *,
-    bonds: Sequence[int] | None = None,
-    gauge: str = "symmetric",
-    truncation: str = "sequential",
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Write a matrix as a chain of cores, in float64, by one singular value decomposition per bond.
-
-    A matrix smaller than the product of its factors is padded with zeros. Directions without any weight are dropped,
-    so that the bonds of a rank-deficient matrix come out smaller than asked for.
-
-    Args:
-        matrix: Shape `(rows, columns)`.
-        row_factors: One for each core; their product is at least `rows`.
-        column_factors: Likewise for the columns.
-        bonds: Most directions to keep at each bond, `num_cores - 1` of them; None keeps all.
-        gauge: Who carries the weight of a bond: `symmetric`, both sides alike, as the authors' code does; `left`,
-            the last core all of it; `centre`, the central tensor all of it (our own option).
-        truncation: `sequential` leaves directions out while it decomposes; `simultaneous` decomposes first, as the
-            authors' code does, and is a little worse.
-
-    Returns:
-        The cores, of the matrix's dtype, and the singular values at each bond, also those left out, in float64:
-        without truncation, and with the simultaneous one, these are the Schmidt values of the matrix.
-
-    Raises:
-        ValueError: If factors or bonds do not fit the matrix, if an option is unknown, or if a value is not finite.
-
-    Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205; Oseledets 2011 for the sequential truncation.
-    """
-    _check_matrix(matrix, row_factors, column_factors)
-    check_option("gauge", gauge, GAUGES)
-    check_option("truncation", truncation, TRUNCATIONS)
-    full = full_bonds(row_factors, column_factors)
-    wanted = full if bonds is None else check_bonds(bonds, full)
-    limits = wanted if truncation == "sequential" else full
-    rest = _interleave(matrix.detach().double(), row_factors, column_factors)
-    sizes = list(zip(row_factors, column_factors, strict=True))
-    left: list[Tensor] = []
-    values: list[Tensor] = []
-    bond = 1
-    for (i, j), limit in zip(sizes, limits, strict=False):
-        core, spectrum, rest = _split(rest.reshape(bond * i * j, -1), limit)
-        left.append(core.reshape(bond, i, j, -1))
-        values.append(spectrum)
-        bond = core.shape[1]
-    left.append(rest.reshape(bond, *sizes[-1], 1))
-    if truncation == "simultaneous":
-        left = _cut(left, wanted)
-    exact = all(core.shape[-1] == _rank(spectrum) for core, spectrum in zip(left, values, strict=False))
-    cores = _set_gauge(left, values if exact else None, gauge)
-    return [core.to(matrix.dtype) for core in cores], values
-
-
-def round_cores(
-    cores: Sequence[Tensor], bonds: Sequence[int] | None = None, *, gauge: str = "symmetric"
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Cut the bonds of a chain to the best directions, without building the matrix, and set its gauge anew.
-
-    The error against the chain as it was is the root of the sum of the squares of what is left out, and equals that
-    of decomposing the matrix afresh.
-
-    Args:
-        cores: In any gauge, trained or not.
-        bonds: Most directions to keep at each bond; None keeps all that carry weight.
-        gauge: As in `decompose`.
-
-    Returns:
-        The cores, of the dtype they had, and the singular values at each bond, also those left out, in float64.
-
-    Raises:
-        ValueError: If there is not one bond between every two cores, if one is below 1, or if a value is not finite.
-
-    Source: Oseledets 2011, https://doi.org/10.1137/090752286, algorithm 2.
-    """
-    check_option("gauge", gauge, GAUGES)
-    if not all(bool(core.isfinite().all()) for core in cores):
-        raise ValueError("`cores` must hold finite values, got NaN or infinity. Go back to a checkpoint without them.")
-    limits = tuple(core.shape[-1] for core in cores[:-1])
-    if bonds is not None:
-        limits = tuple(min(pair) for pair in zip(limits, check_bonds(bonds, None, len(limits)), strict=True))
-    chain = [core.detach().double() for core in cores]
-    left, values = _sweep(chain, limits)
-    exact = all(core.shape[-1] == _rank(spectrum) for core, spectrum in zip(left, values, strict=False))
-    rounded = _set_gauge(left, values if exact else None, gauge)
-    return [core.to(cores[0].dtype) for core in rounded], values
+TOKENS_AT_ONCE = 64  # through a chain of cores: intermediate results of so many tokens stay in the cache
 
 
 def contract(cores: Sequence[Tensor], rows: int | None = None, columns: int | None = None) -> Tensor:
@@ -174,6 +77,19 @@ def contract_activation(x: Tensor, cores: Sequence[Tensor]) -> Tensor:
     return passed.reshape(*x.shape[:-1], passed.shape[-1])
 
 
+def _pass(x: Tensor, cores: Sequence[Tensor], links: Sequence[Tensor]) -> Tensor:
+    """Send a few tokens through a chain, the tokens last, so that the products are few and wide."""
+    (tokens, rest), done, state = x.shape, 1, x.mT
+    for core, link in zip(cores, links, strict=True):
+        bond, rows, columns, _ = core.shape
+        rest //= columns
+        state = state.reshape(done, bond * columns, rest * tokens)
+        # One column left of each: a plain product instead of a batch of them.
+        state = state[..., 0] @ link.mT if rest * tokens == 1 else link @ state
+        done *= rows
+    return state.reshape(done, tokens).mT
+
+
 def gather_rows(cores: Sequence[Tensor], ids: Tensor, columns: int | None = None) -> Tensor:
     """Rebuild some rows of the matrix of a chain.
 
@@ -201,30 +117,6 @@ def gather_rows(cores: Sequence[Tensor], ids: Tensor, columns: int | None = None
     return (heads @ right[:, ids % right.shape[1]].movedim(1, 0)).flatten(1)[:, :columns]
 
 
-def project_centre(matrix: Tensor, left: Sequence[Tensor], right: Sequence[Tensor], digits: tuple[int, int]) -> Tensor:
-    """Find the central tensor that brings a chain closest to a matrix, the auxiliary tensors being given.
-
-    For the auxiliary tensors of `decompose` that is the central tensor of `decompose`, without its singular value
-    decompositions and whatever the signs of these, if only the two bonds of the centre were cut; if others were too,
-    it comes closer to the matrix (our design).
-
-    Args:
-        matrix: Shape `(rows, columns)`.
-        left: Auxiliary tensors before the centre.
-        right: Auxiliary tensors behind it.
-        digits: Rows and columns of the central tensor.
-
-    Returns:
-        Shape `(bond, rows, columns, next bond)`, of the matrix's dtype.
-    """
-    before, behind = merge([core.double() for core in left]), merge([core.double() for core in right])
-    head, tail = before.flatten(0, 2), behind.flatten(1)  # (rows * columns of left, bond), (bond, rows * columns)
-    rows, columns = zip(before.shape[1:3], digits, behind.shape[1:3], strict=True)
-    rest = _interleave(matrix.detach().double(), rows, columns).reshape(len(head), -1)
-    rest = (torch.linalg.pinv(head) @ rest).reshape(-1, tail.shape[1])  # (bond * rows * columns, those of the right)
-    return (rest @ torch.linalg.pinv(tail)).reshape(-1, *digits, len(tail)).to(matrix.dtype)
-
-
 def pad_core(core: Tensor, shape: Sequence[int]) -> Tensor:
     """Fill a core up with zeros to the bonds that its place in a chain has.
 
@@ -239,127 +131,3 @@ def pad_core(core: Tensor, shape: Sequence[int]) -> Tensor:
     """
     padded = torch.nn.functional.pad(core, (0, shape[3] - core.shape[3], 0, 0, 0, 0, 0, shape[0] - core.shape[0]))
     return padded.clone(memory_format=torch.contiguous_format)
-
-
-def _pass(x: Tensor, cores: Sequence[Tensor], links: Sequence[Tensor]) -> Tensor:
-    """Send a few tokens through a chain, the tokens last, so that the products are few and wide."""
-    (tokens, rest), done, state = x.shape, 1, x.mT
-    for core, link in zip(cores, links, strict=True):
-        bond, rows, columns, _ = core.shape
-        rest //= columns
-        state = state.reshape(done, bond * columns, rest * tokens)
-        # One column left of each: a plain product instead of a batch of them.
-        state = state[..., 0] @ link.mT if rest * tokens == 1 else link @ state
-        done *= rows
-    return state.reshape(done, tokens).mT
-
-
-def _interleave(matrix: Tensor, row_factors: Sequence[int], column_factors: Sequence[int]) -> Tensor:
-    """Pad with zeros and order the entries by first row digit, first column digit, second row digit, ..."""
-    count, (rows, columns) = len(row_factors), matrix.shape
-    right, below = math.prod(column_factors) - columns, math.prod(row_factors) - rows
-    padded = torch.nn.functional.pad(matrix, (0, right, 0, below))
-    order = [side * count + k for k in range(count) for side in (0, 1)]
-    return padded.reshape(*row_factors, *column_factors).permute(order)
-
-
-def _split(matrix: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the kept left singular vectors, all singular values, and what is left of the matrix in their basis."""
-    if matrix.shape[0] < matrix.shape[1]:  # the right singular vectors are not wanted: five times faster without
-        basis, square = None, torch.linalg.qr(matrix.mT, mode="r")[1].mT
-    else:
-        basis, square = torch.linalg.qr(matrix)
-    try:
-        u, values, _ = torch.linalg.svd(square)
-    except torch.linalg.LinAlgError:  # slower and good to half the digits, but it always converges
-        squares, u = torch.linalg.eigh(square @ square.mT)
-        u, values = u.flip(1), squares.flip(0).clamp(min=0).sqrt()
-    u = u[:, : min(limit, _rank(values))]
-    u = u if basis is None else basis @ u
-    largest = u.gather(0, u.abs().argmax(dim=0, keepdim=True))  # (1, kept)
-    u = u * torch.where(largest < 0, -1.0, 1.0).to(u.dtype)  # so that the same matrix gives the same cores
-    return u, values, u.mT @ matrix
-
-
-def _rank(values: Tensor) -> int:
-    return max(int((values > RANK_TOLERANCE * values[0]).count_nonzero()), 1)
-
-
-def _sweep(cores: Sequence[Tensor], limits: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """Orthogonalise from right to left, then truncate from left to right."""
-    chain, carry = list(cores), torch.eye(1, dtype=torch.float64, device=cores[0].device)
-    for k in range(len(chain) - 1, 0, -1):
-        core = chain[k] @ carry  # (bond, rows, columns, next bond)
-        q, r = torch.linalg.qr(core.flatten(1).mT)
-        chain[k], carry = q.mT.reshape(-1, *core.shape[1:]), r.mT
-    chain[0] = chain[0] @ carry
-    left, values = [], []
-    rest = torch.eye(1, dtype=torch.float64, device=cores[0].device)
-    for core, limit in zip(chain, limits, strict=False):
-        core = (rest @ core.flatten(1)).reshape(-1, *core.shape[1:])
-        kept, spectrum, rest = _split(core.flatten(0, 2), limit)
-        left.append(kept.reshape(*core.shape[:3], -1))
-        values.append(spectrum)
-    left.append((rest @ chain[-1].flatten(1)).reshape(-1, *chain[-1].shape[1:]))
-    return left, values
-
-
-def _cut(cores: Sequence[Tensor], bonds: Sequence[int]) -> list[Tensor]:
-    ends = (1, *bonds, 1)
-    return [core[:a, :, :, :b] for core, a, b in zip(cores, ends, ends[1:], strict=False)]
-
-
-def _set_gauge(left: Sequence[Tensor], values: Sequence[Tensor] | None, gauge: str) -> list[Tensor]:
-    """Move the weight from the last core of a chain of isometries to where the gauge wants it."""
-    if gauge == "left":
-        return list(left)
-    if gauge == "centre":
-        chain, carry = list(left), torch.eye(1, dtype=torch.float64, device=left[0].device)
-        for k in range(len(chain) - 1, len(chain) // 2, -1):
-            core = chain[k] @ carry
-            q, r = torch.linalg.qr(core.flatten(1).mT)
-            chain[k], carry = q.mT.reshape(-1, *core.shape[1:]), r.mT
-        chain[len(chain) // 2] = chain[len(chain) // 2] @ carry
-        return chain
-    if values is None:  # of a chain that was truncated: its own Schmidt values
-        left, values = _sweep(left, [core.shape[-1] for core in left[:-1]])
-    roots = [spectrum[: core.shape[-1]].sqrt() for core, spectrum in zip(left, values, strict=False)]
-    roots = [torch.where(root > 0, root, 1.0) for root in roots]
-    one = torch.ones(1, dtype=torch.float64, device=left[0].device)
-    return [
-        core * after / before[:, None, None, None]
-        for core, before, after in zip(left, [one, *roots], [*roots, one], strict=True)
-    ]
-
-
-def _check_matrix(matrix: Tensor, row_factors: Sequence[int], column_factors: Sequence[int]) -> None:
-    if matrix.dim() != 2 or not matrix.numel() or not matrix.is_floating_point():
-        raise ValueError(
-            f"`matrix` must be a floating point matrix that is not empty, got {matrix.dtype} of shape "
-            f"{tuple(matrix.shape)}."
-        )
-    if len(row_factors) != len(column_factors):
-        raise ValueError(
-            f"`row_factors` and `column_factors` must be as many, got {len(row_factors)} and {len(column_factors)}."
-        )
-    for name, factors, size in (
-        ("row_factors", row_factors, matrix.shape[0]),
-        ("column_factors", column_factors, matrix.shape[1]),
-    ):
-        if min(factors) < 1 or math.prod(factors) < size:
-            raise ValueError(
-                f"`{name}` must be positive and multiply to {size} or more, got {tuple(factors)}. Use "
-                f"`factor_shape({size}, {len(factors)})`."
-            )
-    if not bool(matrix.isfinite().all()):
-        raise ValueError("`matrix` must hold finite values, got NaN or infinity. Repair the checkpoint first.")
-
-
-def check_option(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Refuse an option that is not one of those.
-
-    Raises:
-        ValueError: With the ones there are.
-    """
-    if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")

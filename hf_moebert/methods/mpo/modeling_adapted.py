@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from hf_moebert.inference.caching import Derived
 
 from .configuration_tuner import MPOConfig
-from .functional import contract, decompose, pad_core, project_centre
+from .functional import contract, pad_core
+from .functional_decomposition import decompose, project_centre
 from .functional_shapes import cap_bonds, factor_matrix
 
 

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -14,16 +12,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantizer
 
+from hf_moebert.checkpoints.loading import open_tensors
+
 from .configuration_mpo import MPOCompressionConfig
-from .modeling_mpo import (
-    MPOMatrix,
-    TiedMPOEmbedding,
-    TiedMPOLinear,
-    list_matrices,
-    make_layer,
-    restore_layer,
-    tie_layer,
-)
+from .modeling_matrix import MPOMatrix, list_matrices
+from .modeling_mpo import make_layer, tie_layer
 
 
 def replace_matrices(model: PreTrainedModel, config: MPOCompressionConfig) -> None:
@@ -79,6 +72,19 @@ def _forget_ties(model: PreTrainedModel, gone: set[str]) -> None:
             part.all_tied_weights_keys = {k: v for k, v in ties.items() if not {dot + k, dot + v} & gone}
 
 
+def restore_ties(model: PreTrainedModel) -> None:
+    """Give a model whose matrices are dense again the ties that `replace_matrices` took from it."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            ties = vars(part).pop("_dense_ties", None)
+            vars(part).pop("_tied_weights_keys", None)
+            if ties is not None:
+                part._tied_weights_keys = ties
+            named = dict(part.named_parameters(remove_duplicate=False))
+            keys = part.get_expanded_tied_weights_keys(all_submodels=False)  # which may claim more than there is
+            part.all_tied_weights_keys = {k: v for k, v in keys.items() if named[k] is named[v]}
+
+
 @register_quantizer("mpo")
 class MPOQuantizer(HfQuantizer):
     """Build the layers of a compressed checkpoint before the host loads its weights."""
@@ -123,24 +129,6 @@ class MPOQuantizer(HfQuantizer):
                 module.centre.requires_grad_(False)
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        matrices = {module: nn.Parameter(module.weight.detach().clone()) for module in list_matrices(model).values()}
-        for path, module in list(model.named_modules()):
-            if isinstance(module, MPOMatrix):
-                model.set_submodule(path, restore_layer(module, matrices[module]))
-            elif isinstance(module, TiedMPOEmbedding | TiedMPOLinear):
-                model.set_submodule(path, restore_layer(module, matrices[module._source[0]]))
-        for part in model.modules():
-            if isinstance(part, PreTrainedModel):
-                ties = vars(part).pop("_dense_ties", None)
-                vars(part).pop("_tied_weights_keys", None)
-                if ties is not None:
-                    part._tied_weights_keys = ties
-                named = dict(part.named_parameters(remove_duplicate=False))
-                keys = part.get_expanded_tied_weights_keys(all_submodels=False)  # which may claim more than there is
-                part.all_tied_weights_keys = {k: v for k, v in keys.items() if named[k] is named[v]}
-        return model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)  # config.json holds its name
-
 
 def check_files(files: Sequence[str], model: PreTrainedModel) -> None:
     """Refuse a checkpoint that lacks cores or has them in other shapes than config.json says.
@@ -150,18 +138,16 @@ def check_files(files: Sequence[str], model: PreTrainedModel) -> None:
         model: With layers of zero cores; it may be on the meta device.
 
     Raises:
-        ValueError: With the first tensor that is wrong.
+        ValueError: If a file is no complete safetensors file, or with the first tensor that is wrong.
     """
     wanted = {
         f"{path}.cores.{k}": core for path, m in list_matrices(model).items() for k, core in enumerate(m.chain())
     }
     renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
     names, shapes = model.state_dict(), {}
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in list(opened.keys()):
-                place, _ = rename_source_key(name, renamings, [], model.base_model_prefix, names)
-                shapes[place] = opened.get_slice(name).get_shape()
+    for name, tensor in open_tensors(files).items():
+        place, _ = rename_source_key(name, renamings, [], model.base_model_prefix, names)
+        shapes[place] = tensor.get_shape()
     for name, core in wanted.items() if files else ():
         if (saved := shapes.get(name)) != list(core.shape):
             raise ValueError(

@@ -13,8 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from .functional import round_cores
-from .modeling_mpo import MPOMatrix, list_matrices
+from .functional_decomposition import round_cores
+from .modeling_matrix import MPOMatrix, list_matrices
 from .recipe import MPOSqueezingConfig
 
 

@@ -7,6 +7,7 @@ from .configuration_mpoe import (
 from .configuration_mpoe import (
     MPOET5Config as MPOET5Config,
 )
+from .conversion import from_dense as from_dense
 from .modeling_bert import MPOEBertForSequenceClassification as MPOEBertForSequenceClassification
 from .modeling_gpt2 import MPOEGPT2LMHeadModel as MPOEGPT2LMHeadModel
 from .modeling_t5 import MPOET5ForConditionalGeneration as MPOET5ForConditionalGeneration

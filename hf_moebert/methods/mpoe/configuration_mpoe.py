@@ -10,7 +10,7 @@ from transformers.models.bert.configuration_bert import BertConfig
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.t5.configuration_t5 import T5Config
 
-from hf_moebert.methods.mpo.functional import GAUGES
+from hf_moebert.methods.mpo.functional_decomposition import GAUGES
 from hf_moebert.methods.mpo.functional_shapes import (
     cap_bonds,
     check_bonds,

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from hf_moebert.inference.caching import Derived
-from hf_moebert.methods.mpo.functional import contract, decompose, pad_core
+from hf_moebert.methods.mpo.functional import contract, pad_core
+from hf_moebert.methods.mpo.functional_decomposition import decompose
 
 from .configuration_mpoe import MPOEFields
 from .functional import choose_expert, copy_to_experts

@@ -48,6 +48,11 @@ class MPOEMixin(PreTrainedModel):
         return f"{path}.{matrix}"
 
     @classmethod
+    def dense_class(cls) -> type[PreTrainedModel]:
+        """Return the class of transformers that this one extends."""
+        return next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
+
+    @classmethod
     @torch.no_grad()
     def from_dense(
         cls,
@@ -95,7 +100,7 @@ class MPOEMixin(PreTrainedModel):
         if (form := getattr(model, "quantization_method", None)) is not None:
             raise ValueError(
                 f"`model` must be dense to become the experts of {cls.__name__}, but its form is {form!r}. Call "
-                "`model.dequantize()` first."
+                "`to_dense(model)` first."
             )
         config = cls.config_class.from_dense(
             model.config,
@@ -108,11 +113,11 @@ class MPOEMixin(PreTrainedModel):
             router_aux_loss_coef=router_aux_loss_coef,
             mpoe_layers=layers,
         )
-        host = next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
-        if host not in type(model).__mro__:
+        dense = cls.dense_class()
+        if dense not in type(model).__mro__:
             raise ValueError(
-                f"`model` must be a {host.__name__}, with its body under {cls.base_model_prefix!r} and its head, got "
-                f"{type(model).__name__}. Load the checkpoint with `{host.__name__}.from_pretrained`, merge adapters."
+                f"`model` must be a {dense.__name__}, with its body under {cls.base_model_prefix!r} and its head, got "
+                f"{type(model).__name__}. Load the checkpoint with `{dense.__name__}.from_pretrained`, merge adapters."
             )
         with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten
             student = cls(config)

@@ -316,7 +316,7 @@ def check_single_task(model: PreTrainedModel) -> None:
     if has_adapters(model):
         raise ValueError("`model` must be without adapters, which would be left behind. Merge them into it first.")
     if (form := getattr(model, "quantization_method", None)) is not None:
-        raise ValueError(f"`model` must be dense, but its form is {form!r}. Call `model.dequantize()` first.")
+        raise ValueError(f"`model` must be dense, but its form is {form!r}. Call `to_dense(model)` first.")
     if model.main_input_name == "inputs_embeds":
         raise ValueError("`model` must have embeddings, got a branch. `join` it with its trunk first.")
     if model.config.is_decoder or model.config.add_cross_attention:

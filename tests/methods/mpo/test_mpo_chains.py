@@ -8,17 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_moebert.methods.mpo.functional import (
-    GAUGES,
-    contract,
-    contract_activation,
-    decompose,
-    gather_rows,
-    merge,
-    project_centre,
-    round_cores,
-)
-from hf_moebert.methods.mpo.functional_shapes import error_bound, full_bonds
+from hf_moebert.methods.mpo.functional import contract, contract_activation, gather_rows, merge
+from hf_moebert.methods.mpo.functional_bonds import error_bound
+from hf_moebert.methods.mpo.functional_decomposition import GAUGES, decompose, project_centre, round_cores
+from hf_moebert.methods.mpo.functional_shapes import full_bonds
 
 
 ROWS, COLUMNS, BONDS = (2, 3, 2, 1, 2), (3, 1, 2, 2, 2), (4, 5, 6, 3)

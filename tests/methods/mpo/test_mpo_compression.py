@@ -33,19 +33,14 @@ from hf_moebert import (
     compress_mpo,
     optimize_for_inference,
     save_packed,
+    to_dense,
 )
 from hf_moebert.measuring.footprint import measure_footprint
 from hf_moebert.methods.mpo.conversion import find_matrices
 from hf_moebert.methods.mpo.functional import contract
 from hf_moebert.methods.mpo.functional_shapes import count_parameters, factor_matrix, full_bonds
-from hf_moebert.methods.mpo.modeling_mpo import (
-    MPOConv1D,
-    MPOEmbedding,
-    MPOLinear,
-    MPOMatrix,
-    TiedMPOEmbedding,
-    TiedMPOLinear,
-)
+from hf_moebert.methods.mpo.modeling_matrix import MPOMatrix
+from hf_moebert.methods.mpo.modeling_mpo import MPOConv1D, MPOEmbedding, MPOLinear, TiedMPOEmbedding, TiedMPOLinear
 from hf_moebert.methods.mpoe import MPOEBertForSequenceClassification
 
 
@@ -88,9 +83,10 @@ def test_saved_and_loaded_it_gives_the_same_bytes(name, tmp_path):
 
 
 @ALL
-def test_dequantized_it_is_dense_and_tied_again(name):
+def test_made_dense_it_is_the_stock_model_and_tied_again(name):
     dense = make(name)
-    model = compress_mpo(make(name)).dequantize()
+    model = to_dense(compress_mpo(make(name)))
+    assert type(model) is type(dense)
     torch.testing.assert_close(logits(name, model), logits(name, dense), atol=2e-5, rtol=1e-5)
     assert count(model) == count(dense)
     assert not matrices(model)
@@ -98,10 +94,44 @@ def test_dequantized_it_is_dense_and_tied_again(name):
     assert not hasattr(model.config, "quantization_config")
 
 
+@ALL
+def test_both_ways_leave_the_given_model_alone(name):
+    """No tensor is shared, none has changed, and both train on."""
+    dense = make(name).train()
+    before = copy.deepcopy(dense.state_dict())
+    compressed = compress_mpo(dense, keep_ratio=0.6)
+    assert [n for n, _ in dense.named_parameters()] == [n for n, _ in make(name).named_parameters()]
+    assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
+    assert not hasattr(dense.config, "quantization_config")
+    kept = copy.deepcopy(compressed.state_dict())
+    again = to_dense(compressed)
+    models = (dense, compressed, again)
+    addresses = [{p.data_ptr() for p in model.parameters()} for model in models]
+    assert not addresses[0] & addresses[1]
+    assert not addresses[1] & addresses[2]
+    for model in models:
+        assert model.training
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+    assert all(torch.equal(value, kept[key] + 1) for key, value in compressed.state_dict().items() if "cores" in key)
+    assert matrices(compressed)
+    assert compressed.config.quantization_config.matrices
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT, about gradient checkpointing
+def test_what_has_no_cores_is_refused():
+    with pytest.raises(ValueError, match="as `compress_mpo` makes them, got BertForSequenceClassification without"):
+        to_dense(make("bert"))
+    adapted = get_peft_model(make("bert"), LoraConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match="Merge an adapter with `merge_and_unload`"):
+        to_dense(adapted)
+
+
 def test_a_dense_copy_can_be_saved_and_loaded_by_the_stock_class(tmp_path):
     model = compress_mpo(make("bert"), keep_ratio=0.5)
     expected = logits("bert", model)
-    model.dequantize().save_pretrained(tmp_path)
+    to_dense(model).save_pretrained(tmp_path)
     torch.testing.assert_close(logits("bert", BertForSequenceClassification.from_pretrained(tmp_path)), expected)
 
 
@@ -447,25 +477,25 @@ def test_inference_forms_leave_chains_as_they_are():
 def test_another_model_of_the_same_configuration_stays_dense(tmp_path):
     config = copy.deepcopy(MODELS["bert"][1])
     first, second = BertForSequenceClassification(config), BertForSequenceClassification(config)
-    compress_mpo(first, bond=4)
+    compressed = compress_mpo(first, bond=4)
     second.save_pretrained(tmp_path)
     assert not matrices(AutoModelForSequenceClassification.from_pretrained(tmp_path))
-    assert first.bert.config is first.config
+    assert compressed.bert.config is compressed.config
 
 
 def test_what_was_frozen_stays_frozen():
     model = make("bert")
     model.bert.embeddings.requires_grad_(False)
-    compress_mpo(model, train_centre=True)
+    model = compress_mpo(model, train_centre=True)
     assert not any(p.requires_grad for p in model.bert.embeddings.parameters())
     assert all(p.requires_grad for p in model.bert.encoder.parameters())
 
 
 def test_half_precision_rounds_once():
     model = make("bert").to(torch.bfloat16)
-    plain = compress_mpo(copy.deepcopy(model))
+    plain = compress_mpo(model)
     for options in ({"max_error": 0.0}, {"keep_ratio": 2.0}):
-        for name, matrix in matrices(compress_mpo(copy.deepcopy(model), **options)).items():
+        for name, matrix in matrices(compress_mpo(model, **options)).items():
             weight = model.get_parameter(f"{name}.weight").float()
             error = (contract([c.float() for c in matrix.chain()], *weight.shape) - weight).norm()
             other = contract([c.float() for c in matrices(plain)[name].chain()], *weight.shape)
@@ -491,7 +521,7 @@ def test_a_matrix_shared_with_another_kind_of_layer_is_left_or_refused():
     model = GemmaForCausalLM(config).eval()
     with pytest.raises(ValueError, match="must not name a matrix that another kind of layer shares, got .*lm_head"):
         compress_mpo(model, target_modules=["lm_head"])
-    compress_mpo(model)
+    model = compress_mpo(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert "model.layers.0.mlp.up_proj" in matrices(model)
 
@@ -499,9 +529,8 @@ def test_a_matrix_shared_with_another_kind_of_layer_is_left_or_refused():
 def test_a_model_with_ties_of_its_own_gets_them_back():
     sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
     config = MarianConfig(**sizes, d_model=24, encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=99, pad_token_id=0)
-    model = MarianMTModel(config).eval()
-    dense = copy.deepcopy(model)
-    compress_mpo(model).dequantize()
+    dense = MarianMTModel(config).eval()
+    model = to_dense(compress_mpo(dense))
     assert count(model) == count(dense)
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in dense.named_parameters()]
 
@@ -511,9 +540,9 @@ def test_a_head_that_is_not_tied_stays_so_whatever_the_configuration_says(tmp_pa
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     model.all_tied_weights_keys.pop("lm_head.weight")
     expected = logits("t5", model)
-    compress_mpo(model)
+    model = compress_mpo(model)
     torch.testing.assert_close(logits("t5", model), expected, atol=1e-3, rtol=1e-4)
     model.save_pretrained(tmp_path)
     loaded = MODELS["t5"][0].from_pretrained(tmp_path).eval()
     assert torch.equal(logits("t5", loaded), logits("t5", model))
-    torch.testing.assert_close(logits("t5", loaded.dequantize()), expected, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(logits("t5", to_dense(loaded)), expected, atol=1e-3, rtol=1e-4)

@@ -11,13 +11,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tensorly.decomposition import tensor_train_matrix
 
-from hf_moebert.methods.mpo.functional import (
-    GAUGES,
-    contract,
-    decompose,
-    merge,
-)
-from hf_moebert.methods.mpo.functional_shapes import error_bound, factor_matrix, full_bonds
+from hf_moebert.methods.mpo.functional import contract, merge
+from hf_moebert.methods.mpo.functional_bonds import error_bound
+from hf_moebert.methods.mpo.functional_decomposition import GAUGES, decompose
+from hf_moebert.methods.mpo.functional_shapes import factor_matrix, full_bonds
 
 
 TWOS = (2, 2, 2)

@@ -17,7 +17,8 @@ from hf_moebert import MPOConfig, compress_mpo
 ids = torch.arange(3, 9).unsqueeze(0)
 dense = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
 dense.push_to_hub("tester/dense")
-compress_mpo(dense, keep_ratio=0.5).push_to_hub("tester/small")
+compressed = compress_mpo(dense, keep_ratio=0.5).eval()
+compressed.push_to_hub("tester/small")
 base = AutoModelForSequenceClassification.from_pretrained("tester/dense")
 adapted = get_peft_model(base, MPOConfig(target_modules=["query"], modules_to_save=["classifier"])).eval()
 with torch.no_grad():
@@ -26,7 +27,7 @@ with torch.no_grad():
             parameter.mul_(1.1)
     adapted.push_to_hub("tester/adapter")
     small = AutoModelForSequenceClassification.from_pretrained("tester/small").eval()
-    assert torch.equal(small(ids).logits, dense.eval()(ids).logits)
+    assert torch.equal(small(ids).logits, compressed(ids).logits)
     loaded = AutoPeftModelForSequenceClassification.from_pretrained("tester/adapter").eval()
     assert torch.equal(loaded(ids).logits, adapted(ids).logits)
 """

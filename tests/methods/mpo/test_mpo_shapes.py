@@ -9,15 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_moebert.methods.mpo.functional import contract, contract_activation, decompose, merge
+from hf_moebert.methods.mpo.functional import contract, contract_activation, merge
+from hf_moebert.methods.mpo.functional_bonds import choose_bonds, entanglement_entropy, error_bound
+from hf_moebert.methods.mpo.functional_decomposition import decompose
 from hf_moebert.methods.mpo.functional_shapes import (
     PUBLISHED_FACTORS,
     PUBLISHED_PAIRS,
     check_bonds,
-    choose_bonds,
     count_parameters,
-    entanglement_entropy,
-    error_bound,
     factor_matrix,
     factor_shape,
     full_bonds,

@@ -10,8 +10,10 @@ from tiny_mpo import make
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from hf_moebert import MPOSqueezingCallback, MPOSqueezingConfig, compress_mpo
-from hf_moebert.methods.mpo.functional import contract, decompose, round_cores
-from hf_moebert.methods.mpo.modeling_mpo import decompose_layer, list_matrices
+from hf_moebert.methods.mpo.functional import contract
+from hf_moebert.methods.mpo.functional_decomposition import decompose, round_cores
+from hf_moebert.methods.mpo.modeling_matrix import list_matrices
+from hf_moebert.methods.mpo.modeling_mpo import decompose_layer
 from hf_moebert.methods.mpo.training import STATE_FILE
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers.models.switch_transformers.modeling_switch_transformers import load_balancing_loss_func
 
-from hf_moebert.methods.mpo.functional import contract, decompose, pad_core
+from hf_moebert.methods.mpo.functional import contract, pad_core
+from hf_moebert.methods.mpo.functional_decomposition import decompose
 from hf_moebert.methods.mpoe.functional import (
     apply_mask,
     balance_loss,

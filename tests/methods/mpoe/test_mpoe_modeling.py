@@ -22,7 +22,8 @@ from tiny_mpoe import (
 from transformers import T5ForConditionalGeneration
 
 from hf_moebert.measuring.footprint import measure_footprint
-from hf_moebert.methods.mpo.functional import contract, decompose
+from hf_moebert.methods.mpo.functional import contract
+from hf_moebert.methods.mpo.functional_decomposition import decompose
 
 
 ROUTERS = ("reference", "switch")

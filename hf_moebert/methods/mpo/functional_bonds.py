@@ -1,0 +1,126 @@
+"""Bonds that are worth keeping: what a truncation costs, and the bonds of many matrices for one size or error.
+
+Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205, for the bound and the entropy.
+"""
+
+import heapq
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def error_bound(values: Sequence[Tensor], bonds: Sequence[int]) -> float:
+    """Bound the error of a truncation from above, without doing it.
+
+    Args:
+        values: Schmidt values at each bond.
+        bonds: Directions that are kept at each bond.
+
+    Returns:
+        Frobenius norm of the difference at most; the largest tail of a single bond bounds it from below.
+
+    Source: Liu et al. 2021, theorem 1.
+    """
+    return math.sqrt(sum(float(spectrum[bond:].square().sum()) for spectrum, bond in zip(values, bonds, strict=True)))
+
+
+def entanglement_entropy(values: Tensor) -> float:
+    """Say how evenly a bond's weight is spread over its directions, in nats: 0 for one, `ln(n)` for `n` alike.
+
+    Args:
+        values: Schmidt values of one bond.
+
+    Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205; squared and normalised values are our reading.
+    """
+    weights = values.double().square()
+    weights = weights[weights > 0] / weights.sum()
+    return float(-(weights * weights.log()).sum())
+
+
+def choose_bonds(
+    values: Sequence[Sequence[Tensor]],
+    shapes: Sequence[Sequence[int]],
+    *,
+    max_parameters: float | None = None,
+    max_error: float | None = None,
+) -> list[tuple[int, ...]]:
+    """Choose the bonds of many matrices together: always drop what costs the least error per parameter (our design).
+
+    The error of a matrix is the bound of `error_bound` relative to its norm, so that all matrices count alike. On
+    small matrices this comes within a tenth or so of the best bonds.
+
+    Args:
+        values: Schmidt values at each bond of each matrix.
+        shapes: Rows times columns of each core of each matrix.
+        max_parameters: Drop directions until all matrices together have at most so many parameters.
+        max_error: Drop directions as long as no matrix exceeds this relative error.
+
+    Returns:
+        Bonds of each matrix.
+
+    Raises:
+        ValueError: If neither or both limits are given, or if one bond everywhere is still too large.
+    """
+    if (max_parameters is None) == (max_error is None):
+        raise ValueError("Exactly one of `max_parameters` and `max_error` must be given. Leave the other one out.")
+    chains = [_Chain(spectra, sizes) for spectra, sizes in zip(values, shapes, strict=True)]
+    total = sum(chain.count_parameters() for chain in chains)
+    queue = [(chain.price(k), m, k) for m, chain in enumerate(chains) for k in range(len(chain.bonds))]
+    heapq.heapify(queue)
+    while queue and (max_parameters is None or total > max_parameters):
+        known, m, k = heapq.heappop(queue)
+        chain = chains[m]
+        if (now := chain.price(k)) > known:  # a neighbour got smaller: there is less to save here
+            heapq.heappush(queue, (now, m, k))
+        elif chain.bonds[k] > 1 and (max_error is None or chain.error + chain.loss(k) <= max_error**2):
+            total -= chain.saved(k)
+            chain.drop(k)
+            heapq.heappush(queue, (chain.price(k), m, k))
+    if max_parameters is not None and total > max_parameters:
+        raise ValueError(
+            f"`max_parameters` must leave room for one direction at every bond, which takes {total}, got "
+            f"{max_parameters}. Ask for a larger size or decompose fewer matrices."
+        )
+    if max_parameters is not None:
+        _give_back(chains, int(max_parameters) - total)
+    return [tuple(chain.bonds) for chain in chains]
+
+
+def _give_back(chains: Sequence["_Chain"], spare: int) -> None:
+    """Use up what dropping saved in excess: the last direction may have been a large one."""
+    places = [(chain, k) for chain in chains for k in range(len(chain.bonds))]
+    while places := [(chain, k) for chain, k in places if chain.gain(k) and chain.saved(k) <= spare]:
+        chain, k = max(places, key=lambda place: place[0].entries * place[0].gain(place[1]))
+        spare -= chain.saved(k)
+        chain.bonds[k] += 1
+
+
+class _Chain:
+    """One matrix while directions are dropped: its bonds, and the square of its relative error."""
+
+    def __init__(self, values: Sequence[Tensor], sizes: Sequence[int]) -> None:
+        norm = float(values[0].square().sum()) or 1.0
+        self.losses = [(spectrum.square() / norm).tolist() for spectrum in values]
+        self.entries = math.prod(sizes)
+        self.sizes, self.bonds, self.error = sizes, [len(spectrum) for spectrum in values], 0.0
+
+    def loss(self, k: int) -> float:
+        return self.losses[k][self.bonds[k] - 1]
+
+    def gain(self, k: int) -> float:
+        return self.losses[k][self.bonds[k]] if self.bonds[k] < len(self.losses[k]) else 0.0
+
+    def saved(self, k: int) -> int:
+        ends = (1, *self.bonds, 1)
+        return ends[k] * self.sizes[k] + self.sizes[k + 1] * ends[k + 2]
+
+    def price(self, k: int) -> float:
+        return self.entries * self.loss(k) / self.saved(k)
+
+    def drop(self, k: int) -> None:
+        self.error += self.loss(k)
+        self.bonds[k] -= 1
+
+    def count_parameters(self) -> int:
+        return sum(a * size * b for a, size, b in zip((1, *self.bonds), self.sizes, (*self.bonds, 1), strict=True))

@@ -1,0 +1,154 @@
+"""A matrix that is stored as a chain of cores, and is multiplied in whatever way is the cheapest.
+
+While cores learn, every call rebuilds the matrix, which costs about as much as a few hundred tokens through the layer.
+Otherwise the matrix is kept until a core changes; for few tokens and small bonds the activation passes the chain
+instead, where a count says that this is cheaper.
+
+Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205; keeping the matrix is our own design.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_moebert.inference.caching import Derived
+
+from .functional import contract, contract_activation, merge
+from .functional_shapes import check_bonds, full_bonds, plan_chain
+
+
+CHAIN_RATIO = 0.7  # of the dense product's multiplications: above, the chain was never measured to be faster
+CHAIN_TOKENS = 64  # beyond, the intermediate results leave the cache
+CHAIN_SAVING = 10_000_000  # multiplications in one call that several small products must save to be worth their calls
+FEWEST_TOKENS = 8  # fewer take the dense product as long, which then reads the matrix from memory
+
+plan = lru_cache(plan_chain)
+
+
+class MPOMatrix(nn.Module):
+    """A matrix of shape `(rows, columns)` as a chain of cores; `weight` is the matrix.
+
+    Args:
+        rows: Of the matrix without padding.
+        columns: Likewise.
+        row_factors: One for each core.
+        column_factors: Likewise.
+        bonds: Between the cores.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        *,
+        row_factors: Sequence[int],
+        column_factors: Sequence[int],
+        bonds: Sequence[int],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.rows, self.columns = rows, columns
+        self.row_factors, self.column_factors = tuple(row_factors), tuple(column_factors)
+        ends = (1, *check_bonds(bonds, full_bonds(row_factors, column_factors)), 1)
+        shapes = zip(ends, row_factors, column_factors, ends[1:], strict=False)
+        self.cores = nn.ParameterList(nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes)
+        self._matrix: Derived[Tensor] = Derived()
+        self._links: Derived[list[Tensor]] = Derived()
+
+    @property
+    def bonds(self) -> tuple[int, ...]:
+        """Sizes between the cores, `num_cores - 1` of them."""
+        return tuple(core.shape[-1] for core in self.chain()[:-1])
+
+    @property
+    def centre(self) -> nn.Parameter:
+        """The central tensor, `(bond, rows, columns, next bond)`."""
+        return self.cores[len(self.cores) // 2]
+
+    def chain(self) -> list[Tensor]:
+        """List the cores."""
+        # Item by item costs more than a small layer, and is left for a replica on another GPU, which has attributes.
+        cores: list[Tensor] = [core for core in self.cores._parameters.values() if core is not None]
+        return cores or [getattr(self.cores, str(k)) for k in range(len(self.row_factors))]
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix, `(rows, columns)`: kept while no gradient is wanted of the cores, rebuilt otherwise."""
+        if torch.compiler.is_compiling() or self.learns():
+            return self._rebuild()
+        return self._matrix.get(self.chain(), self._rebuild)
+
+    def _rebuild(self) -> Tensor:
+        with torch.autocast(self.centre.device.type, enabled=False):  # a product of rounded cores is no longer theirs
+            return contract(self.chain(), self.rows, self.columns)
+
+    def learns(self) -> bool:
+        """Whether a gradient is wanted of any core."""
+        return torch.is_grad_enabled() and any(core.requires_grad for core in self.chain())
+
+    @torch.no_grad()
+    def set_cores(self, cores: Sequence[Tensor]) -> None:
+        """Replace the values of the cores, and with them the bonds; the parameters stay the same objects."""
+        for parameter, core in zip(self.cores, cores, strict=True):
+            parameter.grad = None
+            parameter.data = core.to(parameter).contiguous()
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
+        """Return `x @ weight.T + bias`, or with `weight` if transposed, through the chain where that is cheaper."""
+        if counts := self._plan(x, transposed):
+            out, wide = (self.columns, self.row_factors) if transposed else (self.rows, self.column_factors)
+            links = self._links.get(self.chain(), lambda: self._make_links(counts, transposed))
+            y = contract_activation(F.pad(x, (0, math.prod(wide) - x.shape[-1])), links)[..., :out]
+            return y if bias is None else y + bias
+        return F.linear(x, self.weight.T if transposed else self.weight, bias)
+
+    def _plan(self, x: Tensor, transposed: bool) -> tuple[int, ...] | None:
+        """Say how many cores make each link, or None where the dense product is cheaper or more exact."""
+        tokens = x.numel() // x.shape[-1]
+        if tokens > CHAIN_TOKENS or torch.compiler.is_compiling() or self.learns():
+            return None
+        if torch.is_autocast_enabled(x.device.type):  # would round between all links
+            return None
+        factors, dense = (self.row_factors, self.column_factors), self.rows * self.columns
+        counts, macs = plan(*reversed(factors) if transposed else factors, self.bonds)
+        pays = macs < CHAIN_RATIO * dense and (dense - macs) * max(tokens, FEWEST_TOKENS) > CHAIN_SAVING
+        return counts if pays else None
+
+    def _make_links(self, counts: tuple[int, ...], transposed: bool) -> list[Tensor]:
+        chain = [core.transpose(1, 2) if transposed else core for core in self.chain()]
+        starts = [sum(counts[:k]) for k in range(len(counts))]
+        links = [merge(chain[start : start + count]) for start, count in zip(starts, counts, strict=True)]
+        return [link.permute(1, 3, 0, 2).contiguous().permute(2, 0, 3, 1) for link in links]  # as they are multiplied
+
+    def train(self, mode: bool = True) -> "MPOMatrix":
+        """Forget what was kept: edits that torch does not count happen in training."""
+        self._matrix.clear()
+        self._links.clear()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "MPOMatrix":
+        self._matrix.clear()  # of another device or dtype
+        self._links.clear()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take over the bonds of a checkpoint of the same factors: they may have been squeezed since."""
+        for name, core in self.cores.named_parameters():
+            saved = state_dict.get(f"{prefix}cores.{name}")
+            if saved is not None and saved.shape != core.shape and saved.shape[1:3] == core.shape[1:3]:
+                core.data = core.new_zeros(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Return sizes and bonds for printing."""
+        return f"{self.rows}, {self.columns}, bonds={self.bonds}"
+
+
+def list_matrices(model: nn.Module) -> dict[str, MPOMatrix]:
+    """Return the decomposed matrices of a model by their paths."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, MPOMatrix)}
