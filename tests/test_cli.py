@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from loopback_hub import loopback_hub  # noqa: F401
+from pruned_models import make_bert
 from safetensors.torch import save_file
-from test_packing import make_bert
 from tiny_classifiers import EXAMPLES, classifiers  # noqa: F401
 from typer.testing import CliRunner
 

@@ -29,7 +29,8 @@ from transformers import (
 )
 from transformers import logging as host_logging
 
-from hf_moebert import inference, optimize_for_inference, revert_optimizations
+from hf_moebert import optimize_for_inference, revert_optimizations
+from hf_moebert.inference import optimize
 from hf_moebert.inference.linears import PackedLinear, PlainLinear, make_linear, why_not
 from hf_moebert.inference.optimized import Optimized, round_up, run_slices
 from hf_moebert.measuring.footprint import measure_footprint
@@ -479,7 +480,7 @@ def test_a_pipeline_takes_an_optimised_model(classifiers):  # noqa: F811
 @torch.no_grad()
 def test_what_a_machine_lacks_is_said_in_one_line_and_skipped(monkeypatch, said):
     reasons = {("int8", True): "no VNNI", ("bfloat16", False): "no bfloat16", ("float32", True): "no oneDNN"}
-    monkeypatch.setattr(inference, "why_not", lambda precision, packed: reasons.get((precision, packed)))
+    monkeypatch.setattr(optimize, "why_not", lambda precision, packed: reasons.get((precision, packed)))
     model, batch = make(), padded()
     expected = model(**batch).logits
     for precision in ("int8", "bfloat16"):

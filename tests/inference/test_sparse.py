@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_packing import make_bert, make_gpt2
+from pruned_models import make_bert, make_gpt2
 from torch import nn
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration, ViTConfig, ViTModel
 
