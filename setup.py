@@ -9,6 +9,8 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "hf_moebert/__init__.py").read_text(), re.MULTILINE).group(1)
 SERVE = ["fastapi", "uvicorn", "prometheus-client"]
+PLOTS = ["matplotlib"]
+EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 
 setup(
     name="hf_moebert",
@@ -19,6 +21,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["hf_moebert", "hf_moebert.*"]),
+    py_modules=["hf_moebert_main"],
     package_data={"hf_moebert": ["py.typed", "**/*.pyi", "**/*.md"]},
     install_requires=[
         "torch>=2.13",
@@ -29,7 +32,6 @@ setup(
         "huggingface_hub>=2.4",
         "jinja2",
         "lazy_loader",
-        "matplotlib",
         "numpy",
         "peft>=0.21",
         "rich",
@@ -46,21 +48,30 @@ setup(
             "hypothesis",
             "filelock",
             "parameterized",
-            "onnx",
-            "onnxruntime",
-            "onnxscript",
             "tensorly",
             "pytorch-crf==0.7.2",
-            *SERVE,
             "httpx",
+            *SERVE,
+            *PLOTS,
+            *EXPORT,
         ],
         "serve": SERVE,
+        "plots": PLOTS,
+        "export": EXPORT,
         "quality": ["ruff==0.17.5", "mypy==2.4.1"],
     },
-    entry_points={"console_scripts": ["hf-moebert=hf_moebert.cli:app"]},
+    entry_points={"console_scripts": ["hf-moebert=hf_moebert_main:main"]},
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
         "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

@@ -1,7 +1,12 @@
-"""The command line `hf-moebert`: parse, call a public function, print."""
+"""The command line `hf-moebert`: parse, call a public function, print.
+
+Nothing of this package is imported here, not even a constant: that would import all models, and `--help` has to
+answer at once. Each command imports what it needs.
+"""
 
 import json
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,14 +14,15 @@ import typer
 from typer.core import TyperGroup
 
 
-# What only one command needs is imported inside it, so that `--help` answers at once.
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads torch computes with.")]
+Rounds = Annotated[int, typer.Option(help="Timed passes of each model or form.")]
 
 
 class OneLineErrors(TyperGroup):
-    """Answer bad use with one line on stderr and exit code 2, never with a stack trace."""
+    """A group of commands that answers bad use with one line on stderr and exit code 2, never with a stack trace."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        """Run a command, as typer does, but for the errors."""
+        """Run a command as typer does, except for errors."""
         standalone = extra.pop("standalone_mode", True)
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a locale may lack a path's letters
@@ -33,60 +39,67 @@ class OneLineErrors(TyperGroup):
 
 app = typer.Typer(
     cls=OneLineErrors,
-    help="Measure compressed transformers against the model they come from, pack, publish and serve them.",
-    add_completion=False,
-    no_args_is_help=False,
+    context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},  # --max_batch is --max-batch
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf_moebert {metadata.version('hf_moebert')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Measure compressed transformers against the model they come from; pack, publish and serve them."""
 
 
 @app.command()
 def measure(
     models: Annotated[list[str], typer.Argument(help="Folders or Hub ids of sequence classifiers.")],
-    baseline: Annotated[str, typer.Option("--baseline", help="Folder or Hub id of the model to compare with.")],
+    baseline: Annotated[str, typer.Option(help="Folder or Hub id of the model to compare with.")],
     validation_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--validation_file", exists=True, dir_okay=False, help="A .json, .jsonl, .csv, .tsv or .parquet file."
-        ),
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A .json, .jsonl, .csv, .tsv or .parquet file.")
     ] = None,
-    dataset_name: Annotated[str | None, typer.Option("--dataset_name", help="A data set on the Hub.")] = None,
-    dataset_config_name: Annotated[str | None, typer.Option("--dataset_config_name", help="Its part.")] = None,
-    split: Annotated[str, typer.Option("--split", help="Split of the data set on the Hub.")] = "validation",
-    text_column: Annotated[str, typer.Option("--text_column")] = "text",
-    text_pair_column: Annotated[str | None, typer.Option("--text_pair_column")] = None,
-    label_column: Annotated[str, typer.Option("--label_column")] = "label",
-    max_length: Annotated[int, typer.Option("--max_length", help="Tokens of a text that count.")] = 128,
+    dataset_name: Annotated[str | None, typer.Option(help="A data set on the Hub, instead of a file.")] = None,
+    dataset_config_name: Annotated[str | None, typer.Option(help="Configuration of the data set.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "validation",
+    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    text_pair_column: Annotated[str | None, typer.Option(help="Column that holds the second text of a pair.")] = None,
+    label_column: Annotated[str, typer.Option(help="Column that holds the label.")] = "label",
+    max_length: Annotated[int, typer.Option(help="Tokens after which a text is truncated.")] = 128,
     optimized: Annotated[
         list[str] | None,
-        typer.Option(
-            "--optimized",
-            help="Measure all models once more, optimised for inference in float32, bfloat16 or int8; repeatable.",
-        ),
+        typer.Option(help="Also measure each model optimised in float32, bfloat16 or int8. Repeat for several."),
     ] = None,
     metric: Annotated[
-        list[str] | None, typer.Option("--metric", help="Repeat for several; by default what suits the problem.")
+        list[str] | None,
+        typer.Option(help="Score to compute; by default what suits the problem. Repeat for several."),
     ] = None,
-    max_examples: Annotated[int | None, typer.Option("--max_examples", help="Score this many, drawn.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch_size", help="Examples at a time while scoring.")] = 32,
-    latency_batch: Annotated[int, typer.Option("--latency_batch", help="Sequences of a timed pass.")] = 1,
-    latency_seq: Annotated[int, typer.Option("--latency_seq", help="Tokens of each of them.")] = 128,
-    threads: Annotated[int | None, typer.Option("--threads", help="Threads that torch computes with.")] = None,
-    rounds: Annotated[int, typer.Option("--rounds", help="Timed passes of every model.")] = 20,
-    seed: Annotated[int, typer.Option("--seed", help="Of the draw, the bootstrap and the timed ids.")] = 0,
-    output: Annotated[Path | None, typer.Option("--output", help="JSON file for everything measured.")] = None,
+    max_examples: Annotated[int | None, typer.Option(help="Score a random sample of this size only.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples per batch while scoring.")] = 32,
+    latency_batch: Annotated[int, typer.Option(help="Sequences per timed pass.")] = 1,
+    latency_seq: Annotated[int, typer.Option(help="Tokens per sequence of a timed pass.")] = 128,
+    threads: Threads = None,
+    rounds: Rounds = 20,
+    seed: Annotated[int, typer.Option(help="Seed of the sample, the bootstrap and the timed inputs.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write all results to.")] = None,
 ) -> None:
     """Compare the quality, size and speed of classifiers with a baseline, in one table."""
     if (validation_file is None) == (dataset_name is None):
-        raise typer.BadParameter("give exactly one of --validation_file and --dataset_name.")
+        raise typer.BadParameter("give exactly one of --validation-file and --dataset-name.")
     if output is not None and not output.parent.is_dir():
         raise typer.BadParameter(f"the folder of --output must exist, got {str(output)!r}.")
     from hf_moebert.measuring.comparison import Latency, TextColumns
     from hf_moebert.measuring.comparison import measure as measure_models
     from hf_moebert.reporting.tables import measurement_rows, rich_table
 
-    if not sys.stderr.isatty():
-        _hide_progress()
+    _hide_progress()
     names = _name_models([baseline, *models])
     result = measure_models(
         names,
@@ -109,9 +122,9 @@ def measure(
 @app.command()
 def publish(
     folder: Annotated[Path, typer.Argument(help="A finished checkpoint: config.json, model.safetensors, README.md.")],
-    repo_id: Annotated[str, typer.Argument(help="Where to: name or owner/name.")],
-    private: Annotated[bool, typer.Option("--private", help="Show it to nobody else.")] = False,
-    revision: Annotated[str | None, typer.Option("--revision", help="Branch to upload to.")] = None,
+    repo_id: Annotated[str, typer.Argument(help="Repository to upload to: name or owner/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to upload to.")] = None,
 ) -> None:
     """Upload a checkpoint folder to the Hub and print the address of the commit."""
     from hf_moebert.reporting import hub
@@ -122,12 +135,12 @@ def publish(
 @app.command()
 def footprint(
     folder: Annotated[Path, typer.Argument(help="A checkpoint, dense or packed.")],
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads that torch computes with.")] = None,
-    seq: Annotated[int, typer.Option("--seq", help="Tokens of each sequence of a timed pass.")] = 128,
-    batch: Annotated[int, typer.Option("--batch", help="Sequences of a timed pass.")] = 1,
-    rounds: Annotated[int, typer.Option("--rounds", help="Timed passes of every form.")] = 20,
+    threads: Threads = None,
+    seq: Annotated[int, typer.Option(help="Tokens per sequence of a timed pass.")] = 128,
+    batch: Annotated[int, typer.Option(help="Sequences per timed pass.")] = 1,
+    rounds: Rounds = 20,
 ) -> None:
-    """Say how many parameters a model has, how many are zero, and in which form that pays on this machine."""
+    """Count parameters and zeros, and measure which sparse form pays on this machine."""
     import torch
 
     from hf_moebert.checkpoints.loading import load_model
@@ -135,8 +148,7 @@ def footprint(
     from hf_moebert.measuring.sparse_forms import compare_sparse_forms, sparse_form_rows
     from hf_moebert.reporting.tables import rich_table
 
-    if not sys.stderr.isatty():
-        _hide_progress()
+    _hide_progress()
     if threads is not None:
         torch.set_num_threads(threads)
     model = load_model(folder)
@@ -144,7 +156,7 @@ def footprint(
     forms = compare_sparse_forms(model, batch=batch, seq=seq, rounds=rounds)
     assert size.nonzero is not None
     typer.echo(f"parameters      {size.total:,}")
-    typer.echo(f"active          {size.active:,} of them meet one token")
+    typer.echo(f"active          {size.active:,} of them per token")
     typer.echo(f"not zero        {size.nonzero:,}: {1 - size.nonzero / size.total:.1%} sparsity")
     typer.echo(f"bytes on disk   {size.bytes_on_disk:,}")
     _print_table(rich_table(sparse_form_rows(forms), title="Pruned matrices in each form, speed against dense"))
@@ -155,12 +167,11 @@ def pack(
     folder: Annotated[Path, typer.Argument(help="A checkpoint of a pruned model.")],
     output: Annotated[Path, typer.Argument(help="A new folder for the packed copy.")],
 ) -> None:
-    """Write a copy that stores only what pruning left; `from_pretrained` loads it after `import hf_moebert`."""
+    """Write a copy that stores only the weights pruning left; `from_pretrained` loads it after `import hf_moebert`."""
     from hf_moebert.checkpoints.packing import pack_folder
     from hf_moebert.measuring.footprint import count_bytes
 
-    if not sys.stderr.isatty():
-        _hide_progress()
+    _hide_progress()
     pack_folder(folder, output)
     before, after = count_bytes(folder), count_bytes(output)
     typer.echo(f"{output}: {after:,} bytes of weights, {after / before:.0%} of {before:,}")
@@ -169,25 +180,20 @@ def pack(
 @app.command()
 def serve(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a merged multi-task model.")],
-    host: Annotated[str, typer.Option("--host", help="Address to listen on; by default no other machine's.")] = (
+    host: Annotated[str, typer.Option(help="Address to listen on; the default accepts this machine only.")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 for any that is free.")] = 8000,
-    max_batch: Annotated[int, typer.Option("--max_batch", min=1, help="Inputs of a batch, and of a request.")] = 32,
-    max_wait_ms: Annotated[float, typer.Option("--max_wait_ms", min=0, help="Wait of a request for company.")] = 5,
-    queue_size: Annotated[int, typer.Option("--queue_size", min=1, help="Inputs that may wait.")] = 256,
-    max_body_bytes: Annotated[int, typer.Option("--max_body_bytes", min=1, help="Of a request.")] = 1_000_000,
-    max_characters: Annotated[int, typer.Option("--max_characters", min=1, help="Of an input.")] = 20_000,
-    timeout_s: Annotated[float, typer.Option("--timeout_s", min=0.001, help="Until a request is given up.")] = 30,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads that torch computes with.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 8000,
+    max_batch: Annotated[int, typer.Option(min=1, help="Inputs per batch, and per request.")] = 32,
+    max_wait_ms: Annotated[float, typer.Option(min=0, help="Time a request waits for others to join.")] = 5,
+    queue_size: Annotated[int, typer.Option(min=1, help="Inputs that may wait.")] = 256,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Size limit of a request.")] = 1_000_000,
+    max_characters: Annotated[int, typer.Option(min=1, help="Length limit of an input.")] = 20_000,
+    timeout_s: Annotated[float, typer.Option(min=0.001, help="Time after which a request is given up.")] = 30,
+    threads: Threads = None,
     allow_updates: Annotated[
         Path | None,
-        typer.Option(
-            "--allow_updates",
-            exists=True,
-            file_okay=False,
-            help="Let clients put tasks from folders in this directory.",
-        ),
+        typer.Option(exists=True, file_okay=False, help="Let clients add tasks from folders in this directory."),
     ] = None,
 ) -> None:
     """Answer texts over HTTP with all tasks of a model, until Ctrl-C or SIGTERM."""
@@ -195,8 +201,7 @@ def serve(
         from hf_moebert.serving.app import ServingLimits, build_app, run_server
     except ImportError as error:
         raise ValueError(f"`serve` needs more packages, {error}. Use `pip install hf_moebert[serve]`.") from error
-    if not sys.stderr.isatty():
-        _hide_progress()
+    _hide_progress()
     if threads is not None:
         import torch
 
@@ -230,7 +235,7 @@ def _load_examples(file: Path | None, name: str | None, config_name: str | None,
 
 
 def _name_models(sources: list[str]) -> dict[str, str]:
-    """Call each model by the last part of its path, or by the whole path where two would share a name."""
+    """Name each model by the last part of its path, or by the whole path where two would share a name."""
     sources = list(dict.fromkeys(sources))
     short = [Path(source).name or source for source in sources]
     return {name if short.count(name) == 1 else source: source for name, source in zip(short, sources, strict=True)}
@@ -244,6 +249,9 @@ def _print_table(table: Any) -> None:
 
 
 def _hide_progress() -> None:
+    """Hide the progress bars of libraries unless somebody is looking."""
+    if sys.stderr.isatty():
+        return
     from datasets import disable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 

@@ -1,6 +1,7 @@
 """The public face: names, registration, and what an import does not do."""
 
 import importlib
+import re
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import hf_moebert
 def test_every_public_name_exists_and_says_what_it_is():
     for name in hf_moebert.__all__:
         assert getattr(hf_moebert, name).__doc__, name
-    assert hf_moebert.__version__.count(".") == 2
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", hf_moebert.__version__)
 
 
 def test_types_are_registered_with_the_auto_classes():
@@ -29,17 +30,28 @@ def test_a_second_import_registers_again_without_harm():
     importlib.reload(hf_moebert)
 
 
-@pytest.mark.parametrize("module", ["hf_moebert", "hf_moebert.cli"])
-def test_an_import_opens_no_connection_and_draws_no_random_number(module):
-    code = f"""
+IMPORT = """
 import random, socket, sys
 def refuse(*args, **kwargs): raise AssertionError("an import opened a connection")
 socket.socket.connect = refuse
 socket.create_connection = refuse
 import numpy, torch
 before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
-import {module}
+import hf_moebert, hf_moebert.cli
 assert torch.equal(before[0], torch.get_rng_state())
 assert before[1:] == (random.getstate(), numpy.random.get_state()[1].tolist())
+print(*{"datasets", "evaluate", "fastapi", "matplotlib", "sklearn"} & sys.modules.keys())
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.process
+def test_an_import_opens_no_connection_draws_no_random_number_and_needs_little():
+    answer = subprocess.run([sys.executable, "-c", IMPORT], check=True, capture_output=True, text=True)
+    assert answer.stdout.split() == []
+
+
+def test_pictures_without_matplotlib_name_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "hf_moebert.reporting.pictures", raising=False)
+    with pytest.raises(ImportError, match=r"Pictures need matplotlib. Use `pip install hf_moebert\[plots\]`"):
+        importlib.import_module("hf_moebert.reporting.pictures")

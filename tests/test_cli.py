@@ -1,38 +1,38 @@
 """The commands as a user types them: results, and bad use answered with one line and exit code 2."""
 
-import ast
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import fields
+from functools import partial
+from importlib import metadata
 
 import pytest
-from loopback_hub import loopback_hub  # noqa: F401
+import typer
 from pruned_models import make_bert
-from safetensors.torch import save_file
 from tiny_classifiers import EXAMPLES, classifiers  # noqa: F401
 from typer.testing import CliRunner
 
 from hf_moebert import cli
+from hf_moebert.measuring import comparison
+from hf_moebert.measuring.scores import paired_bootstrap, score
+from hf_moebert.reporting import hub
+from hf_moebert.serving.app import ServingLimits
 
 
-QUICK = ["--latency_seq", "4", "--rounds", "2", "--max_length", "8"]
+QUICK = ["--latency-seq", "4", "--rounds", "2", "--max-length", "8"]
+COMMANDS = typer.main.get_command(cli.app).commands
 
 
 def invoke(*arguments):
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
-def invoke_process(*arguments, **environment):
-    """Run the command in a process of its own, without a terminal."""
-    command = [
-        sys.executable,
-        "-c",
-        "from hf_moebert.cli import app; app(prog_name='hf-moebert')",
-        *map(str, arguments),
-    ]
+def invoke_process(*arguments, code="import hf_moebert_main; hf_moebert_main.main()", **environment):
+    """Run the console script in a process of its own, without a terminal."""
     settings = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "300"} | environment
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(
         command, env=settings, stdin=subprocess.DEVNULL, capture_output=True, timeout=100, check=False
     )
@@ -43,23 +43,79 @@ def wide_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
 
 
-def test_help_loads_nothing_heavy():
-    tree = ast.parse(Path(cli.__file__).read_text(encoding="utf-8"))
-    names = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
-    names += [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
-    assert {name.partition(".")[0] for name in names} == {"json", "pathlib", "sys", "typer", "typing"}
-    for command in ([], ["measure"], ["publish"], ["footprint"], ["pack"], ["serve"]):
+@pytest.fixture
+def few_resamples(monkeypatch):
+    """Bootstrap quickly where nobody looks at an interval."""
+    monkeypatch.setattr(comparison, "score", partial(score, rounds=10))
+    monkeypatch.setattr(comparison, "paired_bootstrap", partial(paired_bootstrap, rounds=10))
+
+
+# Help
+
+
+def test_every_command_has_help():
+    assert COMMANDS.keys() == {"measure", "publish", "footprint", "pack", "serve"}
+    for command in ([], *([name] for name in COMMANDS)):
         result = invoke(*command, "--help")
         assert result.exit_code == 0
         assert "Usage" in result.stdout
 
 
-def test_measure_prints_one_table_and_writes_everything(classifiers, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_help_and_is_written_with_dashes(name):
+    for parameter in COMMANDS[name].params:
+        assert parameter.help, parameter.name
+        assert parameter.param_type_name == "argument" or not any("_" in option for option in parameter.opts)
+
+
+def test_the_limits_of_the_server_are_those_of_the_library():
+    defaults = {parameter.name: parameter.default for parameter in COMMANDS["serve"].params}
+    assert {field.name: defaults[field.name] for field in fields(ServingLimits)} == vars(ServingLimits())
+
+
+def test_version():
+    result = invoke("--version")
+    assert (result.exit_code, result.stdout) == (0, f"hf_moebert {metadata.version('hf_moebert')}\n")
+
+
+HELP_ALONE = """
+import sys
+import hf_moebert_main
+try:
+    hf_moebert_main.main()
+finally:
+    assert not {"torch", "transformers", "transformers.models", "hf_moebert"} & sys.modules.keys()
+"""
+
+
+@pytest.mark.process
+def test_help_errors_and_completion_import_no_model(tmp_path):
+    result = invoke_process("--help", code=HELP_ALONE)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b"Usage: hf-moebert" in result.stdout
+
+    result = invoke_process(
+        code=HELP_ALONE, _HF_MOEBERT_COMPLETE="complete_bash", COMP_WORDS="hf-moebert p", COMP_CWORD="1"
+    )
+    assert result.stdout.split() == [b"publish", b"pack"]
+
+    file = tmp_path / "a b é\n.json"
+    result = invoke_process("measure", tmp_path / "é", "--baseline", "b", "--validation-file", file, code=HELP_ALONE)
+    assert result.returncode == 2
+    assert result.stdout == b""
+    (line,) = result.stderr.decode().splitlines()
+    assert line.startswith("hf-moebert: Invalid value for '--validation-file'")
+
+
+# Commands
+
+
+def test_measure_prints_one_table_and_writes_everything(classifiers, few_resamples, tmp_path):  # noqa: F811
     output = tmp_path / "measurement.json"
     large, small = classifiers / "large", classifiers / "small"
     examples = classifiers / "examples.jsonl"
     result = invoke(
-        *("measure", small, "--baseline", large, "--validation_file", examples),
+        *("measure", small, "--baseline", large, "--validation-file", examples),
         *("--metric", "accuracy", "--output", output, "--optimized", "float32", *QUICK),
     )
     assert result.exit_code == 0, result.output
@@ -75,12 +131,13 @@ def test_measure_prints_one_table_and_writes_everything(classifiers, tmp_path): 
         assert shown in result.stdout
 
 
+@pytest.mark.process
 def test_measure_in_a_poor_terminal(classifiers, tmp_path):  # noqa: F811
     folder = tmp_path / "päth with spaces"
     folder.symlink_to(classifiers)
     result = invoke_process(
         *("measure", folder / "small", folder / "small", "--baseline", folder / "large"),
-        *("--validation_file", folder / "examples.jsonl", "--max_examples", 4, *QUICK),
+        *("--validation-file", folder / "examples.jsonl", "--max-examples", 4, *QUICK),
         PYTHONIOENCODING="ascii",
         PYTHONUTF8="0",
         NO_COLOR="1",
@@ -92,14 +149,7 @@ def test_measure_in_a_poor_terminal(classifiers, tmp_path):  # noqa: F811
     assert result.stdout.isascii()
 
 
-def test_a_process_says_one_line(tmp_path):
-    result = invoke_process(
-        "measure", tmp_path / "é", "--baseline", "b", "--validation_file", tmp_path / "a b é\n.json"
-    )
-    assert result.returncode == 2
-    assert result.stdout == b""
-    (line,) = result.stderr.decode().splitlines()
-    assert line.startswith("hf-moebert: Invalid value for '--validation_file'")
+# Errors
 
 
 def one_line(result):
@@ -119,13 +169,13 @@ def one_line(result):
         (["measure", "m"], "Missing option '--baseline'"),
         (["measure", "m", "--baseline", "b", "--rounds", "many"], "Invalid value for '--rounds'"),
         (["measure", "m", "--baseline", "b", "--speed"], "No such option"),
-        (["measure", "m", "--baseline", "b"], "give exactly one of --validation_file and --dataset_name"),
+        (["measure", "m", "--baseline", "b"], "give exactly one of --validation-file and --dataset-name"),
         (
-            ["measure", "m", "--baseline", "b", "--dataset_name", "d", "--output", "no/such/x.json"],
+            ["measure", "m", "--baseline", "b", "--dataset-name", "d", "--output", "no/such/x.json"],
             "the folder of --output must exist",
         ),
-        (["measure", "m", "--baseline", "b", "--validation_file", "a é.csv"], "file 'a é.csv' does not exist"),
-        (["measure", "m", "--baseline", "b", "--validation_file", "/"], "file '/' is a directory"),
+        (["measure", "m", "--baseline", "b", "--validation-file", "a é.csv"], "file 'a é.csv' does not exist"),
+        (["measure", "m", "--baseline", "b", "--validation-file", "/"], "file '/' is a directory"),
         (["publish", "no such folder", "me/small"], "`folder` must hold config.json"),
         (
             ["footprint", "no such folder"],
@@ -140,49 +190,49 @@ def test_bad_use_is_answered_with_one_line(arguments, message):
     assert message in one_line(invoke(*arguments))
 
 
+def test_an_underscore_in_an_option_is_a_dash():
+    line = one_line(invoke("serve", "m", "--max_batch", "0", "--queue-size", "1"))
+    assert "Invalid value for '--max-batch'" in line
+
+
 def test_a_model_that_is_not_there(classifiers, monkeypatch):  # noqa: F811
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     examples = classifiers / "examples.jsonl"
-    line = one_line(invoke("measure", "no/model", "--baseline", "no/model", "--validation_file", examples))
+    line = one_line(invoke("measure", "no/model", "--baseline", "no/model", "--validation-file", examples))
     assert "'no/model' cannot be loaded" in line
 
 
 def test_a_file_of_another_kind(tmp_path):
     file = tmp_path / "examples.bin"
     file.write_bytes(b"")
-    assert "must end in .json" in one_line(invoke("measure", "m", "--baseline", "b", "--validation_file", file))
+    assert "must end in .json" in one_line(invoke("measure", "m", "--baseline", "b", "--validation-file", file))
 
 
 def test_unknown_labels(classifiers, tmp_path):  # noqa: F811
     file = tmp_path / "labels.csv"
     file.write_text("text,label\na film,neutral\n")
     large = classifiers / "large"
-    assert "neutral" in one_line(invoke("measure", large, "--baseline", large, "--validation_file", file, *QUICK))
+    assert "neutral" in one_line(invoke("measure", large, "--baseline", large, "--validation-file", file, *QUICK))
 
 
-def test_models_of_one_name_are_told_apart(classifiers, tmp_path):  # noqa: F811
+def test_models_of_one_name_are_told_apart(classifiers, few_resamples, tmp_path):  # noqa: F811
     (tmp_path / "small").symlink_to(classifiers / "large")
     output = tmp_path / "out.json"
     examples = classifiers / "examples.jsonl"
     result = invoke(
-        *("measure", tmp_path / "small", "--baseline", classifiers / "small", "--validation_file", examples),
+        *("measure", tmp_path / "small", "--baseline", classifiers / "small", "--validation-file", examples),
         *("--output", output, *QUICK),
     )
     assert result.exit_code == 0, result.output
     assert set(json.loads(output.read_text())["models"]) == {str(tmp_path / "small"), str(classifiers / "small")}
 
 
-def test_publish_prints_the_commit(loopback_hub, tmp_path):  # noqa: F811
-    folder = tmp_path / "é checkpoint"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    save_file({}, folder / "model.safetensors")
-    environment = loopback_hub.environment(tmp_path)
-    result = invoke_process("publish", folder, "small", "--private", **environment)
-    assert result.returncode == 0, result.stderr
-    commit = result.stdout.decode().strip().rpartition("/")[2]
-    assert loopback_hub.files("tester/small", commit).keys() == {"config.json", "model.safetensors"}
-    assert loopback_hub.repositories["tester/small"]["private"] is True
+def test_publish_prints_the_commit(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(hub, "publish", lambda *args, **kwargs: calls.append((args, kwargs)) or "https://hub/commit/1")
+    result = invoke("publish", tmp_path, "small", "--private", "--revision", "draft")
+    assert (result.exit_code, result.stdout) == (0, "https://hub/commit/1\n")
+    assert calls == [((tmp_path, "small"), {"private": True, "revision": "draft"})]
 
 
 def test_footprint_of_a_packed_copy_is_that_of_the_model(tmp_path):

@@ -7,13 +7,18 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.colors import CenteredNorm
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+
+
+try:
+    from matplotlib import colormaps
+    from matplotlib.colors import CenteredNorm
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import MaxNLocator
+except ImportError as error:
+    raise ImportError("Pictures need matplotlib. Use `pip install hf_moebert[plots]`.") from error
 
 
 def plot_expert_load(load: Tensor, path: str | PathLike[str]) -> None:
