@@ -16,7 +16,8 @@ LEVELS = (
     ("measuring", "methods"),
     ("compress", "serving"),
     ("registration",),
-    ("__init__", "__main__", "cli"),
+    ("__init__", "cli"),
+    ("__main__",),
 )
 ROLES = ("configuration", "conversion", "functional", "modeling", "pipeline", "recipe", "training")
 BELOW = {  # the roles that a file of each role may import
