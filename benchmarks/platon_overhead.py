@@ -22,7 +22,7 @@ from transformers import BertConfig, BertForSequenceClassification, HfArgumentPa
 
 from hf_moebert import PlatonConfig
 from hf_moebert.measuring.latency import compare_times, environment, time_rounds
-from hf_moebert.methods.platon.functional import kth_smallest
+from hf_moebert.methods.platon.functional_selection import kth_smallest
 from hf_moebert.methods.platon.training_pruner import Pruner
 from hf_moebert.reporting.tables import markdown_table
 
@@ -107,18 +107,18 @@ def _status(key: str) -> int:
 def time_parts(pruner: Pruner, rounds: int) -> tuple[dict[str, np.ndarray], list[dict[str, str]]]:
     """Time each part against the peer; both must find the same threshold."""
     peer = Straightforward(pruner)
-    sizes = [piece.stop - piece.start for piece in pruner.selection.pieces]
+    sizes = [len(piece) for piece in pruner.selector.pieces]
     zeros = round((1 - pruner.config.keep_ratio) * pruner.numel)
-    threshold = partial(kth_smallest, pruner.selection._score, sizes, zeros, torch.device("cpu"))
+    threshold = partial(kth_smallest, pruner.selector._score_by_index, sizes, zeros, torch.device("cpu"))
     pruner.clock = pruner.end + 1
     pruner._renew_masks()
     ours_and_theirs = {
         "statistics, ordinary step": (partial(pruner.statistics.observe, 3), partial(peer.observe, 3)),
         "statistics, end of a window": (partial(pruner.statistics.observe, 0), partial(peer.observe, 0)),
         "exact threshold": (threshold, partial(peer.threshold, zeros)),
-        "masks applied": (pruner.mask, lambda: peer.mask(pruner.threshold)),
+        "masks applied": (pruner.apply_masks, lambda: peer.mask(pruner.threshold)),
         "masks renewed and applied": (
-            lambda: (pruner._renew_masks(), pruner.mask()),
+            lambda: (pruner._renew_masks(), pruner.apply_masks()),
             lambda: peer.mask(peer.threshold(zeros)),
         ),
     }

@@ -1,4 +1,4 @@
-"""What config.json says about models whose layers differ in width."""
+"""Configurations of models whose layers differ in width."""
 
 from typing import Any, Self
 
@@ -7,30 +7,30 @@ from transformers import BertConfig, DistilBertConfig, PreTrainedConfig, Roberta
 
 
 class ShrunkConfig(PreTrainedConfig):
-    """What the shrunk families share: the widths of each layer, in the host's `per_layer_config`.
+    """Base of the configurations of all shrunk families: the widths of each layer, in `per_layer_config`.
 
-    The widths outside of it are those of the dense model. They still say how large a head is, and they hold for the
-    layers that `per_layer_config` does not name.
+    The widths outside of `per_layer_config` are those of the dense model. They define the size of a head, and they
+    hold for the layers that `per_layer_config` does not name.
 
     Raises:
         StrictDataclassError: If a width does not exist or is not in [1, that of the dense model].
     """
 
-    unit_names = {"neurons": "intermediate_size", "heads": "num_attention_heads"}  # the family's names for the widths
+    unit_names = {"neurons": "intermediate_size", "heads": "num_attention_heads"}  # names of the widths in this family
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # Those that dataclasses generate read the global widths, which the host forbids.
+        # The generated ones read the global widths, which transformers forbids.
         cls.__eq__ = PreTrainedConfig.__eq__  # type: ignore[method-assign]
         cls.__repr__ = PreTrainedConfig.__repr__  # type: ignore[method-assign]
 
     @classmethod
     def from_dense(cls, config: PreTrainedConfig, widths: list[dict[str, int]]) -> Self:
-        """Take over everything a dense config says (head, labels, sizes) and add the widths.
+        """Copy a dense configuration (head, labels, sizes) and add the widths.
 
         Args:
-            config: Config of a dense model of the family, or of a shrunk one.
-            widths: Units of each layer, by kind.
+            config: Configuration of a dense model of the family, or of a shrunk one.
+            widths: Number of units of each layer, by kind.
         """
         dense = config.to_dict()
         for name in ("model_type", "architectures", "transformers_version", "dtype", "auto_map", "per_layer_config"):
@@ -42,24 +42,24 @@ class ShrunkConfig(PreTrainedConfig):
 
     @property
     def widths(self) -> list[dict[str, int]]:
-        """Units of each layer, by kind."""
+        """Number of units of each layer, by kind."""
         return [
             {kind: getattr(layer, name) for kind, name in self.unit_names.items()} for layer in self.per_layer_config
         ]
 
     def validate_widths(self) -> None:
-        """Refuse widths that no dense layer can be cut to."""
-        told = self.to_dict()
-        for index, layer in told.get("per_layer_config", {}).items():
+        """Refuse widths to which a dense layer cannot be cut."""
+        stored = self.to_dict()
+        for index, layer in stored.get("per_layer_config", {}).items():
             for name, value in layer.items():
                 if name not in self.unit_names.values():
                     raise ValueError(
                         f"`per_layer_config` must name only {sorted(self.unit_names.values())}, got {name!r} in layer "
                         f"{int(index)}."
                     )
-                if not 1 <= value <= told[name]:
+                if not 1 <= value <= stored[name]:
                     raise ValueError(
-                        f"`{name}` of a layer must be in [1, {told[name]}], the dense model's, got {value} in layer "
+                        f"`{name}` of a layer must be in [1, {stored[name]}], the dense model's, got {value} in layer "
                         f"{int(index)}."
                     )
 

@@ -1,9 +1,7 @@
 """Remove the zero units of a pruned model."""
 
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .modeling_shrunk import can_shrink, shrunk_classes
@@ -17,13 +15,13 @@ logger = logging.get_logger(__name__)
 def shrink(model: PreTrainedModel, *, multiple_of: int = 1) -> PreTrainedModel:
     """Remove the neurons and heads of a pruned model that contribute nothing.
 
-    A unit may go if all its columns in the matrix behind it (the second one of the feed-forward network, the output
-    of the attention) are exactly zero. The outputs stay the same up to rounding.
+    A unit can be removed if all its columns of the next matrix (the down-projection of the feed-forward network, the
+    output projection of the attention) are exactly zero. The outputs stay the same up to rounding.
 
     Args:
-        model: A stock BERT, RoBERTa, DistilBERT or ViT, or one that was shrunk before. It is not changed.
-        multiple_of: Numbers of neurons are rounded up to a multiple of this by keeping some that are zero: hardware
-            likes multiples of 8. At least so many neurons, and one head, stay in every layer.
+        model: A stock BERT, RoBERTa, DistilBERT or ViT, or a shrunk one. It is not changed.
+        multiple_of: Round the number of neurons up to a multiple of this by keeping some that are zero: kernels
+            prefer multiples of 8. At least so many neurons, and one head, stay in every layer.
 
     Returns:
         A model of the registered class with the same head, and the same dtype, device and mode.
@@ -41,7 +39,7 @@ def shrink(model: PreTrainedModel, *, multiple_of: int = 1) -> PreTrainedModel:
     if not can_shrink(model):
         raise ValueError(
             f"`model` must be one of {sorted(stock.__name__ for stock in classes)}, got {type(model).__name__}. Load "
-            "the checkpoint with one of these, or shrink its body."
+            "the checkpoint with one of these, or shrink its base model."
         )
     kept = [(group, find_kept_units(group, multiple_of=multiple_of)) for group in groups]
     if all(len(units) == group.num_units for group, units in kept):
@@ -52,7 +50,7 @@ def shrink(model: PreTrainedModel, *, multiple_of: int = 1) -> PreTrainedModel:
     widths: list[dict[str, int]] = [{} for _ in range(model.config.num_hidden_layers)]
     for group, units in kept:
         widths[group.layer][group.kind] = len(units)
-    with torch.random.fork_rng(devices=[]):  # what the host draws for a fresh model disturbs nobody
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's random numbers alone
         shrunk = cls(cls.config_class.from_dense(model.config, widths))
     shrunk.to(dtype=model.dtype, device=model.device).load_state_dict(cut_state(model, kept))
     return shrunk.train(model.training)

@@ -1,4 +1,4 @@
-"""Models whose layers differ in width: what is left of a pruned model once its zero units are removed."""
+"""Models whose layers differ in width: pruned models without their zero units."""
 
 from typing import Any
 
@@ -38,22 +38,23 @@ logger = logging.get_logger(__name__)
 
 
 def can_shrink(model: PreTrainedModel) -> bool:
-    """Whether there is a registered class for what `shrink` would leave of a model."""
+    """Check whether there is a registered class for the shrunk form of a model."""
     return type(model) in shrunk_classes() or isinstance(model, ShrunkModel)
 
 
 def shrunk_classes() -> dict[type[PreTrainedModel], type["ShrunkModel"]]:
-    return {cls.__bases__[1]: cls for cls in ShrunkModel.__subclasses__()}  # by the stock class
+    """Return the shrunk class for each stock class."""
+    return {cls.__bases__[1]: cls for cls in ShrunkModel.__subclasses__()}
 
 
 class ShrunkModel(PreTrainedModel):
-    """What all shrunk models share: layers of different widths, and how they are saved."""
+    """Base of all shrunk models: layers of different widths, and how they are saved."""
 
     config: ShrunkConfig
 
     def __init__(self, config: ShrunkConfig, *args: Any, **kwargs: Any) -> None:
         layers = config.to_dict().get("per_layer_config")
-        config.per_layer_config = None  # the host does not know it: it builds the dense model
+        config.per_layer_config = None  # transformers builds the dense model
         try:
             super().__init__(config, *args, **kwargs)
         finally:
@@ -61,11 +62,11 @@ class ShrunkModel(PreTrainedModel):
         narrow_layers(self, config.widths)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save like the host, by the modules' own names, and name the family's other classes in `auto_map`."""
+        """Save as transformers does, with the modules' own names and all classes of the family in `auto_map`."""
         family = [cls for cls in ShrunkModel.__subclasses__() if cls.config_class is self.config_class]
         code = {c._auto_class: f"{c.__module__.rpartition('.')[2]}.{c.__name__}" for c in family if c._auto_class}
         self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | code
-        kwargs.setdefault("save_original_format", False)  # the host would rename a ViT inside a head, but not a body
+        kwargs.setdefault("save_original_format", False)  # else a ViT's names would depend on its head
         super().save_pretrained(*args, **kwargs)
 
 

@@ -23,30 +23,32 @@ class PlatonConfig:
         ValueError: If a value breaks the rule in its help text; the message names rule and remedy.
 
     Source: Zhang et al. 2022, https://arxiv.org/abs/2206.12562. `sensitivity_at`, `include_bias` and
-    `reference_parity` tell the paper and its code apart. Our own design are the defaults of `beta2` and of the
-    warm-ups, which the paper chooses for each task, and `granularity`, `modules`, `min_keep` and `balance_experts`.
+    `reference_parity` switch between the paper and its code. The defaults of `beta2` and of the warm-ups, which the
+    paper chooses for each task, and `granularity`, `modules`, `min_keep` and `balance_experts` are our own design.
     """
 
     keep_ratio: float = HfArg(default=0.1, help="Share of the prunable weights kept at the end, in (0, 1].")
     initial_warmup: float = HfArg(
         default=0.08,
-        help="How long nothing is pruned at first: a share of the run if below 1, otherwise optimiser steps.",
+        help="Length of the first phase, in which nothing is pruned: a share of the run if below 1, otherwise"
+        " optimiser steps.",
     )
     final_warmup: float = HfArg(
         default=0.35,
-        help="How long the final ratio is held at the end, with the mask applied after every step: a share of the run"
-        " if below 1, otherwise optimiser steps. Above 0.",
+        help="Length of the last phase, in which the final ratio holds and the mask is applied after every step: a"
+        " share of the run if below 1, otherwise optimiser steps. Above 0.",
     )
     window: int = HfArg(
         default=10,
-        help="Optimiser steps whose mean sensitivity feeds the averages, and between masks; at least 1.",
+        help="Optimiser steps per window, whose mean sensitivity updates the averages and after which the mask is"
+        " renewed; at least 1.",
     )
     beta1: float = HfArg(default=0.85, help="Decay of the average of the sensitivity, in (0, 1).")
     beta2: float = HfArg(default=0.9, help="Decay of the average of its uncertainty, in (0, 1).")
     sensitivity_at: str = HfArg(
         default="pre_step",
-        help="Whether a gradient meets the weights it was taken at, `pre_step` as in the paper, or the updated ones,"
-        " `post_step` as in its code.",
+        help="Weights by which a gradient is multiplied: those at which it was computed, `pre_step` as in the paper,"
+        " or the updated ones, `post_step` as in its code.",
     )
     include_bias: bool = HfArg(
         default=False, help="Whether the biases of the chosen modules are pruned too, as in the paper's code."
@@ -58,14 +60,14 @@ class PlatonConfig:
     )
     granularity: str = HfArg(
         default="unstructured",
-        help="What is removed: single weights, `2:4` (two of every four along the input), or `structured` (whole"
-        " feed-forward neurons and attention heads, which `shrink` then really removes).",
+        help="What is pruned: single weights (`unstructured`), two of every four along the input (`2:4`), or whole"
+        " feed-forward neurons and attention heads (`structured`), which `shrink` then removes.",
     )
     criterion: str = HfArg(
         default="platon",
-        help="What is kept: the weights of largest sensitivity times uncertainty (`platon`), those that descent pushes"
-        " away from zero (`movement`, whose mask follows every step and lets a weight come back as it went), or the"
-        " largest (`magnitude`).",
+        help="What is kept: the weights of largest sensitivity times uncertainty (`platon`), those that gradient"
+        " descent pushes away from zero (`movement`, whose mask holds in every step and lets a weight return with its"
+        " old value), or the largest (`magnitude`).",
     )
     modules: list[str] | None = HfArg(
         default=None,
@@ -74,12 +76,13 @@ class PlatonConfig:
     )
     min_keep: float = HfArg(
         default=0.0,
-        help="Share of every single matrix that is kept whatever its scores, in [0, keep_ratio]. The paper has none.",
+        help="Share of every single matrix that is kept whatever its scores, in [0, keep_ratio]. The paper has no such"
+        " floor.",
     )
     balance_experts: bool = HfArg(
         default=True,
-        help="Whether the experts of one layer count alike, so that few tokens alone do not prune an expert. Not for"
-        " movement, whose sums have a sign.",
+        help="Whether the experts of one layer count alike, so that an expert is not pruned merely for its few tokens."
+        " Not for movement, whose sums have a sign.",
     )
 
     def __post_init__(self) -> None:
@@ -96,9 +99,9 @@ class PlatonConfig:
                 f"`modules` must list paths of modules, got {self.modules!r}. Use ['bert.encoder.layer.0'], or None"
                 " for all repeated layers."
             )
-        self._check_units()
+        self._check_granularity()
 
-    def _check_units(self) -> None:
+    def _check_granularity(self) -> None:
         if self.granularity == "2:4" and self.reference_parity:
             raise ValueError(
                 "`reference_parity` must be False with granularity '2:4', got True. It leaves one weight too many."
@@ -111,8 +114,8 @@ class PlatonConfig:
         ):
             if self.granularity == "structured" and getattr(self, name) != default:
                 raise ValueError(
-                    f"`{name}` must be {default} with granularity 'structured', got {getattr(self, name)!r}. It is"
-                    " about single weights; units take their biases with them, in every layer."
+                    f"`{name}` must be {default} with granularity 'structured', got {getattr(self, name)!r}. It"
+                    " applies to single weights; units include their biases, in every layer."
                 )
 
     def _check_ratios(self) -> None:
@@ -148,12 +151,12 @@ class PlatonConfig:
                 )
         if self.final_warmup == 0:
             raise ValueError(
-                "`final_warmup` must be above 0, got 0. The final ratio holds only where masks follow every step: use"
-                " at least 1."
+                "`final_warmup` must be above 0, got 0. The final ratio holds only where the mask is applied after"
+                " every step: use at least 1."
             )
 
     def resolve_steps(self, total_steps: int) -> tuple[int, int]:
-        """Say after which optimiser step pruning begins, and after which the final ratio is held.
+        """Return the optimiser steps after which pruning begins, and after which the final ratio holds.
 
         Args:
             total_steps: Optimiser steps of the run.
@@ -172,9 +175,9 @@ class PlatonConfig:
         return begin, end
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """Name the fields that differ from a saved recipe, with both values."""
-        mine = json.loads(json.dumps({field.name: getattr(self, field.name) for field in fields(self)}))
-        pairs = {key: (other.get(key), mine.get(key)) for key in mine | other}
+        """List the fields that differ from a saved recipe, with both values."""
+        own = json.loads(json.dumps({field.name: getattr(self, field.name) for field in fields(self)}))
+        pairs = {key: (other.get(key), own.get(key)) for key in own | other}
         return [f"{key}: {old!r} -> {new!r}" for key, (old, new) in pairs.items() if old != new]
 
 

@@ -1,4 +1,4 @@
-"""Where pruning meets the stock `Trainer`: a callback says when, what is done is imported."""
+"""The callback that prunes a model while the stock `Trainer` trains it."""
 
 import math
 from contextlib import suppress
@@ -20,31 +20,31 @@ logger = logging.get_logger(__name__)
 
 
 class PlatonPruningCallback(TrainerCallback):
-    """Zero the least important weights of a model while any stock `Trainer` trains it.
+    """Callback that sets the least important weights of a model to zero while any stock `Trainer` trains it.
 
-    After `initial_warmup` the share of kept weights falls along a cubic curve; from `final_warmup` before the end on
-    it is `keep_ratio` after every single step, so that every evaluation and checkpoint of that phase is exactly as
-    sparse as asked for. Until then nothing counts as the best model, and early stopping waits: an early, dense model
-    would always win.
+    After `initial_warmup` the share of kept weights falls along a cubic curve. In the last phase, `final_warmup`, it
+    is `keep_ratio` after every single step, so that every evaluation and checkpoint of that phase is exactly as
+    sparse as requested. Before that phase nothing counts as the best model, and early stopping waits: an early, dense
+    model would always win.
 
-    Logs hold the scheduled ratio, the real share of zeros, the threshold and the share of revived weights as
+    Logs hold the scheduled ratio, the actual share of zeros, the threshold and the share of revived weights as
     `platon_*`; `trainer.state.log_history` also holds the sparsity of each parameter. Every checkpoint gets the
-    statistics in `platon_state.safetensors`, and a resumed run goes on as if it had never stopped.
+    statistics in `platon_state.safetensors`, and a resumed run continues as if it had never stopped.
 
     Args:
         config: The recipe; by default `PlatonConfig()`.
-        resume_from: Folder of the checkpoint a run is resumed from, if it does not lie in its `output_dir`.
+        resume_from: Folder of the checkpoint from which a run is resumed, if it is not in its `output_dir`.
         allow_changes: Whether a resumed run may have another recipe or length than it began with.
 
     Raises:
         ValueError: When training begins, if nothing can be pruned, the run is too short for the schedule, the model
-            is sharded (FSDP, DeepSpeed), or the checkpoint has no fitting state.
+            is sharded (FSDP, DeepSpeed), or the checkpoint has no matching state.
         FloatingPointError: While training, if gradients stay NaN or infinite.
 
     Source: Zhang et al. 2022, https://arxiv.org/abs/2206.12562.
     """
 
-    # What `last_complete_checkpoint` must find beside the host's own files.
+    # Files that `last_complete_checkpoint` must find beside those of the Trainer.
     checkpoint_files = (STATE_FILE,)
 
     def __init__(
@@ -62,11 +62,11 @@ class PlatonPruningCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Choose what is pruned, and go on where a checkpoint left off."""
+        """Choose the parameters to prune, and load the state of a checkpoint."""
         model: nn.Module = kwargs["model"]
         refuse_sharded(model, "Pruning must see whole parameters and their gradients")
-        self.pruner = None  # its memory, before another one takes as much
-        self.pruner = Pruner(model, self.config, state.max_steps)  # anew: `train` may be called twice
+        self.pruner = None  # frees its memory before the next one allocates as much
+        self.pruner = Pruner(model, self.config, state.max_steps)  # a new one: `train` may be called twice
         if state.global_step:
             folder = Path(self.resume_from or _checkpoint(args, state))
             self.pruner.load(folder, state.global_step, allow_changes=self.allow_changes)
@@ -74,7 +74,7 @@ class PlatonPruningCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget what was the best model as long as the final ratio was not reached."""
+        """Forget the best model until the final ratio is reached."""
         if not self._running.is_final:
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
@@ -82,8 +82,8 @@ class PlatonPruningCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take in the gradients beside the weights they were taken at: the paper's order."""
-        # Asked now and not with `step_was_skipped` later: the host does not know when a fused optimizer skips a step.
+        """Take in the gradients with the weights at which they were computed: the paper's order."""
+        # Not by `step_was_skipped` later: accelerate does not know when a fused optimizer skips a step.
         self._overflow = _has_overflow(kwargs["optimizer"])
         if self.config.sensitivity_at == "pre_step" and not self._overflow:
             self._running.observe()
@@ -92,7 +92,7 @@ class PlatonPruningCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take in the gradients beside the updated weights if so asked, and zero what the schedule says."""
+        """Take in the gradients with the updated weights for `post_step`, and prune as scheduled."""
         if self._overflow:  # the clock stands still
             return
         if self.config.sensitivity_at == "post_step":
@@ -107,8 +107,8 @@ class PlatonPruningCallback(TrainerCallback):
         logs: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        """Add the figures of the pruning to what is logged of training."""
-        # Not to an evaluation's: its logs are the metrics that searches optimise and model cards print.
+        """Add the figures of the pruning to the logs of training."""
+        # Not to those of an evaluation: these are the metrics that searches optimise and model cards print.
         if self.pruner is None or not state.is_world_process_zero or logs.keys().isdisjoint({"loss", "train_loss"}):
             return
         sparsity = self.pruner.measure_sparsity()
@@ -121,7 +121,7 @@ class PlatonPruningCallback(TrainerCallback):
         }
         if math.isfinite(self.pruner.threshold):  # nothing was pruned yet, and JSON has no infinity
             logs["platon_threshold"] = self.pruner.threshold
-        # The host has copied the logs into its history before it tells callbacks.
+        # The Trainer has copied the logs into its history before it calls callbacks.
         state.log_history[-1] |= logs | {f"platon_sparsity/{name}": share for name, share in sparsity.items()}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -137,7 +137,7 @@ class PlatonPruningCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say so if training stopped before the final ratio was reached."""
+        """Warn if training stopped before the final ratio was reached."""
         if not self._running.is_final:
             left = sum(int(torch.count_nonzero(p)) for p in self._running.parameters.values()) / self._running.numel
             logger.warning(
@@ -157,11 +157,11 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _has_overflow(optimizer: Any) -> bool:
-    """Whether the loss scaler will skip this step, for an overflow in its gradients; unscales them if nobody did."""
+    """Check whether the loss scaler will skip this step for an overflow; unscale the gradients if still scaled."""
     scaler = getattr(optimizer, "scaler", None)
     if scaler is None or not scaler.is_enabled():
         return False
-    with suppress(RuntimeError):  # refused a second time: clipping does it, and so does a norm that is only logged
+    with suppress(RuntimeError):  # it refuses a second time: clipping unscales, and so does a norm that is only logged
         scaler.unscale_(optimizer.optimizer)
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     return not torch.stack([gradient.float().sum() for gradient in gradients]).isfinite().all()

@@ -1,4 +1,4 @@
-"""Which parameters of a model are pruned: chosen by the module they belong to, never by parts of their names."""
+"""The choice of the parameters to prune: by the module they belong to, never by parts of their names."""
 
 from collections.abc import Iterator
 
@@ -14,18 +14,18 @@ logger = logging.get_logger(__name__)
 
 
 def find_prunable(model: nn.Module, config: PlatonConfig) -> dict[str, nn.Parameter]:
-    """Choose the weights of linear layers and of stacked experts, and their biases if asked for.
+    """Choose the weights of linear layers and of stacked experts, with their biases for `include_bias`.
 
     Args:
         model: Any model; frozen parameters are left out, tied ones count once.
-        config: Says in which modules; by default in the repeated layers, that is inside any `nn.ModuleList` of the
-            model without its head.
+        config: The recipe, which names the modules; by default those inside any `nn.ModuleList` of the model without
+            its head, which are the repeated layers.
 
     Returns:
         Parameters by name, in the order of the model.
 
     Raises:
-        ValueError: If nothing is left; the message lists what could be chosen.
+        ValueError: If nothing is left; the message lists the possible modules.
     """
     modules = {name.replace("_orig_mod.", ""): module for name, module in model.named_modules()}  # of torch.compile
     for path in config.modules or []:
@@ -39,7 +39,7 @@ def find_prunable(model: nn.Module, config: PlatonConfig) -> dict[str, nn.Parame
     for name, module in modules.items():
         if any(name == root or name.startswith(f"{root}.") for root in roots):
             for key, parameter in _weights_of(module, config.include_bias):
-                found.setdefault(parameter, f"{name}.{key}")  # a tied parameter goes by its first name
+                found.setdefault(parameter, f"{name}.{key}")  # a tied parameter has its first name
     chosen = {name: parameter for parameter, name in found.items() if parameter.requires_grad}
     if not chosen:
         what = "all of them are frozen" if found else f"there are none in {roots or 'the model'}"
@@ -47,13 +47,13 @@ def find_prunable(model: nn.Module, config: PlatonConfig) -> dict[str, nn.Parame
     if len(chosen) < len(found):
         logger.warning(f"{len(found) - len(chosen)} of {len(found)} parameters are frozen and so not pruned.")
     if config.granularity == "2:4":
-        _refuse_odd_widths(chosen)
-        _refuse_transposed(chosen, modules)
+        _check_widths(chosen)
+        _check_orientation(chosen, modules)
     return chosen
 
 
 def find_grouped(model: nn.Module, groups: list[UnitGroup]) -> dict[str, nn.Parameter]:
-    """Choose the parameters that belong to whole units: rows and biases that feed them, columns that read them.
+    """Choose the parameters of whole units: the readers' weights and biases, and the writers' weights.
 
     Raises:
         ValueError: If one of them is frozen.
@@ -73,7 +73,7 @@ def find_grouped(model: nn.Module, groups: list[UnitGroup]) -> dict[str, nn.Para
 
 
 def _weights_of(module: nn.Module, include_bias: bool) -> Iterator[tuple[str, nn.Parameter]]:
-    # The exact types: a router is a subclass of a linear layer, and a quantised one has no weights to speak of.
+    # Exact types: a router is a subclass of a linear layer, and a quantized layer has no weights to prune.
     linear = type(module) in (nn.Linear, Conv1D)
     stacked = hasattr(module, "num_experts") and any(p.dim() == 3 for p in module.parameters(recurse=False))
     if linear or stacked:
@@ -88,7 +88,7 @@ def _choices(modules: dict[str, nn.Module]) -> str:
     return f"Choose from {', '.join(names)}, or modules around them." if names else "It has no linear layer at all."
 
 
-def _refuse_odd_widths(parameters: dict[str, nn.Parameter]) -> None:
+def _check_widths(parameters: dict[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
         if parameter.shape[-1] % 4:
             raise ValueError(
@@ -97,7 +97,7 @@ def _refuse_odd_widths(parameters: dict[str, nn.Parameter]) -> None:
             )
 
 
-def _refuse_transposed(parameters: dict[str, nn.Parameter], modules: dict[str, nn.Module]) -> None:
+def _check_orientation(parameters: dict[str, nn.Parameter], modules: dict[str, nn.Module]) -> None:
     for name in parameters:
         owner = modules[name.rpartition(".")[0]]
         if type(owner) is Conv1D or getattr(owner, "is_transposed", False):

@@ -1,4 +1,4 @@
-"""What the tests of pruning share: tiny models, tiny data, and a Trainer that leaves no traces."""
+"""Fixtures of the pruning tests: tiny models, tiny data, and a Trainer that leaves no traces."""
 
 import logging
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
-from transformers import logging as host_logging
+from transformers import logging as transformers_logging
 
 from hf_moebert.methods.platon import PlatonConfig, PlatonPruningCallback
 
@@ -29,7 +29,7 @@ def tiny_bert():
         torch.manual_seed(0)
         dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         model = BertForSequenceClassification(BertConfig(**TINY | dropout | changes))
-        model.accepts_loss_kwargs = False  # the stock head averages over a batch, whatever the host believes
+        model.accepts_loss_kwargs = False  # the stock head averages over a batch
         return model
 
     return make
@@ -44,12 +44,12 @@ def tiny_data():
 
 
 @pytest.fixture
-def warnings_of_host(caplog):
-    """What the host and this package said, also what they say once per process."""
+def caplog_of_transformers(caplog):
+    """Capture the messages of transformers and this package, also those logged once per process."""
     logging.Logger.warning_once.cache_clear()
-    host_logging.enable_propagation()
+    transformers_logging.enable_propagation()
     yield caplog
-    host_logging.disable_propagation()
+    transformers_logging.disable_propagation()
 
 
 @pytest.fixture

@@ -23,8 +23,9 @@ from transformers import Trainer, TrainingArguments
 
 from hf_moebert import DistillationTrainer, PlatonConfig, PlatonPruningCallback
 from hf_moebert.checkpoints.resuming import last_complete_checkpoint
-from hf_moebert.methods.platon import training_pruner
-from hf_moebert.methods.platon.training_pruner import STATE_FILE, Pruner
+from hf_moebert.methods.platon import training_state
+from hf_moebert.methods.platon.training_pruner import Pruner
+from hf_moebert.methods.platon.training_state import STATE_FILE
 
 
 FILES = PlatonPruningCallback.checkpoint_files
@@ -153,18 +154,21 @@ def rewrite(file, metadata=None, **state):
 
 
 BROKEN = {
-    "missing": (Path.unlink, "does not exist: its saving was cut short"),
-    "empty": (lambda file: file.write_bytes(b""), "must be a whole safetensors file"),
-    "truncated": (truncate, "must be a whole safetensors file"),
-    "header": (cut_header, "must be a whole safetensors file"),
-    "garbage": (garble, "must be a whole safetensors file"),
-    "pickle": (put_pickle, "must be a whole safetensors file"),
-    "foreign": (put_weights, "must be a whole safetensors file with the state of a pruning"),
-    "no json": (lambda file: rewrite(file, {"platon": "{"}), "must be a whole safetensors file"),
-    "a list": (lambda file: rewrite(file, {"platon": "[]"}), "must be a whole safetensors file"),
-    "no config": (lambda file: rewrite(file, {"platon": "{}"}), "must be a whole safetensors file"),
-    "no numbers": (lambda file: rewrite(file, numbers={}), "must be a whole safetensors file"),
-    "odd numbers": (lambda file: rewrite(file, numbers={"mask": 1, "clock": 10}), "must be a whole safetensors file"),
+    "missing": (Path.unlink, "does not exist: its saving was interrupted"),
+    "empty": (lambda file: file.write_bytes(b""), "must be a complete safetensors"),
+    "truncated": (truncate, "must be a complete safetensors"),
+    "header": (cut_header, "must be a complete safetensors"),
+    "garbage": (garble, "must be a complete safetensors"),
+    "pickle": (put_pickle, "must be a complete safetensors"),
+    "foreign": (put_weights, "must be a complete safetensors file with the state of a pruning run"),
+    "no json": (lambda file: rewrite(file, {"platon": "{"}), "must be a complete safetensors"),
+    "a list": (lambda file: rewrite(file, {"platon": "[]"}), "must be a complete safetensors"),
+    "no config": (lambda file: rewrite(file, {"platon": "{}"}), "must be a complete safetensors"),
+    "no numbers": (lambda file: rewrite(file, numbers={}), "must be a complete safetensors"),
+    "odd numbers": (
+        lambda file: rewrite(file, numbers={"mask": 1, "clock": 10}),
+        "must be a complete safetensors",
+    ),
 }
 
 
@@ -267,12 +271,12 @@ def test_old_checkpoints_still_go(tiny_bert, make_trainer, folder):
     assert all((path / STATE_FILE).is_file() for path in folder.iterdir())
 
 
-def test_a_folder_that_is_elsewhere_is_told(tiny_bert, make_trainer, tmp_path, warnings_of_host):
+def test_a_folder_that_is_elsewhere_is_warned_of(tiny_bert, make_trainer, tmp_path, caplog_of_transformers):
     """A hyper-parameter search saves in `run-<id>/checkpoint-<step>`."""
     trainer = make_trainer(tiny_bert(), **saving(save_steps=10))
     trainer._get_output_dir = lambda trial: str(tmp_path / "run" / "run-0")
     trainer.train()
-    assert f"{tmp_path / 'run' / 'checkpoint-10'} does not exist, so the state" in warnings_of_host.text
+    assert f"{tmp_path / 'run' / 'checkpoint-10'} does not exist, so the state" in caplog_of_transformers.text
     assert list(tmp_path.rglob(STATE_FILE)) == []
 
 
@@ -288,7 +292,7 @@ def test_a_full_disk_leaves_the_old_file(tiny_bert, make_trainer, folder, monkey
 
     make_trainer(tiny_bert(), **saving(save_steps=10)).train()
     before = (folder / "checkpoint-10" / STATE_FILE).read_bytes()
-    monkeypatch.setattr(training_pruner, "save_file", fail)
+    monkeypatch.setattr(training_state, "save_file", fail)
     with pytest.raises(
         OSError, match=r"cannot be written to .*checkpoint-10/platon_state.safetensors: .*Free some space"
     ):
@@ -327,7 +331,7 @@ def test_a_checkpoint_without_its_state_is_skipped(
     tiny_bert,
     make_trainer,
     folder,
-    warnings_of_host,
+    caplog_of_transformers,
     damage,
 ):
     whole = make_trainer(tiny_bert(), **saving(save_steps=5))
@@ -337,7 +341,7 @@ def test_a_checkpoint_without_its_state_is_skipped(
     found = last_complete_checkpoint(str(folder), files=FILES)
     assert found == str(folder / "checkpoint-10")
     for step in (15, 20):
-        assert f"checkpoint-{step} is incomplete and is skipped" in warnings_of_host.text
+        assert f"checkpoint-{step} is incomplete and is skipped" in caplog_of_transformers.text
     assert last_complete_checkpoint(str(folder)).endswith("20")  # a run without pruning does not ask for it
     resumed = make_trainer(tiny_bert())
     resumed.train(resume_from_checkpoint=found)
@@ -403,7 +407,7 @@ def die_at(place, step):
     if place == "before the state":
         Pruner.save = dying(Pruner.save)
     elif place == "before the state has its name":
-        training_pruner.os.fsync = dying(training_pruner.os.fsync)
+        training_state.os.fsync = dying(training_state.os.fsync)
     else:
         Trainer._save_optimizer_and_scheduler = dying(Trainer._save_optimizer_and_scheduler)
 

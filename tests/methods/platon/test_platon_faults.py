@@ -20,7 +20,7 @@ from two_processes import run_in_two
 
 from hf_moebert import PlatonConfig, PlatonPruningCallback
 from hf_moebert.methods.platon.training_pruner import Pruner
-from hf_moebert.methods.platon.training_selection import WeightSelection
+from hf_moebert.methods.platon.training_selection import WeightSelector
 
 
 # Overflow in half precision
@@ -29,7 +29,7 @@ from hf_moebert.methods.platon.training_selection import WeightSelection
 class Scaled(TrainerCallback):
     """Train with a loss scaler, as on a GPU, but in float32; `overflow` names optimiser steps whose loss is infinite.
 
-    The host offers no loss scaler on a CPU, so the two places where accelerate asks for it are told.
+    The Trainer uses no loss scaler on a CPU, so it is set in the two places where accelerate looks for it.
     """
 
     def __init__(self, monkeypatch, trainer, *, overflow=(), scale=2.0**14):
@@ -123,13 +123,13 @@ def test_two_callbacks_unscale_once(tiny_bert, make_trainer, monkeypatch):
     assert pruner_of(trainer).clock == 19
 
 
-def test_the_end_comes_late_after_an_overflow(tiny_bert, make_trainer, monkeypatch, warnings_of_host):
+def test_the_end_comes_late_after_an_overflow(tiny_bert, make_trainer, monkeypatch, caplog_of_transformers):
     """The clock that stood still reaches the final phase that much later, and not at all if there were too many."""
     trainer = make_trainer(tiny_bert())
     Scaled(monkeypatch, trainer, overflow=range(1, 7))
     trainer.train()
     assert pruner_of(trainer).clock == 14
-    assert "Training stopped after 14 steps, before the final ratio 0.3 was reached" in warnings_of_host.text
+    assert "Training stopped after 14 steps, before the final ratio 0.3 was reached" in caplog_of_transformers.text
 
 
 # Bad gradients
@@ -154,7 +154,7 @@ def step(pruner, seed, *, bad=None):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("position", [3, 4, 5])  # of the window that step 6 closes: its first, middle and last step
-def test_a_window_with_a_bad_gradient_is_left_out(tiny_bert, warnings_of_host, bad, position):
+def test_a_window_with_a_bad_gradient_is_left_out(tiny_bert, caplog_of_transformers, bad, position):
     pruner = make_pruner(tiny_bert())
     averages = {}
     for seed in range(1, 10):
@@ -171,17 +171,19 @@ def test_a_window_with_a_bad_gradient_is_left_out(tiny_bert, warnings_of_host, b
         torch.testing.assert_close(averages[6][key], expected, rtol=1e-6, atol=0)
         assert key[0] != "importance" or torch.equal(tensor, averages[3][key])
         assert not torch.equal(averages[9][key], averages[6][key])  # the next window counts again
-    assert warnings_of_host.text.count("A gradient was NaN or infinite: the window up to step 5 is left out.") == 1
+    assert (
+        caplog_of_transformers.text.count("A gradient was NaN or infinite: the window up to step 5 is left out.") == 1
+    )
     assert pruner.dropped == 0  # forgiven by the good window that followed
 
 
-def test_bad_gradients_in_three_windows_in_a_row_are_an_error(tiny_bert, warnings_of_host):
+def test_bad_gradients_in_three_windows_in_a_row_are_an_error(tiny_bert, caplog_of_transformers):
     pruner = make_pruner(tiny_bert())
     for seed in range(1, 9):
         step(pruner, seed, bad=math.nan if seed in (1, 4, 7) else None)
     with pytest.raises(FloatingPointError, match=r"up to step 8 some were not, in 3 windows of 3 steps in a row"):
         step(pruner, 9)
-    assert warnings_of_host.text.count("is left out") == 3
+    assert caplog_of_transformers.text.count("is left out") == 3
 
 
 def test_two_bad_windows_with_a_good_one_between_are_none(tiny_bert):
@@ -288,19 +290,19 @@ def kill_gradient_of(model, path):
     model.get_submodule(path).weight.register_hook(torch.zeros_like)
 
 
-def test_an_empty_matrix_is_told(tiny_bert, make_trainer, warnings_of_host):
+def test_an_empty_matrix_is_warned_of(tiny_bert, make_trainer, caplog_of_transformers):
     model = tiny_bert()
     kill_gradient_of(model, "bert.encoder.layer.1.attention.self.key")
     trainer = make_trainer(model)
     trainer.train()
     assert not model.bert.encoder.layer[1].attention.self.key.weight.any()
     empty = sum(not keep.any() for keep in pruner_of(trainer).keep.values())
-    assert f"Nothing is left of {empty} of the parameters. Use `min_keep`" in warnings_of_host.text
+    assert f"Nothing is left of {empty} of the parameters. Use `min_keep`" in caplog_of_transformers.text
 
 
 @pytest.mark.parametrize("criterion", ["platon", "movement", "magnitude"])
 @pytest.mark.parametrize("granularity", ["unstructured", "2:4"])
-def test_a_floor_under_every_matrix(tiny_bert, make_trainer, warnings_of_host, criterion, granularity):
+def test_a_floor_under_every_matrix(tiny_bert, make_trainer, caplog_of_transformers, criterion, granularity):
     """The others make room: the total stays exact."""
     model = tiny_bert()
     for layer in range(2):
@@ -313,14 +315,14 @@ def test_a_floor_under_every_matrix(tiny_bert, make_trainer, warnings_of_host, c
     assert zeros == round((1 - ratio) * numel)
     for keep in pruner_of(trainer).keep.values():
         assert int(keep.sum()) >= math.ceil(0.05 * len(keep))
-    assert "Nothing is left of" not in warnings_of_host.text
+    assert "Nothing is left of" not in caplog_of_transformers.text
 
 
 # A restart inside `train`
 
 
 def test_a_smaller_batch_after_running_out_of_memory_starts_anew(tiny_bert, make_trainer, monkeypatch):
-    """The host begins its loop again, with the weights as they are: nothing may be counted twice."""
+    """The Trainer begins its loop again, with the weights as they are: nothing may be counted twice."""
     trainer = make_trainer(tiny_bert(), auto_find_batch_size=True, optim="sgd")
     compute_loss, begun = trainer.compute_loss, []
 
@@ -346,12 +348,12 @@ def test_a_smaller_batch_after_running_out_of_memory_starts_anew(tiny_bert, make
         assert torch.equal(tensor, pruner_of(trainer).statistics.tensors["importance"][name])
 
 
-def test_stopping_too_early_says_how_dense_the_model_is(tiny_bert, make_trainer, warnings_of_host):
+def test_stopping_too_early_says_how_dense_the_model_is(tiny_bert, make_trainer, caplog_of_transformers):
     trainer = make_trainer(tiny_bert(), callbacks=[StopAt(9)])
     trainer.train()
     zeros, numel = count_all_zeros(trainer.model)
     assert 0 < zeros < numel
-    assert f"{1 - zeros / numel:.1%} of the weights are not zero" in warnings_of_host.text
+    assert f"{1 - zeros / numel:.1%} of the weights are not zero" in caplog_of_transformers.text
 
 
 # Two processes
@@ -397,16 +399,16 @@ def be_one_of_two(folder):
     assert trainer.args.world_size == 2
     save_file(found, folder / f"{rank}.safetensors")
     if rank == 1:
-        select = WeightSelection.select_
+        update_masks_ = WeightSelector.update_masks_
 
-        def select_another(self, masks, ratio):
-            selection = select(self, masks, ratio)
+        def keep_another_(self, masks, ratio):
+            selection = update_masks_(self, masks, ratio)
             if ratio < 0.6:  # only after a while
                 mask = next(iter(masks.values()))
                 mask[5] = ~mask[5]
             return selection
 
-        WeightSelection.select_ = select_another
+        WeightSelector.update_masks_ = keep_another_
     try:
         prune(folder / "run", 4)
     except RuntimeError as error:

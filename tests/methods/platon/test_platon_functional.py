@@ -8,19 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from hf_moebert.methods.platon import functional
+from hf_moebert.methods.platon import functional, functional_selection
 from hf_moebert.methods.platon.functional import (
     apply_mask_,
-    balance_factors,
-    best_two_of_four,
     checksum,
     close_window_,
-    count_zeros,
-    kth_smallest,
-    select_,
     sensitivity,
     update_movement_,
     update_window_,
+)
+from hf_moebert.methods.platon.functional_selection import (
+    balance_factors,
+    best_two_of_four,
+    count_zeros,
+    keep_largest_,
+    kth_smallest,
 )
 
 
@@ -40,7 +42,7 @@ SCORES = arrays(
 def chunk_size(request, monkeypatch):
     if request.param == "many chunks":
         monkeypatch.setattr(functional, "CPU_CHUNK", 8)
-        monkeypatch.setattr(functional, "SAMPLE", 16)
+        monkeypatch.setattr(functional_selection, "SAMPLE_SIZE", 16)
 
 
 def score_of(pieces):
@@ -126,7 +128,7 @@ def test_half_precision_is_multiplied_in_single_precision():
     assert torch.equal(window, exact)
 
 
-def test_movement_grows_where_descent_leads_away_from_zero():
+def test_movement_grows_where_descent_moves_away_from_zero():
     movement = torch.zeros(4)
     weight, gradient = torch.tensor([1.0, 1.0, -1.0, -1.0]), torch.tensor([-2.0, 3.0, 4.0, -5.0])
     update_movement_(movement, weight, gradient)
@@ -155,7 +157,7 @@ def test_the_threshold_is_exact_at_size(zero_share, chunk_size):
         assert kth_smallest(score_of(pieces), [len(p) for p in pieces], k, CPU)[0] == float(scores.kthvalue(k).values)
 
 
-def test_a_sample_that_misleads_is_not_believed():
+def test_a_misleading_sample_does_not_change_the_result():
     """Every score that the sample meets is large, so that its bracket is wrong at first."""
     stride = 1000 // 16 // 6 * 6 + 1
     scores = torch.linspace(0, 1, 1000)
@@ -170,7 +172,7 @@ def test_a_rank_must_exist(k):
         kth_smallest(score_of([torch.rand(10)]), [10], k, CPU)
 
 
-def test_what_is_no_number_is_not_ranked():
+def test_nan_is_not_ranked():
     with pytest.raises(FloatingPointError, match="must give numbers, got NaN"):
         kth_smallest(score_of([torch.tensor([1.0, math.nan, math.nan])]), [3], 3, CPU)
 
@@ -181,7 +183,7 @@ def test_exactly_so_many_zeros_and_they_are_the_smallest(scores, data):
     zeros = data.draw(st.integers(0, len(scores)))
     pieces = cut(scores)
     keep = [torch.zeros(len(p), dtype=torch.bool) for p in pieces]
-    threshold, revived, emptied = select_(keep, score_of(pieces), zeros)
+    threshold, revived, emptied = keep_largest_(keep, score_of(pieces), zeros)
     kept, flat = torch.cat(keep), torch.as_tensor(scores)
     assert int((~kept).sum()) == zeros
     expected = torch.ones_like(kept)
@@ -189,18 +191,18 @@ def test_exactly_so_many_zeros_and_they_are_the_smallest(scores, data):
     assert torch.equal(kept, expected)
     assert revived == len(scores) - zeros
     assert emptied == sum(not mask.any() for mask in keep)
-    assert select_(keep, score_of(pieces), zeros).revived == 0
+    assert keep_largest_(keep, score_of(pieces), zeros).revived == 0
     assert kept.all() or not kept.any() or threshold == float(flat[kept].min())
 
 
 def test_the_papers_code_keeps_one_more_and_all_of_a_tie():
     keep = [torch.zeros(1000, dtype=torch.bool)]
     scores = torch.randperm(1000).float()
-    select_(keep, score_of([scores]), 800, reference=True)
+    keep_largest_(keep, score_of([scores]), 800, reference_parity=True)
     assert int((~keep[0]).sum()) == 799
     scores[:] = 0
     scores[900:] = 1
-    select_(keep, score_of([scores]), 800, reference=True)
+    keep_largest_(keep, score_of([scores]), 800, reference_parity=True)
     assert keep[0].all()
 
 

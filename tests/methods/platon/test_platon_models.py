@@ -1,4 +1,4 @@
-"""The callback on the families of the host and on our own model: what is chosen, and what becomes zero."""
+"""The callback on stock families and on our own model: what is chosen, and what becomes zero."""
 
 import copy
 
@@ -252,13 +252,13 @@ def test_a_model_without_linear_layers_is_refused():
         find_prunable(torch.nn.Sequential(torch.nn.LayerNorm(4)), PlatonConfig())
 
 
-def test_frozen_layers_stay_what_they_are(tiny_bert, make_trainer, warnings_of_host):
+def test_frozen_layers_stay_what_they_are(tiny_bert, make_trainer, caplog_of_transformers):
     model = tiny_bert()
     model.bert.encoder.layer[0].requires_grad_(False)
     before = copy.deepcopy(model.bert.encoder.layer[0].state_dict())
     trainer = make_trainer(model)
     trainer.train()
-    assert "6 of 12 parameters are frozen and so not pruned" in warnings_of_host.text
+    assert "6 of 12 parameters are frozen and so not pruned" in caplog_of_transformers.text
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.bert.encoder.layer[0].state_dict().items())
     assert count_zeros_of(pruner_of(trainer).parameters.values()) == round(0.7 * 2048)
 
@@ -316,7 +316,7 @@ def test_a_tie_between_layers_is_one_mask(tiny_bert, make_trainer):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # of peft
-def test_adapters_are_pruned_and_what_they_adapt_is_not(tiny_bert, make_trainer, tmp_path, warnings_of_host):
+def test_adapters_are_pruned_and_what_they_adapt_is_not(tiny_bert, make_trainer, tmp_path, caplog_of_transformers):
     """The frozen weights cannot be: they have no gradients. What is left to prune are the adapters' own matrices."""
 
     def adapted():
@@ -326,7 +326,7 @@ def test_adapters_are_pruned_and_what_they_adapt_is_not(tiny_bert, make_trainer,
     before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     trainer = make_trainer(model, save_strategy="steps", save_steps=10)
     trainer.train()
-    assert "12 of 20 parameters are frozen and so not pruned" in warnings_of_host.text
+    assert "12 of 20 parameters are frozen and so not pruned" in caplog_of_transformers.text
     assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in before.items())
     parameters = pruner_of(trainer).parameters
     assert all(".lora_" in name for name in parameters)

@@ -44,7 +44,7 @@ from transformers import (
     ViTModel,
     pipeline,
 )
-from transformers import logging as host_logging
+from transformers import logging as transformers_logging
 from transformers.exporters import OnnxConfig, OnnxExporter
 
 from hf_moebert.measuring.footprint import measure_footprint
@@ -122,8 +122,8 @@ def make_inputs(family, rows=3):
 def outputs(model, inputs):
     """All layers' hidden states and the head's output, in float64: products of other shapes round differently."""
     inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
-    told = copy.deepcopy(model).double()(**inputs, output_hidden_states=True)
-    return [*told.hidden_states, told[0]]
+    found = copy.deepcopy(model).double()(**inputs, output_hidden_states=True)
+    return [*found.hidden_states, found[0]]
 
 
 def assert_same(one, other, atol=1e-6, rtol=1e-6):
@@ -146,15 +146,15 @@ def test_a_model_without_zeros_stays_what_it_is(family, cls):
     assert all(torch.equal(a, b) for a, b in zip(outputs(dense, inputs), outputs(shrunk, inputs), strict=True))
 
 
-def test_nothing_to_remove_is_told(caplog):
+def test_nothing_to_remove_is_warned_of(caplog):
     logging.Logger.warning_once.cache_clear()  # said once per process, perhaps in a test before this one
-    host_logging.enable_propagation()
+    transformers_logging.enable_propagation()
     try:
         shrink(build("bert", BertForMaskedLM), multiple_of=48)
         assert not caplog.records  # heads went
         shrink(build("bert", BertForMaskedLM, pruned={"neurons": [range(9)] * 3, "heads": [[]] * 3}), multiple_of=48)
     finally:
-        host_logging.disable_propagation()
+        transformers_logging.disable_propagation()
     assert "No neuron and no head of the BertForMaskedLM can be removed" in caplog.text
 
 
@@ -275,9 +275,9 @@ def test_a_fresh_model_has_the_widths_its_config_names():
     model = AutoModel.from_config(config)
     widths = [{"neurons": 48, "heads": 4}, {"neurons": 8, "heads": 1}, {"neurons": 48, "heads": 3}]
     assert model.config.widths == widths
-    told = [g.num_units for g in find_unit_groups(model)]
-    assert told == [number for width in widths for number in width.values()]
-    assert 0.015 < model.transformer.layer[1].ffn.lin1.weight.std() < 0.025  # the host's initialisation
+    found = [g.num_units for g in find_unit_groups(model)]
+    assert found == [number for width in widths for number in width.values()]
+    assert 0.015 < model.transformer.layer[1].ffn.lin1.weight.std() < 0.025  # as transformers initialises
     assert not model.transformer.layer[1].ffn.lin1.bias.any()
 
 
@@ -295,14 +295,14 @@ if trust:
     sys.modules["hf_moebert"] = None  # importing it fails
 else:
     import hf_moebert
-told = {}
+found = {}
 for folder in pathlib.Path(sys.argv[1]).iterdir():
     family, auto = folder.name.split("-")
     inputs = {name: torch.tensor(value) for name, value in json.loads((folder / "inputs.json").read_text()).items()}
     model = globals()[auto].from_pretrained(folder, trust_remote_code=trust)
     outputs = model(**inputs, output_hidden_states=True)
     assert len(outputs.hidden_states) == 4
-    told[folder.name] = outputs[0].tolist()
+    found[folder.name] = outputs[0].tolist()
     if trust:
         assert model.__module__.startswith("transformers_modules."), model.__module__
         body = AutoModel.from_pretrained(folder, trust_remote_code=True)
@@ -311,8 +311,8 @@ for folder in pathlib.Path(sys.argv[1]).iterdir():
         model.save_pretrained(again)
         loaded = globals()[auto].from_pretrained(again, trust_remote_code=True)
         assert torch.equal(loaded(**inputs)[0], model(**inputs)[0])
-print()  # the host's question whether to trust stands on this line
-print(json.dumps(told))
+print()  # the question of transformers whether to trust is on this line
+print(json.dumps(found))
 """
 
 
@@ -327,7 +327,7 @@ def test_another_process_loads_them(tmp_path, how):
         folder = tmp_path / "models" / f"{family}-{auto if cls is not ViTModel else 'AutoModel'}"
         shrunk, inputs = shrink(build(family, cls)), make_inputs(family)
         shrunk.save_pretrained(folder)
-        files = {"configuration_shrunk.py", "modeling_shrunk.py", "modeling_structure.py"}
+        files = {"configuration_shrunk.py", "modeling_shrunk.py", "modeling_units.py"}
         assert {file.name for file in folder.glob("*.py")} == files
         (folder / "inputs.json").write_text(json.dumps({name: value.tolist() for name, value in inputs.items()}))
         wanted[folder.name] = shrunk(**inputs)[0]
@@ -341,9 +341,9 @@ def test_another_process_loads_them(tmp_path, how):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told.keys() == wanted.keys()
-    for name, value in told.items():
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
         torch.testing.assert_close(torch.tensor(value), wanted[name], atol=1e-5, rtol=1e-5)
 
 

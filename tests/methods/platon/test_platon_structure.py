@@ -87,7 +87,7 @@ def test_nothing_goes_where_nothing_is_zero(build):
 
 
 @pytest.mark.parametrize("family", LAYOUTS)
-def test_groups_are_told_by_layer_and_kind(build, family):
+def test_groups_are_ordered_by_layer_and_kind(build, family):
     groups = find_unit_groups(build(family))
     kinds = ("neurons", "heads") if family in ("bert", "roberta", "distilbert", "vit") else ("neurons",)
     assert [(group.layer, group.kind) for group in groups] == [(layer, kind) for layer in (0, 1) for kind in kinds]

@@ -158,7 +158,8 @@ def test_the_mask_of_the_final_phase_is_cached_and_right(tiny_bert, make_trainer
         renew = Pruner._renew_masks
         monkeypatch.setattr(Pruner, "_renew_masks", lambda self: (renewed.append(self.clock), renew(self))[1])
         if always:
-            monkeypatch.setattr(Pruner, "mask", lambda self, mask=Pruner.mask: (renew(self), mask(self))[1])
+            apply = Pruner.apply_masks
+            monkeypatch.setattr(Pruner, "apply_masks", lambda self: (renew(self), apply(self))[1])
         trainer.train()
         monkeypatch.undo()
         return trainer.model, renewed
@@ -419,7 +420,7 @@ def test_logs(tiny_bert, make_trainer):
 
 
 def test_reporters_see_the_figures_of_a_callback_that_comes_first(tiny_bert, make_trainer):
-    """The line of the README; the host puts its reporters before the callbacks of the user."""
+    """The line of the README; the Trainer puts its reporters before the user's callbacks."""
     seen = []
 
     class Reporter(TrainerCallback):
