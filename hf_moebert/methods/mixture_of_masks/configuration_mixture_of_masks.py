@@ -1,4 +1,4 @@
-"""What config.json says about masked feed-forward networks, and about what is left of them."""
+"""Configurations of models with masked feed-forward networks, and of their compact form."""
 
 import math
 from dataclasses import dataclass
@@ -21,33 +21,33 @@ BUDGETS = ("global", "layer")
 
 @dataclass(kw_only=True)
 class MoMFields:
-    """What all configs of this folder add to the host's.
+    """The fields that all configurations of this method add to those of the base class.
 
-    Once a model is compact, `per_layer_config` says what is left of each block: under the host's own name of the
-    width (`intermediate_size`, `n_inner`, `d_ff`) the units that run for every token, under `expert_sizes` those of
-    each expert besides. With one expert that is the host's standard for layers of different widths.
+    In a compact model, `per_layer_config` holds the sizes of each block: the number of units that run for every token
+    under the base class's own name of the width (`intermediate_size`, `n_inner`, `d_ff`), and the number of further
+    units of each expert under `expert_sizes`. With one expert this is the standard of transformers for layers of
+    different widths.
 
     Args:
-        num_experts: Masks of each block, 1 to 64; with 1 there is no router.
-        num_experts_per_tok: Masks that a token uses.
-        group_size: Neighbouring units that share a mask.
-        mask_stage: `learned` (scores are trained), `fixed` (masks are 0 or 1) or `shrink` (what they close is gone).
-        mask_budget: Whether the share of units in use is that of all blocks (`global`) or of each (`layer`).
+        num_experts: Number of masks of each block, 1 to 64; with 1 there is no router.
+        num_experts_per_tok: Number of masks that a token uses.
+        group_size: Number of neighbouring units that share a mask.
+        mask_stage: `learned` (scores are trained), `fixed` (masks are 0 or 1) or `compact` (closed units are removed).
+        mask_budget: Whether the target sparsity holds for all blocks together (`global`) or for each (`layer`).
         router_aux_loss_coef: Weight of the balance loss of the routers while training.
-        masked_layers: Blocks that have masks, ascending from 0, in T5 counted through the encoder and then through
-            the decoder; `None` masks all.
+        layers: Blocks that have masks, ascending from 0; T5 counts its encoder and then its decoder. `None` masks all.
         expert_sizes: Only in `per_layer_config`.
 
     Raises:
         StrictDataclassError: If a value has the wrong type or breaks a rule; the message names rule and remedy.
 
-    Source: Liu et al. 2025, "Masks Can be Learned as an Alternative to Experts", ACL, have masks as experts; the
-    fields are our own design.
+    Source: Liu et al. 2025, "Masks Can be Learned as an Alternative to Experts", ACL, for masks as experts; the fields
+    are our own design.
     """
 
     dense_model_type: ClassVar[str]
     width_name: ClassVar[str] = "intermediate_size"
-    base_model_tp_plan = None  # the host's plan names modules that are not here, and would leave masks whole
+    base_model_tp_plan = None  # the base class's plan names missing modules, and would not shard masks
 
     num_experts: int = 4
     num_experts_per_tok: int = 1
@@ -55,21 +55,23 @@ class MoMFields:
     mask_stage: str = "learned"
     mask_budget: str = "global"
     router_aux_loss_coef: float | int = 0.01
-    masked_layers: list[int] | None = None
+    layers: list[int] | None = None
     expert_sizes: list[int] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # Those that dataclasses generate read the global widths, which the host forbids.
+        names: dict[str, str] = cls.attribute_map  # type: ignore[attr-defined]  # of the base class
+        cls.attribute_map = names | {"masked_layers": "layers"}  # type: ignore[attr-defined]  # its name in 0.1.0
+        # The generated ones read the global widths, which transformers forbids.
         cls.__eq__ = PreTrainedConfig.__eq__  # type: ignore[method-assign]
         cls.__repr__ = PreTrainedConfig.__repr__  # type: ignore[method-assign]
 
     @classmethod
     def from_dense(cls, config: PreTrainedConfig, **fields: Any) -> Self:
-        """Take over everything a dense model's config says and add the masks.
+        """Copy the configuration of a dense model and add the masks.
 
         Args:
-            config: Config of a model of the host's architecture, or of this class.
+            config: Configuration of a model of the base class, or of this class.
             **fields: Fields of this class.
         """
         dense = config.to_dict()
@@ -79,17 +81,17 @@ class MoMFields:
 
     @property
     def num_blocks(self) -> int:
-        """How many blocks with a feed-forward network there are."""
-        return self.num_hidden_layers  # type: ignore[attr-defined]  # of the host
+        """Number of blocks with a feed-forward network."""
+        return self.num_hidden_layers  # type: ignore[attr-defined]  # of the base class
 
     @property
     def blocks(self) -> list[int]:
         """The blocks that have masks, ascending."""
-        return list(range(self.num_blocks)) if self.masked_layers is None else self.masked_layers
+        return list(range(self.num_blocks)) if self.layers is None else self.layers
 
     def block_sizes(self, block: int) -> tuple[int | None, list[int]]:
-        """Return how many units of a compact block run for every token, and how many of each expert besides."""
-        layer = self.per_layer_config[block]  # type: ignore[attr-defined]  # of the host
+        """Return how many units of a compact block run for every token, and how many more each expert has."""
+        layer = self.per_layer_config[block]  # type: ignore[attr-defined]  # of the base class
         return getattr(layer, self.width_name), layer.expert_sizes or []
 
     def write_sizes(self, sizes: dict[int, tuple[int, list[int]]]) -> dict[int, dict[str, Any]]:
@@ -100,13 +102,13 @@ class MoMFields:
         }
 
     def validate_masks(self) -> None:
-        """Refuse masks that do not exist."""
+        """Refuse values that break a rule."""
         if not 1 <= self.num_experts <= 64:
             raise ValueError(f"`num_experts` must be in [1, 64], got {self.num_experts}. Use 4, or leave it out.")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
-                f"`top_k` must be in [1, {self.num_experts}], the number of experts, got {self.num_experts_per_tok}. "
-                "Use 1."
+                f"`num_experts_per_tok` (`top_k` of `from_dense`) must be in [1, {self.num_experts}], the number of "
+                f"experts, got {self.num_experts_per_tok}. Use 1."
             )
         if self.group_size < 1:
             raise ValueError(f"`group_size` must be at least 1, got {self.group_size}. Use 8 for widths of 8.")
@@ -121,8 +123,7 @@ class MoMFields:
                 f"`router_aux_loss_coef` must be finite and >= 0, got {self.router_aux_loss_coef}. Use 0.01, or 0 "
                 "for no balance loss."
             )
-
-        if self.chunk_size_feed_forward:  # type: ignore[attr-defined]  # of the host
+        if self.chunk_size_feed_forward:  # type: ignore[attr-defined]  # of the base class
             raise ValueError(
                 "`chunk_size_feed_forward` must be 0, because routers see all tokens of a batch at once, got "
                 f"{self.chunk_size_feed_forward}. Leave it out."  # type: ignore[attr-defined]
@@ -133,7 +134,7 @@ class MoMFields:
         blocks = self.blocks
         if not blocks or blocks != sorted(set(blocks)) or any(not 0 <= block < self.num_blocks for block in blocks):
             raise ValueError(
-                f"`masked_layers` must name blocks from 0 to {self.num_blocks - 1}, ascending and each once, got "
+                f"`layers` must name blocks from 0 to {self.num_blocks - 1}, ascending and each once, got "
                 f"{blocks}. Leave it out to mask all."
             )
 
@@ -191,7 +192,7 @@ class MoMBertConfig(MoMFields, BertConfig):
 class MoMT5Config(MoMFields, T5Config):
     """Configuration of a T5 with masked feed-forward networks, with the arguments of `T5Config`.
 
-    The host's `per_layer_config` counts layers of the encoder: the sizes of the decoder's are in the same entries.
+    `per_layer_config` counts the layers of the encoder: the sizes of the decoder are in the same entries.
 
     Args:
         d_ff_of_decoder: Only in `per_layer_config`.
@@ -207,7 +208,7 @@ class MoMT5Config(MoMFields, T5Config):
 
     @property
     def num_blocks(self) -> int:
-        """How many blocks encoder and decoder have."""
+        """Number of blocks of encoder and decoder."""
         return self.num_layers + self.num_decoder_layers
 
     def block_sizes(self, block: int) -> tuple[int | None, list[int]]:
@@ -225,8 +226,8 @@ class MoMT5Config(MoMFields, T5Config):
         """
         if self.num_decoder_layers > self.num_layers:
             raise ValueError(
-                f"A T5 to compact must have no more decoder layers than its {self.num_layers} encoder layers, got "
-                f"{self.num_decoder_layers}: `per_layer_config` has no place for them. Keep it masked."
+                f"A T5 to shrink must have no more decoder layers than its {self.num_layers} encoder layers, got "
+                f"{self.num_decoder_layers}: `per_layer_config` has no place for them. Keep the masks."
             )
         entries: dict[int, dict[str, Any]] = {}
         for block, entry in super().write_sizes(sizes).items():

@@ -1,4 +1,4 @@
-"""The ways into and out of masks: a dense model gets them, and what fixed masks close is removed."""
+"""Conversion of a dense model to one with masks, and of fixed masks to a smaller model."""
 
 import copy
 from collections.abc import Iterable
@@ -42,44 +42,39 @@ def from_dense(
     masks: Tensor | None = None,
     seed: int = 0,
 ) -> MoMModel:
-    """Give the feed-forward networks of a dense model masks for experts, all open: at first it stays what it is.
+    """Add masks for experts to the feed-forward networks of a dense model, all open: its outputs stay the same.
 
     Args:
         model: Llama, Mistral, Qwen2, Qwen3 or GPT-2 with its language modelling head, T5, or BERT for sequence
             classification. It is not changed.
-        num_experts: Masks of each block; with 1 there is no router, and units are only pruned.
-        top_k: Masks that a token uses.
-        group_size: Neighbouring units that share a mask.
-        budget: `global` or `layer`: whether the share of units in use is that of all blocks or of each.
+        num_experts: Number of masks of each block; with 1 there is no router, and units are only pruned.
+        top_k: Number of masks that a token uses.
+        group_size: Number of neighbouring units that share a mask.
+        budget: Whether the target sparsity holds for all blocks together (`global`) or for each (`layer`).
         router_aux_loss_coef: Weight of the balance loss of the routers.
-        layers: Blocks that get masks, by default all; see `MoMFields.masked_layers`.
-        initial_score: Of the masks. Without noise all are 1 from 2.4 on; while they are learned, 3 is open with a
-            probability of 0.990 and 1 with 0.80, 10 with 0.99999 and 0.9998, but takes longer to close.
-        importance: Score of each unit, from `measure_unit_importance`. Then the masks of the least important units
-            start at `initial_score` and those of the others above it, in order, so that the least important are the
-            first to close; what is learned afterwards may overrule it. `(layers, units)`.
+        layers: Blocks that get masks, by default all; T5 counts its encoder and then its decoder.
+        initial_score: Initial score of the masks. From 2.4 on, all masks are 1 without noise. With noise, a mask of
+            score 3 is open with a probability of 0.990 and exactly 1 with 0.80; a mask of score 10 with 0.99999 and
+            0.9998, but it takes longer to close.
+        importance: Score of each unit, from `measure_unit_importance`. The masks of the least important units start at
+            `initial_score` and those of the others above it, in order, so that the least important ones close first,
+            unless training overrules it. `(layers, units)`.
         masks: Masks that are fixed from the start instead of learned, such as those of `functional_plans`. Bool,
             `(layers, experts, units)`.
-        seed: Of scores and routers.
+        seed: Seed of scores and routers.
 
     Returns:
-        The new model in eval mode, with the dense model's dtypes, devices and frozen weights; scores and routers are
-        in float32.
+        The new model in eval mode, with the dtypes, devices and frozen weights of the dense one; scores and routers
+        are in float32.
 
     Raises:
         ValueError: If the model, masks or importance do not fit.
         StrictDataclassError: If an option breaks a rule of `MoMFields`.
 
-    Source: Liu et al. 2025, "Masks Can be Learned as an Alternative to Experts", ACL: masks as experts, all active
-    at the start. The options are our own design.
+    Source: Liu et al. 2025, "Masks Can be Learned as an Alternative to Experts", ACL, for masks as experts that
+    are all active at the start. The options are our own design.
     """
-    classes = masked_classes()
-    cls = classes.get(type(model))
-    if cls is None:
-        raise ValueError(
-            f"`model` must be one of {sorted(stock.__name__ for stock in classes)}, got {type(model).__name__}. "
-            "Load a dense checkpoint with one of these, and merge adapters."
-        )
+    cls = _find_class(model)
     _check_dense(model)
     _check_scores(initial_score, importance, masks)
     config = cls.config_class.from_dense(
@@ -90,32 +85,43 @@ def from_dense(
         mask_stage="learned" if masks is None else "fixed",
         mask_budget=budget,
         router_aux_loss_coef=router_aux_loss_coef,
-        masked_layers=layers,
+        layers=layers,
     )
     if isinstance(config, MoMT5Config) and config.num_decoder_layers > config.num_layers:
-        logger.warning("The decoder is deeper than the encoder: `shrink` cannot write its widths down.")
+        logger.warning("The decoder is deeper than the encoder: `shrink` will refuse this model.")
     found = find_feed_forwards(model)
     masked = _build(cls, config)
     networks = list(masked.masked_networks().values())
     generator = torch.Generator().manual_seed(seed)
-    head_starts = torch.zeros(len(networks)) if importance is None else _head_start(networks, config, importance)
-    for network, head_start in zip(networks, head_starts, strict=True):
-        for part in (dense := found[network.block]).layout.matrices:
+    offsets = torch.zeros(len(networks)) if importance is None else _score_offsets(networks, config, importance)
+    for network, offset in zip(networks, offsets, strict=True):
+        dense = found[network.block]
+        for part in dense.layout.matrices:
             copy_units(getattr(network, part), dense.part(part))
         if network.masks.scores is not None:
             network.masks.reset_parameters(initial_score, generator)
-            network.masks.learned.add_(head_start)
+            network.masks.learned.add_(offset)
         if network.router is not None:
             network.router.weight.normal_(std=ROUTER_STD, generator=generator)
     if masks is not None:
         _set_masks(networks, config, masks)
     replaced = [path for network in networks for path in found[network.block].matrix_paths]
-    return _take_over(masked, model, replaced=replaced, done=[*masked.networks(), "budget"])
+    return _copy_rest(masked, model, replaced=replaced, done=[*masked.networks(), "budget"])
+
+
+def _find_class(model: PreTrainedModel) -> type[MoMModel]:
+    classes = masked_classes()
+    if type(model) not in classes:
+        raise ValueError(
+            f"`model` must be one of {sorted(stock.__name__ for stock in classes)}, got {type(model).__name__}. "
+            "Load a dense checkpoint with one of these, and merge adapters."
+        )
+    return classes[type(model)]
 
 
 def _check_dense(model: PreTrainedModel) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("`model` must hold its weights in memory, some are elsewhere. Load it without offloading.")
+        raise ValueError("`model` must hold its weights in memory, some are offloaded. Load it without offloading.")
     if model.config.is_heterogeneous:
         raise ValueError(
             f"`model` must have layers of equal widths, got {model.config.to_dict()['per_layer_config']} as its "
@@ -127,8 +133,8 @@ def _check_scores(initial_score: float, importance: Tensor | None, masks: Tensor
     high = HIGHEST_SCORE - (0 if importance is None else IMPORTANCE_SPREAD)
     if type(initial_score) not in (int, float) or not LOWEST_SCORE <= initial_score <= high:
         raise ValueError(
-            f"`initial_score` must be in [{LOWEST_SCORE}, {high:g}], got {initial_score!r}: below masks are not open, "
-            f"and above they could not close, for want of a gradient. Leave it out for {INITIAL_SCORE:g}."
+            f"`initial_score` must be in [{LOWEST_SCORE}, {high:g}], got {initial_score!r}: lower scores "
+            f"are not open, and higher ones have no gradient to close. Leave it out for {INITIAL_SCORE:g}."
         )
     if importance is not None and masks is not None:
         raise ValueError("`importance` must be left out with `masks`, which are fixed already. Give one of them.")
@@ -137,10 +143,10 @@ def _check_scores(initial_score: float, importance: Tensor | None, masks: Tensor
             raise ValueError(f"`{name}` must be a tensor, got {type(value).__name__}. Use `torch.as_tensor`.")
 
 
-def _head_start(networks: list[MaskedFeedForward], config: MoMFields, importance: Tensor) -> Tensor:
-    """Spread the scores of groups evenly, in the order of their importance, `(layers, 1, groups)`."""
+def _score_offsets(networks: list[MaskedFeedForward], config: MoMFields, importance: Tensor) -> Tensor:
+    """Compute what is added to the scores of groups, evenly spread by importance, `(layers, 1, groups)`."""
     wanted = (len(networks), matrix_of(networks[0].down).shape[1])
-    if len(importance) == config.num_blocks:  # as it is measured; not all blocks may have masks
+    if len(importance) == config.num_blocks:  # as measured, although not all blocks may have masks
         importance = importance[config.blocks]
     if importance.shape != wanted or not importance.isfinite().all():
         raise ValueError(
@@ -153,7 +159,7 @@ def _head_start(networks: list[MaskedFeedForward], config: MoMFields, importance
 
 
 def _set_masks(networks: list[MaskedFeedForward], config: MoMFields, masks: Tensor) -> None:
-    """Fix masks `(layers, experts, units)` that were made elsewhere."""
+    """Fix given masks, `(layers, experts, units)`."""
     wanted = (len(networks), config.num_experts, matrix_of(networks[0].down).shape[1])
     if masks.dtype != torch.bool or masks.shape != wanted:
         raise ValueError(
@@ -163,7 +169,7 @@ def _set_masks(networks: list[MaskedFeedForward], config: MoMFields, masks: Tens
     groups = masks.unflatten(-1, (-1, config.group_size))  # (layers, experts, groups, units of one)
     if (groups.any(dim=-1) != groups.all(dim=-1)).any():
         raise ValueError(
-            f"`masks` must be alike for the {config.group_size} units of a group. Leave `group_size` out for 1."
+            f"`masks` must be equal for the {config.group_size} units of a group. Leave `group_size` out for 1."
         )
     if not (opens := masks.any(dim=-1)).all():
         place = (~opens).nonzero()[0].tolist()
@@ -176,12 +182,12 @@ def _set_masks(networks: list[MaskedFeedForward], config: MoMFields, masks: Tens
 def shrink(model: MoMModel) -> MoMModel:
     """Remove the units that the fixed masks of a model close; its outputs stay the same up to rounding.
 
-    Units that no expert uses are gone. Those that all use run densely, for every token; those that some use are
-    stored with each expert that does, so the copies can be trained apart. Where there are none of these, the network
-    is a narrower one of the host's. The units of experts have no dropout between their matrices.
+    Units that no expert uses are removed. Units that all experts use run densely, for every token. Units that some
+    experts use are stored with each of them, so that the copies can be trained independently. A block without such
+    units is a narrower stock network. The units of experts have no dropout between their matrices.
 
     Args:
-        model: Its masks are fixed. It is not changed.
+        model: A model with fixed masks. It is not changed.
 
     Returns:
         A model of the same class in eval mode, with the same dtypes, device and frozen weights.
@@ -196,7 +202,7 @@ def shrink(model: MoMModel) -> MoMModel:
         raise ValueError(f"`model` must have fixed masks, but is {stage}. Merge adapters, and call `fix_masks` first.")
     masked = model.masked_networks()
     for path, network in masked.items():
-        _check_network(path, network)
+        _check_convertible(path, network)
     units = {path: split_units(network) for path, network in masked.items()}
     sizes = {masked[path].block: (len(shared), [len(of) for of in own]) for path, (shared, own) in units.items()}
     widths = model.config.write_sizes(sizes)
@@ -215,10 +221,10 @@ def shrink(model: MoMModel) -> MoMModel:
             side = {"columns": shared} if part == "down" else {"rows": shared}
             copy_units(dense.part(part), getattr(network, part), **side)
         done += dense.matrix_paths
-    return _take_over(small, model, replaced=masked, done=done)
+    return _copy_rest(small, model, replaced=masked, done=done)
 
 
-def _check_network(path: str, network: MaskedFeedForward) -> None:
+def _check_convertible(path: str, network: MaskedFeedForward) -> None:
     for name in ("gate", "up", "down") if network.is_gated else ("up", "down"):
         if type(linear := getattr(network, name)) not in (nn.Linear, Conv1D):
             raise ValueError(
@@ -227,22 +233,22 @@ def _check_network(path: str, network: MaskedFeedForward) -> None:
             )
     if not network.is_gated and network.router is not None and network.act_fn(torch.zeros(1)).any():
         raise ValueError(
-            f"The activation function of {path!r} must be 0 at 0, got {network.act_fn}: padding would come alive. Use "
-            "one expert."
+            f"The activation function of {path!r} must be 0 at 0, got {network.act_fn}: the padding of experts "
+            "would not stay zero. Use one expert."
         )
 
 
 def _build(cls: type[MoMModel], config: MoMFields) -> MoMModel:
-    with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten
+    with torch.random.fork_rng(devices=[]):  # all of it is overwritten
         return cls(config)
 
 
-def _take_over(target: MoMModel, model: PreTrainedModel, *, replaced: Iterable[str], done: Iterable[str]) -> MoMModel:
-    """Copy all of a model but what lies under some paths there, and is already under others here."""
-    ours, theirs = (tuple(f"{path}." for path in paths) for paths in (done, replaced))
-    state = {name: x.clone() for name, x in model.state_dict().items() if not name.startswith(theirs)}
+def _copy_rest(target: MoMModel, model: PreTrainedModel, *, replaced: Iterable[str], done: Iterable[str]) -> MoMModel:
+    """Copy a model, except what is under the paths `replaced` there, and already done under the paths `done` here."""
+    done, replaced = (tuple(f"{path}." for path in paths) for paths in (done, replaced))
+    state = {name: x.clone() for name, x in model.state_dict().items() if not name.startswith(replaced)}
     missing, unexpected = target.load_state_dict(state, strict=False, assign=True)
-    if (missing := [name for name in missing if not name.startswith(ours)]) or unexpected:
+    if (missing := [name for name in missing if not name.startswith(done)]) or unexpected:
         raise ValueError(
             f"`model` must have the body and head of a {type(target).__bases__[1].__name__}: missing {missing}, "
             f"unexpected {unexpected}. Load the checkpoint again."
@@ -250,7 +256,7 @@ def _take_over(target: MoMModel, model: PreTrainedModel, *, replaced: Iterable[s
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in target.named_parameters():
         parameter.requires_grad_(trains.get(name, parameter.requires_grad))
-    target.all_tied_weights_keys = dict(model.all_tied_weights_keys)  # as it is, whatever the configuration says
+    target.all_tied_weights_keys = dict(model.all_tied_weights_keys)  # as they are, whatever the configuration says
     target.tie_weights(recompute_mapping=False)
     if model.can_generate():
         target.generation_config = copy.deepcopy(model.generation_config)

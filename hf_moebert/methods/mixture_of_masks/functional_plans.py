@@ -1,6 +1,6 @@
-"""One-shot ways to split a dense feed-forward layer into experts, as binary masks: what learned masks must beat.
+"""One-shot splits of a dense feed-forward layer into experts, as binary masks: the baselines of learned masks.
 
-Every plan gives each expert exactly `count_active(units, active)` of the layer's hidden units.
+Every plan gives each expert exactly `count_kept(units, keep_ratio)` of the layer's hidden units.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 
-def count_active(num_units: int, active: float) -> int:
+def count_kept(num_units: int, keep_ratio: float) -> int:
     """Count the hidden units that each expert of a layer keeps.
 
     Args:
         num_units: Hidden units of the dense layer.
-        active: Share of them that an expert keeps, in (0, 1].
+        keep_ratio: Share of them that an expert keeps, in (0, 1].
 
     Returns:
         The nearest whole number of units, but at least 1.
@@ -25,19 +25,19 @@ def count_active(num_units: int, active: float) -> int:
     """
     if num_units < 1:
         raise ValueError(f"`num_units` must be at least 1, got {num_units}. Use the dense layer's intermediate size.")
-    if not 0 < active <= 1:
-        raise ValueError(f"`active` must be in (0, 1], got {active}. Use 0.5 to keep half of the units.")
-    return max(round(active * num_units), 1)
+    if not 0 < keep_ratio <= 1:
+        raise ValueError(f"`keep_ratio` must be in (0, 1], got {keep_ratio}. Use 0.5 to keep half of the units.")
+    return max(round(keep_ratio * num_units), 1)
 
 
-def random_masks(num_units: int, num_experts: int, active: float, *, generator: Generator) -> Tensor:
+def random_masks(num_units: int, num_experts: int, keep_ratio: float, *, generator: Generator) -> Tensor:
     """Share and deal the units as `dealt_masks` does, but in a random order.
 
     Args:
         num_units: Hidden units of the dense layer.
         num_experts: Number of experts, from 1 to `num_units`.
-        active: Share of the units that an expert keeps, in (0, 1].
-        generator: Where the order comes from.
+        keep_ratio: Share of the units that an expert keeps, in (0, 1].
+        generator: Source of the random order.
 
     Returns:
         True where an expert keeps a unit, on the generator's device. Shape `(experts, units)`, bool.
@@ -47,22 +47,23 @@ def random_masks(num_units: int, num_experts: int, active: float, *, generator: 
 
     Source: our own design, the control of the plans that look at the weights.
     """
-    _check_counts(num_units, num_experts, active)
+    _check_counts(num_units, num_experts, keep_ratio)
     order = torch.randperm(num_units, generator=generator, device=generator.device)
-    return dealt_masks(order, num_experts, active)
+    return dealt_masks(order, num_experts, keep_ratio)
 
 
-def dealt_masks(importance: Tensor, num_experts: int, active: float) -> Tensor:
+def dealt_masks(importance: Tensor, num_experts: int, keep_ratio: float) -> Tensor:
     """Share the most important units among all experts and deal the others out like cards, best first.
 
-    The width of the experts says how many are shared: the fewest `s` with `s + (units - s) / experts >= width`. Where
-    the cards do not come out even, the least important units, at most `experts - 2`, are left out. Where the width
-    is less than `units / experts`, nothing is shared, and the least important units are left out.
+    The number of shared units follows from the width of the experts: it is the smallest `s` with
+    `s + (units - s) / experts >= width`. Where the units cannot be dealt evenly, the least important ones, at most
+    `experts - 2`, are left out. Where the width is less than `units / experts`, nothing is shared, and the least
+    important units are left out.
 
     Args:
         importance: Score of each unit, larger is kept first; ties go to the lower index. Shape `(units,)`.
         num_experts: Number of experts, from 1 to `units`.
-        active: Share of the units that an expert keeps, in (0, 1].
+        keep_ratio: Share of the units that an expert keeps, in (0, 1].
 
     Returns:
         True where an expert keeps a unit. Shape `(experts, units)`, bool.
@@ -79,7 +80,7 @@ def dealt_masks(importance: Tensor, num_experts: int, active: float) -> Tensor:
             f"{int(importance.isnan().sum())} NaN. Pass the scores of one layer, from finite weights."
         )
     num_units = importance.numel()
-    width = _check_counts(num_units, num_experts, active)
+    width = _check_counts(num_units, num_experts, keep_ratio)
     shared = -(-max(width * num_experts - num_units, 0) // max(num_experts - 1, 1))  # rounded up
     own = width - shared
     order = torch.sort(importance, descending=True, stable=True).indices  # (units,)
@@ -88,12 +89,12 @@ def dealt_masks(importance: Tensor, num_experts: int, active: float) -> Tensor:
     return _masks_at(kept, num_units)
 
 
-def kept_mask(scores: Tensor, active: float) -> Tensor:
+def kept_mask(scores: Tensor, keep_ratio: float) -> Tensor:
     """Keep the units with the highest scores: the plan of one narrower dense layer.
 
     Args:
         scores: Score of each unit, larger is kept first; ties go to the lower index. Shape `(units,)`.
-        active: Share of the units to keep, in (0, 1].
+        keep_ratio: Share of the units to keep, in (0, 1].
 
     Returns:
         True where a unit is kept. Shape `(1, units)`, bool.
@@ -101,18 +102,18 @@ def kept_mask(scores: Tensor, active: float) -> Tensor:
     Raises:
         ValueError: As `dealt_masks`.
     """
-    return dealt_masks(scores, 1, active)
+    return dealt_masks(scores, 1, keep_ratio)
 
 
 def unit_magnitude(readers: Sequence[Tensor], writer: Tensor) -> Tensor:
     """Score each unit by the size of its weights: the product of the norms of its rows and of its column.
 
-    A unit's column can be scaled up and its row of `up` down by as much without any effect on a gated layer; this
-    score then stays the same, where a sum of norms would change. Biases do not count.
+    Scaling a unit's column up and its row of the up-projection down by the same factor leaves a gated layer unchanged;
+    this score stays the same, too, where a sum of norms would change. Biases do not count.
 
     Args:
-        readers: First-layer weights: one, or gate and up. Each of shape `(units, hidden)`.
-        writer: Second-layer weight. Shape `(hidden, units)`.
+        readers: Weight of the up-projection, or those of gate and up-projection. Each of shape `(units, hidden)`.
+        writer: Weight of the down-projection. Shape `(hidden, units)`.
 
     Returns:
         Scores in float64. Shape `(units,)`.
@@ -136,19 +137,19 @@ def unit_magnitude(readers: Sequence[Tensor], writer: Tensor) -> Tensor:
 
 
 def clustered_masks(
-    rows: Tensor, num_experts: int, active: float, *, generator: Generator, iterations: int = 20
+    rows: Tensor, num_experts: int, keep_ratio: float, *, generator: Generator, iterations: int = 20
 ) -> Tensor:
-    """Give each expert units that read alike: a cluster of equal size, made wider or narrower.
+    """Give each expert units with similar input weights: a cluster, widened or narrowed to the width of the experts.
 
-    Balanced k-means on the rows of the first layer, each of length 1. The clusters differ in size by at most one
-    unit. An expert keeps its own cluster first, nearest to the centre first, and then the nearest of the others.
+    Balanced k-means on the normalised rows of the input weights. The clusters differ in size by at most one unit. An
+    expert keeps the units of its own cluster first, nearest to the centre first, and then the nearest of the others.
 
     Args:
-        rows: First-layer weight of each unit; of a gated layer, the gate's. Shape `(units, hidden)`.
+        rows: Input weights of each unit; in a gated layer, those of the gate. Shape `(units, hidden)`.
         num_experts: Number of experts, from 1 to `units`.
-        active: Share of the units that an expert keeps, in (0, 1].
-        generator: Where the first centres come from.
-        iterations: Rounds of k-means at most.
+        keep_ratio: Share of the units that an expert keeps, in (0, 1].
+        generator: Source of the first centres.
+        iterations: Maximum number of k-means rounds.
 
     Returns:
         True where an expert keeps a unit. Shape `(experts, units)`, bool.
@@ -159,13 +160,13 @@ def clustered_masks(
     Source: Zhang et al. 2022, https://arxiv.org/abs/2110.01786, section 3; the greedy assignment of units to
     clusters, and any width but `units / experts`, are our own design.
     """
-    width = _check_counts(len(rows), num_experts, active)
+    width = _check_counts(len(rows), num_experts, keep_ratio)
     if not rows.isfinite().all():
         broken = int((~rows.isfinite().all(dim=1)).sum())
         raise ValueError(f"`rows` must be finite, got {broken} rows with NaN or infinity. Repair the weights first.")
     if iterations < 1:
         raise ValueError(f"`iterations` must be at least 1, got {iterations}. Use 20.")
-    rows = F.normalize(rows.detach().double(), dim=1)  # a row of zeros stays one
+    rows = F.normalize(rows.detach().double(), dim=1)  # a row of zeros stays zero
     cluster = _fill_clusters(_squared_distances(rows, _first_centres(rows, num_experts, generator)))
     for _ in range(iterations):
         distances = _squared_distances(rows, _cluster_means(rows, cluster, num_experts))  # (units, experts)
@@ -179,9 +180,9 @@ def clustered_masks(
     return _masks_at(own_first[:, :width], len(rows))
 
 
-def _check_counts(num_units: int, num_experts: int, active: float) -> int:
-    """Refuse a share or a number of experts that no plan can meet; return the width of the experts."""
-    width = count_active(num_units, active)
+def _check_counts(num_units: int, num_experts: int, keep_ratio: float) -> int:
+    """Check the share and the number of experts; return the width of the experts."""
+    width = count_kept(num_units, keep_ratio)
     if not 1 <= num_experts <= num_units:
         raise ValueError(
             f"`num_experts` must be in [1, {num_units}], the number of units, got {num_experts}. Use no more experts "
@@ -197,32 +198,32 @@ def _masks_at(kept: Tensor, num_units: int) -> Tensor:
 
 
 def _squared_distances(rows: Tensor, centres: Tensor) -> Tensor:
-    """Measure how far each row is from each centre. Shape `(units, experts)`."""
+    """Compute the squared distance of each row from each centre. Shape `(units, experts)`."""
     return rows.square().sum(dim=1, keepdim=True) - 2 * rows @ centres.T + centres.square().sum(dim=1)
 
 
 def _cluster_means(rows: Tensor, cluster: Tensor, num_experts: int) -> Tensor:
-    """Average the rows of each cluster, none of which is empty. Shape `(experts, hidden)`."""
+    """Average the rows of each cluster; no cluster is empty. Shape `(experts, hidden)`."""
     members = F.one_hot(cluster, num_experts).to(rows.dtype)  # (units, experts)
     return members.T @ rows / members.sum(dim=0)[:, None]
 
 
 def _first_centres(rows: Tensor, num_experts: int, generator: Generator) -> Tensor:
-    """Draw rows as first centres, each with a chance that grows with its distance from those before (k-means++)."""
-    chance = rows.new_ones(len(rows))
+    """Draw rows as first centres, with probabilities that grow with the distance from earlier ones (k-means++)."""
+    probability = rows.new_ones(len(rows))
     chosen: list[int] = []
     for _ in range(num_experts):
-        chosen.append(int(torch.multinomial(chance.to(generator.device), 1, generator=generator)))
+        chosen.append(int(torch.multinomial(probability.to(generator.device), 1, generator=generator)))
         nearest = _squared_distances(rows, rows[chosen]).amin(dim=1)  # (units,)
-        chance = nearest.clamp(min=1e-12)  # rows that are all alike can still be drawn
+        probability = nearest.clamp(min=1e-12)  # identical rows can still be drawn
     return rows[chosen]
 
 
 def _fill_clusters(distances: Tensor) -> Tensor:
-    """Send units to near clusters of equal size, those first that have most to lose from their second choice.
+    """Assign units to near clusters of equal size, those first that lose most by their second choice.
 
-    Whenever a cluster is full, the units that are left choose anew among the others. Two clusters are filled at the
-    least total distance that there is; with more, this is a greedy approximation.
+    Whenever a cluster is full, the remaining units choose again among the others. For two clusters the total distance
+    is minimal; for more, this is a greedy approximation.
 
     Args:
         distances: Shape `(units, experts)`.
@@ -241,7 +242,7 @@ def _fill_clusters(distances: Tensor) -> Tensor:
         second = cost.scatter(1, choice[:, None], torch.inf).amin(dim=1)
         queue = (second - first).argsort(descending=True, stable=True)
         taken = F.one_hot(choice[queue], num_experts).cumsum(dim=0)  # (left, experts)
-        served = int((taken <= room).all(dim=1).sum())  # the queue stops at the first who finds no room
+        served = int((taken <= room).all(dim=1).sum())  # the queue stops at the first unit without room
         cluster[left[queue[:served]]] = choice[queue[:served]]
         room = room - taken[served - 1]
         left = left[queue[served:]].sort().values

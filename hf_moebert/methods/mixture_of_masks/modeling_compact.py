@@ -1,4 +1,4 @@
-"""What is left of a masked feed-forward network: units that all tokens use, and those of each expert."""
+"""The compact form of a masked feed-forward network: units that all tokens use, and further units of each expert."""
 
 from typing import Any
 
@@ -18,26 +18,26 @@ from .modeling_feed_forward import FeedForward, matrix_of
 from .modeling_masks import MaskedFeedForward, RoutedFeedForward
 
 
-MULTIPLE = 8  # of units to which the stack of experts is padded: kernels read rows of 16 bytes
+PADDED_MULTIPLE = 8  # widths of expert stacks are multiples of this: kernels read rows of 16 bytes
 
 
 @use_experts_implementation
 class CompactExperts(nn.Module):
-    """The units of each expert that not all experts have, in one stack as the host's kernels want it.
+    """Experts that hold the units which not all experts share, stacked as the kernels of transformers expect.
 
     Narrower experts are padded with units that are zero. Gated networks have `gate_up_proj`, `(experts, 2 * width,
     hidden)`, others `up_proj`, `(experts, width, hidden)`; `down_proj` is `(experts, hidden, width)`.
 
     Args:
-        config: Of the model.
-        dense: The network as the host built it.
-        sizes: Units of each expert.
+        config: Configuration of the model.
+        dense: The network as transformers built it.
+        sizes: Number of units of each expert.
     """
 
     def __init__(self, config: MoMFields, dense: FeedForward, sizes: list[int]) -> None:
         super().__init__()
         self.num_experts, self.sizes = config.num_experts, sizes
-        self.width = -(-max(sizes) // MULTIPLE) * MULTIPLE
+        self.width = -(-max(sizes) // PADDED_MULTIPLE) * PADDED_MULTIPLE
         self.act_fn = dense.part("act")
         up, is_gated = matrix_of(dense.part("up")), dense.layout.gate is not None
         rows, hidden = self.width * (2 if is_gated else 1), up.shape[1]
@@ -46,16 +46,16 @@ class CompactExperts(nn.Module):
         if dense.part("up").bias is not None:
             self.register_parameter(f"{self.up_name}_bias", nn.Parameter(up.new_zeros(self.num_experts, rows)))
         self.down_proj = nn.Parameter(up.new_zeros(self.num_experts, hidden, self.width))
-        # read by `measure_footprint`, as if experts were equally busy
+        # read by `measure_footprint`, which assumes that experts are equally busy
         self.active_fraction = config.num_experts_per_tok * sum(sizes) / (self.num_experts**2 * self.width)
 
     @property
     def down_proj_bias(self) -> Tensor:
-        """Zeros, which the host's kernels ask for: the output's bias is added once, beside the experts."""
+        """Zeros, as the kernels of transformers need a bias: the actual one is added once, beside the experts."""
         return self.down_proj.new_zeros(self.down_proj.shape[:2])
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Multiply each expert, at its own width, with its tokens: the "eager" implementation.
+        """Apply each expert, at its own width, to its tokens: the "eager" implementation.
 
         Args:
             hidden_states: Shape `(tokens, hidden)`.
@@ -68,7 +68,7 @@ class CompactExperts(nn.Module):
         return self.run_slices(hidden_states, top_k_index, top_k_weights)
 
     def run_slices(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """See `forward`, which the host replaces with the chosen implementation."""
+        """Compute `forward`, which transformers replaces by the chosen implementation."""
         tokens, top_k = top_k_index.shape
         index = top_k_index.flatten()  # (tokens * top_k,)
         if tokens == 1:  # nothing to sort
@@ -86,7 +86,7 @@ class CompactExperts(nn.Module):
         return weighted.sum(dim=1)
 
     def run_expert(self, expert: int, slots: Tensor) -> Tensor:
-        """Apply one expert, `(slots, hidden)` to the same."""
+        """Apply one expert, `(slots, hidden)` to the same shape."""
         size, ups, downs = self.sizes[expert], getattr(self, self.up_name), self.down_proj
         biases = getattr(self, f"{self.up_name}_bias", None)
         # `unbind`: the backward of an index into a stack zero-fills the whole stack
@@ -99,18 +99,17 @@ class CompactExperts(nn.Module):
         gate, *values = inner
         activated = self.act_fn(gate) * values[0] if values else self.act_fn(gate)
         if not torch.is_autocast_enabled(activated.device.type):
-            activated = activated.to(down.dtype)  # see `lead_back`
+            activated = activated.to(down.dtype)  # see `project_down`
         return F.linear(activated, down[:, :size])
 
 
 def sliced_mm_experts_forward(
     self: CompactExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Run the experts the way that suits the device: the default implementation.
+    """Apply the experts in the way that suits the device: the default implementation.
 
-    On a CPU each expert is multiplied at its own width. Elsewhere, and in compiled graphs, the host's `grouped_mm`
-    does the work, and slices again where it cannot: float64, two dtypes, autocast, rows that are no multiple of 16
-    bytes.
+    A CPU applies each expert at its own width. Other devices and compiled graphs use `grouped_mm` of transformers,
+    except where it does not apply: float64, two dtypes, autocast, or rows that are not a multiple of 16 bytes.
     """
     compiles = torch.compiler.is_compiling()
     rows_fit = hidden_states.shape[-1] * self.down_proj.element_size() % 16 == 0
@@ -126,41 +125,41 @@ ALL_EXPERTS_FUNCTIONS.register("sliced_mm", sliced_mm_experts_forward)
 
 
 class CompactFeedForward(RoutedFeedForward):
-    """The units that all tokens use, run densely, plus those of each token's experts.
+    """A feed-forward network of units that all tokens use, and experts with further units.
 
     Args:
-        dense: The network as the host built it; its matrices, narrowed, become those of the shared units.
-        config: Of the model.
-        num_shared: Units that all tokens use.
-        sizes: Units of each expert besides.
+        dense: The network as transformers built it; its narrowed matrices become those of the shared units.
+        config: Configuration of the model.
+        num_shared: Number of units that all tokens use.
+        sizes: Number of further units of each expert.
     """
 
     def __init__(self, dense: FeedForward, config: MoMFields, num_shared: int, sizes: list[int]) -> None:
         experts: Any = CompactExperts(config, dense, sizes)
-        experts.has_gate = dense.layout.gate is not None  # the decorator knows them for whole classes only
+        experts.has_gate = dense.layout.gate is not None  # the decorator sets them for a whole class only
         experts.has_bias = dense.part("up").bias is not None
         dense.narrow(num_shared)
         super().__init__(dense, config)
         self.experts = experts
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Add up shared and specific units, `(..., hidden)` to the same."""
+        """Add the outputs of shared and specific units, `(..., hidden)` to the same shape."""
         assert self.router is not None  # with one expert there are no specific units
         index, weights = self.router.route(self, hidden_states)
         output = self.experts(hidden_states.flatten(0, -2), index, weights.to(hidden_states.dtype))
-        shared = self.lead_back(self.activate(hidden_states))  # of no unit: zeros, and the output's bias
+        shared = self.project_down(self.activate(hidden_states))  # without shared units: the bias alone
         return self.outer_dropout(output.view_as(hidden_states) + shared)
 
 
 def split_units(masked: MaskedFeedForward) -> tuple[Tensor, list[Tensor]]:
-    """Return the indices of the units that all experts use, and of those that each uses besides."""
+    """Return the indices of the units that all experts share, and of the further units of each."""
     masks = masked.masks().bool()  # (experts, units)
     shared, specific, _ = classify_units(masks)
     return shared.nonzero().squeeze(1), [(mask & specific).nonzero().squeeze(1) for mask in masks]
 
 
 def fill_units(compact: CompactFeedForward, masked: MaskedFeedForward) -> None:
-    """Take over the weights of a masked network, in place."""
+    """Copy the weights of a masked network, in place."""
     shared, specific = split_units(masked)
     names = ["gate", "up"] if masked.is_gated else ["up"]
     for name in names:
@@ -190,7 +189,7 @@ def fill_units(compact: CompactFeedForward, masked: MaskedFeedForward) -> None:
 def copy_units(
     target: nn.Module, source: nn.Module, *, rows: Tensor | None = None, columns: Tensor | None = None
 ) -> None:
-    """Give a linear module some rows and columns of another one of its kind, with all that its parameters have."""
+    """Copy rows and columns of a linear module to another of its kind, with dtype, device and `requires_grad`."""
     weight = matrix_of(source).detach()
     weight = weight if rows is None else weight[rows]
     weight = weight if columns is None else weight[:, columns]

@@ -1,4 +1,4 @@
-"""A feed-forward network whose experts are masks on its activations."""
+"""Feed-forward networks whose experts are masks on their activations."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,27 +15,27 @@ from .modeling_feed_forward import FeedForward, matrix_of
 
 
 ROUTER_STD = 0.02
-IMPORTANCE_SPREAD = 10.0  # how far above the least important unit's score that of the most important one starts
-LOWEST_SCORE, HIGHEST_SCORE = 2.4, 14.0  # open without noise, and not so far that float32 has no gradient
-INITIAL_SCORE, SCORE_STD = 3.0, 0.01  # without noise all masks are 1: the dense model
+IMPORTANCE_SPREAD = 10.0  # initial score of the most important unit, minus that of the least important one
+LOWEST_SCORE, HIGHEST_SCORE = 2.4, 14.0  # masks are open without noise, and float32 still has a gradient
+INITIAL_SCORE, SCORE_STD = 3.0, 0.01  # without noise, all masks are 1: the dense model
 
 
 class Routing(NamedTuple):
-    """What one network decided in one forward."""
+    """The routing decision of one network in one forward pass."""
 
     network: "RoutedFeedForward"
     logits: Tensor  # (tokens, experts)
-    chosen: Tensor  # index, (tokens, top_k)
+    chosen: Tensor  # indices of experts, (tokens, top_k)
     shape: torch.Size  # (batch, seq)
 
 
-# What the networks decided in the forward that runs in this thread; None outside of one that asks
+# Decisions of the networks in the forward pass of this thread; None where nobody records them
 _records: ContextVar[list[Routing] | None] = ContextVar("mixture_of_masks_routing", default=None)
 
 
 @contextmanager
 def recording() -> Iterator[list[Routing]]:
-    """Collect what every network decides that is asked inside, in order."""
+    """Collect the routing decisions of all networks that run in this context, in order."""
     records: list[Routing] = []
     token = _records.set(records)
     try:
@@ -45,28 +45,28 @@ def recording() -> Iterator[list[Routing]]:
 
 
 class MaskRouter(nn.Linear):
-    """The logits of the experts, computed in float32 whatever the model's dtype or autocast."""
+    """A router whose logits are computed in float32 whatever the model's dtype or autocast."""
 
     def __init__(self, config: MoMFields, hidden_size: int) -> None:
         super().__init__(hidden_size, config.num_experts, bias=False)
         self.top_k = config.num_experts_per_tok
 
     def reset_parameters(self) -> None:
-        """Draw small weights: at first all experts are nearly equally probable."""
+        """Draw small weights, so that all experts are about equally probable at first."""
         nn.init.normal_(self.weight, std=ROUTER_STD)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Score the experts, `(..., hidden)` to `(..., experts)`."""
+        """Return the logits of the experts, `(..., hidden)` to `(..., experts)`."""
         device = hidden_states.device.type
         autocast = torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if autocast else nullcontext():  # a context takes its time
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():  # an unneeded context costs time
             return F.linear(hidden_states.float(), self.weight.float())
 
     def route(self, network: "RoutedFeedForward", hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose experts for each token: index and weights, `(tokens, top_k)`; recorded where someone asks."""
+        """Choose experts for each token, and record the decision: indices and weights, `(tokens, top_k)`."""
         logits = self(hidden_states).flatten(0, -2)  # (tokens, experts)
         index, weights = choose_experts(logits, self.top_k)
-        # Compilers cannot read it: they break the graph while training, and leave it out at inference
+        # Compilers cannot read a context variable: training breaks the graph here, inference skips the record
         records = None if torch.compiler.is_compiling() and not self.training else _records.get()
         if records is not None:
             records.append(Routing(network, logits, index, hidden_states.shape[:-1]))
@@ -74,7 +74,7 @@ class MaskRouter(nn.Linear):
 
 
 class Masks(nn.Module):
-    """The masks of one network: scores while they are learned, 0 or 1 once they are fixed."""
+    """Masks of one network: scores while they are learned, 0 or 1 once they are fixed."""
 
     def __init__(self, config: MoMFields, num_units: int) -> None:
         super().__init__()
@@ -86,16 +86,16 @@ class Masks(nn.Module):
             self.reset_parameters()
         else:
             self.is_open: Tensor = nn.Buffer(torch.ones(shape, dtype=torch.uint8))  # (experts, groups)
-        self.noise: Tensor | None = None  # of the step at hand; outside of a run there is none
+        self.noise: Tensor | None = None  # of the current step; None outside of a run
 
     @torch.no_grad()
     def reset_parameters(self, initial_score: float = INITIAL_SCORE, generator: torch.Generator | None = None) -> None:
-        """Open all masks."""
+        """Draw scores at which all masks are open."""
         self.learned.normal_(initial_score, SCORE_STD, generator=generator)
 
     @property
     def learned(self) -> nn.Parameter:
-        """The scores, `(experts, groups)`, while they are learned."""
+        """Scores of masks that are being learned, `(experts, groups)`."""
         assert self.scores is not None
         return self.scores
 
@@ -105,7 +105,7 @@ class Masks(nn.Module):
         self.is_open = nn.Buffer(is_open.to(torch.uint8))
 
     def expand(self, groups: Tensor) -> Tensor:
-        """Give each unit what its group has, `(..., groups)` to `(..., units)`."""
+        """Repeat the value of each group for its units, `(..., groups)` to `(..., units)`."""
         return groups if self.group_size == 1 else groups.repeat_interleave(self.group_size, dim=-1)
 
     def forward(self) -> Tensor:
@@ -119,16 +119,16 @@ class Masks(nn.Module):
         return self.expand(self.is_open.float() if self.scores is None else settle_masks(self.scores))
 
     def set_noise(self, noise: Tensor | None) -> None:
-        """Set the noise of the step at hand, `(experts, groups)`: a method, which reaches through PEFT's wrappers."""
+        """Set the noise of the current step, `(experts, groups)`; a method, because PEFT's wrappers forward calls."""
         self.noise = noise
 
 
 class RoutedFeedForward(nn.Module):
-    """What masked and compact networks share: the host's matrices, and a router if there are several experts.
+    """Base of masked and compact networks: the dense matrices, and a router if there are several experts.
 
     Args:
-        dense: The network as the host built it; its matrices become those of this module.
-        config: Of the model.
+        dense: The network as transformers built it; its matrices become those of this module.
+        config: Configuration of the model.
     """
 
     def __init__(self, dense: FeedForward, config: MoMFields) -> None:
@@ -140,31 +140,31 @@ class RoutedFeedForward(nn.Module):
         self.inner_dropout = dense.part("inner_dropout") if dense.layout.inner_dropout else nn.Identity()
         self.outer_dropout = dense.part("outer_dropout") if dense.layout.outer_dropout else nn.Identity()
         self.router = MaskRouter(config, matrix_of(self.up).shape[1]) if config.num_experts > 1 else None
-        self.block = 0  # which one of the model's this is
-        self.load: Tensor | None = None  # choices of each expert since somebody asked last, `(experts,)`
+        self.block = 0  # index among the blocks of the model
+        self.load: Tensor | None = None  # tokens of each expert since the last log, (experts,)
 
     def activate(self, hidden_states: Tensor) -> Tensor:
-        """Return the activations, `(..., hidden)` to `(..., units)`."""
+        """Compute the activations, `(..., hidden)` to `(..., units)`."""
         if self.is_gated:
             return self.act_fn(self.gate(hidden_states)) * self.up(hidden_states)
         return self.act_fn(self.up(hidden_states))
 
-    def lead_back(self, inner: Tensor) -> Tensor:
-        """Return to the width of the model, `(..., units)` to `(..., hidden)`."""
+    def project_down(self, inner: Tensor) -> Tensor:
+        """Apply the down-projection, `(..., units)` to `(..., hidden)`."""
         inner = self.inner_dropout(inner)
         if not torch.is_autocast_enabled(inner.device.type):
-            inner = inner.to(self.down.weight.dtype)  # T5 loads the last matrix in float32 where others are half
-        if not inner.shape[-1]:  # which a `Conv1D` cannot multiply, but DDP wants gradients of what is empty too
+            inner = inner.to(self.down.weight.dtype)  # T5 keeps this matrix in float32 beside float16
+        if not inner.shape[-1]:  # `Conv1D` refuses it, but DDP wants gradients of empty weights, too
             return F.linear(inner, matrix_of(self.down), self.down.bias)
         return self.down(inner)
 
 
 class MaskedFeedForward(RoutedFeedForward):
-    """The host's matrices with masks on the activations between them.
+    """A feed-forward network with masks on its activations.
 
     Args:
-        dense: The network as the host built it; its matrices become those of this module.
-        config: Of the model.
+        dense: The network as transformers built it; its matrices become those of this module.
+        config: Configuration of the model.
 
     Raises:
         ValueError: If the groups of units do not divide the width.
@@ -182,12 +182,12 @@ class MaskedFeedForward(RoutedFeedForward):
         self.masks = Masks(config, dense.num_units)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Run the dense network with the masks of each token's experts, `(..., hidden)` to the same.
+        """Run the dense network with the masks of each token's experts, `(..., hidden)` to the same shape.
 
         `down(h * sum(weight_e * mask_e))` is the weighted sum of the experts' outputs, because `down` is linear.
         """
         inner = self.activate(hidden_states)  # (..., units)
-        return self.outer_dropout(self.lead_back(inner * self.mask_tokens(hidden_states, inner.dtype)))
+        return self.outer_dropout(self.project_down(inner * self.mask_tokens(hidden_states, inner.dtype)))
 
     def mask_tokens(self, hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the mask of each token, `(..., units)`, or one for all, `(units,)`."""

@@ -1,4 +1,4 @@
-"""Models whose feed-forward networks have masks for experts: one class for each host."""
+"""Models whose feed-forward networks have masks for experts: one class for each base class."""
 
 from typing import Any
 
@@ -60,7 +60,7 @@ class MoMT5ForConditionalGeneration(MoMModel, T5ForConditionalGeneration):
     """T5, T5 1.1 or FLAN-T5 whose feed-forward networks have masks for experts."""
 
     config: MoMT5Config
-    accepts_loss_kwargs = False  # the host's loss is the mean over the batch
+    accepts_loss_kwargs = False  # the base class's loss is the mean over the batch
     _predicts_next = False
     _keep_in_fp32_modules = ["wo", "down"]
 
@@ -75,7 +75,7 @@ class MoMBertForSequenceClassification(MoMModel, BertForSequenceClassification):
     """BERT whose feed-forward networks have masks for experts."""
 
     config: MoMBertConfig
-    accepts_loss_kwargs = False  # the host's loss is the mean over the batch
+    accepts_loss_kwargs = False  # the base class's loss is the mean over the batch
     _predicts_next = False
 
 

@@ -1,4 +1,4 @@
-"""The recipe of the first stage: how fast masks are closed, and what learns at which rate."""
+"""The recipe of the first stage: how fast masks close, and the learning rates."""
 
 import math
 from dataclasses import dataclass
@@ -16,19 +16,20 @@ class MaskSparsityConfig:
     Raises:
         ValueError: If a value breaks the rule in its help text; the message names rule and remedy.
 
-    Source: That sparsity grows during training is published (Liu et al. 2025, "Masks Can be Learned as an Alternative
-    to Experts", ACL, abstract). The ramp, the rates and the multipliers are our own design, after Xia et al. 2022,
+    Source: Liu et al. 2025, "Masks Can be Learned as an Alternative to Experts", ACL, abstract, for a sparsity that
+    grows during training. The ramp, the rates and the multipliers are our own design, after Xia et al. 2022,
     https://arxiv.org/abs/2204.00408, section 3.
     """
 
     keep_ratio: float = HfArg(default=0.5, help="Share of the units that a token uses at the end, in (0, 1].")
     ramp: str = HfArg(
-        default="linear", help="How the target rises: evenly (`linear`), or fast at first and then slower (`cubic`)."
+        default="linear",
+        help="How the target rises: evenly (`linear`), or fast at first and then slower (`cubic`).",
     )
     ramp_share: float = HfArg(
-        default=0.5, help="Share of the run's steps over which the target rises, in (0, 1]. Then it stays."
+        default=0.5, help="Share of the run's steps over which the target rises, in (0, 1]. Then it stays constant."
     )
-    score_rate: float = HfArg(default=0.1, help="Learning rate of the scores of masks.")
+    score_rate: float = HfArg(default=0.1, help="Learning rate of the scores of the masks.")
     multiplier_rate: float = HfArg(
         default=1.0, help="Learning rate of the multipliers that hold the masks to the target."
     )

@@ -1,15 +1,15 @@
-"""What the host and this package said."""
+"""Fixtures of the mask tests."""
 
 import logging
 
 import pytest
-from transformers import logging as host_logging
+from transformers import logging as transformers_logging
 
 
 @pytest.fixture
 def caplog_of_transformers(caplog):
-    """Also what they say once per process."""
+    """Capture the messages of transformers and this package, also those logged once per process."""
     logging.Logger.warning_once.cache_clear()
-    host_logging.enable_propagation()
+    transformers_logging.enable_propagation()
     yield caplog
-    host_logging.disable_propagation()
+    transformers_logging.disable_propagation()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hf_moebert.methods.mixture_of_masks.functional_plans import (
     _fill_clusters,
     clustered_masks,
-    count_active,
+    count_kept,
     dealt_masks,
     kept_mask,
     random_masks,
@@ -219,7 +219,7 @@ def test_weights_may_be_parameters_in_half_precision():
 
 @pytest.mark.parametrize("active", [0, -0.1, 1.2, float("nan")])
 def test_share_out_of_range_is_refused(active):
-    match = r"`active` must be in \(0, 1\], got .*Use 0.5"
+    match = r"`keep_ratio` must be in \(0, 1\], got .*Use 0.5"
     with pytest.raises(ValueError, match=match):
         random_masks(8, 2, active, generator=seeded())
     with pytest.raises(ValueError, match=match):
@@ -241,7 +241,7 @@ def test_number_of_experts_out_of_range_is_refused(num_experts):
 
 def test_layer_without_units_is_refused():
     with pytest.raises(ValueError, match=r"`num_units` must be at least 1, got 0\."):
-        count_active(0, 0.5)
+        count_kept(0, 0.5)
 
 
 @pytest.mark.parametrize("scores", [torch.tensor([1.0, torch.nan]), torch.ones(2, 3)], ids=["nan", "two layers"])

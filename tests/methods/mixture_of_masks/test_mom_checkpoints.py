@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_moebert.methods.mixture_of_masks import MaskSparsityCallback, MaskSparsityConfig, shrink
-from hf_moebert.methods.mixture_of_masks.training import STEADY
+from hf_moebert.methods.mixture_of_masks.training_optimizer import CONSTANT_RATE
 
 
 RECIPE = {"score_rate": 0.3}
@@ -108,7 +108,7 @@ def interrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "options", "told"),
+    ("recipe", "options", "changes"),
     [
         ({"keep_ratio": 0.25}, {}, "`keep_ratio` from 0.5 to 0.25"),
         ({"ramp": "cubic", "ramp_share": 0.6}, {}, "`ramp` from 0 to 1, `ramp_share` from 0.5 to 0.6"),
@@ -118,11 +118,11 @@ def interrupted(tmp_path_factory):
         ({"freeze_backbone": True}, {}, "`freeze_backbone` from 0 to 1"),
     ],
 )
-def test_a_changed_run_is_refused(tmp_path, interrupted, recipe, options, told):
+def test_a_changed_run_is_refused(tmp_path, interrupted, recipe, options, changes):
     trainer = make_trainer(tmp_path, make(), RECIPE | recipe, **options)
-    if "freeze_backbone" in recipe:  # the host refuses its optimizer before
+    if "freeze_backbone" in recipe:  # torch would refuse its optimizer before
         trainer._load_optimizer_and_scheduler = lambda checkpoint: None
-    with pytest.raises(ValueError, match=rf"must go on as it began, this one changes {told}. Use the old values, or"):
+    with pytest.raises(ValueError, match=rf"must go on as it began, this one changes {changes}. Use the old"):
         trainer.train(resume_from_checkpoint=interrupted)
 
 
@@ -135,7 +135,9 @@ def test_changes_may_be_allowed(tmp_path, interrupted):
     step = trainer.training_step
 
     def watching(*args, **kwargs):
-        rates.append({group[STEADY]: group["lr"] for group in trainer.optimizer.param_groups if STEADY in group})
+        rates.append(
+            {group[CONSTANT_RATE]: group["lr"] for group in trainer.optimizer.param_groups if CONSTANT_RATE in group}
+        )
         return step(*args, **kwargs)
 
     trainer.training_step = watching

@@ -137,7 +137,7 @@ def test_all_implementations_of_experts_agree(kind, top_k):
 @pytest.mark.parametrize("options", ROUTES)
 @pytest.mark.parametrize("kind", STRUCTURES)
 def test_deleted_units_change_a_network_by_rounding_alone(kind, options):
-    """In float64 and network by network: the host's normalisations compute in float32.
+    """In float64 and network by network: normalisations of transformers compute in float32.
 
     So do routers, whose two weights add up to 1 in float32 only: there, no unit is shared.
     """
@@ -148,7 +148,7 @@ def test_deleted_units_change_a_network_by_rounding_alone(kind, options):
     modules, hidden = dict(small.named_modules()), torch.randn(3, 5, HIDDEN, generator=seeded(), dtype=torch.float64)
     for path, network in masked.networks().items():
         place, inputs = modules[path], hidden
-        if kind == "bert" and options["num_experts"] == 1:  # the host's network begins in another module
+        if kind == "bert" and options["num_experts"] == 1:  # the stock network begins in another module
             inputs = modules[path.replace("output.dense", "intermediate")](hidden)
         assert (place(inputs) - network(hidden)).abs().max() < 1e-12
 

@@ -20,7 +20,7 @@ from hf_moebert.methods.mixture_of_masks.configuration_mixture_of_masks import (
 def test_a_config_is_the_dense_one_and_its_own_fields(kind):
     dense = make_dense(kind).config
     config = make_masked(kind, top_k=2, group_size=4, budget="layer", router_aux_loss_coef=0, layers=[0]).config
-    own = {"num_experts": 4, "num_experts_per_tok": 2, "group_size": 4, "mask_budget": "layer", "masked_layers": [0]}
+    own = {"num_experts": 4, "num_experts_per_tok": 2, "group_size": 4, "mask_budget": "layer", "layers": [0]}
     own |= {"mask_stage": "learned", "router_aux_loss_coef": 0}
     assert {name: getattr(config, name) for name in own} == own
     assert config.model_type == f"mom_{config.dense_model_type}" == f"mom_{dense.model_type}"
@@ -48,6 +48,24 @@ def test_configs_of_all_stages_come_back_from_json(kind, num_experts, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["per_layer_config"]
 
 
+def test_configs_of_0_1_0_are_read(tmp_path):
+    """They call `layers` `masked_layers`."""
+    config = MoMGPT2Config(n_layer=2, layers=[1])
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    stored = json.loads(file.read_text())
+    stored["masked_layers"] = stored.pop("layers")
+    file.write_text(json.dumps(stored))
+    back = AutoConfig.from_pretrained(tmp_path)
+    assert back.layers == back.blocks == [1]
+    assert back.to_dict()["layers"] == [1]
+    assert "masked_layers" not in back.to_dict()
+    assert back.hidden_size == config.n_embd  # the names of the base class still hold
+    file.write_text(json.dumps(stored | {"masked_layers": [7]}))
+    with pytest.raises(StrictDataclassClassValidationError, match=r"`layers` must name blocks .* got \[7\]"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
 def test_sizes_are_read_as_they_were_written():
     sizes = {0: (7, [0, 0]), 1: (0, [3, 4]), 3: (5, [1, 0])}
     config = MoMLlamaConfig(**LLAMA | {"num_hidden_layers": 4}, num_experts=2)
@@ -67,7 +85,7 @@ def test_sizes_are_read_as_they_were_written():
     assert [compacted.block_sizes(block) for block in (0, 1, 3)] == [(7, []), (0, [3, 4]), (5, [1, 0])]
 
 
-def test_widths_have_the_hosts_own_names():
+def test_widths_have_the_names_of_the_base_class():
     assert (MoMLlamaConfig.width_name, MoMGPT2Config.width_name, MoMT5Config.width_name) == (
         "intermediate_size",
         "n_inner",
@@ -78,8 +96,14 @@ def test_widths_have_the_hosts_own_names():
 WRONG = [
     ({"num_experts": 0}, r"`num_experts` must be in \[1, 64\], got 0"),
     ({"num_experts": 65}, r"`num_experts` must be in \[1, 64\], got 65"),
-    ({"num_experts_per_tok": 0}, r"`top_k` must be in \[1, 4\], the number of experts, got 0"),
-    ({"num_experts_per_tok": 5}, r"`top_k` must be in \[1, 4\], the number of experts, got 5"),
+    (
+        {"num_experts_per_tok": 0},
+        r"`num_experts_per_tok` .* must be in \[1, 4\], the number of experts, got 0",
+    ),
+    (
+        {"num_experts_per_tok": 5},
+        r"`num_experts_per_tok` .* must be in \[1, 4\], the number of experts, got 5",
+    ),
     ({"group_size": 0}, "`group_size` must be at least 1, got 0"),
     ({"mask_stage": "soft"}, "`mask_stage` must be one of learned, fixed, compact, got 'soft'"),
     ({"mask_budget": "model"}, "`mask_budget` must be one of global, layer, got 'model'"),
@@ -87,11 +111,11 @@ WRONG = [
     ({"router_aux_loss_coef": float("nan")}, "`router_aux_loss_coef` must be finite and >= 0, got nan"),
     ({"router_aux_loss_coef": float("inf")}, "`router_aux_loss_coef` must be finite and >= 0, got inf"),
     ({"chunk_size_feed_forward": 2}, "`chunk_size_feed_forward` must be 0, .* got 2"),
-    ({"masked_layers": []}, r"`masked_layers` must name blocks from 0 to 1, ascending and each once, got \[\]"),
-    ({"masked_layers": [1, 0]}, r"`masked_layers` must name blocks .* got \[1, 0\]"),
-    ({"masked_layers": [0, 0]}, r"`masked_layers` must name blocks .* got \[0, 0\]"),
-    ({"masked_layers": [2]}, r"`masked_layers` must name blocks .* got \[2\]"),
-    ({"masked_layers": [-1]}, r"`masked_layers` must name blocks .* got \[-1\]"),
+    ({"layers": []}, r"`layers` must name blocks from 0 to 1, ascending and each once, got \[\]"),
+    ({"layers": [1, 0]}, r"`layers` must name blocks .* got \[1, 0\]"),
+    ({"layers": [0, 0]}, r"`layers` must name blocks .* got \[0, 0\]"),
+    ({"layers": [2]}, r"`layers` must name blocks .* got \[2\]"),
+    ({"layers": [-1]}, r"`layers` must name blocks .* got \[-1\]"),
 ]
 
 
@@ -101,26 +125,26 @@ def test_fields_that_break_a_rule_are_refused(fields, text):
         MoMBertConfig(num_hidden_layers=2, **fields)
 
 
-@pytest.mark.parametrize("fields", [{"num_experts": "4"}, {"group_size": 1.5}, {"masked_layers": "all"}])
+@pytest.mark.parametrize("fields", [{"num_experts": "4"}, {"group_size": 1.5}, {"layers": "all"}])
 def test_fields_of_the_wrong_type_are_refused(fields):
     with pytest.raises(StrictDataclassFieldValidationError, match=f"'{next(iter(fields))}'"):
         MoMLlamaConfig(**fields)
 
 
 def test_blocks_of_a_t5_are_counted_through_its_decoder():
-    assert MoMT5Config(num_layers=2, num_decoder_layers=3, masked_layers=[4]).num_blocks == 5
+    assert MoMT5Config(num_layers=2, num_decoder_layers=3, layers=[4]).num_blocks == 5
     with pytest.raises(StrictDataclassClassValidationError, match="from 0 to 4, ascending"):
-        MoMT5Config(num_layers=2, num_decoder_layers=3, masked_layers=[5])
+        MoMT5Config(num_layers=2, num_decoder_layers=3, layers=[5])
 
 
-def test_options_of_add_masks_are_refused_by_the_same_rules():
+def test_options_of_from_dense_are_refused_by_the_same_rules():
     dense = make_dense("llama")
     assert isinstance(dense.config, LlamaConfig)
     for options, text in (
         ({"num_experts": 0}, "`num_experts` must be in"),
-        ({"top_k": 5}, "`top_k` must be in"),
+        ({"top_k": 5}, "`num_experts_per_tok` .`top_k` of `from_dense`. must be in"),
         ({"budget": "all"}, "`mask_budget` must be one of"),
-        ({"layers": [7]}, "`masked_layers` must name blocks from 0 to 1"),
+        ({"layers": [7]}, "`layers` must name blocks from 0 to 1"),
     ):
         with pytest.raises(StrictDataclassClassValidationError, match=text):
             from_dense(dense, **options)

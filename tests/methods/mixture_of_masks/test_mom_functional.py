@@ -244,7 +244,7 @@ def test_every_form_of_a_mask_tells_the_same_tokens():
 
 def test_shares_and_scores_that_do_not_exist_are_refused():
     for active in (0, -0.1, 1.01, math.nan, True):
-        with pytest.raises(ValueError, match=rf"`active` must be a number in \(0, 1\], got {active}. Use 0.5"):
+        with pytest.raises(ValueError, match=rf"`keep_ratio` must be a number in \(0, 1\], got {active}. Use 0.5"):
             choose_masks(torch.zeros(1, 2, 3), active)
     for value in (math.nan, math.inf):
         scores = torch.zeros(1, 2, 3)

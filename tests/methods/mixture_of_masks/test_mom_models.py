@@ -103,7 +103,7 @@ def test_blocks_without_masks_stay_what_they_are(kind):
     model = make_masked(kind, dense=dense, layers=[last])
     (network,) = model.networks().values()
     assert network.block == last
-    assert model.config.masked_layers == [last]
+    assert model.config.layers == [last]
     model.fix_masks(1.0)
     assert torch.equal(logits_of(model, kind), logits_of(dense, kind))
     model.networks()[next(iter(model.networks()))].masks.is_open.zero_()
@@ -145,7 +145,7 @@ def test_the_loss_has_the_constraint_and_the_balance_over_real_tokens(kind, budg
     seen = {}
     for name, network in model.masked_networks().items():
         network.router.register_forward_hook(lambda module, _, logits, name=name: seen.__setitem__(name, logits))
-    host = model(**batch).loss
+    stock = model(**batch).loss
     with torch.no_grad():
         model.budget.multipliers.copy_(torch.tensor([[0.7], [1.3]]).expand_as(model.budget.multipliers))
     model.budget.target = 0.25
@@ -165,7 +165,7 @@ def test_the_loss_has_the_constraint_and_the_balance_over_real_tokens(kind, budg
     penalty = (0.7 * gap + 1.3 * gap.square()).sum()
     torch.testing.assert_close(output.aux_loss, torch.stack(balances).mean())
     torch.testing.assert_close(output.sparsity_loss, penalty)
-    torch.testing.assert_close(output.loss, host + penalty + 0.5 * output.aux_loss)
+    torch.testing.assert_close(output.loss, stock + penalty + 0.5 * output.aux_loss)
     torch.testing.assert_close(model.budget.sparsity, (sparsity if budget == "layer" else sparsity.mean()[None]))
 
 
@@ -297,7 +297,7 @@ def test_routers_and_masks_compute_in_float32_under_autocast():
     assert all(n.masks.scores.grad.dtype == torch.float32 for n in model.networks().values())
 
 
-# beside the host's features
+# beside features of transformers
 
 
 @pytest.mark.parametrize("kind", STRUCTURES)
@@ -391,7 +391,7 @@ def test_masks_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"`masks` must be boolean .* and \(1, 4, 32\)"):
         from_dense(dense, masks=masks[:1])
     masks[1, 2, 3] = False
-    with pytest.raises(ValueError, match="`masks` must be alike for the 4 units of a group"):
+    with pytest.raises(ValueError, match="`masks` must be equal for the 4 units of a group"):
         from_dense(dense, masks=masks, group_size=4)
     masks[1, 2] = False
     with pytest.raises(ValueError, match=r"must open at least one unit of each expert, got none at \[1, 2\]"):
@@ -454,7 +454,7 @@ def test_masks_without_a_target_are_not_learned(caplog_of_transformers):
     output = model(**make_batch("llama", labels=True))
     assert "sparsity_loss" not in output
     model.fix_masks(0.5)
-    assert "No step was counted in which masks are learned" in caplog_of_transformers.text
+    assert "No training step of the masks was counted" in caplog_of_transformers.text
 
 
 def test_the_constraint_is_computed_in_float32_under_autocast():
@@ -480,7 +480,7 @@ def test_masks_are_fixed_once():
     with pytest.raises(ValueError, match="`fix_masks` must come while masks are learned, but the stage is 'fixed'"):
         model.fix_masks(0.5)
     model = make_masked("llama")
-    with pytest.raises(ValueError, match=r"`active` must be a number in \(0, 1\], got 0"):
+    with pytest.raises(ValueError, match=r"`keep_ratio` must be a number in \(0, 1\], got 0"):
         model.fix_masks(0)
     assert model.config.mask_stage == "learned"  # nothing was changed
     model.networks()["model.layers.1.mlp"].masks.scores.data[0, 0] = torch.nan

@@ -23,7 +23,7 @@ STAGES = {
     "narrow": lambda kind: shrink(make_fixed(kind, num_experts=1)),
 }
 CODE = {"configuration_mixture_of_masks.py", "functional.py", "modeling_mixture_of_masks.py"}
-CODE |= {f"modeling_{name}.py" for name in ("compact", "masked", "masks", "structure")}
+CODE |= {f"modeling_{name}.py" for name in ("compact", "constraint", "feed_forward", "masked", "masks")}
 
 
 def auto_of(kind):
@@ -140,24 +140,24 @@ WITHOUT_PACKAGE = """
 import json, pathlib, sys
 sys.modules["hf_moebert"] = None  # importing it fails
 import torch, transformers
-told = {}
+found = {}
 ids = torch.tensor(json.loads(sys.argv[2]))
 for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     auto = getattr(transformers, folder.name.split("-")[0])
     try:
         auto.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:
-        told[f"{folder.name} refused"] = str(error)
+        found[f"{folder.name} refused"] = str(error)
     model = auto.from_pretrained(folder, trust_remote_code=True)
     more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    told[folder.name] = model.eval()(input_ids=ids, **more).logits.tolist()
+    found[folder.name] = model.eval()(input_ids=ids, **more).logits.tolist()
 model = transformers.AutoModelForCausalLM.from_pretrained("tester/small", trust_remote_code=True)
-told["hub"] = model(ids).logits.tolist()
-told["implementation"] = model.config._experts_implementation
-told["generated"] = model.generate(ids, max_new_tokens=4, do_sample=False).tolist()
+found["hub"] = model(ids).logits.tolist()
+found["implementation"] = model.config._experts_implementation
+found["generated"] = model.generate(ids, max_new_tokens=4, do_sample=False).tolist()
 model.save_pretrained(pathlib.Path(sys.argv[1]).parent / "again")
-print()  # the host's question whether to trust stands on this line
-print(json.dumps(told))
+print()  # the question of transformers whether to trust is on this line
+print(json.dumps(found))
 """
 
 
@@ -174,14 +174,14 @@ def test_models_load_without_the_package_by_the_code_that_travels(loopback_hub, 
     )
     assert {name for name in loopback_hub.files("tester/small") if name.endswith(".py")} == CODE
     environment = loopback_hub.environment(tmp_path / "b")
-    told = json.loads(run(WITHOUT_PACKAGE, tmp_path / "models", ids.tolist(), **environment).splitlines()[-1])
+    found = json.loads(run(WITHOUT_PACKAGE, tmp_path / "models", ids.tolist(), **environment).splitlines()[-1])
     for name, model in models.items():
         more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-        assert_near(torch.tensor(told[name]), model(input_ids=ids, **more).logits, 1e-5)
-        assert "trust_remote_code=True" in told[f"{name} refused"]
-    assert_near(torch.tensor(told["hub"]), small(ids).logits, 1e-5)
-    assert told["implementation"] == "sliced_mm"
-    assert told["generated"] == small.generate(ids, max_new_tokens=4, do_sample=False).tolist()
+        assert_near(torch.tensor(found[name]), model(input_ids=ids, **more).logits, 1e-5)
+        assert "trust_remote_code=True" in found[f"{name} refused"]
+    assert_near(torch.tensor(found["hub"]), small(ids).logits, 1e-5)
+    assert found["implementation"] == "sliced_mm"
+    assert found["generated"] == small.generate(ids, max_new_tokens=4, do_sample=False).tolist()
     assert_near(AutoModelForCausalLM.from_pretrained(tmp_path / "again")(ids).logits, small(ids).logits, 1e-5)
 
 

@@ -22,11 +22,11 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from hf_moebert.methods.distillation import DistillationConfig, DistillationTrainer
 from hf_moebert.methods.mixture_of_masks import MaskSparsityCallback, MaskSparsityConfig
 from hf_moebert.methods.mixture_of_masks.functional import open_probability
-from hf_moebert.methods.mixture_of_masks.training import STEADY
+from hf_moebert.methods.mixture_of_masks.training_optimizer import CONSTANT_RATE
 from hf_moebert.training.schedules import linear_ramp
 
 
-OURS = {"masks", "router", "budget"}  # modules whose parameters the host does not have
+OURS = {"masks", "router", "budget"}  # modules that the stock models do not have
 
 
 def scores_of(model):
@@ -194,17 +194,17 @@ def test_only_the_rates_of_weights_and_routers_fall(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_groups_are_those_of_the_host_but_for_what_is_ours(tmp_path, kind):
+def test_groups_are_those_of_the_trainer_but_for_ours(tmp_path, kind):
     model, args = make(kind), make_args(tmp_path, weight_decay=0.1, learning_rate=0.01)
     ours = {id(p) for name, p in model.named_parameters() if name.split(".")[-2] in OURS}
     groups = MaskSparsityCallback().make_optimizer(model, args).param_groups
-    host = Trainer(model, args).create_optimizer().param_groups
+    stock = Trainer(model, args).create_optimizer().param_groups
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0, 0.0, 0.0]
-    for mine, theirs in zip(groups, host, strict=False):
+    for mine, theirs in zip(groups, stock, strict=False):
         assert [id(p) for p in mine["params"]] == [id(p) for p in theirs["params"] if id(p) not in ours]
         assert mine["lr"] == theirs["lr"] == 0.01
     assert {id(p) for group in groups[2:] for p in group["params"]} == ours
-    assert [group.get(STEADY) for group in groups[2:]] == [None, "score_rate", "multiplier_rate"]
+    assert [group.get(CONSTANT_RATE) for group in groups[2:]] == [None, "score_rate", "multiplier_rate"]
 
 
 def test_a_frozen_backbone_stays_as_it_is(tmp_path):
@@ -222,7 +222,7 @@ def test_a_frozen_backbone_stays_as_it_is(tmp_path):
 
 def plain_descent(trainer):
     """The same groups without moments, in which differences of rounding stay what they are."""
-    kept = ("params", "lr", "weight_decay", "maximize", STEADY)
+    kept = ("params", "lr", "weight_decay", "maximize", CONSTANT_RATE)
     groups = [{key: group[key] for key in kept if key in group} for group in trainer.optimizer.param_groups]
     trainer.optimizer = torch.optim.SGD(groups)
     return trainer
@@ -240,7 +240,7 @@ def plain_descent(trainer):
     ],
 )
 def test_accumulation_changes_nothing(tmp_path, kind, num_experts, padded):
-    """36 examples, so that the last window of an epoch is incomplete; counted by targets where the host does so."""
+    """36 examples, so that the last window of an epoch is incomplete; counted by labels where the Trainer does so."""
     found = []
     for size, accumulation in ((8, 1), (2, 4)):
         trainer = plain_descent(
@@ -383,10 +383,7 @@ def test_stopping_on_the_way_is_said(tmp_path, caplog_of_transformers):
             control.should_training_stop = state.global_step == 4
 
     make_trainer(tmp_path, make(), {"keep_ratio": 0.999}, callbacks=[Stop()]).train()
-    assert (
-        "Training stopped after 4 steps, and the model that is left has a sparsity of 0.0"
-        in caplog_of_transformers.text
-    )
+    assert "Training stopped after 4 steps, and the final model has a sparsity of 0.0" in caplog_of_transformers.text
     assert "instead of 0.001. Train longer" in caplog_of_transformers.text
 
 
@@ -419,7 +416,7 @@ def test_logs(tmp_path):
     assert len(trainer.state.log_history) == 5
 
 
-def test_what_is_open_is_told_without_noise(tmp_path):
+def test_open_shares_are_logged_without_noise(tmp_path):
     """All scores are well above where a mask without noise closes, yet noise closes some of them."""
     model = without_opinion(make())
     for network in model.masked_networks().values():
@@ -431,15 +428,15 @@ def test_what_is_open_is_told_without_noise(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_of_evaluation_is_the_host_s_own(tmp_path, kind):
+def test_the_loss_of_evaluation_is_the_stock_one(tmp_path, kind):
     model, dense, data = make(kind), make_dense(kind), make_data(kind, padded=kind != "t5")
     with torch.no_grad():
         model.budget.multipliers.fill_(7.0)
         model.budget.target = 0.5
     trainer = make_trainer(tmp_path, model, data=data)
-    host = Trainer(dense, make_args(tmp_path), eval_dataset=data)
-    assert trainer.evaluate()["eval_loss"] == host.evaluate()["eval_loss"]
-    found, expected = trainer.predict(data), host.predict(data)
+    stock = Trainer(dense, make_args(tmp_path), eval_dataset=data)
+    assert trainer.evaluate()["eval_loss"] == stock.evaluate()["eval_loss"]
+    found, expected = trainer.predict(data), stock.predict(data)
     logits, theirs = ((p[0] if isinstance(p, tuple) else p) for p in (found.predictions, expected.predictions))
     assert (logits == theirs).all()
     assert found.metrics["test_loss"] == expected.metrics["test_loss"]

@@ -101,7 +101,7 @@ def test_the_callback_must_be_there_from_the_beginning(tmp_path):
 
 @pytest.mark.parametrize("way", ["label smoothing", "a loss of one's own"])
 def test_a_loss_without_the_constraint_is_refused(tmp_path, way):
-    """The host takes the labels away from the model, which then has no loss to add anything to."""
+    """The Trainer takes the labels away from the model, which then has no loss to extend."""
     smoothing = {"label_smoothing_factor": 0.1} if way == "label smoothing" else {}
     extra = {} if smoothing else {"compute_loss_func": lambda outputs, labels, **_: outputs["logits"].square().mean()}
     model = make(router_aux_loss_coef=0.0)
@@ -130,7 +130,7 @@ def test_scores_that_are_no_numbers_stop_the_run(tmp_path, bad):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
-    """The host's own filter would hide it in the log."""
+    """The Trainer's own filter would hide it in the log."""
     model = make()
     trainer = make_trainer(tmp_path, model, logging_steps=5)
     model.lm_head.weight.register_hook(lambda gradient: gradient * (math.nan if trainer.state.global_step == 2 else 1))
@@ -141,7 +141,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
 class Scaled(TrainerCallback):
     """Train with a loss scaler, as on a GPU, but in float32; the steps named have an infinite loss.
 
-    The host offers no loss scaler on a CPU, so the two places where accelerate asks for it are told.
+    The Trainer uses no loss scaler on a CPU, so it is set in the two places where accelerate looks for it.
     """
 
     def __init__(self, monkeypatch, trainer, overflow):
@@ -192,7 +192,7 @@ def test_an_overflow_does_not_count(tmp_path, monkeypatch):
 # Experts that nobody chooses
 
 
-def test_experts_without_tokens_are_told_and_training_goes_on(tmp_path, caplog_of_transformers):
+def test_experts_without_tokens_are_warned_of_and_training_goes_on(tmp_path, caplog_of_transformers):
     model = make(num_experts=3, router_aux_loss_coef=0.0)
     with torch.no_grad():
         for network in model.masked_networks().values():
@@ -200,13 +200,13 @@ def test_experts_without_tokens_are_told_and_training_goes_on(tmp_path, caplog_o
     trainer = make_trainer(tmp_path, model, {"router_rate": 0.0}, logging_steps=6)
     trainer.train()
     assert trainer.state.global_step == 12
-    told = "experts had no token since the last log, by block: {0: [1, 2], 1: [1, 2]}. Raise `router_aux_loss_coef`"
-    assert f"Up to step 6, {told}" in caplog_of_transformers.text
-    assert f"Up to step 12, {told}" in caplog_of_transformers.text
+    warning = "experts had no token since the last log, by block: {0: [1, 2], 1: [1, 2]}. Raise `router_aux_loss_coef`"
+    assert f"Up to step 6, {warning}" in caplog_of_transformers.text
+    assert f"Up to step 12, {warning}" in caplog_of_transformers.text
     assert [entry["mom_load"] for entry in trainer.state.log_history if "loss" in entry] == [1.0, 1.0]
 
 
-def test_experts_with_tokens_are_not_told(tmp_path, caplog_of_transformers):
+def test_experts_with_tokens_are_not_warned_of(tmp_path, caplog_of_transformers):
     make_trainer(tmp_path, make()).train()
     assert "experts had no token" not in caplog_of_transformers.text
 

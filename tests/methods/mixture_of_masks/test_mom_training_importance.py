@@ -27,7 +27,7 @@ def loss_with(model, batch, layer, unit, value):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_finite_differences_example_by_example(kind):
-    model, step = make_dense(kind).double(), 0.02  # not less: hosts compute some losses in single precision
+    model, step = make_dense(kind).double(), 0.02  # not less: transformers computes some losses in single precision
     found = measure_unit_importance(model, batches_of(kind, size=4, count=4))
     assert found.shape == (4 if kind == "t5" else 2, 24)
     assert found.device.type == "cpu"

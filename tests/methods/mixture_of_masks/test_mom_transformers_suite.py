@@ -1,4 +1,4 @@
-"""The models under the host's own model tests, the ones that every architecture inside transformers has to pass."""
+"""The models under the tests of transformers, which every architecture in it has to pass."""
 
 import unittest
 from unittest.mock import patch
@@ -50,8 +50,8 @@ class TinyModels:
         return self.get_config(), inputs
 
 
-def host_loading():
-    """Load with the host's `from_pretrained`: some tests load empty checkpoints, which ours refuses by design."""
+def stock_loading():
+    """Load with the stock `from_pretrained`: some tests load empty checkpoints, which ours refuses by design."""
     return patch.object(MoMModel, "from_pretrained", PreTrainedModel.__dict__["from_pretrained"])
 
 
@@ -79,15 +79,15 @@ class Suite(common.ModelTesterMixin):
         pass
 
     def test_model_weights_reload_no_missing_tied_weights(self):
-        with host_loading():
+        with stock_loading():
             super().test_model_weights_reload_no_missing_tied_weights()
 
     def test_can_load_ignoring_mismatched_shapes(self):
-        with host_loading():
+        with stock_loading():
             super().test_can_load_ignoring_mismatched_shapes()
 
     def test_correct_missing_keys(self):
-        with host_loading():
+        with stock_loading():
             super().test_correct_missing_keys()
 
     @unittest.skip("It loses the gradient of the balance and is refused by design.")

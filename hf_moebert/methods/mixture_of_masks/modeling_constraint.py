@@ -1,0 +1,175 @@
+"""The training loss of models with masks: the constraint on the sparsity, and the balance of the routers."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_mixture_of_masks import MoMFields
+from .functional import (
+    active_share,
+    balance_loss,
+    chosen_experts,
+    open_probability,
+    real_tokens,
+    sparsity_penalty,
+)
+from .modeling_masks import MaskedFeedForward, RoutedFeedForward, Routing, recording
+
+
+logger = logging.get_logger(__name__)
+SCHEDULE_SIZE = 10  # numbers that describe how a run learns its masks: the fields of the recipe, its steps and seed
+
+
+class MaskBudget(nn.Module):
+    """State of the constraint that holds the masks to their target sparsity while they are learned.
+
+    It is part of every checkpoint, so that a resumed run continues as if it had never stopped.
+
+    Args:
+        num_budgets: One for all blocks together, or one for each block.
+    """
+
+    target: float | None = None  # sparsity requested for the current step; None outside of a run
+
+    def __init__(self, num_budgets: int) -> None:
+        super().__init__()
+        self.multipliers = nn.Parameter(torch.zeros(2, num_budgets))  # of the gap and its square; to be maximised
+        self.clock: Tensor = nn.Buffer(torch.zeros((), dtype=torch.int64))  # counted optimiser steps
+        self.schedule: Tensor = nn.Buffer(torch.zeros(SCHEDULE_SIZE))  # zeros before a run
+        self.sparsity: Tensor = nn.Buffer(torch.zeros(num_budgets), persistent=False)  # expected in the last forward
+
+
+def add_constraint(forward: Callable) -> Callable:
+    """Wrap the forward of a base class, so that its training loss includes the constraint and the balance loss."""
+    names = list(inspect.signature(forward).parameters)[1:]
+
+    @can_return_tuple
+    @functools.wraps(forward)
+    def wrapped(self: "ConstrainedModel", *args: Any, **kwargs: Any) -> Any:
+        inputs = dict(zip(names, args, strict=False)) | kwargs
+        inputs.pop("return_dict", None)
+        if not self.training:
+            return self._replace_empty_loss(forward(self, **inputs, return_dict=True), inputs)
+        with recording() as records:
+            outputs = forward(self, **inputs, return_dict=True)
+        return self._constrain(self._replace_empty_loss(outputs, inputs), records, inputs)
+
+    return wrapped
+
+
+class ConstrainedModel(PreTrainedModel):
+    """A model whose training loss holds its masks to a target sparsity."""
+
+    config: MoMFields
+    _predicts_next = True  # whether labels are the inputs, and compared with the prediction of the token before
+
+    def networks(self) -> dict[str, RoutedFeedForward]:
+        """Return the masked feed-forward networks, or the compact ones that have experts, by path."""
+        return {path: module for path, module in self.named_modules() if isinstance(module, RoutedFeedForward)}
+
+    def masked_networks(self) -> dict[str, MaskedFeedForward]:
+        """Return the masked feed-forward networks by path.
+
+        Raises:
+            ValueError: If the model is compact.
+        """
+        networks = {path: module for path, module in self.networks().items() if isinstance(module, MaskedFeedForward)}
+        if not networks:
+            raise ValueError(
+                f"The {type(self).__name__} must have masks, but its stage is {self.config.mask_stage!r}. Load the "
+                "checkpoint from before `shrink`."
+            )
+        return networks
+
+    def _constrain(self, outputs: Any, records: list[Routing], inputs: dict[str, Any]) -> Any:
+        """Add the balance loss of the routers and the constraint on the masks to the loss."""
+        real = [self._real_tokens(record, inputs) for record in records]
+        self._count_load(records, real)
+        terms = self._balance_terms(records, real) | self._sparsity_terms(records, real)
+        if outputs.get("loss") is not None:
+            weights = {"aux_loss": self.config.router_aux_loss_coef, "sparsity_loss": 1.0}
+            share = self._share_of_step(inputs)
+            outputs["loss"] = outputs["loss"] + share * sum(weights[name] * value for name, value in terms.items())
+        elif terms:
+            logger.warning_once("Without `labels` the constraint on the masks is in no loss: add `sparsity_loss`.")
+        for name, value in terms.items():
+            outputs[name] = value
+        return outputs
+
+    def _count_load(self, records: list[Routing], real: list[Tensor]) -> None:
+        """Add the tokens of each expert to the load of its network."""
+        for record, of_record in zip(records, real, strict=True):
+            counts = chosen_experts(record.chosen, of_record, record.logits.shape[-1]).sum(dim=0)
+            record.network.load = counts if record.network.load is None else record.network.load + counts
+
+    def _balance_terms(self, records: list[Routing], real: list[Tensor]) -> dict[str, Tensor]:
+        """Return the mean balance loss of the routers as `aux_loss`, if there is any."""
+        if not records or not self.config.router_aux_loss_coef:
+            return {}
+        self._check_checkpointing(records[-1])
+        losses = [balance_loss(x.logits, x.chosen, place) for x, place in zip(records, real, strict=True)]
+        return {"aux_loss": torch.stack(losses).mean()}
+
+    def _sparsity_terms(self, records: list[Routing], real: list[Tensor]) -> dict[str, Tensor]:
+        """Return the constraint as `sparsity_loss`, while masks are learned towards a target."""
+        if self.config.mask_stage != "learned":
+            return {}
+        if self.budget.target is None:
+            logger.warning_once("No target is set, so masks are not learned: add `MaskSparsityCallback`.")
+            return {}
+        sparsity = 1 - self._active_shares(records, real)  # (networks,)
+        sparsity = sparsity if self.config.mask_budget == "layer" else sparsity.mean(dim=0, keepdim=True)
+        self.budget.sparsity = sparsity.detach()
+        return {"sparsity_loss": sparsity_penalty(sparsity, self.budget.target, self.budget.multipliers)}
+
+    def _active_shares(self, records: list[Routing], real: list[Tensor]) -> Tensor:
+        """Return the expected share of the units of each network that a token uses, `(networks,)`."""
+        routed = {
+            id(record.network): (record.chosen, of_record) for record, of_record in zip(records, real, strict=True)
+        }
+        shares = []
+        for network in self.masked_networks().values():
+            probability = open_probability(network.masks.learned)  # (experts, groups)
+            known = routed.get(id(network))  # None if the network did not run, or has no router
+            shares.append(probability.mean() if known is None else active_share(probability, *known))
+        return torch.stack(shares)
+
+    def _real_tokens(self, record: Routing, inputs: dict[str, Any]) -> Tensor:
+        """Mark the tokens seen by a router that are not padding, `(tokens,)`."""
+        mask = self._token_mask(record.network, inputs)
+        return real_tokens(mask if torch.is_tensor(mask) else None, record.shape, record.logits.device)
+
+    def _token_mask(self, network: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
+        return inputs.get("attention_mask")
+
+    def _share_of_step(self, inputs: dict[str, Any]) -> Tensor | float:
+        """Return this batch's share of the labels of an accumulated step, so that terms count once in a step."""
+        total, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
+        if total is None or labels is None:
+            return 1.0
+        return (labels[..., 1:] != -100).sum() / torch.as_tensor(total, device=labels.device).clamp(min=1)
+
+    def _replace_empty_loss(self, outputs: Any, inputs: dict[str, Any]) -> Any:
+        """Replace the mean over no label, which is NaN, by zero."""
+        labels = inputs.get("labels")
+        if labels is None or labels.is_floating_point() or torch.compiler.is_compiling():
+            return outputs
+        if not ((labels[..., 1:] if self._predicts_next else labels) != -100).any():
+            outputs["loss"] = outputs["logits"].sum() * 0.0
+        return outputs
+
+    def _check_checkpointing(self, record: Routing) -> None:
+        router = record.network.router
+        trained = router is not None and router.weight.requires_grad
+        if torch.is_grad_enabled() and trained and not record.logits.requires_grad:
+            raise ValueError(
+                "`use_reentrant` must be False with gradient checkpointing, or the balance loss has no gradient. Pass "
+                '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
+            )

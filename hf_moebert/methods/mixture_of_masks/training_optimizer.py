@@ -1,0 +1,97 @@
+"""The optimizer that learns masks: minimised over weights and scores, maximised over the multipliers."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import unwrap_peft_model
+
+from .modeling_constraint import MaskBudget
+from .modeling_masked import MoMModel
+from .recipe import MaskSparsityConfig
+
+
+SCORE_EPSILON = 1e-15  # scores far from closing have tiny gradients, to which Adam's usual 1e-8 is not negligible
+SCORE_BETAS = (0.5, 0.999)  # a longer memory of gradients makes the masks overshoot their target
+MULTIPLIER_EPSILON = 1e-2  # gradients of multipliers are distances from the target; smaller ones hardly count
+# Key of parameter groups without a schedule: the field of the recipe that holds their rate. It is in checkpoints.
+CONSTANT_RATE = "steady_rate"
+
+
+def make_optimizer(
+    model: nn.Module, masked: MoMModel, recipe: MaskSparsityConfig, args: TrainingArguments
+) -> torch.optim.AdamW:
+    """Make the optimizer described in `MaskSparsityCallback.make_optimizer`.
+
+    Args:
+        model: The model as given to the Trainer.
+        masked: The model with masks in it.
+        recipe: The learning rates, and whether other weights are frozen.
+        args: As given to the Trainer.
+    """
+    networks = masked.masked_networks().values()
+    scores = [network.masks.learned for network in networks]
+    routers = [network.router.weight for network in networks if network.router is not None]
+    multipliers = [masked.budget.multipliers]
+    own = {id(parameter) for parameter in [*scores, *routers, *multipliers]}
+    others = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in own}
+    if recipe.freeze_backbone:
+        for parameter in others.values():
+            parameter.requires_grad_(False)
+    groups = [
+        *_group_by_decay(model, others, args.weight_decay),
+        {"params": routers, "lr": recipe.router_rate},
+        {"params": scores, CONSTANT_RATE: "score_rate", "eps": SCORE_EPSILON, "betas": SCORE_BETAS},
+        {"params": multipliers, CONSTANT_RATE: "multiplier_rate", "eps": MULTIPLIER_EPSILON, "maximize": True},
+    ]
+    groups = [group for group in groups if group["params"]]
+    set_constant_rates(groups, recipe)
+    return torch.optim.AdamW(
+        groups,
+        lr=args.learning_rate if recipe.backbone_rate is None else recipe.backbone_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=0.0,
+        fused=not args.fp16,  # as the Trainer's own; with fp16, a fused optimizer does not report a skipped step
+    )
+
+
+def _group_by_decay(model: nn.Module, others: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Group trainable parameters into those with weight decay and those without, as the Trainer does."""
+    names = set(Trainer.get_decay_parameter_names(cast(Any, None), model))
+    decayed: list[Tensor] = []
+    undecayed: list[Tensor] = []
+    for name, parameter in others.items():
+        if parameter.requires_grad:
+            (decayed if name in names else undecayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+
+
+def set_constant_rates(groups: list[dict[str, Any]], recipe: MaskSparsityConfig) -> None:
+    """Give scores and multipliers the rates of the recipe, whatever the schedule or the checkpoint says."""
+    for group in groups:
+        if CONSTANT_RATE in group:
+            group["lr"] = getattr(recipe, group[CONSTANT_RATE])
+
+
+def find_learned(model: nn.Module) -> MoMModel:
+    """Return the model with masks to learn that is given to a Trainer, perhaps wrapped by PEFT.
+
+    Raises:
+        ValueError: If there is none, or if PEFT would not save its masks.
+    """
+    inner = unwrap_peft_model(model)
+    stage = getattr(getattr(inner, "config", None), "mask_stage", "dense")
+    if not isinstance(inner, MoMModel) or stage != "learned":
+        raise ValueError(
+            f"`model` must have masks to learn, got {type(inner).__name__} whose stage is {stage!r}. Make one with "
+            "`from_dense(dense)`; fixed masks need no callback."
+        )
+    is_saved = isinstance(model, MoMModel) or not isinstance(inner.budget, MaskBudget)  # PEFT has wrapped it
+    if not is_saved:
+        raise ValueError(
+            "`modules_to_save` of the PEFT configuration must name the masks, or no checkpoint would hold them. Use "
+            '`LoraConfig(..., modules_to_save=["masks", "router", "budget"])`.'
+        )
+    return inner
