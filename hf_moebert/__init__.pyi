@@ -1,6 +1,7 @@
 __version__: str
 
 from .checkpoints.packing import save_packed as save_packed
+from .compress.stages import shrink as shrink
 from .inference.optimize import (
     optimize_for_inference as optimize_for_inference,
 )
@@ -80,7 +81,4 @@ from .methods.platon import (
 )
 from .methods.platon import (
     PlatonPruningCallback as PlatonPruningCallback,
-)
-from .methods.platon import (
-    shrink as shrink,
 )

@@ -1,0 +1,1 @@
+"""The door: stages of a compression, over all methods."""
