@@ -42,8 +42,7 @@ from hf_moebert.methods.multitask.functional import layers_run
 from hf_moebert.methods.multitask.modeling_multitask import MultiTaskBertModel
 from hf_moebert.methods.multitask.pipeline import MultiTaskPipeline, group_by_length
 from hf_moebert.reporting.tables import markdown_table
-from hf_moebert.serving.app import ServingLimits, build_app
-from hf_moebert.serving.batching import DynamicBatcher
+from hf_moebert.serving import DynamicBatcher, ServingLimits, build_app
 
 
 MEASURES = ("requests/s", "p50", "p99")
@@ -199,8 +198,7 @@ def make_requests(args: ServingArguments, names: list[str], setting: str) -> lis
 @asynccontextmanager
 async def behind_batcher(predictor: Any, limits: ServingLimits) -> AsyncIterator[Ask]:
     """Yield a function that asks the batcher."""
-    sizes = {"max_batch": limits.max_batch, "max_wait_ms": limits.max_wait_ms, "queue_size": limits.queue_size}
-    with DynamicBatcher(predictor.answer, **sizes) as batcher:
+    with DynamicBatcher(predictor.answer, limits) as batcher:
 
         async def ask(request: Asked) -> dict[str, Any]:
             return await asyncio.wrap_future(batcher.submit(request, length=len(request.text)))

@@ -184,12 +184,12 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 8000,
-    max_batch: Annotated[int, typer.Option(min=1, help="Inputs per batch, and per request.")] = 32,
-    max_wait_ms: Annotated[float, typer.Option(min=0, help="Time a request waits for others to join.")] = 5,
-    queue_size: Annotated[int, typer.Option(min=1, help="Inputs that may wait.")] = 256,
-    max_body_bytes: Annotated[int, typer.Option(min=1, help="Size limit of a request.")] = 1_000_000,
-    max_characters: Annotated[int, typer.Option(min=1, help="Length limit of an input.")] = 20_000,
-    timeout_s: Annotated[float, typer.Option(min=0.001, help="Time after which a request is given up.")] = 30,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most inputs in a batch, and in a request.")] = 32,
+    max_wait_ms: Annotated[float, typer.Option(min=0, help="Milliseconds a request waits for others to join.")] = 5,
+    queue_size: Annotated[int, typer.Option(min=1, help="Most inputs that wait, at least `max_batch`.")] = 256,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Largest body of a request.")] = 1_000_000,
+    max_characters: Annotated[int, typer.Option(min=1, help="Most characters of an input.")] = 20_000,
+    timeout_s: Annotated[float, typer.Option(min=0.001, help="Seconds until a request is given up.")] = 30,
     threads: Threads = None,
     allow_updates: Annotated[
         Path | None,
@@ -198,7 +198,8 @@ def serve(
 ) -> None:
     """Answer texts over HTTP with all tasks of a model, until Ctrl-C or SIGTERM."""
     try:
-        from hf_moebert.serving.app import ServingLimits, build_app, run_server
+        from hf_moebert.serving.app import build_app, run_server
+        from hf_moebert.serving.limits import ServingLimits
     except ImportError as error:
         raise ValueError(f"`serve` needs more packages, {error}. Use `pip install hf_moebert[serve]`.") from error
     _hide_progress()
@@ -229,7 +230,7 @@ def _load_examples(file: Path | None, name: str | None, config_name: str | None,
         from datasets import load_dataset
 
         return load_dataset(name, config_name, split=split)
-    from hf_moebert.data.texts import load_splits
+    from hf_moebert.data import load_splits
 
     return load_splits(train_file=file, validation_file=file)["validation"]
 

@@ -1,4 +1,4 @@
-"""A predictor without a model, and a real server of it; run as a program, it serves until a signal comes."""
+"""A predictor without a model, and a server of it in a thread; as a program, it serves until a signal."""
 
 import sys
 import threading
@@ -8,21 +8,21 @@ from pathlib import Path
 
 import uvicorn
 
-from hf_moebert.serving.app import ServingLimits, build_app, run_server
+from hf_moebert.serving import ServingLimits, build_app, run_server
 
 
 class Echo:
-    """Answers a text with itself in a form: `upper`, `lower`, or what was put."""
+    """Predictor that answers a text with the text in a format: `upper`, `lower`, or one that was put."""
 
     def __init__(self, seconds=0.0):
-        self.forms = {"upper": "{}!".format, "lower": str.lower}
+        self.formats = {"upper": "{}!".format, "lower": str.lower}
         self.seconds = seconds
         self.batches = []
         self.entered, self.open = threading.Event(), threading.Event()
         self.open.set()
 
     def describe_tasks(self):
-        return {name: {"kind": "echo"} for name in list(self.forms)}
+        return {name: {"kind": "echo"} for name in list(self.formats)}
 
     def check(self, inputs, tasks):
         if not isinstance(inputs, str):
@@ -35,24 +35,24 @@ class Echo:
         self.batches.append(len(requests))
         if any(text == "trap" for text, _ in requests):
             raise RuntimeError("secret /path")
-        asked = [(text, list(self.forms) if tasks is None else tasks) for text, tasks in requests]
-        return [{"answers": {name: self.forms[name](text) for name in tasks}} for text, tasks in asked]
+        asked = [(text, list(self.formats) if tasks is None else tasks) for text, tasks in requests]
+        return [{"answers": {name: self.formats[name](text) for name in tasks}} for text, tasks in asked]
 
     def load_task(self, folder):
-        return (folder / "form.txt").read_text()
+        return (folder / "format.txt").read_text()
 
     def put_task(self, name, task):
         if "{}" not in task:
-            raise ValueError("`form` must hold a place for the text.")
-        self.forms[name] = task.format
+            raise ValueError("`format` must hold a place for the text.")
+        self.formats[name] = task.format
 
     def remove_task(self, name):
-        del self.forms[name]
+        del self.formats[name]
 
 
 @contextmanager
 def running(app):
-    """Serve in a thread on a free port; yields the address."""
+    """Serve in a thread on a free port, and yield the URL."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="on", log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()

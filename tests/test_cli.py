@@ -18,7 +18,7 @@ from hf_moebert import cli
 from hf_moebert.measuring import comparison
 from hf_moebert.measuring.scores import paired_bootstrap, score
 from hf_moebert.reporting import hub
-from hf_moebert.serving.app import ServingLimits
+from hf_moebert.serving import ServingLimits
 
 
 QUICK = ["--latency-seq", "4", "--rounds", "2", "--max-length", "8"]
@@ -71,6 +71,8 @@ def test_every_option_has_help_and_is_written_with_dashes(name):
 def test_the_limits_of_the_server_are_those_of_the_library():
     defaults = {parameter.name: parameter.default for parameter in COMMANDS["serve"].params}
     assert {field.name: defaults[field.name] for field in fields(ServingLimits)} == vars(ServingLimits())
+    helps = {parameter.name: parameter.help for parameter in COMMANDS["serve"].params}
+    assert all(helps[field.name] == field.metadata["help"] for field in fields(ServingLimits))
 
 
 def test_version():

@@ -11,7 +11,7 @@ from datasets import Dataset, concatenate_datasets
 from text_task import write_rows
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_moebert.data.texts import load_splits
+from hf_moebert.data import load_splits
 
 
 ARROW = " =>"  # between a text and the word for its label

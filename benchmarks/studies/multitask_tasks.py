@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from hf_moebert import BertCrfForTokenClassification
-from hf_moebert.data.texts import encode_text, encode_tokens, label_names_of, load_splits, tag_names_of
+from hf_moebert.data import encode_text, encode_tokens, label_names_of, load_splits, tag_names_of
 from hf_moebert.measuring.metrics.seqeval.seqeval import count_spans
 from hf_moebert.measuring.scores import CLASSIFICATION_SCORES, REGRESSION_SCORES, SPAN_SCORES, Score, tags_of
 from hf_moebert.methods.multitask.training import MultiTaskSweepTask

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_moebert.data.texts import encode_tokens, tag_names_of
+from hf_moebert.data import encode_tokens, tag_names_of
 from hf_moebert.measuring.scores import tags_of
 
 

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_moebert.data.texts import encode_text, label_names_of, load_splits
+from hf_moebert.data import encode_text, label_names_of, load_splits
 
 
 @dataclass

@@ -1,1 +1,6 @@
-"""Data: labelled texts and tagged words, as the columns that models read."""
+"""Data: labelled texts and tagged words, as the columns that models take."""
+
+import lazy_loader
+
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)  # the public names stand in `__init__.pyi`

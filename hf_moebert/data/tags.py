@@ -1,4 +1,4 @@
-"""Tagged words: from lists of words and lists of tags to the columns that a token classifier reads."""
+"""Tagged words, as the columns that a token classifier takes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,12 +6,14 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from .splits import check_column
 
-IGNORED = -100  # the label of what is no word's first sub-word
+
+IGNORED = -100  # label of special tokens, and of all sub-words of a word but the first
 
 
 def tag_names_of(dataset: Dataset, tags_column: str = "tags") -> list[str]:
-    """Name the tags of a dataset in the order of their indices.
+    """Return the names of the tags in the order of their indices.
 
     Args:
         dataset: Examples in which every tag occurs, or whose column holds lists of `datasets.ClassLabel`.
@@ -46,16 +48,16 @@ def encode_tokens(
 ) -> Dataset | DatasetDict:
     """Tokenize lists of words, and number the tag of each word at its first sub-word; nothing is padded.
 
-    Two choices are our own design. A word of which the tokenizer leaves nothing, such as a lone control character,
-    becomes its unknown token, so that every word keeps its tag. Sentences are cut between words, and never inside
-    an entity: of one that does not fit, no word is kept, since half of it would be an illegal path of tags in IOBES
-    and BILOU.
+    Two choices are our own design. A word that the tokenizer drops, such as a lone control character, becomes the
+    unknown token, so that every word keeps its tag. Sentences are cut between words, and never inside an entity: an
+    entity that does not fit is dropped as a whole, since half of it would be an illegal path of tags in IOBES and
+    BILOU.
 
     Args:
         dataset: One split or all of them.
-        tokenizer: Of the model; a fast one, which knows the word of each sub-word.
-        tokens_column: Lists of words; they may be empty.
-        tags_column: Lists of as many tags: names, `datasets.ClassLabel`, or indices into `tag_names`.
+        tokenizer: Fast tokenizer of the model, which knows the word of each sub-word.
+        tokens_column: Column of lists of words, which may be empty.
+        tags_column: Column of lists of as many tags: names, `datasets.ClassLabel`, or indices into `tag_names`.
         tag_names: Tags in the order of their indices, as from `tag_names_of` the training split.
         max_length: Longer sentences are cut to at most this many sub-words, special tokens included.
 
@@ -89,15 +91,6 @@ def encode_tokens(
     return dataset.map(encode, batched=True, remove_columns=dataset.column_names, desc="Tokenizing")
 
 
-def check_column(dataset: Dataset, column: str) -> None:
-    """Raise a `ValueError` if a dataset has no such column."""
-    if column not in dataset.column_names:
-        raise ValueError(
-            f"The dataset must have the column '{column}', it has {', '.join(dataset.column_names)}. "
-            "Name the right one, or rename it."
-        )
-
-
 def _item_of(dataset: Dataset, column: str) -> Any:
     """Return the feature of the items of a column of lists."""
     check_column(dataset, column)
@@ -112,7 +105,7 @@ def _dtype(feature: Any) -> str:
 
 
 def _split(tag: str) -> tuple[str, str]:
-    """Split a tag into its prefix and its type, which may hold dashes itself."""
+    """Split a tag into its prefix and its type, which may contain dashes."""
     prefix, _, kind = tag.partition("-")
     return prefix, kind
 
@@ -182,7 +175,7 @@ def _encode_rows(
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, sentences: list[list[str]]) -> BatchEncoding:
-    """Tokenize lists of words, with the unknown token instead of those that would leave nothing."""
+    """Tokenize lists of words, with the unknown token in place of words that the tokenizer drops."""
     encoded = tokenizer(sentences, is_split_into_words=True, verbose=False)
     left = [set(encoded.word_ids(row)) for row in range(len(sentences))]
     whole = [
@@ -204,7 +197,7 @@ def _count_fitting(places: list[int | None], tags: list[str], max_length: int) -
 
 
 def _continues(previous: str, tag: str) -> bool:
-    """Say whether two neighbouring tags are inside one entity, in any scheme."""
+    """Check whether two neighbouring tags are inside one entity, in any scheme."""
     before, kind = _split(previous)
     prefix, same = _split(tag)
     return prefix in {"I", "E", "L"} and before in {"B", "I"} and kind == same

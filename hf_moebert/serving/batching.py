@@ -1,4 +1,4 @@
-"""Gather single requests into batches for one worker thread; knows neither models nor HTTP."""
+"""Dynamic batching: requests are gathered into batches for one worker thread."""
 
 import threading
 import time
@@ -8,18 +8,20 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from .limits import ServingLimits
+
 
 class QueueFull(RuntimeError):  # named as in the standard library's asyncio
-    """The queue holds all it may: ask again later."""
+    """The queue is full; try again later."""
 
 
 class BatcherClosed(RuntimeError):
-    """The batcher takes nothing more."""
+    """The batcher accepts no more requests."""
 
 
 @dataclass(eq=False)
 class _Waiting:
-    """What waits for the worker: a request, or a call that must run between two batches."""
+    """An entry of the queue: a request, or a call that must run between two batches."""
 
     request: Any
     size: int
@@ -30,45 +32,29 @@ class _Waiting:
 
 
 class DynamicBatcher:
-    """One worker thread that answers requests in batches, the oldest first.
+    """A worker thread that answers requests in batches, the oldest first.
 
-    The worker starts a batch once `max_batch` inputs wait, or once the oldest request has waited `max_wait_ms`. Where
-    more wait than fit, the oldest request is joined by those nearest to it in length, so that little is padded and
-    nobody starves. A batch that fails is run again request by request, so that only the guilty one fails. Calls given
-    to `between` keep their place in the queue: what was accepted before them is answered before them, what is accepted
-    after them is answered after them.
+    The worker starts a batch once `max_batch` inputs wait, or once the oldest request has waited `max_wait_ms`. If
+    more wait than fit, the oldest request is joined by those closest to it in length, so that padding is small and no
+    request starves. A batch that fails is run again request by request, so that only the faulty request fails. Calls
+    given to `between` keep their place in the queue: requests accepted before them are answered before them, requests
+    accepted after them are answered after them.
 
     Args:
         run: Answers a list of requests with a list of results, in order. Runs in the worker thread only.
-        max_batch: Inputs of a batch at most.
-        max_wait_ms: Milliseconds that a request waits for company.
-        queue_size: Inputs that may wait.
-
-    Raises:
-        ValueError: If a number is too small.
+        limits: Limits, of which `max_batch`, `max_wait_ms` and `queue_size` apply.
     """
 
     def __init__(
         self,
         run: Callable[[list[Any]], Sequence[Any]],
-        *,
-        max_batch: int = 32,
-        max_wait_ms: float = 5.0,
-        queue_size: int = 256,
+        limits: ServingLimits,
     ) -> None:
-        if max_batch < 1:
-            raise ValueError(f"`max_batch` must be at least 1, got {max_batch}. Use 32 to fill the processor.")
-        if max_wait_ms < 0:
-            raise ValueError(f"`max_wait_ms` must be at least 0, got {max_wait_ms}. Use 5 for some company.")
-        if queue_size < max_batch:
-            raise ValueError(
-                f"`queue_size` must be at least `max_batch` = {max_batch}, got {queue_size}. Use 8 * max_batch."
-            )
-        self.max_batch, self.queue_size = max_batch, queue_size
-        self._run, self._max_wait = run, max_wait_ms / 1000
+        self.max_batch, self.queue_size = limits.max_batch, limits.queue_size
+        self._run, self._max_wait = run, limits.max_wait_ms / 1000
         self._waiting: deque[_Waiting] = deque()
-        self._size = 0  # inputs that wait
-        self._calls = 0  # calls that wait
+        self._size = 0  # waiting inputs
+        self._calls = 0  # waiting calls
         self._closed = False
         self._changed = threading.Condition()
         self._worker = threading.Thread(target=self._work, name="batcher", daemon=True)
@@ -76,42 +62,42 @@ class DynamicBatcher:
 
     @property
     def depth(self) -> int:
-        """Inputs that wait."""
+        """Number of waiting inputs."""
         return self._size
 
     @property
     def alive(self) -> bool:
-        """Whether requests are taken and answered."""
+        """True as long as requests are accepted and answered."""
         return self._worker.is_alive() and not self._closed
 
     def submit(self, request: Any, *, size: int = 1, length: int = 0) -> Future:
-        """Queue a request; `asyncio.wrap_future` makes its future awaitable, and cancelling that takes it back.
+        """Queue a request; `asyncio.wrap_future` makes its future awaitable, and cancelling it withdraws the request.
 
         Args:
-            request: What `run` gets in its list.
-            size: Inputs in it; a request is never split between batches.
-            length: Of its longest input, in any unit.
+            request: Element of the list that `run` takes.
+            size: Number of inputs; a request is never split between batches.
+            length: Length of the longest input, in any unit.
 
         Returns:
             The future of its result.
 
         Raises:
-            ValueError: If it is larger than a batch.
-            QueueFull: If it finds no room.
+            ValueError: If the request is larger than a batch.
+            QueueFull: If the queue has no room for it.
             BatcherClosed: After `close`.
         """
         if not 1 <= size <= self.max_batch:
             raise ValueError(f"`size` must be in [1, {self.max_batch}], got {size}. Send larger requests in parts.")
         with self._changed:
             if self._size + size > self.queue_size:
-                raise QueueFull(f"{self._size} of {self.queue_size} inputs wait already. Try again later.")
+                raise QueueFull(f"The queue holds {self._size} of at most {self.queue_size} inputs. Try again later.")
             return self._append(_Waiting(request, size, length))
 
     def between(self, call: Callable[[], Any]) -> Future:
-        """Queue a call that the worker makes between two batches, alone.
+        """Queue a call that the worker makes between two batches.
 
         Returns:
-            The future of what it returns.
+            The future of its result.
 
         Raises:
             BatcherClosed: After `close`.
@@ -120,7 +106,7 @@ class DynamicBatcher:
             return self._append(_Waiting(None, 0, 0, call))
 
     def close(self) -> None:
-        """Take nothing more, finish what was accepted, and end the worker."""
+        """Accept no more requests, answer those accepted, and end the worker."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -147,7 +133,7 @@ class DynamicBatcher:
                 self._answer(live)
 
     def _take(self) -> list[_Waiting]:
-        """Wait for the next batch; an empty one is the end."""
+        """Wait for the next batch; an empty one ends the worker."""
         with self._changed:
             while not self._waiting and not self._closed:
                 self._changed.wait()
@@ -168,11 +154,11 @@ class DynamicBatcher:
         if first.call is not None:
             return [first]
         before = next((number for number, entry in enumerate(self._waiting) if entry.call), len(self._waiting))
-        others = list(self._waiting)[1:before]
-        if first.size + sum(entry.size for entry in others) > self.max_batch:
-            others.sort(key=lambda entry: abs(entry.length - first.length))  # stable: of equals, the older ones
+        candidates = list(self._waiting)[1:before]
+        if first.size + sum(entry.size for entry in candidates) > self.max_batch:
+            candidates.sort(key=lambda entry: abs(entry.length - first.length))  # stable: of equal ones, the older
         batch, room = [first], self.max_batch - first.size
-        for entry in others:
+        for entry in candidates:
             if entry.size <= room:
                 batch.append(entry)
                 room -= entry.size
@@ -181,10 +167,10 @@ class DynamicBatcher:
     def _answer(self, batch: list[_Waiting]) -> None:
         try:
             results = self._results(batch)
-        except Exception as error:  # noqa: BLE001  # whatever it is, it belongs to the future
+        except Exception as error:  # noqa: BLE001  # every error is passed on through the future
             if len(batch) == 1:
                 batch[0].future.set_exception(error)
-            else:  # somebody's fault: see whose
+            else:  # find the faulty request
                 for entry in batch:
                     self._answer([entry])
         else:

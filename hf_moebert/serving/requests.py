@@ -1,49 +1,20 @@
-"""What a server takes on: how much, of which form, and from which folders."""
+"""Bodies of requests: their form, their size, and the folders that they may name."""
 
 import asyncio
-from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Annotated, Any, TypeVar
 
 from fastapi import HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from .limits import ServingLimits
 
-FAIL_FAST = Field(fail_fast=True)  # a message about each of a million wrong elements would be work for nothing
+
+FAIL_FAST = Field(fail_fast=True)  # a message for each of a million wrong elements would waste time
 Name = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 Part = str | Annotated[list[str], FAIL_FAST]
 Input = str | Annotated[dict[Name, Part], Field(fail_fast=True, max_length=4)]
 Body = TypeVar("Body", bound=BaseModel)
-
-
-@dataclass(frozen=True)
-class ServingLimits:
-    """What a server takes on.
-
-    Attributes:
-        max_batch: Inputs of a batch, and of one request.
-        max_wait_ms: Milliseconds that a request waits for company.
-        queue_size: Inputs that may wait; what comes then is refused.
-        max_body_bytes: Of a request.
-        max_characters: Of an input.
-        timeout_s: Seconds until a request is given up.
-
-    Raises:
-        ValueError: If a number is too small.
-    """
-
-    max_batch: int = 32
-    max_wait_ms: float = 5.0
-    queue_size: int = 256
-    max_body_bytes: int = 1_000_000
-    max_characters: int = 20_000
-    timeout_s: float = 30.0
-
-    def __post_init__(self) -> None:
-        for name in ("max_body_bytes", "max_characters", "timeout_s"):
-            if (value := getattr(self, name)) <= 0:
-                default = type(self).__dataclass_fields__[name].default
-                raise ValueError(f"`{name}` must be above 0, got {value}. Use {default}.")
 
 
 class PredictRequest(BaseModel):
@@ -62,10 +33,10 @@ class UpdateRequest(BaseModel):
 
 
 async def read_body(request: Request, form: type[Body], limits: ServingLimits) -> Body:
-    """Read a body that is not too large, whatever its headers claim, and not too slow.
+    """Read and validate a body, within the limits of size and time, whatever its headers claim.
 
     Raises:
-        HTTPException: With status 400, 408, 413 or 422 otherwise.
+        HTTPException: With status 400, 408, 413 or 422 if it is refused.
     """
     body, limit = bytearray(), limits.max_body_bytes
     try:
@@ -81,32 +52,32 @@ async def read_body(request: Request, form: type[Body], limits: ServingLimits) -
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)
         status = 400 if found[0]["type"] == "json_invalid" else 422
-        said = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'body'}: {one['msg']}" for one in found[:3])
-        raise HTTPException(status, f"{said:.500}") from error
+        reasons = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'body'}: {one['msg']}" for one in found[:3])
+        raise HTTPException(status, f"{reasons:.500}") from error
 
 
 def count_characters(inputs: Any) -> int:
-    """Return how many characters an input has in all, a blank after each part of it included."""
+    """Count the characters of an input, plus one for each of its parts."""
     if isinstance(inputs, str):
         return len(inputs)
     return sum(count_characters(part) + 1 for part in (inputs.values() if isinstance(inputs, dict) else inputs))
 
 
 def folder_inside(root: Path, folder: str) -> Path:
-    """Return a folder below a directory, if no link leads to it or out of it.
+    """Return a folder below a directory that neither is reached through links nor contains any.
 
     Raises:
-        HTTPException: With status 422 otherwise.
+        HTTPException: With status 422 for any other folder.
     """
     parts = PurePath(folder).parts
-    way = [root.joinpath(*parts[: number + 1]) for number in range(len(parts))]
+    path = [root.joinpath(*parts[: number + 1]) for number in range(len(parts))]
     try:
-        allowed = bool(parts) and not PurePath(folder).is_absolute() and ".." not in parts and way[-1].is_dir()
-        linked = allowed and any(path.is_symlink() for path in (*way, *way[-1].rglob("*")))
+        allowed = bool(parts) and not PurePath(folder).is_absolute() and ".." not in parts and path[-1].is_dir()
+        linked = allowed and any(part.is_symlink() for part in (*path, *path[-1].rglob("*")))
     except (OSError, ValueError):  # too long, or with a null character
         allowed, linked = False, False
     if not allowed or linked:
         raise HTTPException(
             422, "`folder` must be a folder in the directory of updates, relative to it, without `..` and links."
         )
-    return way[-1]
+    return path[-1]

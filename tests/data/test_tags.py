@@ -7,7 +7,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
-from hf_moebert.data.texts import encode_tokens, load_splits, tag_names_of
+from hf_moebert.data import encode_tokens, load_splits, tag_names_of
 
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "new", "york", "is", "big", "##ger", "##gest", "."]

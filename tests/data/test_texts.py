@@ -6,7 +6,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import BertTokenizer
 
-from hf_moebert.data.texts import encode_text, label_names_of, load_splits
+from hf_moebert.data import encode_text, label_names_of, load_splits
 
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "null"]

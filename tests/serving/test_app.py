@@ -1,4 +1,4 @@
-"""The server: what it answers, what it refuses and how, updates between batches, a crowd, and an orderly end."""
+"""The server: answers, refusals, updates between batches, many clients, and an orderly shutdown."""
 
 import asyncio
 import importlib
@@ -13,6 +13,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import echo_server
 import httpx
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 from hf_moebert import cli
-from hf_moebert.serving.app import ServingLimits, build_app, run_server
+from hf_moebert.serving import ServingLimits, build_app, run_server
 
 
 LIMITS = {"max_batch": 4, "max_wait_ms": 0, "queue_size": 4, "max_body_bytes": 2000, "max_characters": 100}
@@ -35,9 +36,9 @@ def echo():
 @pytest.fixture
 def updates(tmp_path):
     folder = tmp_path / "updates"
-    for name, form in (("old", "old {}"), ("new", "new {}"), ("bad", "no place")):
+    for name, text in (("old", "old {}"), ("new", "new {}"), ("bad", "no place")):
         (folder / name).mkdir(parents=True)
-        (folder / name / "form.txt").write_text(form)
+        (folder / name / "format.txt").write_text(text)
     return folder
 
 
@@ -48,8 +49,8 @@ def client(echo, updates):
         yield client
 
 
-def ask(client, inputs, **rest):
-    return client.post("/predict", json={"inputs": inputs} | rest)
+def ask(client, inputs, **options):
+    return client.post("/predict", json={"inputs": inputs} | options)
 
 
 def metric(client, name, url=""):
@@ -67,7 +68,7 @@ def test_one_input_and_several_with_all_tasks_and_some(client):
     ]
 
 
-def test_what_is_there_and_how_it_is(client):
+def test_tasks_health_and_metrics_are_shown(client):
     assert client.get("/tasks").json() == {"tasks": {"upper": {"kind": "echo"}, "lower": {"kind": "echo"}}}
     assert client.get("/health").json() == {"status": "ok"}
     assert ask(client, ["a", "b"]).status_code == 200
@@ -155,7 +156,7 @@ def test_a_body_that_never_ends_is_given_up(echo):
             assert connection.recv(10_000).startswith(b"HTTP/1.1 408")
 
 
-def test_the_unexpected_has_an_id_and_shows_nothing(client, caplog):
+def test_unexpected_errors_have_an_id_and_show_nothing(client, caplog):
     with ThreadPoolExecutor() as pool:
         answers = list(pool.map(lambda text: ask(client, text), ["a", "trap", "b"]))
     assert [answer.status_code for answer in answers] == [200, 500, 200]
@@ -182,7 +183,7 @@ def test_a_full_queue_asks_to_come_again(client, echo):
         assert [answer.result(10).status_code for answer in (first, *waiting)] == [200, 200, 200]
 
 
-def test_what_takes_too_long_is_given_up(echo):
+def test_an_answer_that_takes_too_long_is_given_up(echo):
     echo.open.clear()
     limits = ServingLimits(timeout_s=0.1, max_wait_ms=0)
     with TestClient(build_app(echo, limits=limits)) as client:
@@ -193,10 +194,10 @@ def test_what_takes_too_long_is_given_up(echo):
 
 
 def test_tasks_are_added_replaced_and_removed(client):
-    for folder, said in (("old", "old a"), ("new", "new a")):
+    for folder, expected in (("old", "old a"), ("new", "new a")):
         answer = client.put("/tasks/age", json={"folder": folder})
         assert answer.json() == {"tasks": {"age": {"kind": "echo"}}}
-        assert ask(client, "a", tasks=["age"]).json()["results"] == [{"answers": {"age": said}}]
+        assert ask(client, "a", tasks=["age"]).json()["results"] == [{"answers": {"age": expected}}]
     assert client.delete("/tasks/age").status_code == 204
     assert ask(client, "a", tasks=["age"]).status_code == 404
     assert client.delete("/tasks/age").status_code == 404
@@ -206,7 +207,7 @@ def test_tasks_are_added_replaced_and_removed(client):
 def test_an_update_that_fails_changes_nothing(client, updates):
     client.put("/tasks/age", json={"folder": "old"})
     answer = client.put("/tasks/age", json={"folder": "bad"})
-    assert (answer.status_code, answer.json()["detail"]) == (422, "`form` must hold a place for the text.")
+    assert (answer.status_code, answer.json()["detail"]) == (422, "`format` must hold a place for the text.")
     (updates / "empty").mkdir()
     answer = client.put("/tasks/age", json={"folder": "empty"})
     assert answer.status_code == 422
@@ -216,14 +217,14 @@ def test_an_update_that_fails_changes_nothing(client, updates):
 
 def test_updates_come_from_below_their_directory_only(client, updates):
     (updates.parent / "outside").mkdir()
-    (updates.parent / "outside/form.txt").write_text("outside {}")
+    (updates.parent / "outside/format.txt").write_text("outside {}")
     (updates / "link").symlink_to(updates.parent / "outside")
     (updates / "around").symlink_to(updates)
     (updates / "inner").mkdir()
-    (updates / "inner/form.txt").symlink_to(updates.parent / "outside/form.txt")
+    (updates / "inner/format.txt").symlink_to(updates.parent / "outside/format.txt")
     outside = str(updates.parent / "outside")
     for folder in (
-        *("../outside", outside, "link", "inner", "around/new", "new/../../outside", "new/form.txt"),
+        *("../outside", outside, "link", "inner", "around/new", "new/../../outside", "new/format.txt"),
         *("", ".", "/", "no such folder", "a" * 3000, "new\0", "~", "new/../new"),
     ):
         answer = client.put("/tasks/age", json={"folder": folder} if len(folder) < 1000 else {"folder": folder[:1000]})
@@ -237,7 +238,7 @@ def test_without_a_directory_nothing_is_updated(echo):
     client = TestClient(build_app(echo))
     assert client.put("/tasks/age", json={"folder": "new"}).status_code == 403
     assert client.delete("/tasks/upper").status_code == 403
-    assert echo.forms.keys() == {"upper", "lower"}
+    assert echo.formats.keys() == {"upper", "lower"}
 
 
 def test_every_answer_under_updates_is_whole(client, echo):
@@ -313,7 +314,7 @@ def test_a_thousand_clients_at_once(echo):
 
 
 def test_a_signal_ends_the_server_after_its_answers():
-    command = [sys.executable, str(Path(__file__).with_name("echo_server.py"))]
+    command = [sys.executable, echo_server.__file__]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as process, ThreadPoolExecutor() as pool, httpx.Client() as client:
         url = process.stdout.readline().strip()
@@ -329,7 +330,7 @@ def test_a_signal_ends_the_server_after_its_answers():
 
 @pytest.mark.parametrize("http", [False, True])
 def test_the_benchmark_checks_every_answer_and_pairs_rounds(monkeypatch, tmp_path, capsys, http):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     benchmark, output = importlib.import_module("serving"), tmp_path / "serving.json"
     benchmark.main(benchmark.ServingArguments(tasks=[2], smoke=True, http=http, output=output))
     found = json.loads(output.read_text())["results"]
@@ -350,8 +351,8 @@ def test_the_benchmark_checks_every_answer_and_pairs_rounds(monkeypatch, tmp_pat
 def test_limits_that_cannot_work_are_refused(echo):
     with pytest.raises(ValueError, match="`timeout_s` must be above 0, got 0. Use 30.0."):
         ServingLimits(timeout_s=0)
-    with pytest.raises(ValueError, match="`queue_size` must be at least `max_batch` = 32, got 8"):
-        build_app(echo, limits=ServingLimits(queue_size=8))
+    with pytest.raises(ValueError, match="at least `max_batch` = 512, got 256. Set `queue_size` to 4096, or lower"):
+        ServingLimits(max_batch=512)
     with pytest.raises(FileNotFoundError):
         build_app(echo, allow_updates=Path("no such folder"))
 
@@ -361,7 +362,7 @@ def test_a_port_in_use_is_an_error(echo):
         run_server(build_app(echo), host="127.0.0.1", port=taken.getsockname()[1], announce=print)
 
 
-def test_the_command_says_in_one_line_what_it_lacks(monkeypatch, tiny_teacher):
+def test_the_command_fails_with_one_line(monkeypatch, tiny_teacher):
     def serve(*arguments):
         result = CliRunner().invoke(cli.app, ["serve", *map(str, arguments)])
         assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
@@ -369,6 +370,7 @@ def test_the_command_says_in_one_line_what_it_lacks(monkeypatch, tiny_teacher):
 
     assert "got 'bert' in" in serve(tiny_teacher)
     assert "Invalid value for '--port'" in serve(tiny_teacher, "--port", 99999)
+    assert "Set `queue_size` to 4096, or lower `max_batch`" in serve(tiny_teacher, "--max_batch", 512)
     assert "'no such folder' does not exist" in serve(tiny_teacher, "--allow_updates", "no such folder")
     monkeypatch.setitem(sys.modules, "hf_moebert.serving.app", None)
     assert "pip install hf_moebert[serve]" in serve(tiny_teacher)

@@ -7,10 +7,11 @@ from concurrent.futures import CancelledError
 import pytest
 
 from hf_moebert.serving.batching import BatcherClosed, DynamicBatcher, QueueFull
+from hf_moebert.serving.limits import ServingLimits
 
 
 class Gate:
-    """A function of batches that remembers them and waits until it is let through."""
+    """Function of batches that records them and waits until it is opened."""
 
     def __init__(self, answer=lambda request: request * 2):
         self.answer = answer
@@ -29,26 +30,30 @@ def gate():
     return Gate()
 
 
-def blocked(gate, **settings):
-    """A batcher whose worker holds the request 0."""
-    batcher = DynamicBatcher(gate, **{"max_wait_ms": 0} | settings)
+def make_batcher(run, **limits):
+    return DynamicBatcher(run, ServingLimits(**limits))
+
+
+def blocked(gate, **limits):
+    """Return a batcher whose worker is busy with the request 0."""
+    batcher = make_batcher(gate, **{"max_wait_ms": 0} | limits)
     first = batcher.submit(0)
     assert gate.entered.wait(10)
     return batcher, first
 
 
 def test_every_request_gets_its_own_answer():
-    with DynamicBatcher(lambda batch: [request * 2 for request in batch], queue_size=1000) as batcher:
+    with make_batcher(lambda batch: [request * 2 for request in batch], queue_size=1000) as batcher:
         futures = [batcher.submit(number) for number in range(1000)]
         assert [future.result(10) for future in futures] == [2 * number for number in range(1000)]
 
 
 def test_a_batch_starts_full_or_when_the_oldest_waited_long_enough(gate):
     gate.open.set()
-    with DynamicBatcher(gate, max_batch=3, max_wait_ms=60_000) as batcher:
+    with make_batcher(gate, max_batch=3, max_wait_ms=60_000) as batcher:
         futures = [batcher.submit(number) for number in range(3)]
         assert [future.result(10) for future in futures] == [0, 2, 4]
-    with DynamicBatcher(gate, max_batch=3, max_wait_ms=1) as batcher:
+    with make_batcher(gate, max_batch=3, max_wait_ms=1) as batcher:
         assert batcher.submit(5).result(10) == 10
     assert gate.batches == [[0, 1, 2], [5]]
 
@@ -88,7 +93,7 @@ def test_one_bad_request_fails_alone():
             raise ValueError("no threes")
         return requests
 
-    with DynamicBatcher(refuse_three, max_batch=8, max_wait_ms=60_000) as batcher:
+    with make_batcher(refuse_three, max_batch=8, max_wait_ms=60_000) as batcher:
         futures = [batcher.submit(number) for number in range(8)]
         results = [future.exception(10) or future.result() for future in futures]
     assert [result for result in results if result is not results[3]] == [0, 1, 2, 4, 5, 6, 7]
@@ -97,7 +102,7 @@ def test_one_bad_request_fails_alone():
 
 def test_an_answer_too_few_is_an_error():
     message = "`run` must return a result for each of 1 requests, got 0"
-    with DynamicBatcher(lambda _: [], max_wait_ms=0) as batcher, pytest.raises(RuntimeError, match=message):
+    with make_batcher(lambda _: [], max_wait_ms=0) as batcher, pytest.raises(RuntimeError, match=message):
         batcher.submit(1).result(10)
 
 
@@ -121,7 +126,7 @@ def test_a_call_keeps_its_place_between_requests():
 def test_a_full_queue_refuses_and_then_takes_again(gate):
     batcher, _ = blocked(gate, max_batch=2, queue_size=2)
     batcher.submit(1)
-    with pytest.raises(QueueFull, match="1 of 2 inputs wait already"):
+    with pytest.raises(QueueFull, match="The queue holds 1 of at most 2 inputs"):
         batcher.submit(2, size=2)
     waiting = batcher.submit(3)
     gate.open.set()
@@ -161,7 +166,7 @@ def test_closing_finishes_what_was_accepted_and_refuses_the_rest(gate):
 
 def test_many_threads_lose_nothing():
     answers = {}
-    with DynamicBatcher(lambda batch: [-request for request in batch], max_batch=7, queue_size=5000) as batcher:
+    with make_batcher(lambda batch: [-request for request in batch], max_batch=7, queue_size=5000) as batcher:
 
         def ask(start):
             futures = {number: batcher.submit(number, length=number % 5) for number in range(start, start + 200)}
@@ -179,7 +184,7 @@ def test_futures_can_be_awaited():
     async def ask(batcher):
         return await asyncio.gather(*(asyncio.wrap_future(batcher.submit(number)) for number in range(50)))
 
-    with DynamicBatcher(lambda batch: [request + 1 for request in batch]) as batcher:
+    with make_batcher(lambda batch: [request + 1 for request in batch]) as batcher:
         assert asyncio.run(ask(batcher)) == list(range(1, 51))
 
 
@@ -193,10 +198,10 @@ def test_futures_can_be_awaited():
 )
 def test_limits_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        DynamicBatcher(list, **settings)
+        make_batcher(list, **settings)
 
 
 @pytest.mark.parametrize("size", [0, 5])
 def test_a_request_fits_a_batch(size):
-    with DynamicBatcher(list, max_batch=4) as batcher, pytest.raises(ValueError, match=r"`size` must be in \[1, 4\]"):
+    with make_batcher(list, max_batch=4) as batcher, pytest.raises(ValueError, match=r"`size` must be in \[1, 4\]"):
         batcher.submit("request", size=size)

@@ -1,4 +1,4 @@
-"""What config.json says about a tagger with a CRF."""
+"""Configurations of token classifiers with a CRF."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,16 +15,16 @@ from .functional_tags import check_options
 
 @dataclass(kw_only=True)
 class CrfFields:
-    """What both configs add to the host's; the names of the tags are those of `id2label`.
+    """The fields that both configurations add to those of transformers; `id2label` names the tags.
 
     Args:
         tag_scheme: How tags spell segments: "IOB2", "IOBES", "BILOU", "IOB1", "none" (every tag may follow every
-            other), or "auto", which reads it off the tags.
-        mask_transitions: Where illegal sequences are ruled out: in "training" and decoding, in "decoding" alone, or
+            other), or "auto", which infers it from the tags.
+        mask_transitions: Where illegal sequences are forbidden: in "training" and decoding, in "decoding" only, or
             nowhere ("off").
-        illegal_labels: What the loss does in training with labels that break the scheme, if they are ruled out there:
-            "error", "ignore" (leave the row out), "repair" (write its segments legally), or "soft" (illegal moves
-            cost `illegal_score`, as in the paper). In evaluation, "error" leaves such rows out with a warning.
+        illegal_labels: How the training loss treats labels that break the scheme, if `mask_transitions="training"`:
+            "error", "ignore" (leave the row out), "repair" (rewrite its segments legally), or "soft" (illegal moves
+            score `illegal_score`, as in the paper). In evaluation, "error" leaves such rows out with a warning.
         illegal_score: Score of an illegal move under "soft"; -100 in the paper's code.
 
     Raises:
@@ -40,7 +40,7 @@ class CrfFields:
 
     @classmethod
     def check_names(cls, fields: Mapping[str, Any]) -> None:
-        """Refuse fields that are not of this class: the host would keep a misspelt one and heed nothing.
+        """Refuse fields that this class does not have: transformers would store a misspelt one and ignore it.
 
         Raises:
             ValueError: If there is one.
@@ -50,32 +50,32 @@ class CrfFields:
             raise ValueError(f"`fields` must be among {', '.join(known)}, got {sorted(unknown)}. Check the spelling.")
 
     def validate_crf(self) -> None:
-        """Check the fields of this class; the host calls every `validate_` method."""
+        """Check the fields of this class; transformers calls every `validate_` method."""
         check_options(self.tag_scheme, self.mask_transitions, self.illegal_labels, self.illegal_score)
 
 
 @strict
 class BertCrfConfig(CrfFields, BertConfig):
-    """Config of a BERT that tags with a CRF; see `CrfFields`."""
+    """Configuration of a BERT token classifier with a CRF; see `CrfFields`."""
 
     model_type = "bert_crf"
     keys_to_ignore_at_inference = ["logits", "marginals", "hidden_states", "attentions"]
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Take the config.json of a stock BERT too, but for the name of its type."""
+        """Accept the config.json of a stock BERT as well, whose model type is another."""
         kwargs.pop("model_type", None)
         super().__post_init__(**kwargs)
 
     @classmethod
     def from_dense(cls, config: PreTrainedConfig, **fields: Any) -> Self:
-        """Take over everything a BERT's config says, and add the CRF.
+        """Copy the configuration of a BERT, and add the CRF.
 
         Args:
-            config: Of a `BertForTokenClassification`.
+            config: Configuration of a `BertForTokenClassification`.
             **fields: Fields of `CrfFields`.
 
         Raises:
-            ValueError: If the config is not BERT's, or a field does not exist.
+            ValueError: If it is not the configuration of a BERT, or a field does not exist.
         """
         cls.check_names(fields)
         if config.model_type != "bert":
@@ -90,10 +90,10 @@ class BertCrfConfig(CrfFields, BertConfig):
 
 @strict
 class CrfConfig(CrfFields, PreTrainedConfig):
-    """Config of a CRF on top of any token classifier of transformers; see `CrfFields`.
+    """Configuration of a CRF on top of any token classifier of transformers; see `CrfFields`.
 
     Args:
-        tagger: Config of the token classifier; its `id2label` names the tags.
+        tagger: Configuration of the token classifier; its `id2label` names the tags.
     """
 
     model_type = "crf"
@@ -103,7 +103,7 @@ class CrfConfig(CrfFields, PreTrainedConfig):
     tagger: PreTrainedConfig | dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Read the tagger's config, and take the tags from it."""
+        """Copy the names of the tags from the token classifier."""
         model_type = kwargs.pop("model_type", self.model_type)
         if model_type != self.model_type:
             raise ValueError(
@@ -111,20 +111,20 @@ class CrfConfig(CrfFields, PreTrainedConfig):
                 "`AutoModelForTokenClassification` and use `CrfForTokenClassification.from_dense`."
             )
         super().__post_init__(**kwargs)
-        tagger: Any = self.tagger  # a config by now, whatever was given
+        tagger: Any = self.tagger  # a configuration by now, even if a dict was given
         self.id2label, self.label2id = tagger.id2label, tagger.label2id
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """Return the tagger's: what the host asks about sizes, and tells about new words."""
+        """Return that of the token classifier, where transformers reads sizes and writes a new vocabulary size."""
         tagger: Any = self.tagger
         return tagger.get_text_config(decoder=decoder, encoder=encoder)
 
     @classmethod
     def from_dense(cls, config: PreTrainedConfig, **fields: Any) -> Self:
-        """Put a CRF on a token classifier.
+        """Wrap the configuration of a token classifier, and add the CRF.
 
         Args:
-            config: Of the token classifier.
+            config: Configuration of the token classifier.
             **fields: Fields of `CrfFields`.
 
         Raises:

@@ -1,47 +1,47 @@
-"""Decoding: the tag sequences that score highest. What scores -inf is forbidden, and never among them."""
+"""Decoding: the tag sequences with the highest scores, none of which contains a move that scores -inf."""
 
 import torch
 from torch import Tensor
 
-from .functional import Scores, at_last_word
-from .functional_numpy import HIGHEST
+from .functional_numpy import EMISSION_LIMIT
 from .functional_numpy import viterbi as numpy_viterbi
+from .functional_passes import Scores, at_last_word
 
 
-FEW = 2048  # scores of one step up to which numpy is faster than torch
+MAX_NUMPY_SCORES = 2048  # batch * tags^2 up to which numpy is faster than torch
 
 
 def make_finite(emissions: Tensor) -> Tensor:
-    """Bring emissions into a range where sums of them stay numbers; NaN becomes the lowest.
+    """Clamp emissions to a range in which their sums stay finite; NaN becomes the lowest value.
 
     Args:
         emissions: Any shape.
 
     Returns:
-        The same shape, in float32 or, as it was, float64.
+        The same shape, in float32, or in float64 if they were.
     """
     raised = emissions.to(torch.promote_types(emissions.dtype, torch.float32))
-    return raised.nan_to_num(nan=-HIGHEST, posinf=HIGHEST, neginf=-HIGHEST).clamp(-HIGHEST, HIGHEST)
+    return raised.nan_to_num(nan=-EMISSION_LIMIT).clamp(-EMISSION_LIMIT, EMISSION_LIMIT)
 
 
 @torch.no_grad()
 def viterbi(emissions: Tensor, lengths: Tensor, scores: Scores) -> Tensor:
-    """Find the best tag sequence of each row; of equals, the one with the lowest tags at its end.
+    """Find the best tag sequence of each row; of equal ones, that with the lowest tags at its end.
 
     Args:
         emissions: Finite, or -inf at tags that a word must not have. Shape `(words, batch, tags)`.
         lengths: Words of each row. Shape `(batch,)`.
-        scores: Of the chain.
+        scores: Scores of the chain.
 
     Returns:
-        Tags; anything where a row has no more words, or where each of its sequences is forbidden.
+        Tags; undefined where a row has no more words, or where each of its sequences is forbidden.
         Shape `(words, batch)`, int64.
     """
     words, batch, tags = emissions.shape
     if not words or not batch:
         return lengths.new_zeros(words, batch)
-    relative = emissions - emissions.amax(2, keepdim=True).clamp(min=-HIGHEST)
-    if emissions.device.type == "cpu" and batch * tags * tags <= FEW:
+    relative = emissions - emissions.amax(2, keepdim=True).clamp(min=-EMISSION_LIMIT)
+    if emissions.device.type == "cpu" and batch * tags * tags <= MAX_NUMPY_SCORES:
         found = numpy_viterbi(
             relative.numpy(),
             lengths.numpy(),
@@ -61,7 +61,7 @@ def viterbi(emissions: Tensor, lengths: Tensor, scores: Scores) -> Tensor:
 
 
 def _follow_back(best: Tensor, into: Tensor, lengths: Tensor, end: Tensor) -> Tensor:
-    """Walk from each row's last word to its first one, each time to where its best score came from."""
+    """Trace the best path of each row from its last word to its first."""
     last = (at_last_word(best, lengths) + end).argmax(1)  # (batch,)
     ends = torch.arange(1, len(best) + 1, device=lengths.device)[:, None] == lengths  # (words, batch)
     path = [last]
@@ -78,8 +78,8 @@ def best_sequences(emissions: Tensor, lengths: Tensor, scores: Scores, *, number
     Args:
         emissions: Shape `(words, batch, tags)`.
         lengths: Words of each row. Shape `(batch,)`.
-        scores: Of the chain.
-        number: How many.
+        scores: Scores of the chain.
+        number: Number of sequences.
 
     Returns:
         Tags, shape `(number, words, batch)`, and the scores of the sequences, -inf where a row has fewer that are

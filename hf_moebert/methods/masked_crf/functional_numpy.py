@@ -1,9 +1,9 @@
-"""Viterbi decoding in numpy alone: what serves an exported model, and the fastest way for a few tags on a CPU."""
+"""Viterbi decoding in numpy alone, for exported models, and because it is the fastest for a few tags on a CPU."""
 
 import numpy as np
 
 
-HIGHEST = 1e30  # stands for infinity among emissions: as decisive, and differences to it are numbers
+EMISSION_LIMIT = 1e30  # in place of infinity: as decisive, and differences to it are finite
 
 
 def viterbi(
@@ -13,13 +13,13 @@ def viterbi(
 
     Args:
         emissions: Scores of the tags of every word. Shape `(words, batch, tags)`.
-        lengths: Words of each row, the first ones. Shape `(batch,)`.
+        lengths: Number of words of each row, which come first. Shape `(batch,)`.
         transitions: Score of each next tag (column) after each tag (row). Shape `(tags, tags)`.
         start: Score of each first tag. Shape `(tags,)`.
         end: Score of each last tag. Shape `(tags,)`.
 
     Returns:
-        Tags, anything where a row has no more words. Shape `(words, batch)`, int64.
+        Tags, undefined where a row has no more words. Shape `(words, batch)`, int64.
 
     Source: Viterbi 1967; `hf_moebert.methods.masked_crf.functional.viterbi` is the same on tensors.
     """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-# prefixes of a segment's first, inner and last tag, and of its only one
+# Prefixes of a segment's first, inner and last tag, and of the tag of a segment of one word
 SCHEMES = {
     "IOB2": ("B", "I", "I", "B"),
     "IOBES": ("B", "I", "E", "S"),
@@ -20,14 +20,14 @@ SCHEMES = {
     "IOB1": ("I",) * 4,
 }
 PREFIXES = {"IOB2": "BIO", "IOB1": "BIO", "IOBES": "BIESO", "BILOU": "BILUO"}
-ODD_PREFIX = re.compile(r"^[BIESLUbieslu][_:/]|^[bieslu]-|[-_][BIESLU]$")
+MISSPELT_PREFIX = re.compile(r"^[BIESLUbieslu][_:/]|^[bieslu]-|[-_][BIESLU]$")
 CHOICES = ("auto", *SCHEMES, "none")
 MASKS = ("training", "decoding", "off")
 POLICIES = ("error", "ignore", "repair", "soft")
 
 
 class Legality(NamedTuple):
-    """What is allowed: `moves (tags, tags)`, row = previous; `start (tags,)` and `end (tags,)`; all boolean."""
+    """Boolean masks of legal tags: `moves (tags, tags)`, row = previous tag; `start (tags,)` and `end (tags,)`."""
 
     moves: Tensor
     start: Tensor
@@ -35,7 +35,7 @@ class Legality(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A type, the index of the first word and the one after the last."""
+    """A segment: its type, the index of its first word, and the index after its last."""
 
     type: str
     start: int
@@ -66,17 +66,17 @@ def split_tag(tag: str) -> tuple[str, str]:
 
 
 def infer_scheme(labels: Sequence[str]) -> str:
-    """Tell the scheme from the tags of a model or a data set.
+    """Infer the scheme from the tags of a model or a data set.
 
-    "L" and "U" mean BILOU, "E" and "S" IOBES, else "B" means IOB2, and "I" alone IOB1. Labels of which none has a
-    prefix, as for parts of speech, follow no scheme: "none".
+    "L" and "U" mean BILOU, "E" and "S" IOBES, else "B" means IOB2, and "I" alone IOB1. Labels without any prefix, as
+    for parts of speech, follow no scheme: "none".
 
     Args:
         labels: All tags.
 
     Raises:
-        ValueError: If the labels are those of a model that nobody named, mix schemes, only some have a prefix, or
-            prefixes are spelled otherwise ("b-per", "B_PER", "PER-B").
+        ValueError: If the labels are the default names of a model, mix schemes, only some have a prefix, or prefixes
+            are spelled in another way ("b-per", "B_PER", "PER-B").
     """
     if any(label == f"LABEL_{index}" for index, label in enumerate(labels)):
         raise ValueError(
@@ -86,10 +86,10 @@ def infer_scheme(labels: Sequence[str]) -> str:
     prefixes = {split_tag(label)[0] for label in labels} - {"O"}
     prefixed = any("-" in label and split_tag(label)[0] in set("BIESLU") for label in labels)
     if not prefixed and not (prefixes and prefixes <= set("BIESLU")):
-        if odd := [label for label in labels if ODD_PREFIX.search(label)]:
+        if misspelt := [label for label in labels if MISSPELT_PREFIX.search(label)]:
             raise ValueError(
-                f"`id2label` must spell prefixes as in 'B-PER', got {odd[:3]}. Rename the tags, or set `tag_scheme` "
-                "to 'none' if every tag may follow every other."
+                f"`id2label` must spell prefixes as in 'B-PER', got {misspelt[:3]}. Rename the tags, or set "
+                "`tag_scheme` to 'none' if every tag may follow every other."
             )
         return "none"
     signs = {"BILOU": "LU", "IOBES": "ES", "IOB2": "B", "IOB1": "I"}
@@ -99,10 +99,10 @@ def infer_scheme(labels: Sequence[str]) -> str:
 
 
 def check_scheme(labels: Sequence[str], scheme: str) -> None:
-    """Refuse labels that are not tags of a scheme.
+    """Check that all labels are tags of a scheme.
 
     Raises:
-        ValueError: If there is no such scheme, or a label has no or another prefix.
+        ValueError: If there is no such scheme, or a label has no prefix or a foreign one.
     """
     if scheme not in (*SCHEMES, "none"):
         raise ValueError(f"`tag_scheme` must be one of {', '.join(CHOICES)}, got {scheme!r}.")
@@ -115,20 +115,20 @@ def check_scheme(labels: Sequence[str], scheme: str) -> None:
 
 
 def legal_moves(labels: Sequence[str], scheme: str) -> Legality:
-    """Tell which tags may follow each other, come first and come last.
+    """Compute which tags may follow each other, come first and come last.
 
     Args:
-        labels: Tags in the order of their indices; they need not be all tags of the scheme.
+        labels: Tags in the order of their indices; some tags of the scheme may be missing.
         scheme: "IOB2", "IOBES", "BILOU", "IOB1", or "none", where everything is legal.
 
     Raises:
-        ValueError: If labels do not fit the scheme, or if one leads nowhere: no row could ever end after it.
+        ValueError: If labels do not fit the scheme, or no sequence could ever end after one of them.
 
     Source: Wei et al. 2021, https://arxiv.org/abs/2103.10682, section 2; IOB1 and BILOU are the schemes' own rules.
     """
     check_scheme(labels, scheme)
     tags = [split_tag(label) for label in labels]
-    kind: dict[str, Any] = {"dtype": torch.bool, "device": "cpu"}  # the host builds models where values are not kept
+    kind: dict[str, Any] = {"dtype": torch.bool, "device": "cpu"}  # transformers builds models on the meta device
     moves = torch.tensor([[_may_follow(a, b, scheme) for b in tags] for a in tags], **kind)
     start = torch.tensor([_may_follow(("O", ""), b, scheme) for b in tags], **kind)
     end = torch.tensor([_may_follow(a, ("O", ""), scheme) for a in tags], **kind)
@@ -138,11 +138,11 @@ def legal_moves(labels: Sequence[str], scheme: str) -> Legality:
 
 
 def _may_follow(before: tuple[str, str], after: tuple[str, str], scheme: str) -> bool:
-    """Both are prefix and type; "O" also stands for what is before the first and after the last word."""
+    """Check whether a tag may follow another, both as prefix and type; "O" also stands for either end of the row."""
     if scheme == "none":
         return True
     same_type = before[1] == after[1]
-    if scheme == "IOB1":  # "B" only parts two neighbours of one type
+    if scheme == "IOB1":  # "B" only separates two neighbours of one type
         return after[0] != "B" or (before[0] in "BI" and same_type)
     inner = after[0] in ("I", "E", "L")
     if scheme == "IOB2":
@@ -152,7 +152,7 @@ def _may_follow(before: tuple[str, str], after: tuple[str, str], scheme: str) ->
 
 
 def _check_exits(labels: Sequence[str], scheme: str, legality: Legality) -> None:
-    """Refuse labels under which some sequence could not be tagged, where others of the scheme are missing."""
+    """Refuse labels that lack tags of the scheme without which some row could not be tagged."""
     leads_out = legality.end.clone()  # (tags,)
     for _ in labels:
         leads_out |= (legality.moves & leads_out).any(1)
@@ -170,12 +170,12 @@ def _check_exits(labels: Sequence[str], scheme: str, legality: Legality) -> None
 
 
 def are_legal(tags: Tensor, lengths: Tensor, legality: Legality) -> Tensor:
-    """Tell which rows of tags are legal.
+    """Check which rows of tags are legal.
 
     Args:
         tags: Indices, the words of a row first. Shape `(words, batch)`.
         lengths: Words of each row. Shape `(batch,)`.
-        legality: Of the tags.
+        legality: Masks of legal tags.
 
     Returns:
         True for legal rows, and those without words. Shape `(batch,)`.
@@ -189,9 +189,9 @@ def are_legal(tags: Tensor, lengths: Tensor, legality: Legality) -> Tensor:
 
 
 def find_segments(tags: Sequence[str]) -> list[Segment]:
-    """Read segments off tags of any scheme, also where the tags break its rules, as the CoNLL evaluation does.
+    """Read segments off tags of any scheme, even if they break its rules, as the CoNLL evaluation does.
 
-    A segment goes on while its type stays the same, and up to the next "B", "S" or "U", or past an "E" or "L".
+    A segment continues while its type stays the same, up to the next "B", "S" or "U", or through an "E" or "L".
     """
     segments: list[Segment] = []
     start, current, before = 0, "", "O"  # prefix and type of the word before
@@ -207,7 +207,7 @@ def find_segments(tags: Sequence[str]) -> list[Segment]:
 
 
 def write_segments(segments: Sequence[Segment], words: int, scheme: str) -> list[str]:
-    """Write segments that do not overlap as tags.
+    """Write segments that do not overlap as one tag per word.
 
     Raises:
         ValueError: If there is no such scheme.
@@ -229,27 +229,30 @@ def write_segments(segments: Sequence[Segment], words: int, scheme: str) -> list
 
 
 def convert_tags(tags: Sequence[str], scheme: str) -> list[str]:
-    """Write the segments of a tag sequence in another scheme; in its own, this repairs a sequence that breaks rules.
+    """Rewrite a tag sequence in another scheme; in its own scheme, this repairs a sequence that breaks its rules.
 
     Args:
-        tags: Of one row, in any scheme.
-        scheme: Of the result.
+        tags: Tags of one row, in any scheme.
+        scheme: Scheme of the result.
     """
     return write_segments(find_segments(tags), len(tags), scheme)
 
 
 def repair_tags(tags: Sequence[str], labels: Sequence[str], scheme: str) -> list[str]:
-    """Make a legal sequence of one that is not, keeping its segments as far as there are labels to write them.
+    """Make a tag sequence legal, keeping its segments as far as there are labels to write them.
 
     Args:
-        tags: Of one row.
+        tags: Tags of one row.
         labels: All tags that may be used.
-        scheme: Of the labels.
+        scheme: Scheme of the labels.
 
     Returns:
-        As many tags; a segment that would need a label that is missing becomes "O".
+        As many tags; a segment that needs a missing label becomes "O".
 
-    Source: our own design; which segments there are is told as the CoNLL evaluation does.
+    Raises:
+        ValueError: If "O" is needed and is not among the labels.
+
+    Source: our own design; segments are read as in the CoNLL evaluation.
     """
     segments = find_segments(tags)
     while not set(written := write_segments(segments, len(tags), scheme)) <= set(labels):
@@ -262,10 +265,10 @@ def repair_tags(tags: Sequence[str], labels: Sequence[str], scheme: str) -> list
 
 
 def count_breaks(tags: Sequence[str], scheme: str) -> int:
-    """Count the places of a sequence where a tag must not stand, its start and end among them.
+    """Count the illegal moves of a tag sequence, those at its start and end included.
 
     Raises:
-        ValueError: If the tags are not of the scheme.
+        ValueError: If a tag does not belong to the scheme.
     """
     check_scheme(tags, scheme)
     around = [("O", ""), *map(split_tag, tags), ("O", "")]

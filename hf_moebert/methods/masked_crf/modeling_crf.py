@@ -5,30 +5,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .functional import Scores, log_partition, marginals, pack_words, sequence_score, unpack_words
+from .functional import log_partition, marginals, sequence_score
 from .functional_decoding import best_sequences, make_finite, viterbi
+from .functional_passes import Scores
 from .functional_tags import Legality, are_legal, check_options, infer_scheme, legal_moves, repair_tags
+from .functional_words import pack_words, unpack_words
 
 
 class MaskedCRF(nn.Module):
-    """A linear-chain CRF over the words of each row, which can be kept from ever giving an illegal tag sequence.
+    """A linear-chain CRF over the words of each row that can forbid illegal tag sequences.
 
-    Everything is batch-first, and `mask` is True at words, in any pattern: what is not a word (padding, special
-    tokens, the later pieces of a word) is as if it were not there. A row may have no words. Sums run in float32 or,
-    for emissions in it, float64, under autocast as well. Scores of illegal moves are parameters like others, of which
-    nothing is ever read while they are masked: their gradient is zero.
+    Tensors are batch-first. `mask` is True at words, in any pattern: padding, special tokens and the later pieces of a
+    word are skipped. A row may have no words. Sums are computed in float32, or in float64 for emissions in float64,
+    under autocast as well. Scores of illegal moves are ordinary parameters; while masked they are never read, and
+    their gradient is zero.
 
     Args:
         labels: Name of each tag, such as "O", "B-PER", "I-PER".
-        tag_scheme: "IOB2", "IOBES", "BILOU", "IOB1", "none" (every sequence is legal), or "auto": read off the labels.
-        mask_transitions: "training" masks in the loss and in decoding, "decoding" there only, "off" nowhere.
-        illegal_labels: What the loss does about illegal labels under "training": "error" refuses them; "ignore"
-            leaves such rows out; "repair" keeps their segments and writes them legally; "soft" gives illegal moves
-            the score `illegal_score` instead of forbidding them, as the paper does. Decoding is never soft.
-        illegal_score: Of an illegal move under "soft".
+        tag_scheme: "IOB2", "IOBES", "BILOU", "IOB1", "none" (every sequence is legal), or "auto": inferred.
+        mask_transitions: "training" masks in the loss and in decoding, "decoding" in decoding only, "off" nowhere.
+        illegal_labels: How the loss treats illegal labels under "training": "error" refuses them; "ignore" leaves
+            such rows out; "repair" keeps their segments and rewrites them legally; "soft" gives illegal moves the
+            score `illegal_score` instead of forbidding them, as the paper does. Decoding is never soft.
+        illegal_score: Score of an illegal move under "soft".
 
     Raises:
-        ValueError: If an option does not exist, the labels do not fit the scheme, or a label leads nowhere.
+        ValueError: If an option does not exist, the labels do not fit the scheme, or no sequence can end after one.
 
     Source: Wei et al. 2021, https://arxiv.org/abs/2103.10682, section 3. Forbidding outright, the masks of start and
     end, the policies but "soft", and scores that start at zero are our own design.
@@ -60,24 +62,24 @@ class MaskedCRF(nn.Module):
         self.transitions = nn.Parameter(torch.zeros(len(self.labels), len(self.labels)))  # (tags, tags)
         self.start = nn.Parameter(torch.zeros(len(self.labels)))  # (tags,)
         self.end = nn.Parameter(torch.zeros(len(self.labels)))  # (tags,)
-        device = "cpu" if self.start.is_meta else self.start.device  # a mask without values could not be filled later
+        device = "cpu" if self.start.is_meta else self.start.device  # masks are not in checkpoints
         for name, mask in zip(("legal", "legal_start", "legal_end"), self.legality(), strict=True):
             self.register_buffer(name, mask.to(device), persistent=False)
 
     def legality(self) -> Legality:
-        """Work out the masks from the labels, on the CPU."""
+        """Compute the masks from the labels, on the CPU."""
         return legal_moves(self.labels, self.tag_scheme)
 
     def extra_repr(self) -> str:
-        """Say what the repr shows."""
+        """Return what the representation shows."""
         return f"{len(self.labels)} tags, {self.tag_scheme}, mask_transitions={self.mask_transitions}"
 
     def log_likelihood(self, emissions: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
-        """Logarithm of the probability of each row's tags.
+        """Compute the logarithm of the probability of each row's tags.
 
         Args:
             emissions: Score of each tag. Shape `(batch, seq, tags)`.
-            tags: Anything where there is no word. Shape `(batch, seq)`.
+            tags: Anything off words. Shape `(batch, seq)`.
             mask: True at words. Shape `(batch, seq)`.
 
         Returns:
@@ -91,13 +93,13 @@ class MaskedCRF(nn.Module):
     def likelihood_and_rows(
         self, emissions: Tensor, tags: Tensor, mask: Tensor, *, illegal_labels: str | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Do as `log_likelihood`, and tell which rows count: those with words that no policy left out.
+        """Compute `log_likelihood`, and which rows count: those with words that no policy leaves out.
 
         Args:
             emissions: Shape `(batch, seq, tags)`.
             tags: Shape `(batch, seq)`.
             mask: Shape `(batch, seq)`.
-            illegal_labels: A policy for this call alone.
+            illegal_labels: Policy for this call, in place of the layer's own.
 
         Returns:
             Both of shape `(batch,)`, the second boolean.
@@ -105,7 +107,7 @@ class MaskedCRF(nn.Module):
         self._check(emissions, mask, tags)
         policy = illegal_labels or self.illegal_labels
         with torch.autocast(emissions.device.type, enabled=False):
-            words, lengths, _ = pack_words(_raise(emissions), mask)
+            words, lengths, _ = pack_words(_promote(emissions), mask)
             gold = pack_words(tags, mask)[0]  # (words, batch)
             scores, dropped = self.scores_for("training", words.dtype), torch.zeros_like(lengths, dtype=torch.bool)
             if self.mask_transitions == "training" and policy != "soft":
@@ -116,22 +118,22 @@ class MaskedCRF(nn.Module):
         return gold_score - total, (lengths > 0) & ~dropped
 
     def log_partition(self, emissions: Tensor, mask: Tensor) -> Tensor:
-        """Logarithm of the sum over all tag sequences that the loss sees; shapes as for `log_likelihood`."""
+        """Compute the logarithm of the sum over all tag sequences that the loss sees; see `log_likelihood`."""
         self._check(emissions, mask)
         with torch.autocast(emissions.device.type, enabled=False):
-            words, lengths, _ = pack_words(_raise(emissions), mask)
+            words, lengths, _ = pack_words(_promote(emissions), mask)
             return log_partition(words, lengths, self.scores_for("training", words.dtype))
 
     @torch.no_grad()
     def marginals(self, emissions: Tensor, mask: Tensor) -> Tensor:
-        """Probability of each tag at each word, over all sequences that decoding may give.
+        """Compute the probability of each tag of each word, over all sequences that decoding may return.
 
         Args:
             emissions: Shape `(batch, seq, tags)`.
             mask: Shape `(batch, seq)`.
 
         Returns:
-            Probabilities, zero where there is no word. Shape `(batch, seq, tags)`, float32 or float64.
+            Probabilities, zero off words. Shape `(batch, seq, tags)`, float32 or float64.
         """
         self._check(emissions, mask)
         with torch.autocast(emissions.device.type, enabled=False):
@@ -141,7 +143,7 @@ class MaskedCRF(nn.Module):
 
     @torch.no_grad()
     def decode(self, emissions: Tensor, mask: Tensor, *, allowed: Tensor | None = None) -> Tensor:
-        """Find the best tag sequence of each row: a legal one, whatever the emissions are.
+        """Find the best tag sequence of each row, always a legal one if illegal moves are masked.
 
         Args:
             emissions: Shape `(batch, seq, tags)`.
@@ -149,7 +151,7 @@ class MaskedCRF(nn.Module):
             allowed: False at tags that a word must not have. Shape `(batch, seq, tags)`.
 
         Returns:
-            Tags, -100 where there is no word. Shape `(batch, seq)`, int64.
+            Tags, -100 off words. Shape `(batch, seq)`, int64.
 
         Raises:
             ValueError: If shapes disagree, or if no legal sequence of a row is allowed.
@@ -172,11 +174,14 @@ class MaskedCRF(nn.Module):
         Args:
             emissions: Shape `(batch, seq, tags)`.
             mask: Shape `(batch, seq)`.
-            n: How many, at least 1.
+            n: Number of sequences, at least 1.
 
         Returns:
-            Tags, -100 where there is no word and in sequences that a row does not have, shape `(batch, n, seq)`; and
-            the score of each sequence, -inf for those that a row does not have, shape `(batch, n)`.
+            Tags, -100 off words and in sequences that a row does not have, shape `(batch, n, seq)`; and the score of
+            each sequence, -inf for those that a row does not have, shape `(batch, n)`.
+
+        Raises:
+            ValueError: If shapes disagree, or `n` is below 1.
         """
         if n < 1:
             raise ValueError(f"`n` must be at least 1, got {n}.")
@@ -212,7 +217,7 @@ class MaskedCRF(nn.Module):
             return *pack_words(finite, mask), self.scores_for("decoding", finite.dtype)
 
     def scores_for(self, use: str, dtype: torch.dtype) -> Scores:
-        """Return the scores in use, illegal ones at -inf, or at the soft score."""
+        """Return the scores for "training" or "decoding", with illegal moves at -inf or at the soft score."""
         scores = Scores(self.transitions.to(dtype), self.start.to(dtype), self.end.to(dtype))
         if self.mask_transitions == "off" or (use == "training" and self.mask_transitions == "decoding"):
             return scores
@@ -221,7 +226,7 @@ class MaskedCRF(nn.Module):
         return Scores(*(score.masked_fill(~mask, illegal) for score, mask in zip(scores, masks, strict=True)))
 
     def _treat_illegal(self, tags: Tensor, lengths: Tensor, policy: str) -> tuple[Tensor, Tensor]:
-        """Apply the policy to rows of labels that are illegal; `tags` is `(words, batch)`.
+        """Apply the policy to rows of illegal labels; `tags` is `(words, batch)`.
 
         Returns:
             The tags, and which rows the loss leaves out, `(batch,)`.
@@ -236,12 +241,12 @@ class MaskedCRF(nn.Module):
             row, names = next(iter(rows.items()))
             raise ValueError(
                 f"`labels` must follow the tag scheme {self.tag_scheme}, row {row} of the batch is {' '.join(names)}. "
-                "Mend the data, set `illegal_labels` to 'repair', 'ignore' or 'soft', or name another `tag_scheme`."
+                "Correct the data, set `illegal_labels` to 'repair', 'ignore' or 'soft', or name another `tag_scheme`."
             )
         tags = tags.clone()
         for row, names in rows.items():
-            mended = [self.labels.index(name) for name in repair_tags(names, self.labels, self.tag_scheme)]
-            tags[: len(mended), row] = tags.new_tensor(mended)
+            repaired = [self.labels.index(name) for name in repair_tags(names, self.labels, self.tag_scheme)]
+            tags[: len(repaired), row] = tags.new_tensor(repaired)
         return tags, torch.zeros_like(illegal)
 
     def _check(self, emissions: Tensor, mask: Tensor, tags: Tensor | None = None) -> None:
@@ -264,6 +269,6 @@ class MaskedCRF(nn.Module):
                 raise ValueError(f"`labels` must be in [0, {len(self.labels)}) or -100, got {int(wrong[0])}.")
 
 
-def _raise(emissions: Tensor) -> Tensor:
-    """To float32 at least: logarithms of sums need it."""
+def _promote(emissions: Tensor) -> Tensor:
+    """Promote emissions to float32 at least, which logarithms of sums need."""
     return emissions.to(torch.promote_types(emissions.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Decoding next to an exported model: this file and `functional_numpy.py` need numpy and safetensors alone."""
+"""Decoding beside an exported model: this file and `functional_numpy.py` need numpy and safetensors only."""
 
 import json
 from collections.abc import Callable
@@ -8,21 +8,21 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from .functional_numpy import HIGHEST, viterbi
+from .functional_numpy import EMISSION_LIMIT, viterbi
 
 
 SCORES = ("transitions", "start", "end")
 
 
 def load_decoder(folder: str | PathLike[str]) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Read the CRF of an exported tagger; the result finds tags as `MaskedCRF.decode` does.
+    """Load the CRF of an exported tagger as a function that decodes like `MaskedCRF.decode`.
 
     Args:
-        folder: As written by `export_crf`.
+        folder: Folder that `export_crf` wrote.
 
     Returns:
         A function of the emissions `(batch, seq, tags)` and a mask, true at words, `(batch, seq)`. It returns tags,
-        -100 where there is no word, `(batch, seq)`, int64.
+        -100 off words, `(batch, seq)`, int64.
 
     Raises:
         ValueError: If the folder holds no CRF, or one that does not fit its config.json.
@@ -55,12 +55,12 @@ def load_decoder(folder: str | PathLike[str]) -> Callable[[np.ndarray, np.ndarra
 def _make_finite(emissions: np.ndarray, tags: int) -> np.ndarray:
     if emissions.ndim != 3 or emissions.shape[2] != tags:
         raise ValueError(f"`emissions` must have the shape (batch, seq, {tags}), got {emissions.shape}.")
-    raised = np.nan_to_num(np.asarray(emissions, np.float32), nan=-HIGHEST, posinf=HIGHEST, neginf=-HIGHEST)
-    return np.clip(raised, -HIGHEST, HIGHEST)
+    raised = np.nan_to_num(np.asarray(emissions, np.float32), nan=-EMISSION_LIMIT)
+    return np.clip(raised, -EMISSION_LIMIT, EMISSION_LIMIT)
 
 
 def _pack_words(emissions: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Move the words of each row to its front, relative to their best tag; say how many, and where they were."""
+    """Move the words of each row to its front, relative to their best tag; return also their number and positions."""
     if mask.shape != emissions.shape[:2]:
         raise ValueError(f"`mask` must have the shape {emissions.shape[:2]} of the emissions, got {mask.shape}.")
     mask = mask.astype(bool)

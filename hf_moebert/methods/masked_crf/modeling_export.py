@@ -1,4 +1,4 @@
-"""Export of a tagger: the encoder as a graph that gives emissions, and the CRF as a few numbers beside it."""
+"""Export of a tagger: the encoder as a graph that returns emissions, and the scores of the CRF beside it."""
 
 from os import PathLike
 from pathlib import Path
@@ -14,16 +14,16 @@ from .modeling_decoder import SCORES
 
 @torch.no_grad()
 def export_crf(model: PreTrainedModel, folder: str | PathLike[str], **inputs: Any) -> None:
-    """Write `model.onnx`, which gives the emissions, `crf.safetensors`, which `load_decoder` reads, and config.json.
+    """Write `model.onnx`, which returns the emissions, `crf.safetensors`, which `load_decoder` reads, and config.json.
 
-    A Viterbi search is a loop over words, which graphs do slowly: it stays outside, as a few lines of numpy. Moves
+    Viterbi decoding loops over words, which graphs do slowly, so it stays outside, as a few lines of numpy. Moves
     that decoding forbids are written as the score -inf.
 
     Args:
-        model: A tagger with a CRF.
-        folder: Where to write.
-        **inputs: Names and example values of the graph's inputs, if not `input_ids` and `attention_mask`. Batch and
-            length are free afterwards.
+        model: Tagger with a CRF.
+        folder: Folder to write to.
+        **inputs: Names and example values of the graph's inputs, if not `input_ids` and `attention_mask`. The exported
+            graph takes any batch size and length.
 
     Raises:
         ValueError: If the model has no CRF.

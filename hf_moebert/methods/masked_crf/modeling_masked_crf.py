@@ -1,4 +1,4 @@
-"""Taggers with a CRF: on BERT, and on any encoder for which transformers has a token classifier."""
+"""Token classifiers with a CRF: on BERT, and on any encoder for which transformers has a token classifier."""
 
 import copy
 import inspect
@@ -18,19 +18,19 @@ from .modeling_crf import MaskedCRF
 
 
 logger = logging.get_logger(__name__)
-NOT_TEXT = {"bbox", "image", "pixel_values"}  # what taggers of documents read
+LAYOUT_INPUTS = {"bbox", "image", "pixel_values"}  # of classifiers of scanned documents
 
 
 @dataclass
 class CrfTokenClassifierOutput(TokenClassifierOutput):
-    """Output of the taggers.
+    """Output of a token classifier with a CRF.
 
     Args:
-        loss: Negative log-likelihood of a row, mean over the rows that have words. Shape `()`.
-        logits: The emissions, as of the token classifier without a CRF. Shape `(batch, seq, tags)`.
-        predictions: The best tag of each word as part of the best sequence, -100 where there is no word; not in
-            training. Shape `(batch, seq)`, int64.
-        marginals: Probability of each tag of each word, if asked for. Shape `(batch, seq, tags)`.
+        loss: Negative log-likelihood, mean over the rows that have words. Shape `()`.
+        logits: Emissions: the logits of the token classifier without a CRF. Shape `(batch, seq, tags)`.
+        predictions: Tag of each word in the best sequence, -100 off words; None in training. Shape `(batch, seq)`,
+            int64.
+        marginals: Probability of each tag of each word, on request. Shape `(batch, seq, tags)`.
     """
 
     predictions: Tensor | None = None
@@ -38,7 +38,7 @@ class CrfTokenClassifierOutput(TokenClassifierOutput):
 
 
 class CrfTagger(PreTrainedModel):
-    """What taggers with a CRF share: they are made from a token classifier, whose logits are the emissions."""
+    """Base class of token classifiers with a CRF, which scores the logits of a token classifier as emissions."""
 
     accepts_loss_kwargs = False  # losses are means over the batch: the Trainer divides by accumulation steps
 
@@ -68,7 +68,7 @@ class CrfTagger(PreTrainedModel):
 
     @classmethod
     def _with_tagger(cls, config: Any, model: PreTrainedModel, inside: str) -> Self:
-        """Build a tagger around a copy of a token classifier; a new CRF decodes like it, but for what is illegal."""
+        """Build a tagger around a copy of a token classifier."""
         if hasattr(model, "crf"):
             raise ValueError(f"`model` must have no CRF yet, got {type(model).__name__}. Use it as it is.")
         config._attn_implementation = model.config._attn_implementation
@@ -90,22 +90,22 @@ class CrfTagger(PreTrainedModel):
         word_mask: Tensor | None,
         output_marginals: bool,
     ) -> CrfTokenClassifierOutput:
-        """Add loss and tags to what a token classifier returned."""
+        """Add loss, tags and marginals to the output of a token classifier."""
         found: tuple[Tensor | None, ...] = (None, None, None)
-        if not torch.compiler.is_exporting():  # an exported model gives emissions; its tags are found outside
+        if not torch.compiler.is_exporting():  # exported models return emissions and are decoded outside
             mask = _find_words(outputs.logits, attention_mask, labels, word_mask)  # (batch, seq)
             found = self._run_crf(outputs, labels, mask, output_marginals=output_marginals)
-        loss, tags, chances = found
+        loss, tags, marginals = found
         return CrfTokenClassifierOutput(
             loss=loss,
             logits=outputs.logits,  # (batch, seq, tags)
             predictions=tags,
-            marginals=chances,
+            marginals=marginals,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
-    @torch.compiler.disable  # loops over words, which would be unrolled anew for each number of them
+    @torch.compiler.disable  # loops over words, which would be compiled anew for each number of words
     def _run_crf(
         self, outputs: Any, labels: Tensor | None, mask: Tensor, *, output_marginals: bool
     ) -> tuple[Tensor | None, ...]:
@@ -124,7 +124,7 @@ class CrfTagger(PreTrainedModel):
                 "`illegal_labels` to 'repair' to count them."
             )
         loss = -likelihood.sum() / counted.sum().clamp(min=1)
-        if getattr(outputs, "aux_loss", None) is not None:  # experts that are to be used alike
+        if getattr(outputs, "aux_loss", None) is not None:  # balances the load of experts
             loss = loss + outputs.aux_loss * getattr(self.config.tagger, "router_aux_loss_coef", 0.0)
         return loss
 
@@ -132,7 +132,7 @@ class CrfTagger(PreTrainedModel):
 def _find_words(
     emissions: Tensor, attention_mask: Tensor | None, labels: Tensor | None, word_mask: Tensor | None
 ) -> Tensor:
-    """Tell words from what a CRF must not see: padding, special tokens and the later pieces of words."""
+    """Return which positions are words: the CRF must not see padding, special tokens and later pieces of words."""
     for name, value in (("labels", labels), ("word_mask", word_mask)):
         if value is not None and value.shape != emissions.shape[:2]:
             raise ValueError(
@@ -153,7 +153,7 @@ def _find_words(
 
 
 class BertCrfForTokenClassification(CrfTagger, BertForTokenClassification):
-    """BERT that tags with a CRF: `BertForTokenClassification`, whose tags are chosen together."""
+    """BERT token classifier with a CRF, whose weights keep the names of `BertForTokenClassification`."""
 
     config_class = BertCrfConfig
 
@@ -164,14 +164,14 @@ class BertCrfForTokenClassification(CrfTagger, BertForTokenClassification):
 
     @classmethod
     def from_dense(cls, model: PreTrainedModel, **fields: Any) -> Self:
-        """Make a tagger from a copy of a `BertForTokenClassification`, trained or not.
+        """Add a CRF to a copy of a `BertForTokenClassification`.
 
         Args:
-            model: Its `id2label` names the tags.
+            model: Token classifier, trained or not; its `id2label` names the tags.
             **fields: Fields of `CrfFields`, such as `mask_transitions="decoding"`.
 
         Raises:
-            ValueError: If the model is of another kind, or its labels do not fit the tag scheme.
+            ValueError: If the model is of another class, or its labels do not fit the tag scheme.
         """
         return cls._with_tagger(BertCrfConfig.from_dense(model.config, **fields), model, "")
 
@@ -189,7 +189,7 @@ class BertCrfForTokenClassification(CrfTagger, BertForTokenClassification):
         output_marginals: bool = False,
         **kwargs: Any,
     ) -> CrfTokenClassifierOutput:
-        """Tag a batch.
+        """Compute logits, loss and tags of a batch.
 
         Args:
             input_ids: Shape `(batch, seq)`.
@@ -197,11 +197,11 @@ class BertCrfForTokenClassification(CrfTagger, BertForTokenClassification):
             token_type_ids: Shape `(batch, seq)`.
             position_ids: Shape `(batch, seq)`.
             inputs_embeds: Shape `(batch, seq, hidden)`.
-            labels: Tags, -100 where there is no word. Shape `(batch, seq)`.
-            word_mask: True where a word begins, if there are no labels to say so; by default wherever
-                `attention_mask` is. Shape `(batch, seq)`.
-            output_marginals: Whether the probability of each tag is returned.
-            **kwargs: The encoder's output flags.
+            labels: Tags, -100 off words. Shape `(batch, seq)`.
+            word_mask: True at the first piece of each word, if there are no labels to show it; by default equal to
+                `attention_mask`. Shape `(batch, seq)`.
+            output_marginals: Whether to return the probability of each tag.
+            **kwargs: Output flags of the encoder.
 
         Raises:
             ValueError: If a label does not exist or breaks the tag scheme, or a shape does not fit.
@@ -239,33 +239,34 @@ class CrfForTokenClassification(CrfTagger):
                 f"{list(config.id2label.values())}. Use `from_dense` on a token classifier that has the new tags."
             )
         self.tagger = AutoModelForTokenClassification.from_config(tagger)
-        if beside := NOT_TEXT & set(inspect.signature(self.tagger.forward).parameters):
+        if foreign := LAYOUT_INPUTS & set(inspect.signature(self.tagger.forward).parameters):
             raise ValueError(
-                f"`tagger` must read tokens alone, {type(self.tagger).__name__} reads {sorted(beside)} as well, which "
-                "the Trainer would drop. Use `MaskedCRF` in a model of your own."
+                f"`tagger` must read tokens alone, {type(self.tagger).__name__} reads {sorted(foreign)} as well, "
+                "which the Trainer would drop. Use `MaskedCRF` in a model of your own."
             )
         self.crf = self._make_crf()
         self.post_init()
 
     @classmethod
     def from_dense(cls, model: PreTrainedModel, **fields: Any) -> Self:
-        """Make a tagger from a copy of a token classifier, trained or not.
+        """Add a CRF to a copy of a token classifier.
 
         Args:
-            model: As from `AutoModelForTokenClassification`; its `id2label` names the tags.
+            model: Token classifier, trained or not, as from `AutoModelForTokenClassification`; its `id2label` names
+                the tags.
             **fields: Fields of `CrfFields`, such as `mask_transitions="decoding"`.
 
         Raises:
-            ValueError: If the model is of another kind, or its labels do not fit the tag scheme.
+            ValueError: If the model is of another class, or its labels do not fit the tag scheme.
         """
         return cls._with_tagger(CrfConfig.from_dense(model.config, **fields), model, "tagger")
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the encoder's table of word embeddings."""
+        """Return the word embeddings of the encoder."""
         return self.tagger.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the encoder's table of word embeddings."""
+        """Replace the word embeddings of the encoder."""
         self.tagger.set_input_embeddings(value)
 
     @can_return_tuple
@@ -282,7 +283,7 @@ class CrfForTokenClassification(CrfTagger):
         output_marginals: bool = False,
         **kwargs: Any,
     ) -> CrfTokenClassifierOutput:
-        """Tag a batch; as `BertCrfForTokenClassification.forward`, and the encoder gets the inputs that are given."""
+        """Compute logits, loss and tags of a batch; the arguments are those of `BertCrfForTokenClassification`."""
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

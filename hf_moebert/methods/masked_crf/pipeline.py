@@ -1,4 +1,4 @@
-"""The pipeline: text in, the segments of the best legal tag sequence out."""
+"""The pipeline "masked-crf": from text to the segments of the best legal tag sequence."""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -12,12 +12,12 @@ from transformers.pipelines.token_classification import AggregationStrategy
 from .functional_tags import SCHEMES, Segment, find_segments, split_tag
 
 
-# What becomes of a word's prefix when the word has several pieces: that of the first, of inner ones, and of the last.
-PIECES = {"B": "BII", "I": "III", "E": "IIE", "L": "IIL", "S": "BIE", "U": "BIL"}
+# Prefixes of the first, the inner and the last piece of a word, by the prefix of the word
+PIECE_PREFIXES = {"B": "BII", "I": "III", "E": "IIE", "L": "IIL", "S": "BIE", "U": "BIL"}
 
 
 class Word(NamedTuple):
-    """One word: its tag, the tag's marginal probability, and its tokens as the host describes tokens."""
+    """A word: its tag, the tag's marginal probability, and its tokens as `TokenClassificationPipeline` gives them."""
 
     tag: str
     score: float
@@ -25,14 +25,14 @@ class Word(NamedTuple):
 
 
 class CrfTokenClassificationPipeline(TokenClassificationPipeline):
-    """Find segments with a CRF: what `TokenClassificationPipeline` does, for sequences that are decoded together.
+    """Token classification with a CRF, which decodes all words of a text together.
 
     The CRF sees the first piece of each word, as in training; later pieces follow their word. All strategies of
-    `aggregation_strategy` but "none" give the decoded segments, since no word has two tags. Texts of more than one
+    `aggregation_strategy` but "none" return the decoded segments, since no word has two tags. Texts of more than one
     window (`stride`) are decoded as one sequence, each word scored where it is farthest from the edge of a window.
 
-    Our own design: the score of a token is the marginal probability of its word's tag, and that of a segment is the
-    lowest of its words: a segment is never likelier than that.
+    Our own design: the score of a token is the marginal probability of its word's tag, and the score of a segment is
+    the lowest of its words, an upper bound of the probability of the segment.
 
     Args:
         *args: As for `TokenClassificationPipeline`.
@@ -58,7 +58,7 @@ class CrfTokenClassificationPipeline(TokenClassificationPipeline):
     def preprocess(
         self, sentence: str | list[str], offset_mapping: Any = None, **preprocess_params: Any
     ) -> Iterator[dict[str, Any]]:
-        """Tokenize one text, or one list of words, into windows that know where words begin."""
+        """Tokenize one text, or one list of words, into windows, and mark where words begin."""
         split = preprocess_params.get("is_split_into_words", False)
         if isinstance(sentence, str) == split or offset_mapping is not None:
             raise ValueError(
@@ -80,7 +80,7 @@ class CrfTokenClassificationPipeline(TokenClassificationPipeline):
             for word in sentence:
                 before.append(before[-1] + len(word) + len(delimiter))
             sentence = delimiter.join(sentence)
-        begins: dict[int, int] = {}  # word: its first character; a window may start amid a word
+        begins: dict[int, int] = {}  # word: its first character; a window may start inside a word
         for window, places in enumerate(offsets):
             words = encoded.word_ids(window)
             starts = _find_starts(words, places[:, 0].tolist(), begins)
@@ -95,10 +95,10 @@ class CrfTokenClassificationPipeline(TokenClassificationPipeline):
             }
 
     def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
-        about = {name: model_inputs.pop(name) for name in ("words", "offsets", "is_last")}
+        bookkeeping = {name: model_inputs.pop(name) for name in ("words", "offsets", "is_last")}
         outputs = self.model(**model_inputs, output_marginals=True)
         kept = {name: outputs[name] for name in ("logits", "predictions", "marginals")}
-        return {"input_ids": model_inputs["input_ids"], "word_mask": model_inputs["word_mask"], **kept, **about}
+        return {"input_ids": model_inputs["input_ids"], "word_mask": model_inputs["word_mask"], **kept, **bookkeeping}
 
     def postprocess(
         self,
@@ -106,7 +106,7 @@ class CrfTokenClassificationPipeline(TokenClassificationPipeline):
         aggregation_strategy: AggregationStrategy = AggregationStrategy.NONE,
         ignore_labels: Sequence[str] | None = None,
     ) -> list[dict[str, Any]]:
-        """Turn tags into entities: one per token under "none", else one per segment."""
+        """Turn tags into entities: one per token under "none", otherwise one per segment."""
         ignored = ["O"] if ignore_labels is None else ignore_labels
         words = self._read_words(all_outputs)
         if aggregation_strategy == AggregationStrategy.NONE:
@@ -129,8 +129,8 @@ class CrfTokenClassificationPipeline(TokenClassificationPipeline):
         chosen = [found[word][1:] for word in sorted(found)]
         if not chosen:
             return []
-        tags, chances = self._read_tags(chosen, together=len(windows) > 1)
-        scores = chances.gather(1, tags[:, None])[:, 0].tolist()
+        tags, marginals = self._read_tags(chosen, together=len(windows) > 1)
+        scores = marginals.gather(1, tags[:, None])[:, 0].tolist()
         names = [self.model.config.id2label[tag] for tag in tags.tolist()]
         return [
             Word(name, score, [self._describe_token(window, position) for position in positions])
@@ -139,7 +139,7 @@ class CrfTokenClassificationPipeline(TokenClassificationPipeline):
 
     @torch.no_grad()
     def _read_tags(self, chosen: list[tuple[dict[str, Any], list[int]]], *, together: bool) -> tuple[Tensor, Tensor]:
-        """Take tags and their probabilities from one window, or find them anew for the words of several."""
+        """Return tags and their probabilities, from one window as they are, of several windows decoded together."""
 
         def gather(name: str) -> Tensor:
             return torch.stack([window[name][0, positions[0]] for window, positions in chosen])
@@ -167,16 +167,16 @@ class CrfTokenClassificationPipeline(TokenClassificationPipeline):
         }
 
     def _spell(self, tag: str, count: int) -> list[str]:
-        """Write the tag of a word as the tags of its pieces, in the same scheme."""
+        """Return the tags of the pieces of a word, in the same scheme."""
         prefix, kind = split_tag(tag)
-        if count == 1 or prefix not in PIECES or (not kind and self.model.crf.tag_scheme not in SCHEMES):
+        if count == 1 or prefix not in PIECE_PREFIXES or (not kind and self.model.crf.tag_scheme not in SCHEMES):
             return [tag] * count
-        spelled = PIECES[prefix]
+        spelled = PIECE_PREFIXES[prefix]
         return [piece + tag[1:] for piece in spelled[0] + spelled[1] * (count - 2) + spelled[2]]
 
 
 def _find_starts(words: list[int | None], characters: list[int], begins: dict[int, int]) -> list[bool]:
-    """Tell which tokens of a window are the first of a word; `begins` remembers words from window to window."""
+    """Return which tokens of a window begin a word; `begins` remembers words from window to window."""
     starts, before = [], None
     for word, character in zip(words, characters, strict=True):
         starts.append(word is not None and word != before and begins.setdefault(word, character) == character)
@@ -195,7 +195,7 @@ def _find_words(words: list[int]) -> dict[int, tuple[int, list[int]]]:
 
 
 def _find_runs(tags: list[str]) -> list[Segment]:
-    """Find the segments, and what is between them as runs of "O"."""
+    """Find the segments, and runs of "O" between them."""
     runs, done = [], 0
     for segment in [*find_segments(tags), Segment("O", len(tags), len(tags) + 1)]:
         if done < segment.start:
@@ -206,6 +206,6 @@ def _find_runs(tags: list[str]) -> list[Segment]:
 
 
 def _type_of(tag: str) -> str:
-    """Name a segment by its type; tags without one, as for parts of speech, name themselves."""
+    """Return the type of a tag; a tag without a type, such as a part of speech, is its own type."""
     prefix, kind = split_tag(tag)
-    return kind if kind and prefix in PIECES else tag
+    return kind if kind and prefix in PIECE_PREFIXES else tag

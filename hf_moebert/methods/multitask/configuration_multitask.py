@@ -1,4 +1,4 @@
-"""What config.json says about tasks on one trunk."""
+"""Configuration of many tasks on one trunk."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from transformers.models.bert.configuration_bert import BertConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 
-# What a task must have in common with the trunk, besides the weights of its frozen layers
+# Fields in which each task must agree with the trunk
 SHARED = (
     "vocab_size",
     "hidden_size",
@@ -23,9 +23,9 @@ SHARED = (
     "layer_norm_eps",
     "chunk_size_feed_forward",
 )
-UNSAID = ("transformers_version", "architectures", "auto_map", "dtype")  # said elsewhere, or of another folder
+IGNORED_FIELDS = ("transformers_version", "architectures", "auto_map", "dtype")  # of the folder, not of the task
 TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-RESERVED = nn.ModuleDict()  # a branch cannot be called as something that this has
+RESERVED = nn.ModuleDict()  # a task cannot have the name of an attribute of the dict of branches
 
 
 @strict
@@ -33,20 +33,20 @@ class MultiTaskBertConfig(BertConfig):
     """Configuration of many tasks on one trunk; the arguments of `BertConfig` are the trunk's.
 
     Args:
-        tasks: For each task its `architecture` (class of the single-task model), `frozen_layers` (how many layers of
-            the trunk it reads) and `config` (the single-task model's own, with all of its layers). In a folder also
-            `sha256`, the fingerprint of its branch and of the trunk below; filled in when a model is saved.
-        trunk_sha256: Fingerprints of the embeddings, of those with the first layer, and so on; filled in when a model
+        tasks: For each task its `architecture` (class of the single-task model), `frozen_layers` (number of layers of
+            the trunk below its branch) and `config` (configuration of the single-task model, with all of its layers);
+            in a folder also `sha256`, the fingerprint of its branch and of the trunk below, filled in on saving.
+        trunk_sha256: Fingerprints of the embeddings, of these with the first layer, and so on; filled in when a model
             is built or saved.
 
     Raises:
         StrictDataclassError: If a value has the wrong type or breaks a rule; the message names rule and remedy.
 
-    Source: Wei et al. 2022, https://arxiv.org/abs/2107.05377; the form of the file is our own.
+    Source: Wei et al. 2022, https://arxiv.org/abs/2107.05377; the format of config.json is our own.
     """
 
     model_type = "multitask_bert"
-    transformers_weights = SAFE_WEIGHTS_INDEX_NAME  # the host reads this file, whatever else lies in the folder
+    transformers_weights = SAFE_WEIGHTS_INDEX_NAME  # transformers reads this file and no other weights in the folder
 
     tasks: dict[str, Any] = field(default_factory=dict)
     trunk_sha256: list[str] = field(default_factory=list)
@@ -56,7 +56,7 @@ class MultiTaskBertConfig(BertConfig):
         """Describe a trunk without tasks.
 
         Args:
-            config: Of a single-task model that brings the trunk along.
+            config: Configuration of a single-task model with this trunk.
             num_layers: Depth of the trunk.
         """
         names = (*SHARED, "pad_token_id", "initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -64,16 +64,16 @@ class MultiTaskBertConfig(BertConfig):
         return cls(**fields, num_hidden_layers=num_layers)
 
     def splits(self) -> dict[str, tuple[int, int]]:
-        """Return the frozen and the own layers of each task, as `functional.layers_run` wants them."""
+        """Return the numbers of frozen and own layers of each task, as `functional.layers_run` takes them."""
         sizes = {
             name: (task["frozen_layers"], task["config"]["num_hidden_layers"]) for name, task in self.tasks.items()
         }
         return {name: (frozen, depth - frozen) for name, (frozen, depth) in sizes.items()}
 
     def validate_tasks(self) -> None:
-        """Refuse tasks whose name, description or depth cannot be."""
+        """Refuse tasks whose name, description or depth is invalid."""
         for name, task in self.tasks.items():
-            check_task_name(name, [other for other in self.tasks if other != name])
+            check_task_name(name, [taken for taken in self.tasks if taken != name])
             known = {"architecture", "frozen_layers", "config", "sha256"}
             if not isinstance(task, dict) or task.keys() | {"sha256"} != known or not isinstance(task["config"], dict):
                 raise ValueError(
@@ -89,7 +89,7 @@ class MultiTaskBertConfig(BertConfig):
                     )
             depth = task["config"].get("num_hidden_layers")
             if type(depth) is not int:
-                raise ValueError(f"`tasks[{name!r}].config` must say `num_hidden_layers`, got {depth!r}.")
+                raise ValueError(f"`tasks[{name!r}].config` must hold `num_hidden_layers`, got {depth!r}.")
             check_split(task["frozen_layers"], depth)
             if task["frozen_layers"] > self.num_hidden_layers:
                 raise ValueError(
@@ -98,7 +98,7 @@ class MultiTaskBertConfig(BertConfig):
                 )
 
     def validate_trunk_sha256(self) -> None:
-        """Refuse fingerprints of another number of layers."""
+        """Refuse fingerprints whose number does not match that of the layers."""
         if self.trunk_sha256 and len(self.trunk_sha256) != self.num_hidden_layers + 1:
             raise ValueError(
                 f"`trunk_sha256` must hold {self.num_hidden_layers + 1} hashes, one for the embeddings and one for "
@@ -107,35 +107,40 @@ class MultiTaskBertConfig(BertConfig):
 
 
 def describe_task(architecture: str, config: BertConfig) -> dict[str, Any]:
-    """Say what config.json keeps of a single-task model whose config knows its `frozen_layers`."""
+    """Return the entry in config.json of a single-task model with `config.frozen_layers`."""
     frozen = getattr(config, "frozen_layers", None)
     check_split(frozen, config.num_hidden_layers)
-    said = {name: value for name, value in config.to_diff_dict().items() if name not in UNSAID}
-    said = json.loads(json.dumps(said))  # as it comes back from the file
-    return {"architecture": architecture, "frozen_layers": frozen, "config": said}
+    fields = {name: value for name, value in config.to_diff_dict().items() if name not in IGNORED_FIELDS}
+    fields = json.loads(json.dumps(fields))  # as read from the file
+    return {"architecture": architecture, "frozen_layers": frozen, "config": fields}
 
 
-def check_task_name(name: str, others: list[str]) -> None:
-    """Refuse names that cannot be one of a module and of a file, on any system."""
+def check_task_name(name: str, taken: list[str]) -> None:
+    """Refuse a name that is taken, or cannot name both a module and a file on every system.
+
+    Raises:
+        ValueError: If the name is refused.
+    """
     if type(name) is not str or not TASK_NAME.fullmatch(name) or hasattr(RESERVED, name):
         raise ValueError(
-            f"A task's name must be 1 to 64 of the characters A-Z, a-z, 0-9, _ and -, and no word of torch's own such "
-            f"as 'keys', got {name!r}. Call it 'sst2' or 'my-task'."
+            f"A task's name must be 1 to 64 of the characters A-Z, a-z, 0-9, _ and -, and not a method of torch's "
+            f"`ModuleDict` such as 'keys', got {name!r}. Call it 'sst2' or 'my-task'."
         )
-    if name.lower() in (other.lower() for other in others):
+    if name.lower() in (other.lower() for other in taken):
         raise ValueError(
-            f"Tasks must have different names, in whatever case, got {name!r} beside {others}. Choose another, or use "
+            f"Names of tasks must differ in more than case, got {name!r} beside {taken}. Choose another, or use "
             "`replace_task`."
         )
 
 
 def check_split(frozen_layers: Any, num_layers: int) -> None:
-    """Refuse a number of frozen layers that leaves the task none of its own."""
+    """Refuse a number of frozen layers that leaves the task no layer of its own.
+
+    Raises:
+        ValueError: If the number is refused.
+    """
     if type(frozen_layers) is not int or not 0 <= frozen_layers < num_layers:
         raise ValueError(
             f"`frozen_layers` must be an integer in [0, {num_layers}), got {frozen_layers!r}. Set "
             "`model.config.frozen_layers` to the number of layers that stayed as they were pre-trained."
         )
-
-
-__all__ = ["MultiTaskBertConfig"]

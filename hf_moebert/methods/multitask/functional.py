@@ -1,6 +1,6 @@
-"""The equations of many tasks on one trunk: what they cost, which depth is enough, and fingerprints of layers.
+"""The equations of many tasks on one trunk: their cost, the depth that is enough, and fingerprints of layers.
 
-Source: Wei, Qi, He 2022, https://arxiv.org/abs/2107.05377. What is our own is said to be so.
+Source: Wei, Qi, He 2022, https://arxiv.org/abs/2107.05377. Our own design is marked as such.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ def overhead(splits: Mapping[str, tuple[int, int]], num_layers: int) -> float:
 
     Args:
         splits: Frozen layers and own layers of each task.
-        num_layers: Of each separate model.
+        num_layers: Layers of each separate model.
 
     Source: Wei et al. 2022, https://arxiv.org/abs/2107.05377.
     """
@@ -63,20 +63,20 @@ def separate_parameters(
 
 
 def choose_depth(scores: Mapping[int, float], min_gain: float) -> int:
-    """Choose the smallest number of layers after which one more gains too little.
+    """Choose the smallest number of layers after which one more layer gains too little.
 
-    Between depths that are not neighbours the gain has to pay for all layers in between (our own design, as is the
-    rule for ties: equal scores go to the shallower).
+    Between depths that are not neighbours the gain must pay for all layers in between. Of equal scores the shallower
+    depth is chosen. Both rules are our own design.
 
     Args:
-        scores: Of a task by its number of own layers; more is better.
-        min_gain: What one more layer must gain, in the unit of the scores.
+        scores: Score of a task for each number of own layers; larger is better.
+        min_gain: Gain that one more layer must bring, in the unit of the scores.
 
     Raises:
         ValueError: If there is no score, one is not finite, or `min_gain` is negative.
 
-    Source: Wei et al. 2022, https://arxiv.org/abs/2107.05377, which trades quality for cost by such a gain of one,
-    two or three points; the exact rule is our own.
+    Source: Wei et al. 2022, https://arxiv.org/abs/2107.05377, who trade quality for cost by a gain of one, two or
+    three points; the exact rule is our own.
     """
     if not scores or not all(math.isfinite(score) for score in scores.values()):
         raise ValueError(f"`scores` must hold a finite score for one depth or more, got {dict(scores)}.")
@@ -84,8 +84,8 @@ def choose_depth(scores: Mapping[int, float], min_gain: float) -> int:
         raise ValueError(f"`min_gain` must be finite and >= 0, got {min_gain}. Use 0.01 for a point of accuracy.")
     depths = sorted(scores)
     for depth, deeper in pairwise(depths):
-        gain, price = scores[deeper] - scores[depth], min_gain * (deeper - depth)
-        if gain <= 0 or (gain < price and not math.isclose(gain, price)):
+        gain, required = scores[deeper] - scores[depth], min_gain * (deeper - depth)
+        if gain <= 0 or (gain < required and not math.isclose(gain, required)):
             return depth
     return depths[-1]
 
@@ -94,8 +94,8 @@ def choose_uniform(scores: Mapping[str, Mapping[int, float]], min_gain: float) -
     """Choose one number of layers for all tasks: `choose_depth` on the mean of their scores.
 
     Args:
-        scores: Of each task by its number of own layers, in one unit.
-        min_gain: What one more layer must gain on average.
+        scores: Score of each task for each number of own layers, in one unit.
+        min_gain: Gain that one more layer must bring on average.
 
     Raises:
         ValueError: If tasks have no depth in common.
@@ -104,9 +104,8 @@ def choose_uniform(scores: Mapping[str, Mapping[int, float]], min_gain: float) -
     """
     common = set.intersection(*(set(depths) for depths in scores.values())) if scores else set()
     if not common:
-        raise ValueError(
-            f"`scores` must hold a depth that all tasks have, got { ({t: sorted(d) for t, d in scores.items()}) }."
-        )
+        found = {task: sorted(depths) for task, depths in scores.items()}
+        raise ValueError(f"`scores` must hold a depth that all tasks have, got {found}.")
     means = {depth: sum(depths[depth] for depths in scores.values()) / len(scores) for depth in common}
     return choose_depth(means, min_gain)
 
@@ -115,11 +114,11 @@ def chain_hashes(parts: Iterable[Mapping[str, Tensor]], start: str = "") -> list
     """Fingerprint every prefix of a stack of layers.
 
     Hash `i` is the SHA-256 of hash `i - 1` and of the names, dtypes, shapes and bytes of part `i`, so two stacks share
-    their first hashes exactly as far as they are bit for bit the same. Our own design.
+    their first hashes exactly as far as they are equal bit for bit. Our own design.
 
     Args:
-        parts: Tensors of the embeddings, of the first layer, and so on, by name.
-        start: Fingerprint of what comes before the first part.
+        parts: Tensors by name, of the embeddings, of the first layer, and so on.
+        start: Fingerprint of all that precedes the first part.
 
     Returns:
         One hash for each part, in hexadecimal.

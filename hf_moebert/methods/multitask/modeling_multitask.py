@@ -1,4 +1,4 @@
-"""Many tasks on one trunk: it runs once and as deep as needed, and every task goes on from its own depth."""
+"""Many tasks on one trunk, which runs once and only as deep as the tasks of a request need."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -14,25 +14,18 @@ from transformers.utils import ModelOutput
 from hf_moebert.methods.masked_crf.modeling_masked_crf import CrfTagger
 
 from .configuration_multitask import SHARED, MultiTaskBertConfig, check_task_name, describe_task
-from .modeling_storage import StoredByTask, check_hashes, hash_trunk
-from .modeling_trunk import (
-    HEADS,
-    BertTrunk,
-    check_single_task,
-    fill,
-    join,
-    new_branch,
-    take_branch,
-    trunk_state,
-)
+from .modeling_files import check_hashes, hash_trunk
+from .modeling_splitting import HEADS, check_single_task, fill, join, take_branch, trunk_state
+from .modeling_storage import StoredByTask
+from .modeling_trunk import BertTrunk, new_branch
 
 
-TAGGING = ("word_mask", "output_marginals")  # arguments that only heads with a CRF take
+CRF_ARGUMENTS = ("word_mask", "output_marginals")
 Labels = Tensor | Mapping[str, Tensor]
 
 
 class MultiTaskBertModel(StoredByTask):
-    """A trunk with a branch for every task; each branch is the host's single-task model without its first layers."""
+    """A trunk with a branch for every task: a single-task model of transformers without its first layers."""
 
     accepts_loss_kwargs = False  # losses are means over the batch: the Trainer divides by accumulation steps
 
@@ -63,12 +56,12 @@ class MultiTaskBertModel(StoredByTask):
         """Merge single-task models that share their first layers.
 
         Args:
-            models: For each task a `BertForSequenceClassification`, or another of the host's single-task models,
-                whose `config.frozen_layers` says how many layers stayed as they were pre-trained. They are not
+            models: For each task a `BertForSequenceClassification` or another class of `HEADS`, whose
+                `config.frozen_layers` is the number of layers that stayed as they were pre-trained. They are not
                 changed.
 
         Returns:
-            The merged model in eval mode: each task's outputs are bit for bit those of its model.
+            The merged model in eval mode; the outputs of each task equal those of its model bit for bit.
 
         Raises:
             ValueError: If there is no model, or one does not fit the others.
@@ -92,33 +85,33 @@ class MultiTaskBertModel(StoredByTask):
         return merged
 
     def add_task(self, name: str, model: PreTrainedModel) -> None:
-        """Add a task; the others stay as they are. A task that froze more layers makes the trunk deeper.
+        """Add a task without changing the others; if it froze more layers, the trunk becomes deeper.
 
         Args:
-            name: Of letters, digits, `_` and `-`.
-            model: As for `from_tasks`. It is not changed.
+            name: Name of the task: letters, digits, `_` and `-`.
+            model: Single-task model as for `from_tasks`. It is not changed.
 
         Raises:
-            ValueError: If there is such a task, or the model was not trained on this trunk.
+            ValueError: If the task exists already, or the model was not trained on this trunk.
         """
         check_task_name(name, self.tasks)
-        self.branches[name] = self._take_in(model)
-        self._describe()
+        self.branches[name] = self._split_off(model)
+        self._update_config()
 
     def replace_task(self, name: str, model: PreTrainedModel) -> None:
-        """Put another model in a task's place; see `add_task`."""
+        """Replace the model of a task; see `add_task`."""
         self._check_tasks([name])
-        self.branches[name] = self._take_in(model)
-        self._describe()
+        self.branches[name] = self._split_off(model)
+        self._update_config()
 
     def remove_task(self, name: str) -> None:
-        """Drop a task; the trunk and the others stay as they are."""
+        """Remove a task; the trunk and the other tasks stay as they are."""
         self._check_tasks([name])
         del self.branches[name]
-        self._describe()
+        self._update_config()
 
     def extract_task(self, name: str) -> PreTrainedModel:
-        """Return a copy of a task as the host's plain single-task model, in eval mode."""
+        """Return a copy of a task as a plain single-task model of transformers, in eval mode."""
         self._check_tasks([name])
         return join(self.trunk, self._branch(name))
 
@@ -135,7 +128,7 @@ class MultiTaskBertModel(StoredByTask):
         word_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, ModelOutput]:
-        """Run the trunk once, to the depth of the deepest task asked for, and the branches of these tasks.
+        """Run the trunk once, as deep as the deepest of some tasks needs, and the branches of these tasks.
 
         Args:
             input_ids: Shape `(batch, seq)`.
@@ -143,15 +136,15 @@ class MultiTaskBertModel(StoredByTask):
             token_type_ids: Shape `(batch, seq)`.
             position_ids: Shape `(batch, seq)`.
             inputs_embeds: Word embeddings in place of ids. Shape `(batch, seq, hidden)`.
-            tasks: Which; `None` runs all.
-            labels: Of some tasks: what the single-task model takes as `labels`, or a mapping of all that its loss
-                takes, such as `start_positions` and `end_positions`.
+            tasks: Tasks to run, by default all.
+            labels: For some tasks the `labels` of the single-task model, or a mapping of the arguments of its loss,
+                such as `start_positions` and `end_positions`.
             word_mask: True at words, for tasks with a CRF, which sees words only. Shape `(batch, seq)`.
-            **kwargs: Of all branches, such as `output_hidden_states`, which then start at the task's own layers;
-                `output_marginals` goes to those with a CRF.
+            **kwargs: Arguments of all branches, such as `output_hidden_states`, which then start at the task's own
+                layers; `output_marginals` is passed to those with a CRF.
 
         Returns:
-            The output of each task, as from its single-task model.
+            The output of each task, equal to that of its single-task model.
 
         Raises:
             ValueError: If a task, an id or a label does not exist, or the sequence is too long.
@@ -165,7 +158,7 @@ class MultiTaskBertModel(StoredByTask):
         depths = {name: self._branch(name).config.frozen_layers for name in asked}
         found = self.trunk.run(states, mask, position_ids, depths=set(depths.values()))
         if word_mask is None and attention_mask is not None and attention_mask.dim() == 2:
-            word_mask = attention_mask  # what a tagger would look at, but branches get the ready mask
+            word_mask = attention_mask  # branches get the ready mask, which shows no words
         kwargs |= {"attention_mask": mask, "position_ids": position_ids, "word_mask": word_mask, "return_dict": True}
         return {name: self._run_branch(name, found[depth], labels.get(name), kwargs) for name, depth in depths.items()}
 
@@ -175,7 +168,7 @@ class MultiTaskBertModel(StoredByTask):
     def _run_branch(self, name: str, states: Tensor, labels: Labels | None, kwargs: dict[str, Any]) -> ModelOutput:
         branch = self._branch(name)
         if not isinstance(branch, CrfTagger):
-            kwargs = {key: value for key, value in kwargs.items() if key not in TAGGING}
+            kwargs = {key: value for key, value in kwargs.items() if key not in CRF_ARGUMENTS}
         targets = {} if labels is None else {"labels": labels} if isinstance(labels, Tensor) else labels
         if not isinstance(targets, Mapping) or not all(isinstance(target, Tensor) for target in targets.values()):
             raise ValueError(f"`labels[{name!r}]` must be a tensor or a mapping of tensors, got {labels!r}.")
@@ -184,11 +177,11 @@ class MultiTaskBertModel(StoredByTask):
         output = branch(inputs_embeds=states, **kwargs, **targets)
         if targets and not any(x.is_floating_point() or (x != -100).any() for x in targets.values()):
             logits = next(value for key, value in output.items() if key.endswith("logits"))
-            output.loss = logits.sum() * 0.0  # the host's mean over nothing is NaN
+            output.loss = logits.sum() * 0.0  # the mean over no label is NaN
         return output
 
     def _check_labels(self, name: str, labels: Tensor) -> None:
-        """Refuse classes that the head does not have, before a GPU aborts the process over them."""
+        """Refuse labels that the head does not have: on a GPU they would abort the process."""
         config = self._branch(name).config
         classes = config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
         if not classes or labels.is_floating_point() or torch.compiler.is_compiling():
@@ -201,7 +194,7 @@ class MultiTaskBertModel(StoredByTask):
             )
 
     def _check_tasks(self, names: Sequence[str]) -> None:
-        """Refuse tasks that do not exist, and asking for none."""
+        """Refuse unknown tasks, and an empty list of tasks."""
         unknown = [name for name in names if name not in self.branches]
         if unknown or not names:
             raise ValueError(
@@ -209,8 +202,8 @@ class MultiTaskBertModel(StoredByTask):
                 "all, or add a task with `add_task`."
             )
 
-    def _take_in(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Make a branch of a model that fits the trunk; the trunk gets the layers that it lacks."""
+    def _split_off(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Split off the branch of a model that fits the trunk, and extend the trunk by layers that it lacks."""
         check_single_task(model)
         frozen = describe_task(type(model).__name__, model.config)["frozen_layers"]
         self._check_sizes(model)
@@ -224,12 +217,12 @@ class MultiTaskBertModel(StoredByTask):
                 layer = BertLayer(self.config, layer_idx=index)
             fill(layer, {name.removeprefix(place): x for name, x in theirs.items() if name.startswith(place)})
             self.trunk.layer.append(layer.requires_grad_(False).to(self.device).eval())
-        if len(self.trunk.layer) >= len(self.config.trunk_sha256):  # deeper than it was
+        if len(self.trunk.layer) >= len(self.config.trunk_sha256):  # the trunk became deeper
             self._seal_trunk()
         return branch.train(self.training)
 
     def _check_sizes(self, model: PreTrainedModel) -> None:
-        """Refuse a model of another architecture or precision."""
+        """Refuse a model of other sizes or another precision than the trunk."""
         sizes = {field: (getattr(self.config, field), getattr(model.config, field)) for field in SHARED}
         for field, (ours, theirs) in (sizes | {"dtype": (self.dtype, model.dtype)}).items():
             if ours != theirs:
@@ -239,7 +232,7 @@ class MultiTaskBertModel(StoredByTask):
                 )
 
     def _check_prefix(self, theirs: Mapping[str, Tensor], frozen: int) -> None:
-        """Refuse a model whose frozen layers are not bit for bit those of the trunk."""
+        """Refuse a model whose frozen layers differ from those of the trunk in any bit."""
         depth = min(frozen, len(self.trunk.layer))
         places = ("embeddings.", *(f"layer.{i}." for i in range(depth)))
         ours, theirs = (
@@ -252,8 +245,8 @@ class MultiTaskBertModel(StoredByTask):
             hashes, expected = (hash_trunk(side, side.__getitem__, depth) for side in (theirs, ours))
             check_hashes(hashes, expected, "The frozen part of `model`")
 
-    def _describe(self) -> None:
-        """Bring the config up to what is there."""
+    def _update_config(self) -> None:
+        """Update the configuration to the current tasks and depth."""
         tasks = {}
         for name in self.tasks:
             branch = self._branch(name)
@@ -272,11 +265,8 @@ class MultiTaskBertModel(StoredByTask):
         self.trunk.embeddings.word_embeddings = value
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Refuse: the vocabulary is the one that all tasks were trained with."""
+        """Refuse to change the vocabulary, with which all tasks were trained."""
         raise ValueError(
             "The vocabulary must stay the one that the tasks were trained with. Resize the pre-trained model before "
             "tasks are trained on it."
         )
-
-
-__all__ = ["MultiTaskBertModel"]

@@ -1,4 +1,4 @@
-"""The pipeline "multitask": texts in, an answer of each task out; the trunk runs once for all of them."""
+"""The pipeline "multitask": answers of several tasks to a text, for which the trunk runs once."""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.pipelines.base import pad_collate_fn
 
-from .modeling_answers import (
+from .functional_answers import (
     QUESTION,
     READERS,
     TOKENS,
@@ -39,11 +39,14 @@ OUTPUTS = ("logits", "start_logits", "end_logits", "marginals", "predictions")
 
 
 def group_by_length(lengths: Sequence[int], shortest: float = 0.75) -> list[list[int]]:
-    """Group places of inputs, longest first, so that none is padded to much more than its length.
+    """Group inputs by length, longest first, so that none is padded to much more than its length.
 
     Args:
-        lengths: Of the inputs.
+        lengths: Length of each input.
         shortest: Length of the shortest input of a group, as a share of the longest, in (0, 1].
+
+    Returns:
+        Indices of the inputs of each group.
     """
     groups: list[list[int]] = []
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
@@ -55,23 +58,23 @@ def group_by_length(lengths: Sequence[int], shortest: float = 0.75) -> list[list
 
 
 class MultiTaskPipeline(Pipeline):
-    """Answer texts with several tasks on one trunk.
+    """Pipeline that answers a text with several tasks on one trunk.
 
     `pipeline("multitask", model=folder)` makes one after `import hf_moebert`. An input is a text, `{"text": ...,
-    "text_pair": ...}`, `{"tokens": [...]}` for words that are split already, or `{"question": ..., "context": ...}`;
-    of a list, every element is an input. `tasks=[...]` asks for some tasks; otherwise all answer that can read the
-    input. What is longer than the model reads is cut.
+    "text_pair": ...}`, `{"tokens": [...]}` for a list of words, or `{"question": ..., "context": ...}`; a list holds
+    one input per element. `tasks=[...]` selects tasks; by default all answer that can read the input. Longer inputs
+    than the model takes are cut.
 
     The answer to an input is a dict with an entry for each task:
 
-    - classification: `{"label", "score"}`; where several labels may hold, a list of those above one half;
+    - classification: `{"label", "score"}`; with several labels per text, a list of those above one half;
     - regression: `{"score"}`;
     - tagging: a list of `{"label", "word", "score", "start", "end"}`: entities where labels have prefixes such as
-      `B-`, else words; `O` is left out. A word is judged by its first token, an entity's score is the mean over its
-      words. The tags of a masked CRF are its best legal path, their scores its marginals;
+      `B-`, otherwise words; `O` is left out. The tag of a word is that of its first token, and the score of an entity
+      the mean over its words. The tags of a masked CRF are its best legal path, their scores its marginals;
     - question answering: `{"answer", "score", "start", "end"}`, the likeliest span of at most 30 tokens.
 
-    The forms of the answers are our own design, near to those of the host's pipelines for one task.
+    The formats of the answers are our own design, close to those of the pipelines of transformers for one task.
     """
 
     _load_processor = False
@@ -89,7 +92,7 @@ class MultiTaskPipeline(Pipeline):
         self.model.eval()
 
     def describe_tasks(self) -> dict[str, dict[str, Any]]:
-        """Say what there is: for each task its kind, its labels, and how many layers it shares and owns."""
+        """Return the kind, the labels, and the numbers of shared and own layers of each task."""
         return {
             name: {
                 "kind": kind_of(branch),
@@ -101,24 +104,24 @@ class MultiTaskPipeline(Pipeline):
         }
 
     def check(self, inputs: Any, tasks: Sequence[str] | None = None) -> None:
-        """Refuse, without running anything, what `answer` could not answer.
+        """Refuse an input that `answer` could not answer, without running a model.
 
         Raises:
             ValueError: If the form of the input is unknown, or a task is unknown or cannot read it.
         """
         form, _ = read_input(inputs)
-        self._asked(form, tasks)
+        self._select_tasks(form, tasks)
 
     def answer(self, requests: Sequence[tuple[Any, Sequence[str] | None]]) -> list[dict[str, Any]]:
         """Answer inputs, each with its own tasks.
 
-        They run as one batch; on a processor, where padding costs what words cost, as one for each range of lengths.
+        They run as one batch; on a CPU, where padding costs as much as words, as one batch for each range of lengths.
 
         Args:
-            requests: Pairs of an input and the tasks asked for, `None` for all that can read it.
+            requests: Pairs of an input and its tasks, `None` for all that can read it.
 
         Returns:
-            For each `{"answers": {task: answer}, "truncated": bool}`.
+            For each request `{"answers": {task: answer}, "truncated": bool}`.
 
         Raises:
             ValueError: As `check`.
@@ -135,7 +138,7 @@ class MultiTaskPipeline(Pipeline):
         return [answers[place] for place in range(len(items))]
 
     def load_task(self, folder: str | PathLike[str]) -> PreTrainedModel:
-        """Load a single-task model from a local folder, without running code of it, for `put_task`.
+        """Load a single-task model for `put_task` from a local folder, without running code in it.
 
         Raises:
             ValueError: If config.json names no single-task model.
@@ -152,7 +155,7 @@ class MultiTaskPipeline(Pipeline):
         return loader.from_pretrained(folder, dtype=self.model.dtype, **options)
 
     def put_task(self, name: str, model: PreTrainedModel) -> None:
-        """Add a task, or replace the one of this name; the others stay as they are.
+        """Add a task, or replace the task of this name; the others stay as they are.
 
         Raises:
             ValueError: If the frozen layers of the model are not the trunk's.
@@ -162,18 +165,18 @@ class MultiTaskPipeline(Pipeline):
         self.model.eval()
 
     def remove_task(self, name: str) -> None:
-        """Forget a task; the others stay as they are."""
+        """Remove a task; the others stay as they are."""
         self.model.remove_task(name)
 
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
-        """Save model and tokenizer; the code stays in this package."""
+        """Save model and tokenizer, without code."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.tokenizer.save_pretrained(save_directory, **kwargs)
 
     def preprocess(self, inputs: Any, tasks: Sequence[str] | None = None) -> dict[str, Any]:
         """Turn an input into tensors of one row each, and an `Example`."""
         form, parts = read_input(inputs)
-        self._asked(form, tasks)
+        self._select_tasks(form, tasks)
         encoded = self.tokenizer(
             *parts,
             is_split_into_words=form == TOKENS,
@@ -182,7 +185,7 @@ class MultiTaskPipeline(Pipeline):
             return_tensors="pt",
         )
         encoding = encoded.encodings[0]
-        word_mask = torch.zeros_like(encoded["input_ids"])  # (1, seq); integers, which the host's padding keeps
+        word_mask = torch.zeros_like(encoded["input_ids"])  # (1, seq); integers, which the padding of pipelines keeps
         if form == QUESTION:
             text, spans = parts[1], context_spans(encoding)
         else:
@@ -200,8 +203,8 @@ class MultiTaskPipeline(Pipeline):
     def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
         """Run the trunk once for all rows, and each branch on the rows that ask for it."""
         example, words = model_inputs.pop("example"), model_inputs.pop("word_mask").bool()
-        examples = example if isinstance(example, list) else [example]  # outside of batches the host makes no lists
-        asked = [self._asked(one.form, one.tasks) for one in examples]
+        examples = example if isinstance(example, list) else [example]  # a list only in batches
+        asked = [self._select_tasks(one.form, one.tasks) for one in examples]
         rows = {name: [row for row, names in enumerate(asked) if name in names] for name in self.model.tasks}
         depths = {name: self.model.branches[name].config.frozen_layers for name, found in rows.items() if found}
         given = (model_inputs.get(key) for key in ("input_ids", "attention_mask", "token_type_ids"))
@@ -224,7 +227,7 @@ class MultiTaskPipeline(Pipeline):
         return {key: output[key].cpu() for key in OUTPUTS if output.get(key) is not None}
 
     def postprocess(self, model_outputs: dict[str, Any]) -> dict[str, Any]:
-        """Turn what the branches found for one input into the tasks' answers."""
+        """Turn the outputs of the branches for one input into the answers of the tasks."""
         example = model_outputs["example"]
         return {name: self._read(name, found, example) for name, found in model_outputs["outputs"].items()}
 
@@ -238,11 +241,11 @@ class MultiTaskPipeline(Pipeline):
         return read_classes(kind, found["logits"], branch.config.id2label)
 
     def _branches(self) -> dict[str, PreTrainedModel]:
-        """Return a snapshot: another thread may put and remove tasks meanwhile."""
+        """Return a snapshot of the branches, since another thread may put and remove tasks meanwhile."""
         return dict(list(self.model.branches.items()))
 
-    def _asked(self, form: tuple[str, ...], tasks: Sequence[str] | None) -> list[str]:
-        """Return the tasks that answer: all that can, if none are named."""
+    def _select_tasks(self, form: tuple[str, ...], tasks: Sequence[str] | None) -> list[str]:
+        """Return the tasks to run: by default all that can read this form."""
         kinds = {name: kind_of(branch) for name, branch in self._branches().items()}
         able = [name for name, kind in kinds.items() if kind in READERS[form]]
         if tasks is None and not able:
@@ -259,13 +262,10 @@ class MultiTaskPipeline(Pipeline):
 
 
 def kind_of(branch: PreTrainedModel) -> str:
-    """Say which kind of task a single-task model is for."""
+    """Return the kind of task of a single-task model."""
     head, config = type(branch).__name__.partition("For")[2], branch.config
     if head != "SequenceClassification":
         return {"TokenClassification": "tagging", "QuestionAnswering": "question-answering"}[head]
     if config.problem_type == "multi_label_classification":
         return "multi-label"
     return "regression" if config.problem_type == "regression" or config.num_labels == 1 else "classification"
-
-
-__all__ = ["MultiTaskPipeline"]

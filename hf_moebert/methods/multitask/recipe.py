@@ -1,4 +1,4 @@
-"""The recipe by which single tasks become branches of one trunk."""
+"""Recipe of a sweep over splits of an encoder into frozen layers and branches."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ INITS = ("teacher", "next", "random")
 
 @dataclass(frozen=True)
 class MultiTaskSweepConfig:
-    """Which splits of the encoder are tried, and how deep branches are made shallow.
+    """Recipe of a sweep: which splits of the encoder to try, and how to distil deep branches into shallow ones.
 
     Raises:
         ValueError: If a value breaks the rule in its help text; the message names rule and remedy.
@@ -22,24 +22,25 @@ class MultiTaskSweepConfig:
 
     teacher_layers: list[int] = HfArg(
         default_factory=lambda: list(range(4, 11)),
-        help="Numbers of top layers that are tried for a task's teacher; the layers below stay frozen. The best on the"
-        " dev examples is kept, of equals the one with fewer layers.",
+        help="Numbers of top layers to try for the teacher of a task; the layers below stay frozen. The best on the"
+        " dev examples is kept, of equal ones the one with fewer layers.",
     )
     student_layers: list[int] = HfArg(
         default_factory=lambda: [1, 2, 3],
-        help="Numbers of layers that are tried for a task's branch. Where the teacher has no more, it is the branch.",
+        help="Numbers of layers to try for the branch of a task. Where the teacher has no more, it is the branch.",
     )
     student_init: str = HfArg(
         default="teacher",
-        help="Where a branch's layers start: at the first ones of its teacher (`teacher`), at the encoder's own after"
-        " the frozen ones (`next`), or anywhere (`random`). Pooler and head are the teacher's.",
+        help="Initial layers of a branch: the first ones of its teacher (`teacher`), those of the encoder after the"
+        " frozen ones (`next`), or random ones (`random`). Pooler and head are those of the teacher.",
     )
     temperature: float = HfArg(
-        default=2.0, help="By which predictions of teacher and student are softened, above 0; 2 in the published code."
+        default=2.0,
+        help="Temperature that softens predictions of teacher and student, above 0; 2 in the published code.",
     )
     min_gain: float = HfArg(
         default=1.0,
-        help="Points, hundredths of a score, that one more layer has to bring a task on its dev examples; at least 0."
+        help="Points (hundredths of a score) that one more layer must gain on the dev examples of a task; at least 0."
         " The paper tries 1, 2 and 3.",
     )
 
@@ -63,7 +64,7 @@ class MultiTaskSweepConfig:
             raise ValueError(f"`min_gain` must be a finite number of at least 0, got {self.min_gain!r}. Use 1.0.")
 
     def check_depth(self, depth: int) -> None:
-        """Refuse an encoder that is not as deep as the largest teacher.
+        """Refuse an encoder with fewer layers than the largest teacher.
 
         Args:
             depth: Layers of the encoder.

@@ -1,4 +1,4 @@
-"""From one pre-trained encoder to a branch for every task: teachers, students, and the choice among them."""
+"""A sweep from one pre-trained encoder to a branch for every task: teachers, students, and the choice among them."""
 
 import copy
 import json
@@ -18,30 +18,30 @@ from hf_moebert.methods.distillation import DistillationConfig, DistillationTrai
 from .configuration_multitask import check_task_name
 from .functional import choose_depth, choose_uniform
 from .modeling_multitask import MultiTaskBertModel
-from .modeling_trunk import HEADS, join, take_branch, take_trunk
+from .modeling_splitting import HEADS, join, take_branch, take_trunk
 from .recipe import INITS, MultiTaskSweepConfig
 from .training_runs import MultiTaskSweepTask, PreparedTask, Run, describe_arguments, read_result, write_result
 from .training_states import CachedStates, pad_examples
 
 
 class MultiTaskSweep:
-    """Find for every task how many layers to freeze, and how few to keep above them.
+    """A search, for every task, of the layers to freeze and of the few to keep above them.
 
-    Each task is worked on alone. Teachers train the top layers of the encoder on cached states of the frozen ones; the
-    one that is best on the dev examples teaches students with fewer layers on the same frozen ones, by the loss
-    `CE + T^2 CE_soft`. Of these, more layers are kept for as long as they bring the task enough.
+    Each task is searched by itself. Teachers train the top layers of the encoder on cached states of the frozen ones.
+    The best on the dev examples teaches students with fewer layers on the same frozen ones, by the loss
+    `CE + T^2 CE_soft`. A branch gets one more layer as long as it gains `min_gain`.
 
-    Every run leaves `<output_dir>/<task>/<run>`: the plain single-task model, whose `config.frozen_layers` says where
-    it may be split, and `result.json`, which is written last. A run that has it is not repeated.
+    Every run writes a folder `<output_dir>/<task>/<run>`: the plain single-task model, whose `config.frozen_layers` is
+    where it may be split, and `result.json`, which is written last. A run with this file is not repeated.
 
     Args:
-        tasks: By name, which is also that of a folder.
-        args: For the stock `Trainer` of every run; `output_dir` is the folder of the sweep.
-        config: The recipe; by default `MultiTaskSweepConfig()`.
+        tasks: Tasks by name, which also names a folder.
+        args: Arguments of the stock `Trainer` of every run; `output_dir` is the folder of the sweep.
+        config: Recipe, by default `MultiTaskSweepConfig()`.
         states_dir: Folder for the cached states, shared by sweeps over the same data; by default in `output_dir`.
 
     Raises:
-        ValueError: If there is no task, a name cannot be a folder's, or the recipe does not fit the encoder; later, if
+        ValueError: If there is no task, a name cannot name a folder, or the recipe does not fit the encoder; later, if
             the folder holds runs of other settings or states of another trunk.
 
     Source: Wei et al. 2022, https://arxiv.org/abs/2107.05377. Cached states, and the frozen layers without dropout
@@ -57,7 +57,7 @@ class MultiTaskSweep:
         states_dir: str | Path | None = None,
     ) -> None:
         for name in tasks:
-            check_task_name(name, [other for other in tasks if other != name])
+            check_task_name(name, [taken for taken in tasks if taken != name])
         if not tasks:
             raise ValueError("`tasks` must hold at least one task, got none. Name one.")
         self.args, self.config = args, MultiTaskSweepConfig() if config is None else config
@@ -74,7 +74,7 @@ class MultiTaskSweep:
                 )
 
     def runs(self) -> Iterator[tuple[str, Run]]:
-        """Yield task and run of the whole sweep in order; a task's students are known once its teachers are made."""
+        """Yield task and run of the whole sweep in order; students of a task depend on the scores of its teachers."""
         for task, prepared in self.tasks.items():
             yield task, Run("whole", prepared.depth)
             yield from ((task, Run("teacher", layers)) for layers in sorted(self.config.teacher_layers))
@@ -84,26 +84,27 @@ class MultiTaskSweep:
             )
 
     def run(self) -> None:
-        """Make all runs that are missing, with a bar unless `args.disable_tqdm`."""
+        """Make all missing runs, with a progress bar unless `args.disable_tqdm`."""
         bar = tqdm(self.runs(), unit="run", disable=self.args.disable_tqdm)
         for task, run in bar:
             bar.set_postfix_str(f"{task}, {run.name}")
             self.make(task, run)
 
     def make(self, task: str, run: Run) -> float:
-        """Train and save a model unless it is there, and return its score on the dev examples.
+        """Train and save a model unless it exists, and return its score on the dev examples.
 
         Raises:
             ValueError: If the folder holds a run of other settings, or the score is not finite.
         """
         folder, settings = self.folder(task, run), self.settings(task, run)
         if (result := read_result(folder / "result.json")) is not None:
-            made = result["settings"]
-            other = [name for name in sorted(made.keys() | settings.keys()) if made.get(name) != settings.get(name)]
-            if other:
-                pairs = "; ".join(f"{name}: {settings.get(name)} here, {made.get(name)} there" for name in other)
+            saved = result["settings"]
+            names = sorted(saved.keys() | settings.keys())
+            changed = [name for name in names if saved.get(name) != settings.get(name)]
+            if changed:
+                pairs = "; ".join(f"{name}: {settings.get(name)} here, {saved.get(name)} there" for name in changed)
                 raise ValueError(
-                    f"{folder} must hold a run of the settings asked for, but it was made with others: {pairs}. Choose"
+                    f"{folder} must hold a run of these settings, but it was made with others: {pairs}. Choose"
                     " another `output_dir`, or delete it."
                 )
             return result["score"]
@@ -119,20 +120,21 @@ class MultiTaskSweep:
         return score
 
     def choose_teacher(self, task: str) -> int:
-        """Return the layers of the best teacher on the dev examples, the fewest of equals; makes those missing."""
+        """Return the layers of the best teacher on the dev examples, of equal ones the fewest; make missing runs."""
         scores = {layers: self.make(task, Run("teacher", layers)) for layers in self.config.teacher_layers}
         return min(scores, key=lambda layers: (-scores[layers], layers))
 
     def student_scores(self, task: str) -> dict[int, float]:
-        """Return what each number of layers scores on the dev examples; makes the runs that are missing."""
+        """Return the score of each number of layers on the dev examples; make missing runs."""
         return {run.layers: self.make(task, run) for run in map(self.branch(task), self.config.student_layers)}
 
     def choose_depths(self, min_gain: float | None = None, *, uniform: bool = False) -> dict[str, int]:
-        """Choose the layers of each task's branch; makes the runs that are missing.
+        """Choose the number of layers of each branch; make missing runs.
 
         Args:
-            min_gain: Points that one more layer has to bring; by default that of the recipe.
-            uniform: Whether all tasks get as many, by the mean of their scores. A teacher with fewer keeps its own.
+            min_gain: Points that one more layer must gain, by default those of the recipe.
+            uniform: Whether all tasks get the same number, chosen by the mean of their scores. A teacher with fewer
+                layers keeps its own.
         """
         points = self.config.min_gain if min_gain is None else min_gain
         if uniform:
@@ -142,7 +144,7 @@ class MultiTaskSweep:
         return {task: choose_depth(self.student_scores(task), points / 100) for task in self.tasks}
 
     def branch(self, task: str) -> Callable[[int], Run]:
-        """Return what makes a number of layers the run whose model they are: where that is enough, the teacher's."""
+        """Return a function from a number of layers to its run: a student, or the teacher where it has no more."""
         teacher = self.choose_teacher(task)
         return lambda layers: Run("student", layers) if layers < teacher else Run("teacher", teacher)
 
@@ -153,18 +155,18 @@ class MultiTaskSweep:
         return HEADS[architecture].from_pretrained(folder)
 
     def merge(self, depths: Mapping[str, int]) -> MultiTaskBertModel:
-        """Put the branches of these many layers, by task, on one trunk; makes the runs that are missing."""
+        """Merge the branches with the given number of layers for each task; make missing runs."""
         runs = {task: self.branch(task)(layers) for task, layers in depths.items()}
         for task, run in runs.items():
             self.make(task, run)
         return MultiTaskBertModel.from_tasks({task: self.load(task, run) for task, run in runs.items()})
 
     def folder(self, task: str, run: Run) -> Path:
-        """Say where a run leaves what it makes."""
+        """Return the folder of a run."""
         return self.output / task / run.name
 
     def settings(self, task: str, run: Run) -> dict[str, Any]:
-        """Say what decides how a run ends, in a form that JSON knows."""
+        """Return all settings that decide the result of a run, as JSON holds them."""
         settings = describe_arguments(self.args) | asdict(run) | self.tasks[task].fingerprints
         if run.kind == "student":
             recipe = {"teacher": self.choose_teacher(task)}
@@ -175,7 +177,7 @@ class MultiTaskSweep:
         prepared = self.tasks[task]
         args = copy.deepcopy(self.args)
         args.output_dir = str(self.folder(task, run) / "checkpoints")
-        set_seed(args.seed)  # of new heads; the Trainer sets it again
+        set_seed(args.seed)  # for new heads; the Trainer sets it again
         options: dict[str, Any] = {}
         if run.kind == "student":
             teacher = self.load(task, Run("teacher", self.choose_teacher(task)))
@@ -198,8 +200,8 @@ class MultiTaskSweep:
             compute_metrics=lambda predictions: {"score": float(prepared.task.score(predictions))},
             **options,
         )
-        # Losses are means over the micro-batch. Left to itself the host trusts every model with `**kwargs` to divide
-        # by the items of the whole batch, and stock heads do not.
+        # Losses are means over the micro-batch. By default the Trainer trusts every model with `**kwargs` to divide by
+        # the items of the whole batch, which stock heads do not do.
         trainer.model_accepts_loss_kwargs = False
         trainer.train()
         return trainer
@@ -220,14 +222,14 @@ class MultiTaskSweep:
 def new_student(
     teacher: PreTrainedModel, num_layers: int, *, init: str = "teacher", encoder: PreTrainedModel | None = None
 ) -> PreTrainedModel:
-    """Make an untrained branch out of a trained model.
+    """Make an untrained branch from a trained model.
 
     Args:
-        teacher: A single-task model whose `config.frozen_layers` are frozen. It is not changed.
+        teacher: Single-task model with `config.frozen_layers`. It is not changed.
         num_layers: Layers of the branch.
-        init: Where they start: the teacher's first ones ("teacher"), those of `encoder` after the frozen ones
-            ("next"), or random ("random"). Pooler and head are the teacher's.
-        encoder: The pre-trained encoder in a model of the teacher's class, for "next".
+        init: Initial layers: the first ones of the teacher ("teacher"), those of `encoder` after the frozen ones
+            ("next"), or random ones ("random"). Pooler and head are those of the teacher.
+        encoder: Pre-trained encoder in a model of the teacher's class, for "next".
 
     Raises:
         ValueError: If there is no such `init`, or "next" has no encoder.
@@ -247,6 +249,3 @@ def new_student(
     elif init == "random":
         layers.apply(student._init_weights)
     return student
-
-
-__all__ = ["MultiTaskSweep", "MultiTaskSweepTask", "Run"]

@@ -1,4 +1,4 @@
-"""The runs of a sweep: on what task, of what settings, and what they leave."""
+"""Tasks, runs and results of a sweep."""
 
 import json
 import os
@@ -12,14 +12,14 @@ import torch
 from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedModel, TrainingArguments, set_seed
 
-from .configuration_multitask import UNSAID
+from .configuration_multitask import IGNORED_FIELDS
 from .functional import chain_hashes
-from .modeling_trunk import take_trunk
+from .modeling_splitting import take_trunk
 from .training_states import CachedStates, cache_states, fingerprint_data, fingerprint_trunk
 
 
-# Beginnings of the arguments that say where and how a run is made and told of, not how it ends
-HOUSEKEEPING = (
+# Prefixes of arguments that do not change the result of a run
+IRRELEVANT_ARGUMENTS = (
     *("output_dir", "log", "report_to", "run_name", "project", "trackio", "push_to_hub", "hub_", "disable_tqdm"),
     *("save_total_limit", "save_on_each_node", "save_only_model", "enable_jit", "restore_callback", "resume_from"),
     *("do_", "debug", "include_", "skip_memory", "prediction_loss_only", "per_device_eval", "eval_accumulation"),
@@ -33,12 +33,12 @@ class MultiTaskSweepTask:
     """One task of a sweep.
 
     Attributes:
-        new_model: Makes the pre-trained encoder with a new head, a class of `modeling_trunk.HEADS`; its values come
-            from the seed that was set last. All tasks of a sweep share the encoder.
-        train_dataset: Encoded examples that are trained on.
-        dev_dataset: Encoded examples that choose. What they are chosen by is no measurement: keep others for that.
-        score: What predictions are worth; the larger the better, and 1 is perfect.
-        metric: Name of what `score` computes. Runs that were scored by another are not taken for finished.
+        new_model: Returns the pre-trained encoder with a new head, a class of `modeling_splitting.HEADS`, drawn from
+            torch's global generator. All tasks of a sweep share the encoder.
+        train_dataset: Encoded examples to train on.
+        dev_dataset: Encoded examples to choose by. Measure the result on other examples.
+        score: Score of predictions; larger is better, and 1 is perfect.
+        metric: Name of the score. Runs with another score are not taken for finished.
     """
 
     new_model: Callable[[], PreTrainedModel]
@@ -53,8 +53,9 @@ class Run:
     """One training of a sweep.
 
     Attributes:
-        kind: "whole" trains all weights, embeddings too; "teacher" the layers above the frozen ones; "student" fewer.
-        layers: Layers that are trained.
+        kind: "whole" trains all weights, embeddings included; "teacher" the layers above the frozen ones; "student"
+            fewer layers, distilled from the teacher.
+        layers: Number of trained layers.
     """
 
     kind: Literal["whole", "teacher", "student"]
@@ -62,17 +63,17 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of its folder."""
         return "whole" if self.kind == "whole" else f"{self.kind}-{self.layers}"
 
 
 def describe_arguments(args: TrainingArguments) -> dict[str, Any]:
-    """Return the arguments that decide how a run ends."""
-    return {name: value for name, value in args.to_dict().items() if not name.startswith(HOUSEKEEPING)}
+    """Return the arguments that decide the result of a run."""
+    return {name: value for name, value in args.to_dict().items() if not name.startswith(IRRELEVANT_ARGUMENTS)}
 
 
 class PreparedTask:
-    """A task, and what is found out about it once."""
+    """A task with its depth, fingerprints and cached states."""
 
     def __init__(self, task: MultiTaskSweepTask, folder: Path, *, seed: int) -> None:
         self.task, self.folder, self.seed = task, folder, seed
@@ -85,8 +86,8 @@ class PreparedTask:
 
     @cached_property
     def fingerprints(self) -> dict[str, Any]:
-        """What is trained, on what, and how it is scored."""
-        set_seed(self.seed)  # of a pooler that the encoder does not bring along
+        """Fingerprints of encoder, data and settings that decide the result of a run."""
+        set_seed(self.seed)  # for a pooler that the checkpoint of the encoder lacks
         model = self.task.new_model()
         config = model.config.to_diff_dict()
         return {
@@ -94,7 +95,7 @@ class PreparedTask:
             "encoder": fingerprint_trunk(take_trunk(model, self.depth), self.depth),
             "base": chain_hashes([model.base_model.state_dict()])[0],
             "model": type(model).__name__,
-            "config": {name: value for name, value in config.items() if name not in UNSAID},
+            "config": {name: value for name, value in config.items() if name not in IGNORED_FIELDS},
             "metric": self.task.metric,
         }
 
@@ -103,7 +104,7 @@ class PreparedTask:
         return self.task.train_dataset if split == "train" else self.task.dev_dataset
 
     def states(self, split: str, depths: list[int], device: torch.device) -> dict[int, CachedStates]:
-        """Return the examples of a split after each of some numbers of frozen layers."""
+        """Return the cached states of a split after each of some numbers of frozen layers."""
         if split not in self._states:
             trunk = take_trunk(self.task.new_model(), max(depths)).to(device)
             self._states[split] = cache_states(trunk, self.examples(split), self.folder / split, depths=depths)
@@ -111,12 +112,12 @@ class PreparedTask:
 
 
 def read_result(file: Path) -> dict[str, Any] | None:
-    """Read what a run left; None if it left nothing."""
+    """Read the result of a run, or return None if there is none."""
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def write_result(file: Path, result: dict[str, Any]) -> None:
-    """Write what a run found, whole or not at all."""
+    """Write the result of a run, entirely or not at all."""
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
     os.replace(partial, file)

@@ -1,4 +1,4 @@
-"""The states of a frozen trunk: computed once for a data set, kept in files, read while branches train."""
+"""States of a frozen trunk, computed once for a data set, stored in files, and read while branches train."""
 
 import hashlib
 import json
@@ -26,12 +26,12 @@ TRUNK_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 class CachedStates(torch.utils.data.Dataset):
     """Encoded examples with the trunk's states in place of token ids.
 
-    An item has `inputs_embeds` `(seq, hidden)`, `attention_mask` `(seq,)` and what the examples have besides, such as
-    `labels`. States are read from the file when an item is asked for.
+    An item has `inputs_embeds` `(seq, hidden)`, `attention_mask` `(seq,)` and the other columns of the examples, such
+    as `labels`. States are read from the file when an item is read.
 
     Args:
-        file: Written by `cache_states`.
-        examples: The examples it was written for, in their order.
+        file: File that `cache_states` wrote.
+        examples: Examples it was written for, in their order.
 
     Raises:
         ValueError: If the file holds another number of examples.
@@ -65,18 +65,18 @@ class CachedStates(torch.utils.data.Dataset):
 def cache_states(
     trunk: BertTrunk, dataset: Dataset, folder: str | Path, *, depths: Sequence[int], batch_size: int = 32
 ) -> dict[int, CachedStates]:
-    """Run a trunk over a data set, unless its states lie in the folder already.
+    """Run a trunk over a data set, unless the folder already holds its states.
 
     The files `states-<depth>.safetensors` hold the states in float32, one row for each token, and a fingerprint of
-    the trunk and the token ids. They get their names when they are complete. Texts of similar length share a batch.
+    the trunk and the token ids. They are renamed to this name when complete. Texts of similar length share a batch.
 
     Args:
-        trunk: Runs on the device it is on.
+        trunk: Trunk, which runs on its own device.
         dataset: Encoded examples, as from `encode_text`; `attention_mask` may be left out where nothing is padded.
-            Pad questions to one length: the stock head for question answering looks at padding too.
-        folder: Of the files. Another data set, or another split, needs another one.
-        depths: Numbers of layers after which states are kept; 0 is the embeddings.
-        batch_size: Examples that run at once.
+            Pad questions to one length: the stock head for question answering also looks at padding.
+        folder: Folder of the files. Another data set, or another split, needs another one.
+        depths: Numbers of layers after which states are stored; 0 is the embeddings.
+        batch_size: Examples of a batch.
 
     Returns:
         The data set with the states of each depth.
@@ -96,14 +96,14 @@ def cache_states(
     data = fingerprint_data(dataset.select_columns(_input_columns(dataset)))
     files = {depth: Path(folder) / f"states-{depth}.safetensors" for depth in depths}
     prints = {depth: f"{fingerprint_trunk(trunk, depth)}-{data}" for depth in depths}
-    if missing := {depth: file for depth, file in files.items() if not _is_made(file, prints[depth])}:
+    if missing := {depth: file for depth, file in files.items() if not _is_complete(file, prints[depth])}:
         Path(folder).mkdir(parents=True, exist_ok=True)
         _write(trunk, dataset, missing, prints=prints, batch_size=batch_size)
     return {depth: CachedStates(file, dataset) for depth, file in files.items()}
 
 
 def pad_examples(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Pad examples to the longest: labels with -100, all else with 0.
+    """Pad examples to the longest one: labels with -100, other columns with 0.
 
     Args:
         examples: Items of `CachedStates`, or encoded examples.
@@ -130,7 +130,7 @@ def fingerprint_data(dataset: Dataset) -> str:
 
 
 def fingerprint_trunk(trunk: BertTrunk, depth: int) -> str:
-    """Return what decides the states after some layers: a hash of the weights, and the sizes that they do not show."""
+    """Return a hash of the weights up to some layer, with the fields that also decide the states after it."""
     names = ("hidden_act", "layer_norm_eps", "num_attention_heads")
     sizes = "-".join(str(getattr(trunk.config, name)) for name in names)
     return f"{sizes}-{chain_hashes(part.state_dict() for part in (trunk.embeddings, *trunk.layer[:depth]))[-1]}"
@@ -144,7 +144,7 @@ def _kept_columns(dataset: Dataset) -> list[str]:
     return [name for name in dataset.column_names if name == "attention_mask" or name not in TRUNK_INPUTS]
 
 
-def _is_made(file: Path, fingerprint: str) -> bool:
+def _is_complete(file: Path, fingerprint: str) -> bool:
     if not file.exists():
         return False
     try:
@@ -184,7 +184,7 @@ def _write(
 
 
 def _remove_stale(file: Path) -> None:
-    """Delete what processes of this machine left that were killed while they wrote."""
+    """Delete unfinished files of processes of this machine that were killed."""
     for path in file.parent.glob(f"{file.name}.{platform.node()}-*.partial"):
         process = path.name.removesuffix(".partial").rpartition("-")[2]
         if process == str(os.getpid()) or (os.path.isdir("/proc/self") and not os.path.isdir(f"/proc/{process}")):
@@ -198,7 +198,7 @@ def _batches(inputs: Dataset, lengths: np.ndarray, size: int) -> Iterator[tuple[
 
 
 def _lay_out(path: Path, offsets: np.ndarray, hidden: int, metadata: dict[str, str]) -> np.memmap:
-    """Write a safetensors file whose states are filled in later: they may be larger than the memory."""
+    """Write a safetensors file whose states, which may exceed the memory, are filled in later."""
     tokens, start = int(offsets[-1]), offsets.nbytes
     header = {
         "__metadata__": metadata,
@@ -206,7 +206,7 @@ def _lay_out(path: Path, offsets: np.ndarray, hidden: int, metadata: dict[str, s
         "states": {"dtype": "F32", "shape": [tokens, hidden], "data_offsets": [start, start + 4 * tokens * hidden]},
     }
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # as the format wants
+    text += b" " * (-len(text) % 8)  # as the format demands
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text + offsets.astype("<i8").tobytes())
         file.truncate(file.tell() + 4 * tokens * hidden)

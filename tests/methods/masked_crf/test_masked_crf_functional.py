@@ -1,4 +1,4 @@
-"""The recursions against sums over every tag sequence, against the peer, and where numbers get extreme."""
+"""The recursions against sums over every tag sequence, against pytorch-crf, and at extreme numbers."""
 
 import itertools
 
@@ -9,19 +9,12 @@ import torchcrf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_moebert.methods.masked_crf.functional import (
-    Scores,
-    filter_words,
-    filter_words_exactly,
-    log_partition,
-    marginals,
-    pack_words,
-    sequence_score,
-    unpack_words,
-)
+from hf_moebert.methods.masked_crf.functional import log_partition, marginals, sequence_score
 from hf_moebert.methods.masked_crf.functional_decoding import best_sequences, make_finite, viterbi
 from hf_moebert.methods.masked_crf.functional_numpy import viterbi as numpy_viterbi
+from hf_moebert.methods.masked_crf.functional_passes import Scores, filter_words, filter_words_exactly
 from hf_moebert.methods.masked_crf.functional_tags import legal_moves
+from hf_moebert.methods.masked_crf.functional_words import pack_words, unpack_words
 
 
 def draw(words, batch, tags, *, seed=0, scale=1.0, dtype=torch.float64, forbidden=0.0):

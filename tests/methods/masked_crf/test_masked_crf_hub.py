@@ -1,4 +1,4 @@
-"""A tagger with a CRF for users without the package: by the code that travels along, model and pipeline."""
+"""Users without the package run model and pipeline by the code that travels with the checkpoint."""
 
 import json
 import subprocess
@@ -12,8 +12,8 @@ from tiny_crf import labels_of, make, make_batch, make_tokenizer
 from hf_moebert.methods.masked_crf import CrfTokenClassificationPipeline
 
 
-CODE = {"configuration_masked_crf.py", "modeling_masked_crf.py", "modeling_crf.py", "modeling_pipeline.py"}
-CODE |= {f"functional{name}.py" for name in ("", "_decoding", "_numpy", "_tags")}
+CODE = {"configuration_masked_crf.py", "modeling_masked_crf.py", "modeling_crf.py", "pipeline.py"}
+CODE |= {f"functional{name}.py" for name in ("", "_decoding", "_numpy", "_passes", "_tags", "_words")}
 TEXT = "New Yorkers in the London and New York"
 PUBLISH = """
 from hf_moebert.methods.masked_crf import CrfTokenClassificationPipeline
@@ -23,7 +23,7 @@ for name in ("bert", "roberta"):
     model = AutoModelForTokenClassification.from_pretrained(folder / name)
     tokenizer = AutoTokenizer.from_pretrained(folder / name)
     CrfTokenClassificationPipeline(model=model, tokenizer=tokenizer).push_to_hub(name)
-    told[name] = model(ids).predictions.tolist()
+    results[name] = model(ids).predictions.tolist()
 """
 WITHOUT_PACKAGE = """
 sys.modules["hf_moebert"] = None  # importing it fails
@@ -34,19 +34,19 @@ for name in ("bert", "roberta"):
         try:
             AutoModelForTokenClassification.from_pretrained(place)
         except ValueError as error:
-            told.setdefault("refusals", []).append(str(error))
+            results.setdefault("refusals", []).append(str(error))
         model = AutoModelForTokenClassification.from_pretrained(place, trust_remote_code=True).eval()
-        told[place.rsplit("/")[-1] + str(place.startswith("tester"))] = model(ids).predictions.tolist()
+        results[place.rsplit("/")[-1] + str(place.startswith("tester"))] = model(ids).predictions.tolist()
     pipe = pipeline("masked-crf", model=f"tester/{name}", trust_remote_code=True)
-    told[f"text {name}"] = pipe(sys.argv[3], aggregation_strategy="simple")
+    results[f"text {name}"] = pipe(sys.argv[3], aggregation_strategy="simple")
 """
 
 
 def run(hub, home, code, *values):
-    """Run Python in a process that takes the loopback server for the Hub, and return what it tells."""
-    start = "import json, pathlib, sys, torch\nfolder, told = pathlib.Path(sys.argv[1]), {}\n"
+    """Run Python in a process that uses the loopback server as the Hub, and return the `results` it prints."""
+    start = "import json, pathlib, sys, torch\nfolder, results = pathlib.Path(sys.argv[1]), {}\n"
     start += "ids = torch.tensor(json.loads(sys.argv[2]))\n"
-    command = [sys.executable, "-c", start + code + "\nprint()\nprint(json.dumps(told))", *map(str, values)]
+    command = [sys.executable, "-c", start + code + "\nprint()\nprint(json.dumps(results))", *map(str, values)]
     done = subprocess.run(
         command,
         env=hub.environment(home),
@@ -76,10 +76,10 @@ def test_published_taggers_work_without_the_package(loopback_hub, tmp_path):  # 
         files = loopback_hub.files(f"tester/{name}")
         assert {file for file in files if file.endswith(".py")} >= CODE
         assert not [file for file in files if file.endswith((".bin", ".pt", ".pkl"))]
-    told = run(loopback_hub, tmp_path / "other home", WITHOUT_PACKAGE, *values)
-    assert len(told["refusals"]) == 4
-    assert all("trust_remote_code=True" in refusal for refusal in told["refusals"])
+    results = run(loopback_hub, tmp_path / "other home", WITHOUT_PACKAGE, *values)
+    assert len(results["refusals"]) == 4
+    assert all("trust_remote_code=True" in refusal for refusal in results["refusals"])
     for name, tags in found.items():
-        assert told[f"{name}True"] == told[f"{name}False"] == tags
-        for ours, theirs in zip(texts[name], told[f"text {name}"], strict=True):
+        assert results[f"{name}True"] == results[f"{name}False"] == tags
+        for ours, theirs in zip(texts[name], results[f"text {name}"], strict=True):
             assert theirs == ours | {"score": pytest.approx(ours["score"], abs=1e-5)}

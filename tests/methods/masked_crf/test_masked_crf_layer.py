@@ -1,4 +1,4 @@
-"""The layer: masks of any pattern, policies for illegal labels, and never an illegal sequence."""
+"""The layer: masks of any pattern, policies for illegal labels, and only legal sequences."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Taggers with a CRF: the stock model's emissions, their tags, what is refused, and the way to disk and back."""
+"""Token classifiers with a CRF: emissions of the stock model, tags, refusals, saving and loading."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hf_moebert import BertCrfForTokenClassification, CrfForTokenClassification
-from hf_moebert.methods.masked_crf import MaskedCRF, modeling_masked_crf
+from hf_moebert.methods.masked_crf import MaskedCRF, from_dense, modeling_masked_crf
 from hf_moebert.methods.masked_crf.configuration_masked_crf import BertCrfConfig, CrfConfig
 from hf_moebert.methods.masked_crf.functional_tags import count_breaks
 
@@ -87,7 +87,7 @@ def test_every_scheme_is_found_and_obeyed(scheme):
 
 
 @torch.no_grad()
-def test_words_are_told_by_labels_then_by_word_mask_then_by_attention_mask():
+def test_words_come_from_labels_then_from_word_mask_then_from_attention_mask():
     model, batch = make(), make_batch(labels=True)
     labels = batch.pop("labels")
     words = torch.zeros_like(labels, dtype=torch.bool)
@@ -144,7 +144,7 @@ def test_rows_without_words_count_for_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_gives_no_tags_and_tuples_are_as_the_hosts(kind):
+def test_training_gives_no_tags_and_tuples_are_those_of_transformers(kind):
     model, batch = make(kind), make_batch(labels=True)
     assert model.train()(**batch).predictions is None
     loss, logits, predictions = model.eval()(**batch, return_dict=False)
@@ -197,7 +197,7 @@ def test_policies_about_illegal_labels():
     kept = {name: value[[0, 2]] for name, value in batch.items()}
     repaired = {name: value.clone() for name, value in batch.items()}
     repaired["labels"][1, 2] = 3
-    with pytest.raises(ValueError, match="row 1 of the batch is .*O I-B-I-O I-B-I-O.*Mend the data"):
+    with pytest.raises(ValueError, match="row 1 of the batch is .*O I-B-I-O I-B-I-O.*Correct the data"):
         make().train()(**batch)
     torch.testing.assert_close(make(illegal_labels="ignore").train()(**batch).loss, make()(**kept).loss)
     torch.testing.assert_close(make(illegal_labels="repair").train()(**batch).loss, make()(**repaired).loss)
@@ -214,19 +214,19 @@ def test_masks_in_decoding_alone_take_any_labels():
     assert outputs.loss.isfinite()
 
 
-def test_evaluation_leaves_illegal_rows_out_and_says_so(monkeypatch):
-    said = []
-    monkeypatch.setattr(modeling_masked_crf.logger, "warning_once", said.append)
+def test_evaluation_leaves_illegal_rows_out_with_a_warning(monkeypatch):
+    warned = []
+    monkeypatch.setattr(modeling_masked_crf.logger, "warning_once", warned.append)
     batch = illegal_batch()
     kept = {name: value[[0, 2]] for name, value in batch.items()}
     model = make()
     wanted = model(**kept).loss
-    assert not said
+    assert not warned
     torch.testing.assert_close(model(**batch).loss, wanted)
-    assert "IOB2 are left out of the evaluation loss" in said[0]
+    assert "IOB2 are left out of the evaluation loss" in warned[0]
 
 
-# Round trips
+# Saving and loading
 
 
 @torch.no_grad()
@@ -310,6 +310,20 @@ def test_compiled_models_give_the_same_and_learn():
     ):
         torch.testing.assert_close(ours, theirs)
     torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_from_dense_finds_the_class_by_the_model():
+    for family, head in (("bert", BertCrfForTokenClassification), ("roberta", CrfForTokenClassification)):
+        dense, batch = make_dense(family), make_batch()
+        model = from_dense(dense, mask_transitions="decoding")
+        assert type(model) is head
+        assert model.crf.mask_transitions == "decoding"
+        assert torch.equal(model(**batch).logits, dense(**batch).logits)
+        with pytest.raises(ValueError, match="`model` must have no CRF yet"):
+            from_dense(model)
+    with pytest.raises(ValueError, match="`model` must be a token classifier, got BertModel"):
+        from_dense(BertModel(BertConfig(**SIZES, **names(LABELS))))
 
 
 def test_from_dense_copies():

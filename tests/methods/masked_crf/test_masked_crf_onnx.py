@@ -1,4 +1,4 @@
-"""An exported tagger: ONNX Runtime gives the emissions, numpy the tags, and both are torch's."""
+"""An exported tagger: emissions of ONNX Runtime and tags of numpy are those of torch."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""The pipeline gives the decoded segments, whatever the scheme, the strategy, the batch and the tokenizer."""
+"""The pipeline returns the decoded segments, for any scheme, strategy, batch size and tokenizer."""
 
 from itertools import pairwise
 
@@ -28,7 +28,7 @@ def make_pipeline(scheme="IOB2", kind="bert", tokenizer=None, **fields):
 
 @torch.no_grad()
 def decode(pipe, text):
-    """By hand: the tags of the words of a text, their probabilities, and where the words stand."""
+    """Decode a text without the pipeline: tags and probabilities of its words, and their characters."""
     encoded = pipe.tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
     offsets, words = encoded.pop("offset_mapping")[0].tolist(), encoded.word_ids()
     places = {word: [i for i, other in enumerate(words) if other == word] for word in words if word is not None}
@@ -82,11 +82,11 @@ def test_tokens_spell_the_segments_in_the_scheme(scheme):
         assert {token["entity"] for token in pipe(text)} == set(tags) - {"O"}
 
 
-def test_entities_are_described_as_by_the_host():
+def test_entities_are_described_as_by_transformers():
     pipe = make_pipeline()
-    host = pipeline("token-classification", model=make_dense(labels=labels_of("IOB2")), tokenizer=pipe.tokenizer)
+    stock = pipeline("token-classification", model=make_dense(labels=labels_of("IOB2")), tokenizer=pipe.tokenizer)
     for strategy in ("none", *STRATEGIES):
-        ours, theirs = (x("New Yorkers", aggregation_strategy=strategy, ignore_labels=[])[0] for x in (pipe, host))
+        ours, theirs = (x("New Yorkers", aggregation_strategy=strategy, ignore_labels=[])[0] for x in (pipe, stock))
         assert ours.keys() == theirs.keys()
         assert isinstance(ours["score"], float)
     (group,) = [x for x in pipe(TEXTS[0], aggregation_strategy="simple", ignore_labels=[]) if x["start"] == 0]

@@ -1,4 +1,4 @@
-"""What a tagger with a CRF cannot be made of, and inputs it cannot make sense of."""
+"""Models, fields and inputs that a token classifier with a CRF refuses."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Taggers with a CRF under the stock Trainer: losses, metrics, checkpoints, adapters."""
+"""Token classifiers with a CRF under the stock Trainer: losses, metrics, checkpoints, adapters."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def data():
 
 
 class Pad:
-    """The host's collator needs a tokenizer; padding is all it does."""
+    """Collator that only pads; that of transformers needs a tokenizer."""
 
     def __call__(self, rows):
         longest = max(len(row["input_ids"]) for row in rows)
@@ -154,7 +154,7 @@ def test_checkpointed_activations_change_no_gradient(kind):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # what PEFT asks the host
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT reads it
 @pytest.mark.parametrize("kind", KINDS)
 def test_lora_on_the_encoder_with_the_crf_beside_it(tmp_path, data, kind):
     config = LoraConfig(target_modules=["query", "value"], modules_to_save=["classifier", "crf"])

@@ -1,4 +1,4 @@
-"""Taggers with a CRF under the host's own model tests, the ones that its own architectures have to pass."""
+"""Token classifiers with a CRF under the model tests of transformers, which its own architectures have to pass."""
 
 import unittest
 from unittest.mock import patch

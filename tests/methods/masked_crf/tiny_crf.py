@@ -1,4 +1,4 @@
-"""Tiny taggers of many architectures, batches, and a tokenizer that cuts words into pieces."""
+"""Tiny token classifiers of many architectures, batches, and a tokenizer that splits words into pieces."""
 
 import torch
 from transformers import (
@@ -63,13 +63,13 @@ FAMILIES = ("bert", "roberta", "distilbert", "deberta", "modernbert", "moebert",
 
 
 def make_dense(family="bert", labels=LABELS, dropout=0.0, seed=0):
-    """A random stock token classifier."""
+    """Return a random stock token classifier."""
     torch.manual_seed(seed)
     return AutoModelForTokenClassification.from_config(make_config(family, labels, dropout)).eval()
 
 
 def make(family="bert", labels=LABELS, *, dropout=0.0, scores=True, **fields):
-    """The same with a CRF, by default with random scores; "bert" has its own class, "any bert" the general one."""
+    """Return a tagger with a CRF, by default of random scores; "any bert" is a BERT in the general class."""
     head = BertCrfForTokenClassification if family == "bert" else CrfForTokenClassification
     model = head.from_dense(make_dense(family.removeprefix("any "), labels, dropout), **fields)
     if scores:
@@ -80,7 +80,7 @@ def make(family="bert", labels=LABELS, *, dropout=0.0, scores=True, **fields):
 
 
 def make_batch(rows=3, length=9, *, pad=3, labels=False):
-    """Ids, padded at the end of the last row; labels are legal in IOB2, with gaps."""
+    """Return ids, padded at the end of the last row; labels are legal in IOB2, with gaps."""
     generator = torch.Generator().manual_seed(rows * length)
     ids = torch.randint(5, VOCAB, (rows, length), generator=generator)
     mask = torch.ones_like(ids)

@@ -1,4 +1,4 @@
-"""What config.json says, and what it may not say."""
+"""Configurations of many tasks: fields, saving, and refusals."""
 
 import json
 
@@ -56,11 +56,11 @@ def test_the_weights_are_always_those_of_the_index():
     ("tasks", "text"),
     [
         ({"a.b": TASK}, "A task's name must be"),
-        ({"qq": TASK, "QQ": TASK}, "different names, in whatever case"),
+        ({"qq": TASK, "QQ": TASK}, "must differ in more than case"),
         ({"qq": {"architecture": "X"}}, "must hold architecture, frozen_layers and config, got"),
         ({"qq": {**TASK, "frozen_layers": 3}}, r"`frozen_layers` must be an integer in \[0, 3\), got 3"),
         ({"qq": {**TASK, "frozen_layers": -1}}, r"`frozen_layers` must be an integer in \[0, 3\), got -1"),
-        ({"qq": {**TASK, "config": {}}}, "must say `num_hidden_layers`, got None"),
+        ({"qq": {**TASK, "config": {}}}, "must hold `num_hidden_layers`, got None"),
         (
             {"qq": {**TASK, "frozen_layers": 14, "config": {"num_hidden_layers": 15}}},
             r"in \[0, 12\], the trunk's depth",

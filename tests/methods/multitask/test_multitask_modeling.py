@@ -1,4 +1,4 @@
-"""Tasks on one trunk give what their single-task models give, bit for bit, for fewer layers."""
+"""Tasks on one trunk return the outputs of their single-task models, bit for bit, with fewer layers."""
 
 import copy
 
@@ -23,7 +23,7 @@ from transformers import BertForMaskedLM
 
 from hf_moebert.methods.multitask.functional import layers_run, overhead
 from hf_moebert.methods.multitask.modeling_multitask import MultiTaskBertModel
-from hf_moebert.methods.multitask.modeling_trunk import join, take_branch, take_trunk
+from hf_moebert.methods.multitask.modeling_splitting import join, take_branch, take_trunk
 
 
 @pytest.fixture(scope="module")
@@ -153,11 +153,11 @@ def test_words_are_told_to_the_taggers(models, merged):
     assert ((output.predictions == -100) == ~words).all()
 
 
-# What is run, and what it costs
+# Layers that are run, and their cost
 
 
 def run_layers(model, batch, **options):
-    """Names of the layers that one request runs."""
+    """Return the names of the layers that one request runs."""
     seen = []
     hooks = [
         module.register_forward_hook(lambda *_, name=name: seen.append(name))
@@ -238,7 +238,7 @@ def test_a_refused_task_leaves_the_model_as_it_was(models):
 
 
 def changed_task(*, frozen, layer):
-    """A task whose frozen layer was trained after all: by one bit."""
+    """Change one bit of a frozen layer of a task."""
     model = make_task(make_encoder(), frozen, 1, "classes")
     weight = model.bert.encoder.layer[layer].output.dense.weight.data
     weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0))
@@ -302,7 +302,7 @@ def test_names_that_cannot_be_are_refused(merged, models, name):
 
 def test_names_that_are_taken_are_refused(merged, models):
     for name in ("qq", "QQ"):
-        with pytest.raises(ValueError, match="different names, in whatever case"):
+        with pytest.raises(ValueError, match="must differ in more than case"):
             merged.add_task(name, models["qq"])
 
 
@@ -421,7 +421,7 @@ def test_a_few_steps_train_branches_and_leave_the_trunk():
         assert torch.equal(tensor, before[name])
 
 
-@pytest.mark.filterwarnings("ignore")  # PEFT asks the host for what it calls otherwise now
+@pytest.mark.filterwarnings("ignore")  # PEFT uses a deprecated name of transformers
 def test_adapters_that_are_not_merged_are_refused(models, merged):
     recipe = peft.LoraConfig(target_modules=["query"], layers_to_transform=[2], layers_pattern="layer")
     loaded, inner = (copy.deepcopy(models["qq"]) for _ in range(2))

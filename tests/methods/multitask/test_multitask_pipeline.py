@@ -1,4 +1,4 @@
-"""The pipeline "multitask" says what the single-task models say, in words, and serves as a predictor."""
+"""The pipeline "multitask" gives the answers of the single-task models, and serves as a predictor."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny_tasks import KINDS, TAGS, make_task, make_tasks, make_tokenizer, save_merged
 from transformers import BertForSequenceClassification, TextClassificationPipeline, pipeline
 
-from hf_moebert.methods.multitask.modeling_answers import Example, read_answer, read_entities, read_input, word_spans
+from hf_moebert.methods.multitask.functional_answers import Example, read_answer, read_entities, read_input, word_spans
 from hf_moebert.methods.multitask.modeling_multitask import MultiTaskBertModel
 from hf_moebert.methods.multitask.pipeline import MultiTaskPipeline, group_by_length
 from hf_moebert.serving.app import ServingLimits, build_app
@@ -44,7 +44,7 @@ def pipe():
 
 @pytest.fixture
 def trunk_layers(pipe):
-    """The layers of the trunk that run, one entry for each time."""
+    """List the layers of the trunk that run, one entry for each run."""
     ran = []
     hooks = [
         layer.register_forward_hook(lambda *_, number=number: ran.append(number))
@@ -56,7 +56,7 @@ def trunk_layers(pipe):
 
 
 def near(found, expected):
-    """Compare answers but for the last digits of scores."""
+    """Compare answers, their scores approximately."""
     if isinstance(found, dict) and isinstance(expected, dict):
         return found.keys() == expected.keys() and all(near(found[key], expected[key]) for key in found)
     if isinstance(found, list):
@@ -70,7 +70,7 @@ def run_alone(name, *texts):
     return make_task(name)(**encoded)
 
 
-def test_a_classification_is_that_of_the_hosts_pipeline(pipe):
+def test_a_classification_is_that_of_the_pipeline_of_transformers(pipe):
     alone = TextClassificationPipeline(model=make_task("sentiment"), tokenizer=make_tokenizer(), device="cpu")
     for text in (TEXT, "bad", {"text": "good film", "text_pair": "bad book"}):
         assert near(
@@ -295,7 +295,7 @@ def test_a_folder_is_a_pipeline(pipe, tmp_path):
 
 @pytest.fixture
 def client(tmp_path):
-    """A server of all tasks but one, and folders of other versions."""
+    """Return a client of all tasks but one, and folders of other versions."""
     for seed in (0, 7):
         make_task("sentiment", seed=seed).save_pretrained(tmp_path / f"sentiment-{seed}")
     make_task("sentiment", trunk_seed=3).save_pretrained(tmp_path / "stranger")
@@ -368,7 +368,7 @@ def test_updates_that_do_not_fit_are_refused_and_change_nothing(client):
     assert client.post("/predict", json={"inputs": TEXT}).json()["results"][0]["answers"].keys() == {"sentiment"}
 
 
-def test_kinds_follow_the_hosts_rules():
+def test_kinds_follow_the_rules_of_transformers():
     for options, kind in (({"num_labels": 1}, "regression"), ({"problem_type": "regression"}, "regression")):
         model = make_task("sentiment")
         config = type(model.config).from_dict(model.config.to_dict() | {"id2label": None, "label2id": None} | options)

@@ -1,4 +1,4 @@
-"""One file for the trunk, one for every task; what does not belong together is not loaded."""
+"""One file for the trunk, one for every task; files that do not belong together are not loaded."""
 
 import hashlib
 import json
@@ -104,7 +104,7 @@ def test_the_folder_has_one_file_for_each_task(merged, folder):
         assert names == {name for name, place in index["weight_map"].items() if place == shard}
 
 
-def test_the_hosts_own_loading_of_checkpoints_reads_it(models, merged, folder):
+def test_transformers_loads_it_as_a_sharded_checkpoint(models, merged, folder):
     other = MultiTaskBertModel.from_tasks(make_tasks(NAMES, make_encoder(seed=5)))
     load_sharded_checkpoint(other, str(folder), strict=True)
     batch = make_batch()
@@ -133,7 +133,7 @@ def test_a_loaded_model_takes_tasks(models, folder):
         assert_same(again(**batch)[name], output)
 
 
-# What an update touches
+# Files that an update writes
 
 
 def test_saving_again_touches_nothing(merged, folder):
@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_the_old_model(models, merged, folder, monkeypatch):
     assert digests(folder) == before
 
 
-def test_an_old_file_of_the_hosts_form_is_not_read_by_mistake(merged, folder):
+def test_an_old_unsharded_file_is_not_read_by_mistake(merged, folder):
     zeros = {name: torch.zeros_like(tensor) for name, tensor in merged.state_dict().items()}
     save_file(zeros, folder / "model.safetensors", metadata={"format": "pt"})
     loaded = MultiTaskBertModel.from_pretrained(folder)
@@ -272,7 +272,7 @@ def test_adapters_are_not_saved(merged, tmp_path):
 
 
 def cut_short(merged, folder, monkeypatch, renames):
-    """Save, but die after some files got their names; returns whether it came so far."""
+    """Save, but fail after some files were renamed; return whether as many were."""
     count, replace = iter(range(renames)), os.replace
 
     def die_later(*names):
@@ -311,7 +311,7 @@ def test_a_save_cut_short_leaves_the_old_or_the_new_model_or_is_refused(tmp_path
         try:
             loaded = MultiTaskBertModel.from_pretrained(folder)
         except ValueError as error:
-            outcomes.append("refused" if "a save was cut short" in str(error) else str(error))
+            outcomes.append("refused" if "a save was interrupted" in str(error) else str(error))
         else:
             found = {name: output.logits for name, output in loaded(**batch).items()}
             same = [found.keys() == x.keys() and all(torch.allclose(found[n], x[n]) for n in x) for x in (old, new)]

@@ -1,4 +1,4 @@
-"""Cached states of a trunk, and the sweep that makes branches of single tasks."""
+"""Cached states of a trunk, and the sweep that trains branches for single tasks."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from hf_moebert.methods.distillation.functional import soft_cross_entropy
-from hf_moebert.methods.multitask.modeling_trunk import join, take_branch, take_trunk
+from hf_moebert.methods.multitask.modeling_splitting import join, take_branch, take_trunk
 from hf_moebert.methods.multitask.recipe import MultiTaskSweepConfig
 from hf_moebert.methods.multitask.training import MultiTaskSweep, MultiTaskSweepTask, Run, new_student
 from hf_moebert.methods.multitask.training_states import CachedStates, cache_states, fingerprint_data, pad_examples
@@ -35,7 +35,7 @@ DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def bert(cls=BertForSequenceClassification, layers=3, labels=2, seed=0, **config):
-    """Models of one seed share their encoder."""
+    """Return a model; those of one seed share their encoder."""
     set_seed(seed)
     sizes = {"vocab_size": VOCAB, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
     sizes |= {"num_hidden_layers": layers, "max_position_embeddings": 16, "initializer_range": 0.3}
@@ -46,7 +46,7 @@ def bert(cls=BertForSequenceClassification, layers=3, labels=2, seed=0, **config
 
 
 def rows(kind="class", count=16, seed=0):
-    """The label is told by the first token."""
+    """Return examples whose label follows from the first token."""
     random, columns = np.random.default_rng(seed), {"input_ids": [], "attention_mask": [], "labels": []}
     for i in range(count):
         ids = random.integers(5, VOCAB, LENGTHS[i % len(LENGTHS)]).tolist()
@@ -289,7 +289,7 @@ def test_recipes_and_names_that_do_not_fit_are_refused(tmp_path):
         sweep(tmp_path, MultiTaskSweepConfig())
     with pytest.raises(ValueError, match="A task's name must be .*got '../qq'"):
         MultiTaskSweep({"../qq": None}, arguments(tmp_path))
-    with pytest.raises(ValueError, match="no word of torch's own .*got 'keys'"):
+    with pytest.raises(ValueError, match="not a method of torch's `ModuleDict` .*got 'keys'"):
         MultiTaskSweep({"keys": None}, arguments(tmp_path))
     with pytest.raises(ValueError, match="`tasks` must hold at least one task"):
         MultiTaskSweep({}, arguments(tmp_path))
@@ -359,7 +359,7 @@ def test_a_finished_sweep_is_not_repeated_and_unfinished_runs_are(finished, tmp_
 def test_runs_of_other_settings_are_refused(finished):
     changed = {"learning_rate": 1e-3, "max_steps": 4, "seed": 2, "optim": "sgd", "label_smoothing_factor": 0.1}
     for name, value in {**changed, "adam_beta1": 0.8}.items():
-        message = f"whole must hold a run of the settings .* {name}: {value} here, .*Choose another `output_dir`"
+        message = f"whole must hold a run of these settings.* {name}: {value} here, .*Choose another `output_dir`"
         with pytest.raises(ValueError, match=message):
             sweep(finished.output, **{name: value}).run()
     task = finished.tasks["qq"].task
@@ -369,16 +369,16 @@ def test_runs_of_other_settings_are_refused(finished):
         "config": replace(task, new_model=lambda: bert(hidden_dropout_prob=0.9)),
     }
     for name, other in others.items():
-        with pytest.raises(ValueError, match=f"must hold a run of the settings .*{name}: "):
+        with pytest.raises(ValueError, match=f"must hold a run of these settings.*{name}: "):
             MultiTaskSweep({"qq": other}, finished.args, finished.config).run()
-    housekeeping = {"logging_steps": 3, "run_name": "x", "dataloader_num_workers": 1, "per_device_eval_batch_size": 2}
-    assert sweep(finished.output, **housekeeping).make("qq", Run("teacher", 1)) >= 0
+    irrelevant = {"logging_steps": 3, "run_name": "x", "dataloader_num_workers": 1, "per_device_eval_batch_size": 2}
+    assert sweep(finished.output, **irrelevant).make("qq", Run("teacher", 1)) >= 0
     task = next(task for task, run in finished.runs() if run.kind == "student")
     hotter = MultiTaskSweepConfig(teacher_layers=[1, 2], student_layers=[1], temperature=3.0)
-    with pytest.raises(ValueError, match="student-1 must hold a run of the settings"):
+    with pytest.raises(ValueError, match="student-1 must hold a run of these settings"):
         sweep(finished.output, hotter, names=[task]).run()
     fewer = {"qq": MultiTaskSweepTask(bert, rows(count=8), rows(count=8, seed=1), accuracy, "accuracy")}
-    with pytest.raises(ValueError, match="must hold a run of the settings"):
+    with pytest.raises(ValueError, match="must hold a run of these settings"):
         MultiTaskSweep(fewer, finished.args, finished.config).run()
 
 

@@ -1,4 +1,4 @@
-"""Tiny single-task models that share their first layers, batches, and what to compare."""
+"""Tiny single-task models that share their first layers, batches, and comparisons."""
 
 import copy
 
@@ -39,7 +39,7 @@ HEADS = {
 
 
 def make_encoder(seed=0, **options):
-    """A random encoder of four layers whose states differ from token to token."""
+    """Return a random encoder of four layers whose states differ from token to token."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
     config = BertConfig(vocab_size=VOCAB, max_position_embeddings=LIMIT, initializer_range=0.3, **{**sizes, **options})
@@ -52,7 +52,7 @@ def make_encoder(seed=0, **options):
 
 
 def make_task(encoder, frozen, own, kind, *, seed=0):
-    """A single-task model of `frozen + own` layers, of which those after the first `frozen` are not the encoder's."""
+    """Return a single-task model of `frozen + own` layers, of which the first `frozen` are those of the encoder."""
     torch.manual_seed(seed)
     head, options = HEADS[kind]
     config = copy.deepcopy(encoder.config)
@@ -72,13 +72,13 @@ def make_task(encoder, frozen, own, kind, *, seed=0):
 
 
 def make_tasks(names=tuple(TASKS), encoder=None):
-    """Single-task models by name."""
+    """Return single-task models by name."""
     encoder = encoder or make_encoder()
     return {name: make_task(encoder, *TASKS[name], seed=i) for i, name in enumerate(names)}
 
 
 def make_batch(rows=3, length=9, *, padded=True, seed=0):
-    """Ids, mask and token types."""
+    """Return ids, mask and token types."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, VOCAB, (rows, length), generator=generator)
     mask = torch.ones_like(ids)
@@ -90,7 +90,7 @@ def make_batch(rows=3, length=9, *, padded=True, seed=0):
 
 
 def make_labels(batch, seed=0):
-    """Labels of every task, as its single-task model takes them."""
+    """Return labels of every task, as its single-task model takes them."""
     generator = torch.Generator().manual_seed(seed)
     rows, length = batch["input_ids"].shape
     tags = torch.tensor([0, 1, 2, 2, 0, 3, 4, 0, 1, 2])[:length].repeat(rows, 1)  # legal
@@ -109,14 +109,14 @@ def make_labels(batch, seed=0):
 
 
 def assert_same(output, expected):
-    """Both outputs have the same fields, equal bit for bit."""
+    """Check that both outputs have the same fields, equal bit for bit."""
     assert list(output) == list(expected)
     for key, value in expected.items():
         assert torch.equal(output[key], value), key
 
 
 def assert_same_models(model, expected):
-    """Both models are of one class, with equal config and weights."""
+    """Check that both models are of one class, with equal configuration and weights."""
     assert type(model) is type(expected)
     ours, theirs = model.config.to_dict(), expected.config.to_dict()
     assert {k: v for k, v in ours.items() if k != "dtype"} == {k: v for k, v in theirs.items() if k != "dtype"}

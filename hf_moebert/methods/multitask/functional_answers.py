@@ -1,4 +1,4 @@
-"""From an input to what a tokenizer takes, and from a task's logits to an answer that a person can read."""
+"""From inputs to the arguments of a tokenizer, and from the logits of a task to a readable answer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 
-Span = tuple[int, int, int]  # the position of a token, and the characters from start to end that it stands for
+Span = tuple[int, int, int]  # position of a token, and start and end of its characters
 
-# What an input may hold, in the order of the tokenizer's arguments, and the kinds of tasks that can answer it
+# Forms of input, as the names of their parts in the order of the tokenizer's arguments, and the kinds of tasks that
+# can answer each
 TEXT, PAIR, TOKENS, QUESTION = ("text",), ("text", "text_pair"), ("tokens",), ("question", "context")
 CLASSIFIERS = ("classification", "multi-label", "regression")
 READERS = {
@@ -26,14 +27,14 @@ MAX_ANSWER_TOKENS = 30
 
 @dataclass(frozen=True)
 class Example:
-    """What is known of an input beside its ids.
+    """An input beside its ids.
 
     Attributes:
-        text: What `start` and `end` of an answer count characters in.
-        form: A key of `READERS`.
-        tasks: The tasks asked for; `None` for all that can read this form.
-        spans: Of the words; of a question's context, of all tokens.
-        truncated: Whether the model sees less than was given.
+        text: Text in which `start` and `end` of an answer count characters.
+        form: Form of the input, a key of `READERS`.
+        tasks: Tasks to run; `None` for all that can read this form.
+        spans: Spans of the words; for a question, of all tokens of the context.
+        truncated: Whether the input was cut to the length of the model.
     """
 
     text: str
@@ -44,13 +45,13 @@ class Example:
 
 
 def read_input(inputs: Any) -> tuple[tuple[str, ...], list[Any]]:
-    """Say of what form an input is, and return its parts.
+    """Return the form of an input, and its parts.
 
     Returns:
         A key of `READERS`, and the value of each name in it.
 
     Raises:
-        ValueError: If it is nothing of the kind.
+        ValueError: If the input has none of these forms.
     """
     values = {"text": inputs} if isinstance(inputs, str) else inputs
     names = set(values) if isinstance(values, Mapping) else None
@@ -65,7 +66,11 @@ def read_input(inputs: Any) -> tuple[tuple[str, ...], list[Any]]:
 
 
 def check_part(name: str, value: Any, may_be_empty: bool) -> None:
-    """Refuse a part of an input that no tokenizer could read."""
+    """Refuse a part of an input that a tokenizer cannot read.
+
+    Raises:
+        ValueError: If it is no text, an empty one where that is not allowed, or no list of words.
+    """
     if name == "tokens":
         if not isinstance(value, list) or not value or not all(isinstance(token, str) for token in value):
             raise ValueError(f"`tokens` must be a list of words, got {value!r:.100}. Give a text as `text`.")
@@ -78,8 +83,8 @@ def word_spans(encoding: Any, text: str | list[str]) -> list[Span]:
     """Return the first token of every word with the characters of the whole word.
 
     Args:
-        encoding: Of the tokenizer, of one input.
-        text: What it encoded. Of a list of words, characters are those of the words joined by blanks.
+        encoding: Encoding of one input by a fast tokenizer.
+        text: The input. In a list of words, characters are counted in the words joined by blanks.
     """
     starts = [0, *accumulate(len(word) + 1 for word in text)] if isinstance(text, list) else None
     spans: list[Span] = []
@@ -103,12 +108,12 @@ def context_spans(encoding: Any) -> list[Span]:
 
 
 def read_classes(kind: str, logits: Tensor, labels: Mapping[int, str]) -> Any:
-    """Read what a sequence classifier says.
+    """Turn the logits of a sequence classifier into an answer.
 
     Args:
         kind: One of `CLASSIFIERS`.
         logits: Shape `(labels,)`.
-        labels: Name of each.
+        labels: Name of each label.
     """
     logits = logits.float()
     if kind == "regression":
@@ -121,12 +126,12 @@ def read_classes(kind: str, logits: Tensor, labels: Mapping[int, str]) -> Any:
 
 
 def read_entities(found: Mapping[str, Tensor], labels: Mapping[int, str], example: Example) -> list[dict[str, Any]]:
-    """Read the tag of every word, and put together what the prefixes say belongs together.
+    """Read the tag of every word, and join words to entities as the prefixes of their tags demand.
 
     Args:
         found: `logits` `(seq, labels)`; of a CRF also `predictions` `(seq,)` and `marginals` `(seq, labels)`.
-        labels: Name of each.
-        example: With the spans of the words.
+        labels: Name of each label.
+        example: Example with the spans of the words.
     """
     positions = [position for position, *_ in example.spans]
     if "predictions" in found:
@@ -135,16 +140,16 @@ def read_entities(found: Mapping[str, Tensor], labels: Mapping[int, str], exampl
     else:
         scores, tags = found["logits"][positions].float().softmax(-1).max(-1)
     entities: list[dict[str, Any]] = []
-    going_on = None  # the type of the entity that the next word may continue
+    open_type = None  # type of the entity that the next word may continue
     for (_, start, end), tag, score in zip(example.spans, tags.tolist(), scores.tolist(), strict=True):
         label = labels[tag]
         prefix, kind = (label[0], label[2:]) if label.startswith(PREFIXES) else ("-", label)
-        if prefix in "IEL" and kind == going_on:
+        if prefix in "IEL" and kind == open_type:
             entities[-1]["end"] = end
             entities[-1]["scores"].append(score)
         elif label != "O":
             entities.append({"label": kind, "start": start, "end": end, "scores": [score]})
-        going_on = kind if prefix in "BI" else None
+        open_type = kind if prefix in "BI" else None
     for entity in entities:
         scores_of_words = entity.pop("scores")
         entity["word"] = example.text[entity["start"] : entity["end"]]
@@ -153,14 +158,14 @@ def read_entities(found: Mapping[str, Tensor], labels: Mapping[int, str], exampl
 
 
 def read_answer(start_logits: Tensor, end_logits: Tensor, example: Example) -> dict[str, Any]:
-    """Return the span of the context, not too long, whose start and end are likeliest together.
+    """Return the likeliest span of the context of at most `MAX_ANSWER_TOKENS` tokens.
 
     Args:
         start_logits: Shape `(seq,)`.
         end_logits: Shape `(seq,)`.
-        example: With the spans of the context's tokens.
+        example: Example with the spans of the tokens of the context.
     """
-    if not example.spans:  # nothing of the context is left after the question
+    if not example.spans:  # the question left no room for the context
         return {"answer": "", "score": 0.0, "start": 0, "end": 0}
     positions = [position for position, *_ in example.spans]
     first, last = (logits[positions].float().softmax(-1) for logits in (start_logits, end_logits))  # (context,)

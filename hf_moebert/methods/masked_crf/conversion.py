@@ -1,0 +1,27 @@
+"""Conversion of dense token classifiers into token classifiers with a CRF."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .modeling_masked_crf import BertCrfForTokenClassification, CrfForTokenClassification, CrfTagger
+
+
+def from_dense(model: PreTrainedModel, **options: Any) -> CrfTagger:
+    """Add a CRF to a copy of a token classifier; at first only illegal sequences are decoded otherwise.
+
+    Args:
+        model: Token classifier, trained or not, as from `AutoModelForTokenClassification`; its `id2label` names the
+            tags. It is not changed.
+        **options: Fields of `CrfFields`, such as `mask_transitions="decoding"`.
+
+    Returns:
+        A `BertCrfForTokenClassification` of a BERT, whose weights keep their names, or a `CrfForTokenClassification`
+        around any other model.
+
+    Raises:
+        ValueError: If the model is no token classifier, already has a CRF, or its labels do not fit the tag scheme.
+    """
+    is_bert = model.config.model_type == "bert"
+    head = BertCrfForTokenClassification if is_bert else CrfForTokenClassification
+    return head.from_dense(model, **options)

@@ -1,0 +1,57 @@
+"""Monitoring of a server: its metrics, and the middleware that counts answers and reports unexpected errors."""
+
+import logging
+import uuid
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+logger = logging.getLogger(__name__)
+
+
+class Metrics:
+    """Metrics of one app, which GET /metrics returns."""
+
+    def __init__(self, depth: Callable[[], float]) -> None:
+        self.registry = CollectorRegistry()
+        self.answers = Counter("http_answers", "Answers by status.", ["status"], registry=self.registry)
+        self.latency = Histogram("predict_seconds", "From body to answer.", registry=self.registry)
+        self.batches = Histogram(
+            "batch_inputs", "Inputs of a batch.", registry=self.registry, buckets=[2**k for k in range(9)]
+        )
+        Gauge("queue_inputs", "Inputs that wait.", registry=self.registry).set_function(depth)
+
+
+class MonitoringMiddleware:
+    """Middleware that counts answers, and answers unexpected errors with an id; only the log says more."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and count its answer by status."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        status = 0
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_and_note)
+        except ClientDisconnect:
+            status = 499
+        except Exception:
+            error_id = uuid.uuid4().hex[:12]
+            logger.exception("Error %s while answering %s %r", error_id, scope["method"], scope["path"])
+            if not status:
+                detail = "Internal error. The log of the server has the details under this id."
+                await JSONResponse({"detail": detail, "id": error_id}, 500)(scope, receive, send_and_note)
+        self.metrics.answers.labels(status).inc()
