@@ -1,4 +1,4 @@
-"""How far a student is from its teacher: hidden states and predictions, as plain tensors.
+"""The distance of a student from its teacher, in hidden states and predictions, on plain tensors.
 
 Every loss is a mean over the examples of the batch, of a value that depends on that example alone. So equal
 micro-batches average to the loss of the whole batch, whatever their padding. Half precision is raised to float32.
@@ -26,7 +26,7 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def hidden_state_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared error between the hidden states of one layer.
+    """Compute the mean squared error between the hidden states of one layer.
 
     Args:
         student: Hidden states of the student. Shape `(batch, seq, hidden)`.
@@ -46,7 +46,7 @@ def hidden_state_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = No
 
 
 def symmetric_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """Half the sum of both Kullback-Leibler divergences between two categorical distributions.
+    """Compute half the sum of both Kullback-Leibler divergences between two categorical distributions.
 
     With `p` and `q` the softmax of the two logits, `1/2 (KL(p || q) + KL(q || p)) = 1/2 sum (p - q)(log p - log q)`.
     The logarithms come from `log_softmax`, so a probability that underflows gives a large finite value.
@@ -66,10 +66,10 @@ def symmetric_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of the student's softened distribution under the teacher's, times the squared temperature.
+    """Compute the cross-entropy between both softened distributions, times the squared temperature.
 
-    With `p` the softmax of `student / T` and `q` that of `teacher / T`, it is `-T^2 sum q log p`. The square keeps the
-    gradient's size: a softmax softened by `T` hands on `1 / T` of it, and so does the difference of the two.
+    With `p` the softmax of `student / T` and `q` that of `teacher / T`, it is `-T^2 sum q log p`. Without the square
+    its gradient would be `(p - q) / T`, in which `p - q` shrinks with `1 / T` as well.
 
     Args:
         student: Logits. Shape `(..., labels)`.
@@ -88,7 +88,7 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> 
 def classification_loss(
     student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, temperature: float | None = None
 ) -> Tensor:
-    """Distance between predicted labels, of sentences or of tokens.
+    """Compute the distance between predicted labels, of sentences or of tokens.
 
     Args:
         student: Logits. Shape `(batch, labels)`, or `(batch, seq, labels)` for tokens.
@@ -108,7 +108,7 @@ def classification_loss(
 
 
 def multi_label_loss(student: Tensor, teacher: Tensor, *, temperature: float | None = None) -> Tensor:
-    """Distance between the two Bernoulli distributions of each label, averaged like the task's own loss.
+    """Compute the distance between the two Bernoulli distributions of each label, averaged like the task's loss.
 
     With `p` and `q` the sigmoids of logits `s` and `t`, the symmetric KL is `1/2 (p - q)(s - t)`: the logarithms of
     both outcomes collapse to the logits.
@@ -131,7 +131,7 @@ def multi_label_loss(student: Tensor, teacher: Tensor, *, temperature: float | N
 
 
 def regression_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error between predicted values.
+    """Compute the mean squared error between predicted values.
 
     Args:
         student: Predictions. Shape `(batch, labels)`.
@@ -152,7 +152,7 @@ def span_loss(
     *,
     temperature: float | None = None,
 ) -> Tensor:
-    """Distance over the positions of a sequence, half for the start of the answer and half for its end.
+    """Compute the distance over the positions of a sequence, half for the start of the answer and half for its end.
 
     Args:
         student: Logits of start and end. Shape `(batch, seq)` each.
@@ -166,8 +166,8 @@ def span_loss(
     Source: the code of Zuo et al. 2022; the mask is our own design.
     """
     if mask is not None:
-        student = (_set_aside(student[0], mask), _set_aside(student[1], mask))
-        teacher = (_set_aside(teacher[0], mask), _set_aside(teacher[1], mask))
+        student = (_mask_logits(student[0], mask), _mask_logits(student[1], mask))
+        teacher = (_mask_logits(teacher[0], mask), _mask_logits(teacher[1], mask))
     start, end = (_distance(s, t, temperature) for s, t in zip(student, teacher, strict=True))  # (batch,)
     return (start + end).mean() / 2
 
@@ -178,11 +178,11 @@ def _distance(student: Tensor, teacher: Tensor, temperature: float | None) -> Te
 
 def _soften(logits: Tensor, temperature: float) -> Tensor:
     logits = _at_least_float32(logits)
-    # A temperature below 1 takes what was set aside to -inf, whose product with a probability of zero is NaN.
+    # A temperature below 1 takes masked logits to -inf, whose product with a probability of zero is NaN.
     return (logits / temperature).clamp(min=torch.finfo(logits.dtype).min)
 
 
-def _set_aside(logits: Tensor, mask: Tensor) -> Tensor:
+def _mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
     # The lowest finite number instead of -inf, whose difference to itself would be NaN.
     logits = _at_least_float32(logits)
     return logits.masked_fill(~mask, torch.finfo(logits.dtype).min)

@@ -8,7 +8,7 @@ from transformers.hf_argparser import HfArg
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """How strongly, and between which layers, a student follows its teacher.
+    """The recipe of a distillation: how strongly, and in which layers, a student follows its teacher.
 
     Raises:
         ValueError: If a value breaks the rule in its help text; the message names rule and remedy.
@@ -72,7 +72,7 @@ class DistillationConfig:
             )
 
     def teacher_layers(self, student_depth: int, teacher_depth: int) -> list[int]:
-        """Say which hidden state of the teacher each hidden state of the student follows.
+        """Return the hidden state of the teacher that each hidden state of the student follows.
 
         Args:
             student_depth: Layers of the student.

@@ -1,7 +1,6 @@
-"""Where a teacher meets the `Trainer`: the one system that needs a subclass, because it needs a second model."""
+"""The `Trainer` of a student: a subclass, because it needs a second model, the teacher."""
 
 import inspect
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput, unwrap_peft_model
 from transformers.utils import logging
 from transformers.utils.generic import find_labels
@@ -18,6 +17,14 @@ from hf_moebert.checkpoints.resuming import last_complete_checkpoint
 
 from .functional import classification_loss, hidden_state_loss, multi_label_loss, regression_loss, span_loss
 from .recipe import DistillationConfig
+from .training_checks import (
+    agreed_problem_type,
+    refuse_foreign_checkpoint,
+    refuse_non_finite_outputs,
+    refuse_other_labels,
+    refuse_other_sizes,
+    refuse_shared_parameters,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -47,8 +54,8 @@ class DistillationTrainer(Trainer):
     Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, layer-wise distillation.
     """
 
-    # `compute_loss` returns a mean over the micro-batch, so `training_step` is to divide by their number. Left to
-    # itself the host trusts every model with `**kwargs` to do so, and stock heads do not.
+    # `compute_loss` returns a mean over the micro-batch, so `training_step` must divide by their number. By default
+    # transformers trusts every model with `**kwargs` to do so, and stock heads do not.
     loss_is_scaled_for_ga = False
 
     def __init__(
@@ -56,10 +63,10 @@ class DistillationTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.distillation = DistillationConfig() if distillation is None else distillation
-        _refuse_shared_parameters(self.model, teacher)
+        refuse_shared_parameters(self.model, teacher)
         names = ("vocab_size", "hidden_size") if self.distillation.hidden_states else ("vocab_size",)
-        _refuse_other_sizes(self.model.config, teacher.config, self.processing_class, names=names)
-        _refuse_other_labels(self.model.config, teacher.config)
+        refuse_other_sizes(self.model.config, teacher.config, self.processing_class, names=names)
+        refuse_other_labels(self.model.config, teacher.config)
         self._teacher_layers = self.distillation.teacher_layers(
             self.model.config.num_hidden_layers, teacher.config.num_hidden_layers
         )
@@ -69,7 +76,7 @@ class DistillationTrainer(Trainer):
         inner = unwrap_peft_model(teacher)
         self._teacher_inputs = set(inspect.signature(inner.forward).parameters) - set(find_labels(type(inner)))
         self._teacher_checked = False
-        self._forget_terms()
+        self._reset_terms()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as the stock `Trainer` does.
@@ -79,11 +86,13 @@ class DistillationTrainer(Trainer):
             FloatingPointError: If the teacher or a term of the loss is NaN or infinite.
         """
         if resume_from_checkpoint is True:
-            files = [file for cb in self.callback_handler.callbacks for file in getattr(cb, "checkpoint_files", ())]
+            files: list[str] = []  # what callbacks add to every checkpoint
+            for callback in self.callback_handler.callbacks:
+                files += getattr(callback, "checkpoint_files", ())
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, files=files)
         if resume_from_checkpoint:
-            self._refuse_foreign_checkpoint(Path(resume_from_checkpoint))
-        self._forget_terms()
+            refuse_foreign_checkpoint(Path(resume_from_checkpoint), self.model.config, self.teacher.config)
+        self._reset_terms()
         if self.args.push_to_hub:
             self.save_model()  # pushes during training take the model's code from here, and weights from checkpoints
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -129,27 +138,27 @@ class DistillationTrainer(Trainer):
         columns = {**inputs, **self._output_options()}
         if self.compute_loss_func is None and not any(name in inputs for name in self.label_names):
             logger.warning_once(f"No {self.label_names} in the batch: the student learns from the teacher alone.")
-            return torch.zeros((), device=self.args.device), self._complete(model(**columns), "model")
+            return torch.zeros((), device=self.args.device), self._check_outputs(model(**columns), "model")
         loss, outputs = super().compute_loss(model, columns, True, num_items_in_batch)
         if num_items_in_batch is not None:  # a share of the accumulated batch: back to the scale of a micro-batch
             loss = loss * self.current_gradient_accumulation_steps
-        return loss, self._complete(outputs, "model")
+        return loss, self._check_outputs(outputs, "model")
 
     @torch.no_grad()
     def _teacher_outputs(self, inputs: dict[str, Any]) -> Mapping[str, Any]:
         columns = {name: value for name, value in inputs.items() if name in self._teacher_inputs}
         with self.accelerator.autocast():
             outputs = self.teacher(**columns, **self._output_options())
-        outputs = self._complete(outputs, "teacher")
+        outputs = self._check_outputs(outputs, "teacher")
         if not self._teacher_checked:  # once: a frozen teacher does not break later, and each check waits for the GPU
-            _refuse_non_finite_teacher(outputs)
+            refuse_non_finite_outputs(outputs)
             self._teacher_checked = True
         return outputs
 
     def _output_options(self) -> dict[str, bool]:
         return {"output_hidden_states": self.distillation.hidden_states, "return_dict": True}
 
-    def _complete(self, outputs: Any, role: str) -> Mapping[str, Any]:
+    def _check_outputs(self, outputs: Any, role: str) -> Mapping[str, Any]:
         names = list(outputs) if isinstance(outputs, Mapping) else []
         needed = "`hidden_states` and `logits`" if self.distillation.hidden_states else "`logits`"
         silent = self.distillation.hidden_states and "hidden_states" not in names
@@ -163,7 +172,7 @@ class DistillationTrainer(Trainer):
     def _hidden_losses(
         self, student: Mapping[str, Any], teacher: Mapping[str, Any], real: Tensor | None
     ) -> list[Tensor]:
-        """Return the sum of the losses and each of them; nothing if hidden states are left out."""
+        """Return the sum of the losses, then each of them; an empty list if hidden states are left out."""
         if not self.distillation.hidden_states:
             return []
         layers = [
@@ -195,7 +204,7 @@ class DistillationTrainer(Trainer):
                 labelled = labels != -100
                 real = labelled if real is None else labelled & real
             return classification_loss(student["logits"], teacher["logits"], real, temperature=temperature)
-        problem_type = _problem_type(self.model.config, self.teacher.config)
+        problem_type = agreed_problem_type(self.model.config, self.teacher.config)
         if problem_type is None:  # the rule by which stock heads read an undeclared problem off its labels
             several = labels is not None and labels.is_floating_point()
             problem_type = "multi_label_classification" if several else "single_label_classification"
@@ -204,7 +213,7 @@ class DistillationTrainer(Trainer):
         loss = multi_label_loss if problem_type == "multi_label_classification" else classification_loss
         return loss(student["logits"], teacher["logits"], temperature=temperature)
 
-    def _forget_terms(self) -> None:
+    def _reset_terms(self) -> None:
         self._terms: Tensor | float = 0.0
         self._micro_batches = 0
 
@@ -215,7 +224,7 @@ class DistillationTrainer(Trainer):
 
     def _mean_terms(self) -> dict[str, float]:
         values = self.accelerator.reduce(self._terms / self._micro_batches, "mean").tolist()
-        self._forget_terms()
+        self._reset_terms()
         layers = [f"loss_hidden_{k}" for k in range(len(self._teacher_layers))]
         hidden = ["loss_hidden", *layers] if layers else []
         means = dict(zip(["loss_task", *hidden, "loss_prediction"], values, strict=True))
@@ -226,89 +235,3 @@ class DistillationTrainer(Trainer):
                     " `learning_rate`, clip with `max_grad_norm`, or train in bf16 instead of fp16."
                 )
         return means
-
-    def _refuse_foreign_checkpoint(self, folder: Path) -> None:
-        """A teacher's folder holds a `trainer_state.json` too: resuming from it would skip that many steps."""
-        if not (folder / "config.json").is_file():
-            return
-        source = self.teacher.config.name_or_path
-        remedy = "Resume from a checkpoint that this student wrote, or train without `resume_from_checkpoint`."
-        if source and Path(source).is_dir() and folder.samefile(source):
-            raise ValueError(f"`resume_from_checkpoint` must not be the teacher's folder, got {folder}. {remedy}")
-        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size"):
-            expected = getattr(self.model.config, name, None)
-            if saved.get(name, expected) != expected:
-                raise ValueError(
-                    f"`resume_from_checkpoint` must be a checkpoint of the student, whose `{name}` is {expected}, got"
-                    f" {saved[name]} in {folder}. {remedy}"
-                )
-
-
-def _refuse_shared_parameters(student: nn.Module, teacher: nn.Module) -> None:
-    if getattr(teacher, "config", None) is None:
-        raise ValueError(f"`teacher` must be a loaded model, got {teacher!r}. Load it with `from_pretrained`.")
-    storages = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()} - {0}  # 0: empty
-    for name, parameter in teacher.named_parameters():
-        if parameter.untyped_storage().data_ptr() in storages:
-            raise ValueError(
-                f"`teacher` must share no parameter with the student, got `{name}` in both. Load the teacher a"
-                " second time, or use `copy.deepcopy`: a student cannot learn from itself."
-            )
-
-
-def _refuse_other_sizes(
-    student: PreTrainedConfig, teacher: PreTrainedConfig, processing_class: Any, *, names: tuple[str, ...]
-) -> None:
-    for name in names:
-        ours, theirs = getattr(student, name, None), getattr(teacher, name, None)
-        if ours != theirs:
-            raise ValueError(
-                f"`{name}` must be equal in student and teacher, got {ours} and {theirs}. Use a teacher of the same"
-                " family: both read the same token ids, and their hidden states are compared without a projection."
-            )
-    vocab_size = getattr(student, "vocab_size", None)
-    if isinstance(processing_class, PreTrainedTokenizerBase) and vocab_size and len(processing_class) > vocab_size:
-        raise ValueError(
-            f"`processing_class` must have at most the {vocab_size} tokens of the models, got {len(processing_class)}."
-            " Use the tokenizer of the teacher, or call `resize_token_embeddings` on both models."
-        )
-
-
-def _refuse_other_labels(student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
-    """The same logit must mean the same label; names that were never set cannot show that it does."""
-    if student.num_labels != teacher.num_labels:
-        raise ValueError(
-            f"`num_labels` must be equal in student and teacher, got {student.num_labels} and {teacher.num_labels}."
-            " Fine-tune the teacher on the student's task first."
-        )
-    if student.id2label != teacher.id2label:
-        raise ValueError(
-            f"`id2label` must be equal in student and teacher, names and order, got {student.id2label} and"
-            f" {teacher.id2label}. If both mean the same, set `config.id2label` and `config.label2id` of the model"
-            " with the wrong names to those of the other; if the order differs, train them on equal label ids."
-        )
-    _problem_type(student, teacher)
-
-
-def _problem_type(student: PreTrainedConfig, teacher: PreTrainedConfig) -> str | None:
-    """What both models predict; None if neither says."""
-    ours, theirs = (
-        config.problem_type or ("regression" if config.num_labels == 1 else None) for config in (student, teacher)
-    )
-    if ours and theirs and ours != theirs:
-        raise ValueError(
-            f"`problem_type` must be equal in student and teacher, got {ours} and {theirs}. Set `config.problem_type`"
-            " of both to what the labels are."
-        )
-    return ours or theirs
-
-
-def _refuse_non_finite_teacher(outputs: Mapping[str, Any]) -> None:
-    for name in ("hidden_states", "logits", "start_logits", "end_logits"):
-        values = outputs.get(name, ())
-        if not all(torch.isfinite(value).all() for value in (values if isinstance(values, tuple) else (values,))):
-            raise FloatingPointError(
-                f"`teacher` must give finite `{name}`, got NaN or infinity at the first step. Check its weights, or"
-                " use bf16 instead of fp16."
-            )
