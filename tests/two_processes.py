@@ -1,6 +1,12 @@
-"""Run a test file as a script in two processes that train together, and read what each of them left."""
+"""Run a test file as a script in two processes that train together, and read what each of them left.
+
+Run as a script itself, this file imports what the test file imports and forks: the two need not import it again.
+"""
 
 import os
+import runpy
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +20,9 @@ TESTS = Path(__file__).parent
 
 def run_in_two(script, folder, *, timeout=240):
     """Run a script with a folder as its argument; a process that fails fails the test."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     paths = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [*launcher, script, str(folder)],
+        [sys.executable, __file__, script, str(folder)],
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -38,3 +43,33 @@ def leave(tensors, folder):
 def read_both(folder):
     """Return what the two processes left, by rank."""
     return [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
+
+
+def fork_both(script, *arguments):
+    """Import what a script needs, run it in two processes, and return the exit code of the first that fails, or 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    sys.argv = [script, *arguments]
+    sys.path[0] = str(Path(script).parent)
+    runpy.run_path(script, run_name="imported")
+    children = set()
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            runpy.run_path(script, run_name="__main__")
+            sys.exit()
+        children.add(child)
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if code := os.waitstatus_to_exitcode(status):
+            for other in children:  # it would wait for the one that failed
+                os.kill(other, signal.SIGTERM)
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(fork_both(*sys.argv[1:]))

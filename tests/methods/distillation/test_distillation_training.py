@@ -4,15 +4,12 @@ import copy
 import json
 import logging
 import math
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import (
     BertConfig,
@@ -25,6 +22,7 @@ from transformers import (
     set_seed,
 )
 from transformers.testing_utils import CaptureLogger
+from two_processes import leave, read_both, run_in_two
 
 from hf_moebert.methods.distillation import DistillationConfig, DistillationTrainer
 from hf_moebert.methods.distillation.functional import (
@@ -543,48 +541,6 @@ def test_the_checkpoint_of_another_model_is_refused_before_anything_happens(tmp_
     assert trainer.state.global_step == 0
 
 
-# Two processes
-
-
-def distributed_run(folder):
-    trainer = distil(folder, bert(), bert(1), per_device_train_batch_size=4, **PLAIN_SGD)
-    found = gradients(trainer)
-    rank = os.environ["RANK"]
-    terms = {name: torch.tensor(value) for name, value in training_logs(trainer)[0].items() if "loss" in name}
-    save_file({**found, **terms}, folder / f"rank-{rank}.safetensors")
-
-
-def test_two_processes_find_the_gradients_of_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)],
-            env=os.environ | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for run in runs:
-        _, errors = run.communicate(timeout=120)
-        assert run.returncode == 0, errors
-    first, second = (load_file(tmp_path / f"rank-{rank}.safetensors") for rank in range(2))
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
-    trainer = distil(tmp_path, bert(), bert(1), **PLAIN_SGD)
-    for name, gradient in gradients(trainer).items():
-        torch.testing.assert_close(first[name], gradient, atol=1e-6, rtol=1e-5)
-    logs = training_logs(trainer)[0]
-    for name in ("loss", "loss_task", "loss_hidden", "loss_hidden_1", "loss_prediction"):
-        assert first[name].item() == pytest.approx(logs[name], rel=1e-5)
-
-
-if __name__ == "__main__":
-    distributed_run(Path(sys.argv[1]))
-
-
 @pytest.mark.parametrize("damage", ["missing", "empty", "half"])
 def test_resuming_skips_a_checkpoint_whose_saving_was_cut_short(tmp_path, caplog, damage):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
@@ -599,3 +555,30 @@ def test_resuming_skips_a_checkpoint_whose_saving_was_cut_short(tmp_path, caplog
         (tmp_path / name / "trainer_state.json").unlink(missing_ok=True)
     with pytest.raises(ValueError, match="must find a complete checkpoint in .* which has none"):
         distil(tmp_path, bert(5), bert(1), **options).train(resume_from_checkpoint=True)
+
+
+# Two processes
+
+
+def be_one_of_two(folder):
+    trainer = distil(folder, bert(), bert(1), per_device_train_batch_size=4, **PLAIN_SGD)
+    found = gradients(trainer)
+    terms = {name: torch.tensor(value) for name, value in training_logs(trainer)[0].items() if "loss" in name}
+    leave({**found, **terms}, folder)
+
+
+@pytest.mark.process
+def test_two_processes_find_the_gradients_of_one(tmp_path):
+    run_in_two(__file__, tmp_path)
+    first, second = read_both(tmp_path)
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    trainer = distil(tmp_path, bert(), bert(1), **PLAIN_SGD)
+    for name, gradient in gradients(trainer).items():
+        torch.testing.assert_close(first[name], gradient, atol=1e-6, rtol=1e-5)
+    logs = training_logs(trainer)[0]
+    for name in ("loss", "loss_task", "loss_hidden", "loss_hidden_1", "loss_prediction"):
+        assert first[name].item() == pytest.approx(logs[name], rel=1e-5)
+
+
+if __name__ == "__main__":
+    be_one_of_two(Path(sys.argv[1]))
