@@ -188,19 +188,6 @@ def test_futures_can_be_awaited():
         assert asyncio.run(ask(batcher)) == list(range(1, 51))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"max_batch": 0}, "`max_batch` must be at least 1, got 0"),
-        ({"max_wait_ms": -1}, "`max_wait_ms` must be at least 0, got -1"),
-        ({"max_batch": 4, "queue_size": 3}, "`queue_size` must be at least `max_batch` = 4, got 3"),
-    ],
-)
-def test_limits_that_cannot_work_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        make_batcher(list, **settings)
-
-
 @pytest.mark.parametrize("size", [0, 5])
 def test_a_request_fits_a_batch(size):
     with make_batcher(list, max_batch=4) as batcher, pytest.raises(ValueError, match=r"`size` must be in \[1, 4\]"):

@@ -1,0 +1,34 @@
+"""Limits of the server: what is refused, and that the table of the README has the defaults."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import hf_moebert
+from hf_moebert.serving.limits import ServingLimits
+
+
+def test_the_readme_lists_every_limit_with_its_default():
+    page = Path(hf_moebert.__file__).with_name("serving") / "README.md"
+    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \|", page.read_text(encoding="utf-8"), re.MULTILINE)
+    found = [(name, float(default.replace(",", ""))) for name, default in rows]
+    assert found == [(field.name, field.default) for field in fields(ServingLimits)]
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"max_batch": 0}, "`max_batch` must be at least 1, got 0. Use 32."),
+        ({"max_wait_ms": -1}, "`max_wait_ms` must be at least 0, got -1. Use 5."),
+        ({"queue_size": 8}, "`queue_size` must be at least `max_batch` = 32, got 8."),
+        ({"max_batch": 512}, "must be at least `max_batch` = 512, got 256. Set `queue_size` to 4096, or lower"),
+        ({"max_body_bytes": 0}, "`max_body_bytes` must be above 0, got 0. Use 1000000."),
+        ({"max_characters": 0}, "`max_characters` must be above 0, got 0. Use 20000."),
+        ({"timeout_s": 0}, "`timeout_s` must be above 0, got 0. Use 30.0."),
+    ],
+)
+def test_limits_that_are_too_small_are_refused(limits, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ServingLimits(**limits)
