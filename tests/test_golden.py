@@ -1,0 +1,72 @@
+"""What every release has saved since 0.1.0 is loaded, and answers as it did; see `golden/README.md`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from golden.read import assert_same, example_of, load, read, tensors_of
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import hf_moebert
+
+
+GOLDEN = Path(__file__).parent / "golden"
+PACKAGE = Path(hf_moebert.__file__).parent
+FORMS = sorted(path.parent for path in GOLDEN.glob("*/*/example.json"))
+MODELS = [folder for folder in FORMS if "auto" in example_of(folder)]
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+
+
+def name(folder):
+    return f"{folder.parent.name}/{folder.name}"
+
+
+def configs(folder):
+    return [json.loads(path.read_text(encoding="utf-8")) for path in folder.rglob("config.json")]
+
+
+@pytest.mark.parametrize("folder", FORMS, ids=name)
+def test_it_answers_as_it_did(folder):
+    assert_same(read(folder), tensors_of(folder, "output"))
+
+
+@pytest.mark.parametrize("folder", MODELS, ids=name)
+def test_it_is_of_the_class_that_it_names(folder):
+    (config,) = configs(folder)
+    model = load(folder)
+    assert config["architectures"] == [type(model).__name__]
+    assert config["model_type"] == model.config.model_type
+
+
+@pytest.mark.parametrize("folder", FORMS, ids=name)
+def test_the_code_that_it_names_is_here(folder):
+    files = {path.stem for path in PACKAGE.rglob("*.py")}
+    for config in configs(folder):
+        assert {place.partition(".")[0] for place in config.get("auto_map", {}).values()} <= files
+
+
+@pytest.mark.parametrize("folder", FORMS, ids=name)
+def test_it_holds_texts_and_safetensors_alone(folder):
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".json", ".safetensors"}
+
+
+def registered():
+    """Types of models that `import hf_moebert` makes known to the host."""
+    found = CONFIG_MAPPING._extra_content.items()
+    return {kind for kind, config in found if config.__module__.split(".")[0] == hf_moebert.__name__}
+
+
+def test_every_type_of_model_is_there():
+    assert registered()
+    assert registered() <= {config["model_type"] for config in configs(GOLDEN)}
+
+
+def test_this_release_can_write_its_own(tmp_path):
+    """`write.py` reads back each form that it wrote."""
+    paths = os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, GOLDEN / "write.py", tmp_path / "next"]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": paths})
+    assert registered() <= {config["model_type"] for config in configs(tmp_path)}
