@@ -54,7 +54,7 @@ def test_it_holds_texts_and_safetensors_alone(folder):
 
 
 def registered():
-    """Types of models that `import hf_moebert` makes known to the host."""
+    """Types of models that `import hf_moebert` makes known to transformers."""
     found = CONFIG_MAPPING._extra_content.items()
     return {kind for kind, config in found if config.__module__.split(".")[0] == hf_moebert.__name__}
 

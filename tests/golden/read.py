@@ -24,16 +24,16 @@ from hf_moebert import (
     PlatonConfig,
     PlatonPruningCallback,
 )
-from hf_moebert.masked_crf.modeling_decoder import load_decoder
-from hf_moebert.moebert.training import load_importance
-from hf_moebert.multitask.training_states import cache_states
+from hf_moebert.methods.masked_crf.modeling_decoder import load_decoder
+from hf_moebert.methods.moebert.conversion import load_importance
+from hf_moebert.methods.multitask.training_states import cache_states
 
 
 # The recipes of the runs that are resumed: a run goes on only with the one it began with.
-PRUNING = PlatonConfig(final_ratio=0.4, initial_warmup=1, final_warmup=2, window=2)
+PRUNING = PlatonConfig(keep_ratio=0.4, initial_warmup=1, final_warmup=2, window=2)
 MOVING = replace(PRUNING, criterion="movement")
 SQUEEZING = MPOSqueezingConfig(metric="epoch", higher_is_better=False, cuts=3)  # gets worse whatever is learned
-MASKS = MaskSparsityConfig(final_active=0.6, score_rate=0.5)
+MASKS = MaskSparsityConfig(keep_ratio=0.6, score_rate=0.5)
 STOP, STEPS = 4, 6  # the step that is stored, and the last one
 DEPTH = 1  # layers below the stored states
 

@@ -26,22 +26,22 @@ from hf_moebert import (
     MoEBertForTokenClassification,
     MoEBertModel,
     MPOConfig,
-    MPOEBertForSequenceClassification,
-    MPOEGPT2LMHeadModel,
-    MPOET5ForConditionalGeneration,
     MPOSqueezingCallback,
     MultiTaskBertModel,
     PlatonPruningCallback,
-    add_masks,
-    compact,
     compress_mpo,
     save_packed,
-    shrink,
 )
-from hf_moebert.masked_crf.modeling_export import export_crf
-from hf_moebert.moebert.training import save_importance
-from hf_moebert.multitask.training_states import cache_states
-from hf_moebert.platon.modeling_structure import find_unit_groups
+from hf_moebert.methods import mixture_of_masks, platon
+from hf_moebert.methods.masked_crf.modeling_export import export_crf
+from hf_moebert.methods.moebert.conversion import save_importance
+from hf_moebert.methods.mpoe import (
+    MPOEBertForSequenceClassification,
+    MPOEGPT2LMHeadModel,
+    MPOET5ForConditionalGeneration,
+)
+from hf_moebert.methods.multitask.training_states import cache_states
+from hf_moebert.methods.platon.modeling_units import find_unit_groups
 
 
 BODY, CLASSIFIER, TAGGER = "AutoModel", "AutoModelForSequenceClassification", "AutoModelForTokenClassification"
@@ -138,7 +138,7 @@ def narrow(family: str, auto: str, **fields: Any) -> PreTrainedModel:
     for group in find_unit_groups(pruned):
         units = {"heads": [1][group.layer :], "neurons": range(3, 9 + group.layer)}[group.kind]
         group.writer.weight.unflatten(1, (group.num_units, group.unit_size))[:, list(units)] = 0
-    return shrink(pruned)
+    return platon.shrink(pruned)
 
 
 @torch.no_grad()
@@ -153,7 +153,7 @@ def prune(pruned: PreTrainedModel) -> PreTrainedModel:
 @torch.no_grad()
 def learned(family: str, auto: str, num_experts: int = 3, **fields: Any) -> PreTrainedModel:
     """Add masks, open and closed ones, and routers that tell tokens apart."""
-    made = add_masks(dense(family, auto, **fields), num_experts=num_experts)
+    made = mixture_of_masks.from_dense(dense(family, auto, **fields), num_experts=num_experts)
     generator = torch.Generator().manual_seed(3)
     for network in made.masked_networks().values():
         network.masks.learned.normal_(0, 4, generator=generator)
@@ -169,7 +169,9 @@ def fixed(family: str, auto: str, num_experts: int = 3, **fields: Any) -> Callab
 
 def compacted(family: str, auto: str, num_experts: int = 3, **fields: Any) -> Callable[[Path], None]:
     """A model without what its masks closed."""
-    return model(lambda: compact(learned(family, auto, num_experts, **fields).fix_masks(0.5)), auto, family)
+    return model(
+        lambda: mixture_of_masks.shrink(learned(family, auto, num_experts, **fields).fix_masks(0.5)), auto, family
+    )
 
 
 def mpoe(cls: type, family: str, auto: str) -> Callable[[Path], None]:
@@ -216,7 +218,7 @@ def write_importance(folder: Path) -> None:
 
 
 def write_decoder(folder: Path) -> None:
-    """Write what decodes beside an exported tagger; the graph and what is said of it are the host's."""
+    """Write what decodes beside an exported tagger; the graph and what is said of it are transformers'."""
     made, inputs = tagger(BertCrfForTokenClassification, "bert"), draw_inputs("bert")
     export_crf(made, folder)
     for path in [*folder.glob("model.onnx*"), folder / "export.json"]:
@@ -274,7 +276,7 @@ FORMS: dict[str, Callable[[Path], None]] = {
     "packed": model(lambda: prune(dense("bert", CLASSIFIER)), CLASSIFIER, packed=True),
     "packed-shrunk": model(lambda: prune(narrow("bert", CLASSIFIER, **TWO)), CLASSIFIER, packed=True),
     "mpo": model(lambda: compress_mpo(dense("bert", FILLER), num_cores=3), FILLER),
-    "mpo-size-ratio": model(lambda: compress_mpo(dense("gpt2", SPEAKER), size_ratio=0.7), SPEAKER),
+    "mpo-size-ratio": model(lambda: compress_mpo(dense("gpt2", SPEAKER), keep_ratio=0.7), SPEAKER),
     "mpo-adapter": write_adapter,
     "mpoe-bert": mpoe(MPOEBertForSequenceClassification, "bert", CLASSIFIER),
     "mpoe-gpt2": mpoe(MPOEGPT2LMHeadModel, "gpt2", SPEAKER),
