@@ -268,7 +268,7 @@ FORMS: dict[str, Callable[[Path], None]] = {
         router_aux_loss_coef=0.1,
         output_router_logits=True,
     ),
-    "moebert-gate-sentence": moebert(MoEBertModel, BODY, "gate-sentence", moe_layers=[1]),
+    "moebert-gate-sentence": moebert(MoEBertModel, BODY, "gate-sentence", layers=[1]),
     "shrunk-bert": model(lambda: narrow("bert", ANSWERER, **TWO), ANSWERER),
     "shrunk-roberta": model(lambda: narrow("roberta", TAGGER, **TWO), TAGGER),
     "shrunk-distilbert": model(lambda: narrow("distilbert", FILLER, n_layers=2), FILLER),
