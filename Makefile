@@ -8,7 +8,7 @@ SEED ?= 0
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 PY = $(VENV)/bin/python
 
-.PHONY: demo test quick check style quality types benchmark wheel clean
+.PHONY: demo test quick check copies style quality types benchmark wheel clean
 
 $(VENV)/.installed: setup.py Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,10 @@ types: $(VENV)/.installed
 	$(VENV)/bin/mypy
 
 check: quality types test
+
+# Files that travel with a checkpoint are copies of shared ones: see tests/copies.py.
+copies:
+	$(PYTHON) tests/copies.py
 
 quick: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m "not process" tests

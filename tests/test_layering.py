@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from copies import COPIES, ROOT, TARGETS, wanted_text
 
 
 PACKAGE = Path(__file__).parents[1] / "hf_moebert"
@@ -149,3 +150,14 @@ def test_nothing_unsafe_and_nothing_left_behind(path):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_files_can_be_read_in_a_sitting(path):
     assert len(path.read_text().splitlines()) <= 400, path
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_copies_are_those_of_their_sources(target):
+    assert (ROOT / target).read_text() == wanted_text(target), f"{target} is not up to date: run `make copies`"
+
+
+def test_every_copy_is_listed():
+    marked = {str(path.relative_to(ROOT)) for path in SOURCES if path.read_text().startswith("# Copied from ")}
+    assert marked == set(TARGETS)
+    assert all((ROOT / source).is_file() for source in COPIES)

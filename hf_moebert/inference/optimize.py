@@ -14,6 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from hf_moebert.architectures.families import find_bert_like_classes
+
 from .caching import Derived
 from .linears import PRECISIONS, LinearForm, Precision, make_linear, why_not
 from .optimized import (
@@ -29,12 +31,8 @@ from .unpadding import Unpadding, why_not_unpadded
 
 logger = logging.get_logger(__name__)
 
-# The host's modules whose classes compute what BERT's do; many others have parts of the same names, and compute
-# something else
-FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm_roberta": "XLMRoberta", "camembert": "Camembert"}
-FAMILIES |= {"electra": "Electra"}
-ATTENTIONS = {f"transformers.models.{file}.modeling_{file}.{name}Attention" for file, name in FAMILIES.items()}
-LAYERS = {f"transformers.models.{file}.modeling_{file}.{name}Layer" for file, name in FAMILIES.items()}
+ATTENTIONS = find_bert_like_classes("Attention")
+LAYERS = find_bert_like_classes("Layer")
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ from transformers.utils import logging
 
 from .configuration_mixture_of_masks import MoMFields, MoMT5Config
 from .modeling_compact import CompactFeedForward, copy_units, fill_units, split_units
-from .modeling_feed_forward import find_feed_forwards, matrix_of
 from .modeling_masked import MoMModel
 from .modeling_masks import (
     HIGHEST_SCORE,
@@ -22,6 +21,7 @@ from .modeling_masks import (
     MaskedFeedForward,
 )
 from .modeling_mixture_of_masks import masked_classes
+from .modeling_surgery import find_feed_forwards, matrix_of
 
 
 logger = logging.get_logger(__name__)
@@ -96,7 +96,7 @@ def from_dense(
     offsets = torch.zeros(len(networks)) if importance is None else _score_offsets(networks, config, importance)
     for network, offset in zip(networks, offsets, strict=True):
         dense = found[network.block]
-        for part in dense.layout.matrices:
+        for part in dense.paths.matrices:
             copy_units(getattr(network, part), dense.part(part))
         if network.masks.scores is not None:
             network.masks.reset_parameters(initial_score, generator)
@@ -209,7 +209,7 @@ def shrink(model: MoMModel) -> MoMModel:
     config = type(model.config).from_dense(model.config, mask_stage="compact", per_layer_config=widths)
     small = _build(type(model), config)
     routed = small.networks()
-    narrowed = {dense.place: dense for dense in find_feed_forwards(small, may_lack=True)}
+    narrowed = {dense.place: dense for dense in find_feed_forwards(small, missing_ok=True)}
     done = list(routed)
     for path, network in masked.items():
         target = routed.get(path)
@@ -217,7 +217,7 @@ def shrink(model: MoMModel) -> MoMModel:
             fill_units(target, network)
             continue
         dense, (shared, _) = narrowed[path], units[path]
-        for part in dense.layout.matrices:
+        for part in dense.paths.matrices:
             side = {"columns": shared} if part == "down" else {"rows": shared}
             copy_units(dense.part(part), getattr(network, part), **side)
         done += dense.matrix_paths

@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .configuration_mixture_of_masks import MoMFields
 from .functional import classify_units
-from .modeling_feed_forward import FeedForward, matrix_of
 from .modeling_masks import MaskedFeedForward, RoutedFeedForward
+from .modeling_surgery import FeedForward, matrix_of
 
 
 PADDED_MULTIPLE = 8  # widths of expert stacks are multiples of this: kernels read rows of 16 bytes
@@ -38,8 +38,8 @@ class CompactExperts(nn.Module):
         super().__init__()
         self.num_experts, self.sizes = config.num_experts, sizes
         self.width = -(-max(sizes) // PADDED_MULTIPLE) * PADDED_MULTIPLE
-        self.act_fn = dense.part("act")
-        up, is_gated = matrix_of(dense.part("up")), dense.layout.gate is not None
+        self.act_fn = dense.part("activation")
+        up, is_gated = matrix_of(dense.part("up")), dense.paths.gate is not None
         rows, hidden = self.width * (2 if is_gated else 1), up.shape[1]
         self.up_name = "gate_up_proj" if is_gated else "up_proj"
         self.register_parameter(self.up_name, nn.Parameter(up.new_zeros(self.num_experts, rows, hidden)))
@@ -136,7 +136,7 @@ class CompactFeedForward(RoutedFeedForward):
 
     def __init__(self, dense: FeedForward, config: MoMFields, num_shared: int, sizes: list[int]) -> None:
         experts: Any = CompactExperts(config, dense, sizes)
-        experts.has_gate = dense.layout.gate is not None  # the decorator sets them for a whole class only
+        experts.has_gate = dense.paths.gate is not None  # the decorator sets them for a whole class only
         experts.has_bias = dense.part("up").bias is not None
         dense.narrow(num_shared)
         super().__init__(dense, config)

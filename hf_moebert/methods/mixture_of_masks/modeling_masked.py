@@ -14,7 +14,6 @@ from .configuration_mixture_of_masks import MoMFields
 from .functional import choose_masks, classify_units
 from .modeling_compact import CompactExperts, CompactFeedForward
 from .modeling_constraint import ConstrainedModel, MaskBudget, add_constraint
-from .modeling_feed_forward import find_feed_forwards
 from .modeling_masks import (
     INITIAL_SCORE,
     ROUTER_STD,
@@ -24,6 +23,7 @@ from .modeling_masks import (
     Masks,
     RoutedFeedForward,
 )
+from .modeling_surgery import find_feed_forwards
 
 
 logger = logging.get_logger(__name__)

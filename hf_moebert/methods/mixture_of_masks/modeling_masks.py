@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .configuration_mixture_of_masks import MoMFields
 from .functional import choose_experts, draw_masks, mix_masks, settle_masks
-from .modeling_feed_forward import FeedForward, matrix_of
+from .modeling_surgery import FeedForward, matrix_of
 
 
 ROUTER_STD = 0.02
@@ -133,12 +133,12 @@ class RoutedFeedForward(nn.Module):
 
     def __init__(self, dense: FeedForward, config: MoMFields) -> None:
         super().__init__()
-        self.is_gated = dense.layout.gate is not None
+        self.is_gated = dense.paths.gate is not None
         if self.is_gated:
             self.gate = dense.part("gate")
-        self.up, self.down, self.act_fn = dense.part("up"), dense.part("down"), dense.part("act")
-        self.inner_dropout = dense.part("inner_dropout") if dense.layout.inner_dropout else nn.Identity()
-        self.outer_dropout = dense.part("outer_dropout") if dense.layout.outer_dropout else nn.Identity()
+        self.up, self.down, self.act_fn = dense.part("up"), dense.part("down"), dense.part("activation")
+        self.inner_dropout = dense.part("inner_dropout") or nn.Identity()
+        self.outer_dropout = dense.part("outer_dropout") or nn.Identity()
         self.router = MaskRouter(config, matrix_of(self.up).shape[1]) if config.num_experts > 1 else None
         self.block = 0  # index among the blocks of the model
         self.load: Tensor | None = None  # tokens of each expert since the last log, (experts,)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .modeling_feed_forward import FeedForward, find_feed_forwards
+from .modeling_surgery import FeedForward, find_feed_forwards
 
 
 def measure_unit_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_moebert.architectures.families import ARCHITECTURES
+
 from .configuration_tuner import SUPPORTED_PEFT, ExtraPeftType, MPOConfig
 
 
@@ -24,25 +26,8 @@ try:
 except ImportError as error:
     raise ImportError(f"The MPO adapter needs {SUPPORTED_PEFT}, got {peft.__version__}: {error}.") from error
 
-ENCODER = ["query", "key", "value", "output.dense", "intermediate.dense"]
-DECODER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-BART = ["q_proj", "k_proj", "v_proj", "self_attn.out_proj", "encoder_attn.out_proj", "fc1", "fc2"]
-NEOX = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
-T5 = ["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"]
-TARGETS = {  # attention and feed-forward matrices
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), ENCODER),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), DECODER),
-    **dict.fromkeys(("bart", "mbart", "opt"), BART),
-    **dict.fromkeys(("gpt_neox", "bloom"), NEOX),
-    **dict.fromkeys(("t5", "mt5"), T5),
-    "albert": ["query", "key", "value", "attention.dense", "ffn", "ffn_output"],
-    "deberta-v2": ["query_proj", "key_proj", "value_proj", "output.dense", "intermediate.dense"],
-    "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
-    "gpt2": ["c_attn", "q_attn", "c_proj", "c_fc"],
-    "modernbert": ["Wqkv", "Wo", "Wi"],
-    "phi": ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"],
-    "vit": ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],
-}
+# What gets an adapter by default: the matrices of attentions and feed-forward networks
+TARGETS = {family: architecture.matrix_names for family, architecture in ARCHITECTURES.items()}
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

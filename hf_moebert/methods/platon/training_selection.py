@@ -132,9 +132,9 @@ class UnitSelector:
         total = torch.zeros(group.num_units, device=group.writer.weight.device)
         numel = 0
         for name in self.rows[index]:
-            scores = self._score_parameter(name).view(group.num_units, -1)  # (units, weights)
-            total += scores.sum(1)
-            numel += scores.shape[1]
+            scores = self._score_parameter(name).view(group.blocks, group.num_units, -1)  # (blocks, units, weights)
+            total += scores.sum((0, 2))
+            numel += scores.shape[0] * scores.shape[2]
         scores = self._score_parameter(self.columns[index])
         scores = scores.view(-1, group.num_units, group.unit_size)  # (out, units, unit_size)
         total += scores.sum((0, 2))
@@ -147,7 +147,8 @@ class UnitSelector:
     def _write_masks_(self, masks: Mapping[str, Tensor], index: int, kept: Tensor) -> int:
         """Write the kept units of a group to the masks of its parameters; return the number of revived weights."""
         group, revived = self.groups[index], 0
-        rows = [(masks[name].view(group.num_units, -1), kept[:, None]) for name in self.rows[index]]
+        shape = (group.blocks, group.num_units, -1)
+        rows = [(masks[name].view(shape), kept[None, :, None]) for name in self.rows[index]]
         columns = masks[self.columns[index]].view(-1, group.num_units, group.unit_size)
         for mask, new in [*rows, (columns, kept[None, :, None])]:
             revived += int(torch.count_nonzero(new > mask))

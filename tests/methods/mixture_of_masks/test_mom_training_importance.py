@@ -4,7 +4,7 @@ import pytest
 import torch
 from mom_runs import KINDS, make, make_data, make_dense
 
-from hf_moebert.methods.mixture_of_masks.modeling_feed_forward import find_feed_forwards
+from hf_moebert.methods.mixture_of_masks.modeling_surgery import find_feed_forwards
 from hf_moebert.methods.mixture_of_masks.training_importance import measure_unit_importance
 
 

@@ -1,0 +1,44 @@
+"""Files that travel to the Hub with a method are copies of shared ones: `python tests/copies.py` writes them anew."""
+
+import re
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[1]
+METHODS = "hf_moebert/methods"
+# Where each shared file is copied to. Imports of its neighbours are rewritten to the names that these have there.
+COPIES = {
+    "hf_moebert/architectures/families.py": (
+        f"{METHODS}/mixture_of_masks/modeling_families.py",
+        f"{METHODS}/platon/modeling_families.py",
+    ),
+    "hf_moebert/architectures/surgery.py": (
+        f"{METHODS}/mixture_of_masks/modeling_surgery.py",
+        f"{METHODS}/platon/modeling_surgery.py",
+    ),
+    "hf_moebert/architectures/units.py": (f"{METHODS}/platon/modeling_units.py",),
+}
+TARGETS = {target: source for source, targets in COPIES.items() for target in targets}
+
+
+def wanted_text(target: str) -> str:
+    """Return what a copy must hold."""
+    source = Path(TARGETS[target])
+    text = (ROOT / source).read_text()
+    for name in re.findall(r"^from \.(\w+) import", text, re.MULTILINE):
+        copy = find_copy(source.with_name(f"{name}.py"), Path(target).parent)
+        text = re.sub(rf"^from \.{name} import", f"from .{copy.stem} import", text, flags=re.MULTILINE)
+    return f"# Copied from {source} by `make copies`; edit there.\n{text}"
+
+
+def find_copy(source: Path, folder: Path) -> Path:
+    """Return the copy of a shared file in a folder."""
+    for target in COPIES.get(str(source), ()):
+        if Path(target).parent == folder:
+            return Path(target)
+    raise ValueError(f"{source} must be copied to {folder}, too: a copy there imports it. Add it to `COPIES`.")
+
+
+if __name__ == "__main__":
+    for target in TARGETS:
+        (ROOT / target).write_text(wanted_text(target))
