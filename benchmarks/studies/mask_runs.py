@@ -20,8 +20,8 @@ from hf_moebert.methods.mixture_of_masks.functional_plans import (
     random_masks,
     unit_magnitude,
 )
-from hf_moebert.methods.mixture_of_masks.modeling_surgery import find_feed_forwards, matrix_of
 from hf_moebert.methods.mixture_of_masks.modeling_masks import recording
+from hf_moebert.methods.mixture_of_masks.modeling_surgery import find_feed_forwards, matrix_of
 from hf_moebert.methods.mixture_of_masks.training_importance import measure_unit_importance
 from hf_moebert.reporting.pictures import plot_curves, plot_stacks
 

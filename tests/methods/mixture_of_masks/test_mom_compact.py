@@ -24,8 +24,8 @@ from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 from hf_moebert.measuring.footprint import measure_footprint
 from hf_moebert.methods.mixture_of_masks import from_dense, shrink
 from hf_moebert.methods.mixture_of_masks.modeling_compact import CompactFeedForward, split_units
-from hf_moebert.methods.mixture_of_masks.modeling_surgery import matrix_of
 from hf_moebert.methods.mixture_of_masks.modeling_masks import MaskRouter
+from hf_moebert.methods.mixture_of_masks.modeling_surgery import matrix_of
 
 
 ROUTES = [{"num_experts": 1}, {"num_experts": 4}, {"num_experts": 4, "top_k": 2}]
