@@ -35,7 +35,7 @@ WORK = ("log-likelihood", "loss and gradient", "decoding")
 
 @dataclass
 class CrfBenchmarkArguments:
-    """What to time, and how often."""
+    """Batches to time, and rounds."""
 
     cases: list[str] = field(default_factory=lambda: list(CASES), metadata={"help": "Kinds of batches."})
     batches: list[int] = field(default_factory=lambda: [1, 32], metadata={"help": "Rows of a batch."})

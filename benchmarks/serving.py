@@ -51,7 +51,7 @@ TOLERANCE = 1e-3  # of a score: batches are padded otherwise than single texts
 
 @dataclass
 class ServingArguments:
-    """What to serve, and to how many."""
+    """Sizes of the models and of the load."""
 
     tasks: list[int] = field(default_factory=lambda: [1, 4, 8], metadata={"help": "Numbers of tasks."})
     layers: int = field(default=6, metadata={"help": "Of the encoder that the tasks are fine-tuned from."})
@@ -111,7 +111,7 @@ class SeparateModels:
         self.models, self.tokenizer = models, tokenizer
 
     def describe_tasks(self) -> dict[str, dict[str, Any]]:
-        """Say what there is."""
+        """Return an empty description of each task."""
         return {name: {} for name in self.models}
 
     def check(self, inputs: Any, tasks: Sequence[str] | None) -> None:
@@ -141,7 +141,7 @@ class SeparateModels:
 
 
 class PlainPipelines(SeparateModels):
-    """A predictor that calls the host's pipelines in turn, text by text."""
+    """A predictor that calls the pipelines of transformers in turn, text by text."""
 
     def __init__(self, models: dict[str, BertForSequenceClassification], tokenizer: BertTokenizer) -> None:
         super().__init__(models, tokenizer)

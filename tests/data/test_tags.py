@@ -115,14 +115,15 @@ def test_an_entity_that_never_fits_leaves_no_words(tokenizer):
 def test_every_word_of_random_sentences_keeps_its_tag(tokenizer):
     generator = np.random.default_rng(0)
     pieces = {"new": 1, "bigger": 2, "biggest.": 3, "\u200b": 1, "?": 1}
-    for _ in range(50):
-        words = generator.choice(list(pieces), size=generator.integers(12)).tolist()
-        numbers = generator.integers(3, size=len(words)).tolist()
-        row = encode(tokenizer, words, [NAMES[n] for n in numbers])
-        expected = [
-            label for word, n in zip(words, numbers, strict=True) for label in [n] + [-100] * (pieces[word] - 1)
-        ]
-        assert row["labels"] == [-100, *expected, -100]
+    sentences = [generator.choice(list(pieces), size=generator.integers(12)).tolist() for _ in range(50)]
+    numbers = [generator.integers(3, size=len(words)).tolist() for words in sentences]
+    tags = [[NAMES[n] for n in row] for row in numbers]
+    found = encode_tokens(Dataset.from_dict({"tokens": sentences, "tags": tags}), tokenizer, tag_names=NAMES)
+    for words, row, labels in zip(sentences, numbers, found["labels"], strict=True):
+        expected = [-100]
+        for word, n in zip(words, row, strict=True):
+            expected += [n] + [-100] * (pieces[word] - 1)
+        assert labels == [*expected, -100]
 
 
 def test_tags_are_names_classes_or_indices(tokenizer):

@@ -1,4 +1,4 @@
-"""Users without the package run model and pipeline by the code that travels with the checkpoint."""
+"""New processes load and publish taggers, and users without the package run model and pipeline by the code in them."""
 
 import json
 import subprocess
@@ -60,8 +60,9 @@ def run(hub, home, code, *values):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.process
 @torch.no_grad()
-def test_published_taggers_work_without_the_package(loopback_hub, tmp_path):  # noqa: F811
+def test_new_processes_find_the_same_tags_with_the_package_and_without(loopback_hub, tmp_path):  # noqa: F811
     ids, found, texts = make_batch()["input_ids"], {}, {}
     for name in ("bert", "roberta"):
         model = make(name, labels_of("IOBES"))

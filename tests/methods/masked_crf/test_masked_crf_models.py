@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -244,23 +242,6 @@ def test_saved_models_load_through_the_auto_class(family, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == model.config.model_type
 
 
-RELOAD = """
-import json, sys, torch, hf_moebert
-from transformers import AutoModelForTokenClassification
-model = AutoModelForTokenClassification.from_pretrained(sys.argv[1]).eval()
-print(json.dumps(model(torch.tensor(json.loads(sys.argv[2]))).predictions.tolist()))
-"""
-
-
-@torch.no_grad()
-def test_a_new_process_finds_the_same_tags(tmp_path):
-    model, ids = make("roberta", labels_of("IOBES")), make_batch()["input_ids"]
-    model.save_pretrained(tmp_path)
-    command = [sys.executable, "-c", RELOAD, str(tmp_path), json.dumps(ids.tolist())]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout.splitlines()[-1]) == model(ids).predictions.tolist()
-
-
 @torch.no_grad()
 def test_the_masks_survive_building_without_values(tmp_path):
     with torch.device("meta"):
@@ -298,6 +279,7 @@ def test_copies_half_precision_and_new_words():
     assert model(torch.full((1, 3), 69)).predictions.shape == (1, 3)
 
 
+@pytest.mark.process
 def test_compiled_models_give_the_same_and_learn():
     model, batch = make("any bert"), make_batch(labels=True)
     compiled = torch.compile(model, backend="eager")

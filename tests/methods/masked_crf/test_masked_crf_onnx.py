@@ -18,7 +18,7 @@ from hf_moebert.methods.masked_crf.modeling_decoder import load_decoder
 from hf_moebert.methods.masked_crf.modeling_export import export_crf
 
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporter
+pytestmark = [pytest.mark.process, pytest.mark.filterwarnings("ignore")]  # warnings of the exporter
 KINDS = {"bert": {}, "distilbert": {"mask_transitions": "off"}}
 
 

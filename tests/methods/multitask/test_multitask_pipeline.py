@@ -211,7 +211,6 @@ def test_everyone_gets_the_tasks_asked_for(pipe, trunk_layers):
 
 
 def test_the_trunk_runs_once_for_inputs_of_one_length(pipe, trunk_layers):
-    """Whatever they ask for."""
     pipe.answer([("good", ["stars"]), ("bad", ["topics", "stars"]), ("rome", None), ("good", ["sentiment"])])
     assert trunk_layers == [1, 2]
 

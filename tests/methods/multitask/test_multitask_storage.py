@@ -72,6 +72,7 @@ def test_what_is_loaded_is_what_was_saved(models, merged, folder, attention):
         assert_same_models(loaded.extract_task(name), models[name])
 
 
+@pytest.mark.process
 def test_a_new_process_loads_it(merged, folder, tmp_path):
     code = """
 import sys, torch
@@ -268,20 +269,20 @@ def test_adapters_are_not_saved(merged, tmp_path):
         merged.save_pretrained(tmp_path / "adapted")
 
 
-# Saves that are cut short
+# Interrupted saves
 
 
-def cut_short(merged, folder, monkeypatch, renames):
+def save_interrupted(merged, folder, monkeypatch, renames):
     """Save, but fail after some files were renamed; return whether as many were."""
     count, replace = iter(range(renames)), os.replace
 
-    def die_later(*names):
+    def fail_later(*names):
         if next(count, None) is None:
             raise KeyboardInterrupt
         replace(*names)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", die_later)
+        patch.setattr(os, "replace", fail_later)
         try:
             merged.save_pretrained(folder)
         except KeyboardInterrupt:
@@ -290,7 +291,7 @@ def cut_short(merged, folder, monkeypatch, renames):
 
 
 @pytest.mark.parametrize("change", ["add", "remove", "relabel"])
-def test_a_save_cut_short_leaves_the_old_or_the_new_model_or_is_refused(tmp_path, monkeypatch, change):
+def test_an_interrupted_save_leaves_the_old_or_the_new_model_or_is_refused(tmp_path, monkeypatch, change):
     models, batch = make_tasks(("qq", "slots")), make_batch()
     outcomes, more, renames = [], True, 0
     while more:
@@ -306,7 +307,7 @@ def test_a_save_cut_short_leaves_the_old_or_the_new_model_or_is_refused(tmp_path
             other = make_task(make_encoder(), 2, 1, "classes", seed=9)
             other.config.id2label = {0: "c", 1: "b", 2: "a"}
             merged.replace_task("qq", other)
-        more = cut_short(merged, folder, monkeypatch, renames)
+        more = save_interrupted(merged, folder, monkeypatch, renames)
         new = {name: output.logits for name, output in merged(**batch).items()}
         try:
             loaded = MultiTaskBertModel.from_pretrained(folder)

@@ -201,6 +201,7 @@ def test_files_hold_the_states_of_every_depth_and_are_not_computed_twice(tmp_pat
     assert {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == before
 
 
+@pytest.mark.process
 def test_states_are_read_by_other_processes(tmp_path):
     states = cache_states(take_trunk(bert(), 1), rows(), tmp_path, depths=[1])[1]
     here = states[4]["inputs_embeds"]
@@ -361,7 +362,7 @@ def test_runs_of_other_settings_are_refused(finished):
     for name, value in {**changed, "adam_beta1": 0.8}.items():
         message = f"whole must hold a run of these settings.* {name}: {value} here, .*Choose another `output_dir`"
         with pytest.raises(ValueError, match=message):
-            sweep(finished.output, **{name: value}).run()
+            sweep(finished.output, names=["qq"], **{name: value}).run()
     task = finished.tasks["qq"].task
     others = {
         "metric": replace(task, metric="f1"),
