@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BertConfig, BertModel, HfArgumentParser, PreTrainedModel
 
 from hf_moebert import MoEBertConfig, MoEBertModel, optimize_for_inference
-from hf_moebert.inference.linears import why_not
+from hf_moebert.inference.linears import unsupported_reason
 from hf_moebert.measuring.latency import compare_times, environment, time_rounds
 from hf_moebert.reporting.tables import markdown_table
 
@@ -122,7 +122,7 @@ def make_models(args: InferenceArguments) -> dict[str, PreTrainedModel]:
     }
     models = {f"{name} stock": model.eval() for name, model in stock.items()}
     for precision in args.precisions:
-        if reason := why_not(precision, True):
+        if reason := unsupported_reason(precision, True):
             print(f"{precision} is left out: {reason}.")
             continue
         models |= {f"{name} {precision}": optimized(model, precision=precision) for name, model in stock.items()}

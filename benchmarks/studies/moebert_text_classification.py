@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from hf_moebert import DistillationConfig, DistillationTrainer, MoEBertForSequenceClassification, measure_importance
-from hf_moebert.inference.linears import why_not
+from hf_moebert.inference.linears import unsupported_reason
 from hf_moebert.methods.moebert.conversion import count_tokens, measure_expert_load, save_importance
 from hf_moebert.reporting.model_card import write_model_card
 from hf_moebert.reporting.pictures import plot_distillation_losses, plot_expert_load
@@ -133,7 +133,7 @@ class Pipeline:
         for name, value in options.items():
             command += [] if value is None else [f"--{name}", str(value)]
         for precision in self.example.optimized:
-            if reason := why_not(precision, True):
+            if reason := unsupported_reason(precision, True):
                 print(f"{precision} is not measured: {reason}.")
             else:
                 command += ["--optimized", precision]

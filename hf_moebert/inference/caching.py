@@ -1,4 +1,4 @@
-"""Keep what is made from weights, until the weights change."""
+"""Cache values derived from weights until the weights change."""
 
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 
-SAMPLES = 8  # elements of a weight that are looked at for changes which torch does not count: each may miss the cache
+SAMPLES = 8  # elements of a weight compared to find edits that torch does not count: each read may miss the cache
 
-Made = TypeVar("Made")
+Value = TypeVar("Value")
 
 
-class Derived(Generic[Made]):
-    """Something made from tensors without gradients, made anew once one of them is another or has other values.
+class Derived(Generic[Value]):
+    """A value derived from tensors without gradients, rebuilt once one of them is replaced or edited.
 
     Copies and pickles start empty.
     """
@@ -22,39 +22,39 @@ class Derived(Generic[Made]):
         self.clear()
 
     def clear(self) -> None:
-        """Forget what was made."""
-        self.made: Made | None = None
-        self._traces: list[Trace] = []
+        """Drop the value."""
+        self.made: Value | None = None
+        self._fingerprints: list[Fingerprint] = []
 
-    def get(self, sources: Sequence[Tensor], make: Callable[[], Made]) -> Made:
-        """Return what `make` returned when the sources were as they are now.
+    def get(self, sources: Sequence[Tensor], make: Callable[[], Value]) -> Value:
+        """Return the value, built by `make` if the sources have changed since it was built.
 
         Args:
-            sources: All tensors that it is made from.
-            make: Called without gradients, outside of inference mode: what it returns may meet gradients later.
+            sources: All tensors that the value depends on.
+            make: Called without gradients but outside of inference mode, so that gradients may flow past its result.
         """
         if self.made is None or not self.is_current(sources):
             with torch.inference_mode(False), torch.no_grad():
                 self.made = make()
-            self._traces = [Trace(source) for source in sources]
+            self._fingerprints = [Fingerprint(source) for source in sources]
         return self.made
 
     def is_current(self, sources: Sequence[Tensor]) -> bool:
-        """Say whether the sources are the ones it was made from, and of the same values."""
-        traces = self._traces
-        return len(traces) == len(sources) and all(
-            trace.fits(source) for trace, source in zip(traces, sources, strict=True)
+        """Check whether the sources are the tensors the value was built from, with the same values."""
+        fingerprints = self._fingerprints
+        return len(fingerprints) == len(sources) and all(
+            fingerprint.matches(source) for fingerprint, source in zip(fingerprints, sources, strict=True)
         )
 
     def __reduce__(self) -> tuple:
         return Derived, ()
 
 
-class Trace:
-    """What a tensor looked like: where it lay, how often it was written, and a few of its values.
+class Fingerprint:
+    """A fingerprint of a tensor: its address, its version and a few of its values.
 
-    Edits through `.data` raise no version, so values are compared too: an edit of all elements is seen, one of a
-    single element may not be. On other devices values are not compared, because that would wait for the device.
+    Edits through `.data` do not raise the version, so values are compared, too: an edit of all elements is noticed,
+    one of a single element may not be. Values are compared on the CPU only: elsewhere that would wait for the device.
     """
 
     __slots__ = ("address", "alias", "values", "version")
@@ -76,8 +76,8 @@ class Trace:
             values = values.select(-1, 0)
         return values[:: max(values.numel() // count, 1)]
 
-    def fits(self, source: Tensor) -> bool:
-        """Say whether the tensor still looks so."""
+    def matches(self, source: Tensor) -> bool:
+        """Check whether a tensor still has this fingerprint."""
         return (
             source.data_ptr() == self.address
             and (0 if source.is_inference() else source._version) == self.version

@@ -1,8 +1,8 @@
-"""Make a model faster at inference, on the machine it is on: `optimize_for_inference`, and the way back.
+"""Make a model faster at inference on the machine it is on, and undo it.
 
-Modules change their class, and nothing else: while a model is optimised, its attention, feed-forward networks, experts
-and other linear layers have classes that first look for a faster way, and otherwise do what they always did. Weights,
-state dict and checkpoint stay what they are.
+Only the classes of modules change: while a model is optimised, its attention, feed-forward networks, experts and other
+linear layers have classes that try a faster computation first, and otherwise do what they always did. Weights, state
+dict and checkpoint stay what they are.
 """
 
 from collections.abc import Callable
@@ -17,16 +17,16 @@ from transformers.utils import logging
 from hf_moebert.architectures.families import find_bert_like_classes
 
 from .caching import Derived
-from .linears import PRECISIONS, LinearForm, Precision, make_linear, why_not
+from .linears import PRECISIONS, InferenceLinear, Precision, make_linear, unsupported_reason
 from .optimized import (
-    Optimized,
     OptimizedAttention,
     OptimizedExperts,
     OptimizedFeedForward,
     OptimizedLinear,
-    is_plain,
+    OptimizedModule,
+    is_plain_linear,
 )
-from .unpadding import Unpadding, why_not_unpadded
+from .unpadding import Unpadding, unpadding_unsupported_reason
 
 
 logger = logging.get_logger(__name__)
@@ -43,7 +43,7 @@ def optimize_for_inference(
 
     Linear layers and stacked experts are packed for oneDNN, with one product for queries, keys and values and with the
     activation within the product; and padding is left out. Heads stay as they are. What this machine or this model
-    does not support is skipped, with one line that says so.
+    does not support is skipped with a warning of one line.
 
     Calls that train, compile, export, or record more than the last hidden states run as before. In others, layers may
     see one row of all real tokens, and do not call the modules within them. Packed weights are copies: they take
@@ -53,12 +53,12 @@ def optimize_for_inference(
     Args:
         model: A transformers model in float32. All parts apply to MoEBERT and to models with the layers of BERT,
             RoBERTa, XLM-RoBERTa, CamemBERT and Electra; others get packed linear layers.
-        precision: What linear layers and experts compute in. `float32` changes outputs by rounding alone, by which a
-            gate may decide a tie differently; `bfloat16` and `int8` (weights by output, activations by tensor as they
-            come) cost accuracy: measure it.
+        precision: Precision of linear layers and experts. `float32` changes outputs by rounding alone, by which a
+            gate may decide a tie differently; `bfloat16` and `int8` (weights quantised per output, activations
+            dynamically per tensor) cost accuracy: measure it.
         prepack: Whether oneDNN multiplies packed weights; in `int8` it always does.
         skip_padding: Whether only real tokens run through the encoder, whose outputs are then zero at padding. A batch
-            in which a sentence begins with padding keeps it: heads read the first place of each row.
+            in which a sentence begins with padding keeps it, because heads read the first place of each row.
 
     Returns:
         The same model, in eval mode. `revert_optimizations` undoes it, and has to before `pickle`; calling this again
@@ -75,9 +75,9 @@ def optimize_for_inference(
             f'{getattr(model, "dtype", None)}. Merge adapters first, and load with `dtype="float32"`.'
         )
     revert_optimizations(model).eval()
-    precision, prepack, skip_padding = what_works(model, precision, prepack, skip_padding)
+    precision, prepack, skip_padding = check_support(model, precision, prepack, skip_padding)
     if prepack or skip_padding or precision != "float32":
-        change_classes(model.base_model, partial(make_linear, precision=precision, packed=prepack))
+        swap_classes(model.base_model, partial(make_linear, precision=precision, packed=prepack))
     if skip_padding:
         model.base_model.unpadding = Unpadding(model.base_model)
     return model
@@ -90,84 +90,84 @@ def revert_optimizations(model: PreTrainedModel) -> PreTrainedModel:
         The same model.
     """
     for module in model.modules():
-        if isinstance(module, Optimized):
+        if isinstance(module, OptimizedModule):
             module.__class__ = type(module).__bases__[1]
-            for name in ("make_linear", "made_for", "made"):
+            for name in ("make_linear", "optimized_device", "built"):
                 module.__dict__.pop(name, None)
         elif "unpadding" in module.__dict__:
             module.__dict__.pop("unpadding").remove()
     return model
 
 
-def what_works(
+def check_support(
     model: PreTrainedModel, precision: Precision, prepack: bool, skip_padding: bool
 ) -> tuple[Precision, bool, bool]:
-    """Take away what this machine or this model does not support, and say so."""
-    elsewhere = None if model.device.type == "cpu" else f"it needs a processor, the model is on {model.device}"
-    if precision == "int8" and (reason := elsewhere or why_not("int8", True)):
+    """Return the options that this machine and this model support, and warn of each that is dropped."""
+    elsewhere = None if model.device.type == "cpu" else f"it needs the CPU, the model is on {model.device}"
+    if precision == "int8" and (reason := elsewhere or unsupported_reason("int8", True)):
         logger.warning(f"`precision` 'int8' is skipped, float32 stays: {reason}.")
         precision = "float32"
-    if precision == "bfloat16" and not elsewhere and (reason := why_not("bfloat16", False)):
+    if precision == "bfloat16" and not elsewhere and (reason := unsupported_reason("bfloat16", False)):
         logger.warning(f"`precision` 'bfloat16' is skipped, float32 stays: {reason}.")
         precision = "float32"
-    if prepack and precision != "int8" and (reason := elsewhere or why_not(precision, True)):
+    if prepack and precision != "int8" and (reason := elsewhere or unsupported_reason(precision, True)):
         logger.warning(f"`prepack` is skipped: {reason}.")
         prepack = False
-    if skip_padding and (reason := elsewhere or why_not_unpadded(model.base_model, is_attention)):
+    if skip_padding and (reason := elsewhere or unpadding_unsupported_reason(model.base_model, is_bert_attention)):
         logger.warning(f"`skip_padding` is skipped: {reason}.")
         skip_padding = False
     return precision, prepack, skip_padding
 
 
-def change_classes(base: PreTrainedModel, make: Callable[..., LinearForm]) -> None:
-    """Give every module that has a faster way the class that knows it, and say which cannot go it."""
+def swap_classes(base: PreTrainedModel, make: Callable[..., InferenceLinear]) -> None:
+    """Give every module that can be faster its optimised class, and warn of those that stay as they are."""
     covered: set[nn.Module] = set()
-    stuck = []
+    unchanged = []
     for name, module in list(base.named_modules()):
-        kind = kind_of(module)
-        if kind is None or module in covered:
+        mixin = find_optimized_class(module)
+        if mixin is None or module in covered:
             continue
-        module.__class__ = optimized_class(kind, type(module))  # type: ignore[arg-type]  # classes are hashable
-        module.make_linear, module.made_for, module.made = make, base.device, Derived()
-        covered.update(module.linears())
+        module.__class__ = make_optimized_class(mixin, type(module))  # type: ignore[arg-type]  # classes are hashable
+        module.make_linear, module.optimized_device, module.built = make, base.device, Derived()
+        covered.update(module.replaced_linears())
         with torch.autocast(base.device.type, enabled=False):
-            if module.forms(torch.empty(1, 1, device=base.device)) is None:  # now, not in the first call
-                stuck.append(name)
-    if stuck:
-        logger.warning(f"Linear layers that are wrapped, hooked or not in float32 stay as they are, in {stuck}.")
+            if module.inference_linears(torch.empty(1, 1, device=base.device)) is None:  # now, not in the first call
+                unchanged.append(name)
+    if unchanged:
+        logger.warning(f"Linear layers that are wrapped, hooked or not in float32 stay as they are, in {unchanged}.")
     experts = getattr(base.config, "_experts_implementation", None)
     if experts in ("grouped_mm", "batched_mm"):
         logger.warning(f"Experts stay as they are: their implementation is {experts!r}, not 'sorted_mm' or 'eager'.")
 
 
-def kind_of(module: nn.Module) -> type[Optimized] | None:
-    """Say which faster way a module has."""
-    if is_attention(module) and module.self.config._attn_implementation == "sdpa":  # type: ignore[union-attr]
+def find_optimized_class(module: nn.Module) -> type[OptimizedModule] | None:
+    """Return the class that makes a module faster, or None if there is none."""
+    if is_bert_attention(module) and module.self.config._attn_implementation == "sdpa":  # type: ignore[union-attr]
         return OptimizedAttention
     if class_name(module) in LAYERS and has_own_network(module):
         return OptimizedFeedForward
     if hasattr(module, "run_sorted"):
         return OptimizedExperts
-    return OptimizedLinear if is_plain(module) else None
+    return OptimizedLinear if is_plain_linear(module) else None
 
 
 def has_own_network(layer: Any) -> bool:
-    """Whether a layer's feed-forward network is the one that it was built with, and not experts in its place."""
+    """Check whether a layer's feed-forward network is the one it was built with, and was not replaced by experts."""
     stem = class_name(layer).removesuffix("Layer")
     return (class_name(layer.intermediate), class_name(layer.output)) == (f"{stem}Intermediate", f"{stem}Output")
 
 
-def is_attention(module: Any) -> bool:
-    """Whether a module is attention as BERT computes it, to both sides and within the sentence."""
+def is_bert_attention(module: Any) -> bool:
+    """Check whether a module is attention as BERT computes it: bidirectional, and within the sentence."""
     return class_name(module) in ATTENTIONS and not module.is_cross_attention and not module.self.is_causal
 
 
 def class_name(module: Any) -> str:
-    """Name a module's class and where it is from."""
+    """Return the full name of a module's class."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 @cache
-def optimized_class(kind: type, original: type) -> type:
+def make_optimized_class(mixin: type, original: type) -> type:
     """Make the class of an optimised module; the original class stays among its bases."""
-    return type(f"Optimized{original.__name__}", (kind, original), {"__module__": original.__module__})
+    return type(f"Optimized{original.__name__}", (mixin, original), {"__module__": original.__module__})

@@ -1,7 +1,7 @@
-"""The classes that modules have while they are optimised for inference: each looks for a faster way first.
+"""The classes that modules have while a model is optimised for inference.
 
-Where there is none, in training, under a compiler, or with modules that somebody changed, they do what their original
-class does.
+Each tries a faster computation first. Where there is none, in training, under a compiler, or around modules that
+somebody changed, it does what its original class does.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,85 +11,89 @@ import torch
 from torch import Tensor, nn
 
 from .caching import Derived
-from .linears import LinearForm
-from .unpadding import BEYOND, Sentences, attend, is_free
+from .linears import InferenceLinear
+from .unpadding import CROSS_SENTENCE_ARGUMENTS, Sentences, attend, has_class_forward
 
 
-Forms = tuple[LinearForm, ...]
+InferenceLinears = tuple[InferenceLinear, ...]
 
 
-class Optimized:
-    """What a module's class gains while it is optimised: forms of its linear layers, made anew when weights change."""
+class OptimizedModule:
+    """A mixin that replaces a module's linear layers in inference, and rebuilds them when weights change."""
 
     training: bool
-    make_linear: Callable[..., LinearForm]
-    made_for: torch.device
-    made: Derived[Forms]
+    make_linear: Callable[..., InferenceLinear]
+    optimized_device: torch.device
+    built: Derived[InferenceLinears]
 
-    def linears(self) -> list[nn.Linear]:
-        """Name the linear layers whose forms are used in their place."""
+    def replaced_linears(self) -> list[nn.Linear]:
+        """Return the linear layers that are replaced in inference."""
         return []
 
-    def others(self) -> list[nn.Module]:
-        """Name the other modules that are not called while forms are used."""
+    def bypassed_modules(self) -> list[nn.Module]:
+        """Return the other modules that are not called while linear layers are replaced."""
         return []
 
-    def sources(self) -> list[Tensor | None]:
-        """Name the tensors that the forms are made from."""
-        return [tensor for linear in self.linears() for tensor in (linear.weight, linear.bias)]
+    def source_tensors(self) -> list[Tensor | None]:
+        """Return the tensors that the replacements are built from."""
+        return [tensor for linear in self.replaced_linears() for tensor in (linear.weight, linear.bias)]
 
-    def make_forms(self) -> Forms:
-        """Make the forms of the weights as they are now."""
+    def build_linears(self) -> InferenceLinears:
+        """Build the replacements from the weights as they are now."""
         raise NotImplementedError
 
-    def forms(self, x: Tensor) -> Forms | None:
-        """Return the forms where they apply: in plain inference in float32, with modules nobody has wrapped or hooked.
+    def inference_linears(self, x: Tensor) -> InferenceLinears | None:
+        """Return the replacements where they apply, else None.
 
-        They are made again after a weight was trained, loaded, merged or moved.
+        They apply in plain inference in float32, as long as nobody has wrapped or hooked the modules they stand for.
+        They are rebuilt after a weight was trained, loaded, merged or moved.
         """
         if torch.is_grad_enabled() or self.training or x.dtype != torch.float32 or not x.numel():
             return None
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled(x.device.type):
             return None
-        if not all(map(is_plain, self.linears())) or not all(map(is_untouched, self.others())):
-            self.made.clear()
+        if not all(map(is_plain_linear, self.replaced_linears())) or not all(
+            map(is_untouched, self.bypassed_modules())
+        ):
+            self.built.clear()
             return None
-        sources = [source for source in self.sources() if source is not None]
-        return self.made.get(sources, lambda: self.make_forms() if self.fits(x) else ()) or None
+        sources = [source for source in self.source_tensors() if source is not None]
+        return self.built.get(sources, lambda: self.build_linears() if self.supports(x) else ()) or None
 
-    def fits(self, x: Tensor) -> bool:
-        """Whether weights and input are in float32, and where the model was optimised."""
-        tensors = [x, *(source for source in self.sources() if source is not None)]
-        return all(tensor.dtype == torch.float32 and tensor.device == self.made_for for tensor in tensors)
+    def supports(self, x: Tensor) -> bool:
+        """Check whether weights and input are in float32, on the device the model was optimised for."""
+        tensors = [x, *(source for source in self.source_tensors() if source is not None)]
+        return all(tensor.dtype == torch.float32 and tensor.device == self.optimized_device for tensor in tensors)
 
 
-def is_plain(linear: nn.Module) -> bool:
-    """Whether a layer is torch's own linear layer and nobody watches or changes it."""
-    return type(linear) is nn.Linear and is_free(linear) and not (linear._forward_hooks or linear._forward_pre_hooks)
+def is_plain_linear(linear: nn.Module) -> bool:
+    """Check whether a layer is torch's own linear layer, without hooks and with its own forward."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks
+    return type(linear) is nn.Linear and has_class_forward(linear) and not hooks
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether a module does in inference what its class does, and nobody watches or changes it."""
-    return is_free(module) and not (module.training or module._forward_hooks or module._forward_pre_hooks)
+    """Check whether a module is in eval mode, without hooks and with its own forward."""
+    return has_class_forward(module) and not (module.training or module._forward_hooks or module._forward_pre_hooks)
 
 
-class OptimizedAttention(Optimized):
-    """BERT's attention: one product for queries, keys and values, and sentences without their padding."""
+class OptimizedAttention(OptimizedModule):
+    """BERT's attention with one product for queries, keys and values, on sentences without their padding."""
 
-    self: Any  # the host's name for queries, keys and values
+    self: Any  # the name that transformers gives to queries, keys and values
     output: Any
 
-    def linears(self) -> list[nn.Linear]:
-        """Queries, keys, values, and the output."""
+    def replaced_linears(self) -> list[nn.Linear]:
+        """Return queries, keys, values and the output projection."""
         return [self.self.query, self.self.key, self.self.value, self.output.dense]
 
-    def others(self) -> list[nn.Module]:
-        """What is around them."""
+    def bypassed_modules(self) -> list[nn.Module]:
+        """Return the modules around them."""
         return [self.self.dropout, self.output, self.output.dropout]
 
-    def make_forms(self) -> Forms:
-        """One form for the three, and one for the output."""
-        *three, output = self.linears()
+    def build_linears(self) -> InferenceLinears:
+        """Build one linear layer for queries, keys and values, and one for the output."""
+        *three, output = self.replaced_linears()
         weight = torch.cat([linear.weight.detach() for linear in three])  # (3 * heads * head_size, hidden)
         biases = [x.weight.new_zeros(x.out_features) if x.bias is None else x.bias.detach() for x in three]
         return self.make_linear(weight, torch.cat(biases)), self.make_linear(output.weight, output.bias)
@@ -102,11 +106,13 @@ class OptimizedAttention(Optimized):
         sentences: Sentences | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend, add the residual and normalise; like the host's sdpa, without returning the weights of attention."""
-        within = not args and all(kwargs.get(name) is None for name in BEYOND)
-        forms = self.forms(hidden_states) if within and self.self.config._attn_implementation == "sdpa" else None
-        if forms is not None:
-            project, close = forms
+        """Attend, add the residual and normalise, as transformers' sdpa does; attention weights are not returned."""
+        within = not args and all(kwargs.get(name) is None for name in CROSS_SENTENCE_ARGUMENTS)
+        linears = None
+        if within and self.self.config._attn_implementation == "sdpa":
+            linears = self.inference_linears(hidden_states)
+        if linears is not None:
+            project, close = linears
             qkv = project(project.prepare(hidden_states))
             context = self.attend(qkv, attention_mask, sentences)
             return self.output.LayerNorm(close(close.prepare(context)) + hidden_states), None
@@ -124,37 +130,37 @@ class OptimizedAttention(Optimized):
         return attend(qkv, mask, sentences, scale=self.self.scaling)
 
 
-class OptimizedFeedForward(Optimized):
-    """BERT's layer, whose feed-forward network has its activation within the first product."""
+class OptimizedFeedForward(OptimizedModule):
+    """BERT's layer, with the activation of its feed-forward network fused into the up-projection."""
 
     intermediate: Any
     output: Any
 
-    def linears(self) -> list[nn.Linear]:
-        """Up and down."""
+    def replaced_linears(self) -> list[nn.Linear]:
+        """Return the up-projection and the down-projection."""
         return [self.intermediate.dense, self.output.dense]
 
-    def others(self) -> list[nn.Module]:
-        """What is around them."""
+    def bypassed_modules(self) -> list[nn.Module]:
+        """Return the modules around them."""
         return [self.intermediate, self.output, self.output.dropout]
 
-    def make_forms(self) -> Forms:
-        """Up with its activation, and down."""
-        up, down = self.linears()
+    def build_linears(self) -> InferenceLinears:
+        """Build the up-projection with its activation, and the down-projection."""
+        up, down = self.replaced_linears()
         activation = self.intermediate.intermediate_act_fn
         return self.make_linear(up.weight, up.bias, activation), self.make_linear(down.weight, down.bias)
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         """Apply the network, add the residual and normalise."""
-        forms = self.forms(attention_output)
-        if forms is None:
+        linears = self.inference_linears(attention_output)
+        if linears is None:
             return super().feed_forward_chunk(attention_output)  # type: ignore[misc]
-        up, down = forms
+        up, down = linears
         output = down(down.prepare(up(up.prepare(attention_output))))
         return self.output.LayerNorm(output + attention_output)
 
 
-class OptimizedExperts(Optimized):
+class OptimizedExperts(OptimizedModule):
     """Stacked experts that multiply slices of tokens sorted by expert."""
 
     prefers_slices = True
@@ -164,65 +170,66 @@ class OptimizedExperts(Optimized):
     down_proj_bias: Tensor
     act_fn: Callable[[Tensor], Tensor]
 
-    def sources(self) -> list[Tensor | None]:
-        """Name the stacks."""
+    def source_tensors(self) -> list[Tensor | None]:
+        """Return the stacked weights and biases."""
         return [self.up_proj, self.up_proj_bias, self.down_proj, self.down_proj_bias]
 
-    def make_forms(self) -> Forms:
-        """All experts' ups, and then all their downs."""
+    def build_linears(self) -> InferenceLinears:
+        """Build the up-projections of all experts, followed by all down-projections."""
         ups = [self.make_linear(w, b, self.act_fn) for w, b in zip(self.up_proj, self.up_proj_bias, strict=True)]
         downs = [self.make_linear(w, b) for w, b in zip(self.down_proj, self.down_proj_bias, strict=True)]
         return *ups, *downs
 
     def run_sorted(self, slots: Tensor, counts: list[int]) -> Tensor:
         """Apply each expert to its slice, `(slots, hidden)`."""
-        forms = self.forms(slots)
-        if forms is None:
+        linears = self.inference_linears(slots)
+        if linears is None:
             return super().run_sorted(slots, counts)  # type: ignore[misc]
-        ups, downs = forms[: len(counts)], forms[len(counts) :]
-        hidden = run_slices(ups, ups[0].prepare(slots), counts)
-        return run_slices(downs, downs[0].prepare(hidden), counts).to(slots.dtype)
+        ups, downs = linears[: len(counts)], linears[len(counts) :]
+        hidden = apply_to_slices(ups, ups[0].prepare(slots), counts)
+        return apply_to_slices(downs, downs[0].prepare(hidden), counts).to(slots.dtype)
 
 
-class OptimizedLinear(Optimized):
+class OptimizedLinear(OptimizedModule):
     """A linear layer of any architecture."""
 
     weight: Tensor
     bias: Tensor | None
 
-    def sources(self) -> list[Tensor | None]:
-        """Name weight and bias."""
+    def source_tensors(self) -> list[Tensor | None]:
+        """Return weight and bias."""
         return [self.weight, self.bias]
 
-    def make_forms(self) -> Forms:
-        """One form."""
+    def build_linears(self) -> InferenceLinears:
+        """Build the one replacement."""
         return (self.make_linear(self.weight, self.bias),)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map, `(..., in)` to `(..., out)`."""
-        forms = self.forms(input)
-        if forms is None:
+        """Map `(..., in)` to `(..., out)`."""
+        linears = self.inference_linears(input)
+        if linears is None:
             return super().forward(input)  # type: ignore[misc]
-        return forms[0](forms[0].prepare(input)).to(input.dtype)
+        (linear,) = linears
+        return linear(linear.prepare(input)).to(input.dtype)
 
 
-def run_slices(forms: Sequence[LinearForm], prepared: Any, counts: list[int]) -> Tensor:
-    """Apply each form to its slice of rows; one that has none is not called.
+def apply_to_slices(linears: Sequence[InferenceLinear], prepared: Any, counts: list[int]) -> Tensor:
+    """Apply each linear layer to its slice of rows; one without rows is not called.
 
     oneDNN compiles a product for every number of rows, which takes longer than a small product does, and slices have
-    another number with every batch. So a form gets a few of its neighbours' rows too, and their results are dropped.
+    another number with every batch. So a layer also gets a few of its neighbours' rows, whose results are dropped.
     """
     start, total, outputs = 0, sum(counts), []
-    for form, count in zip(forms, counts, strict=True):
+    for linear, count in zip(linears, counts, strict=True):
         if count:
-            rows = min(round_up(count), total)
+            rows = min(round_up_rows(count), total)
             first = min(start, total - rows)
-            outputs.append(form(prepared.narrow(0, first, rows)).narrow(0, start - first, count))
+            outputs.append(linear(prepared.narrow(0, first, rows)).narrow(0, start - first, count))
         start += count
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def round_up(count: int) -> int:
-    """Round a number of rows up to one of 32 for each power of two; those below 64 stay."""
+def round_up_rows(count: int) -> int:
+    """Round a number of rows up to one of 32 for each power of two; numbers below 64 stay."""
     step = 1 << max(count.bit_length() - 6, 0)
     return -(-count // step) * step

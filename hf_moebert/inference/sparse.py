@@ -1,4 +1,4 @@
-"""Multiply only what pruning left: sparse linear layers for inference, and what each form of a pruned model brings."""
+"""Sparse linear layers for the inference of pruned models."""
 
 import warnings
 from typing import Literal
@@ -13,10 +13,10 @@ LAYOUTS: tuple[Layout, ...] = ("csr", "2:4")
 
 
 class CsrLinear(nn.Module):
-    """A linear layer whose weight is kept as compressed sparse rows: fast where most of it is zero, forward only.
+    """A linear layer with its weight in compressed sparse rows: fast where most of it is zero, forward only.
 
     Args:
-        dense: The layer to compute, in float32 or float64 on the CPU. Its bias is shared.
+        dense: The layer to replace, in float32 or float64 on the CPU. Its bias is shared.
     """
 
     weight: Tensor
@@ -41,7 +41,7 @@ class CsrLinear(nn.Module):
         return y.contiguous().view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        """Say the sizes, as the dense layer does."""
+        """Return the sizes, as the dense layer does."""
         nonzero = self.weight.values().numel()
         return f"in_features={self.in_features}, out_features={self.out_features}, nonzero={nonzero}"
 
@@ -56,23 +56,23 @@ def _to_csr(weight: Tensor) -> Tensor:
 
 
 def to_sparse_linears(model: nn.Module, layout: Layout, *, max_kept: float = 0.5) -> dict[str, float]:
-    """Give the pruned linear layers of a model a sparse weight, in place, for inference.
+    """Replace the pruned linear layers of a model by sparse ones, in place, for inference.
 
     The model is frozen and can no longer be saved: save it before, dense or packed. Only `nn.Linear` is replaced; a
-    layer with more weights left than `max_kept` stays dense.
+    layer that keeps a larger share of its weights than `max_kept` stays dense.
 
     Args:
         model: A pruned model, dense in memory.
         layout: "csr" for any pattern of zeros, in float32 or float64 on the CPU; "2:4" for at most two weights kept
             in every four of a row, in float16 or bfloat16 on a CUDA device.
-        max_kept: Largest share of a weight that is not zero, in (0, 1]. Which share pays depends on the machine and
-            the number of tokens: `compare_sparse_forms` measures it.
+        max_kept: Largest share of nonzero weights in a layer that is replaced, in (0, 1]. Which share pays depends on
+            the machine and the number of tokens: `compare_sparse_forms` measures it.
 
     Returns:
-        The share kept of every layer that was replaced, by name.
+        The share of nonzero weights of every layer that was replaced, by name.
 
     Raises:
-        ValueError: If no layer is sparse enough, or one of these does not fit the layout; nothing is replaced then.
+        ValueError: If no layer is sparse enough, or one of these does not fit the layout; then nothing is replaced.
     """
     shares = find_sparse_linears(model, layout, max_kept=max_kept)
     replaced: dict[nn.Module, nn.Module] = {}
@@ -86,7 +86,7 @@ def to_sparse_linears(model: nn.Module, layout: Layout, *, max_kept: float = 0.5
 
 
 def find_sparse_linears(model: nn.Module, layout: Layout, *, max_kept: float = 0.5) -> dict[str, float]:
-    """Find what `to_sparse_linears` would replace, with the same arguments, result and refusals."""
+    """Find the layers that `to_sparse_linears` would replace; arguments, result and refusals are the same."""
     if layout not in LAYOUTS:
         raise ValueError(f"`layout` must be one of {list(LAYOUTS)}, got {layout!r}.")
     if not 0 < max_kept <= 1:
@@ -118,7 +118,7 @@ def _refuse_semi_structured(name: str, weight: Tensor) -> None:
     if weight.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"'2:4' needs float16 or bfloat16, got {name!r} in {weight.dtype}. Use `model.half()`.")
     rows, columns = weight.shape
-    if rows % 32 or columns % 64:  # what the strictest of torch's kernels for it asks for
+    if rows % 32 or columns % 64:  # asked for by the strictest of torch's kernels
         raise ValueError(
             f"'2:4' needs rows in multiples of 32 and columns of 64, got {name!r} of {rows} x {columns}. Leave it "
             "dense by a smaller `max_kept`, or use 'csr'."

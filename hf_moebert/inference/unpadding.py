@@ -1,4 +1,4 @@
-"""Padding left out: a batch's real tokens run through an encoder as one row, and go back to their places after it."""
+"""Skip padding: the real tokens of a batch run through an encoder as one row, and go back to their places after it."""
 
 import inspect
 from collections.abc import Callable
@@ -13,15 +13,15 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 
-# What has a value for each token, also for padding
-RECORDS = ("output_hidden_states", "output_attentions", "output_router_logits")
-# What lets a token attend to more than its sentence, or less
-BEYOND = ("past_key_values", "encoder_hidden_states", "encoder_attention_mask", "is_causal")
+# Outputs that hold a value for each token, also for padding
+PER_TOKEN_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+# Arguments that let a token attend to more than its sentence, or to less
+CROSS_SENTENCE_ARGUMENTS = ("past_key_values", "encoder_hidden_states", "encoder_attention_mask", "is_causal")
 
 
 @dataclass(frozen=True)
 class Sentences:
-    """Where the tokens of one row came from.
+    """The places that the tokens of one row came from.
 
     Attributes:
         index: Place of each real token in the flat batch. Shape `(tokens,)`.
@@ -34,8 +34,8 @@ class Sentences:
     shape: tuple[int, int]
 
     @classmethod
-    def of(cls, mask: Tensor) -> "Sentences":
-        """Read a mask, True at real tokens, `(batch, seq)`."""
+    def from_mask(cls, mask: Tensor) -> "Sentences":
+        """Read the places from a mask that is True at real tokens, `(batch, seq)`."""
         return cls(mask.flatten().nonzero().squeeze(1), mask.sum(dim=1).tolist(), (mask.shape[0], mask.shape[1]))
 
     def pack(self, x: Tensor) -> Tensor:
@@ -56,9 +56,9 @@ def attend(qkv: Tensor, mask: Tensor | None, sentences: Sentences | None, *, sca
 
     Args:
         qkv: Queries, keys and values. Shape `(batch, seq, 3, heads, head_size)`.
-        mask: What torch's attention takes, or None.
+        mask: Mask of torch's attention, or None.
         sentences: If given, the batch is one row of sentences, and there is no mask.
-        scale: Of the products.
+        scale: Factor of the products of queries and keys.
 
     Returns:
         Shape `(batch, seq, heads * head_size)`.
@@ -78,10 +78,10 @@ def _attend(qkv: Tensor, mask: Tensor | None, scale: float) -> Tensor:
 
 
 class Unpadding:
-    """Hooks that pack what enters a base model, and unpack what leaves its encoder.
+    """Hooks that pack the inputs of a base model, and unpack the output of its encoder.
 
-    What was packed travels with the call, as the argument `sentences`: nothing is kept on the model, so threads may
-    share it.
+    The places of the tokens travel with the call, as the argument `sentences`: nothing is kept on the model, so
+    threads may share it.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
@@ -92,7 +92,7 @@ class Unpadding:
         ]
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
 
@@ -102,36 +102,41 @@ class Unpadding:
         given |= given.pop("kwargs", {})
         mask, tokens = given.get("attention_mask"), given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
-        if mask is None or tokens is None or mask.shape != tokens.shape[:2] or not self.applies(given) or mask.all():
+        if mask is None or tokens is None or mask.shape != tokens.shape[:2] or not self.can_unpad(given) or mask.all():
             return None
         mask = mask.to(torch.bool)
         if not torch.equal(mask[:, 0], mask.any(dim=1)):
-            return None  # heads read the first place of each row, here what the model makes of padding
-        sentences = Sentences.of(mask)
+            return None  # heads read the first place of each row, which would here be padding
+        sentences = Sentences.from_mask(mask)
         if not len(sentences.index):
             return None
-        given["position_ids"] = self.positions(given)
+        given["position_ids"] = self.position_ids(given)
         for name in ("input_ids", "inputs_embeds", "token_type_ids", "position_ids"):
             if given.get(name) is not None:
                 given[name] = sentences.pack(given[name])
         return (), given | {"attention_mask": None, "sentences": sentences}
 
-    def applies(self, given: dict[str, Any]) -> bool:
-        """Whether this call is one of plain inference, which records nothing for each token."""
+    def can_unpad(self, given: dict[str, Any]) -> bool:
+        """Check whether this call is plain inference that records nothing for each token."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or self.base.training:
             return False
         config = self.base.config
-        if any(given.get(name) or getattr(config, name, False) for name in RECORDS):
+        if any(given.get(name) or getattr(config, name, False) for name in PER_TOKEN_OUTPUTS):
             return False
-        if any(given.get(name) is not None for name in BEYOND) or given["attention_mask"].device.type != "cpu":
+        if (
+            any(given.get(name) is not None for name in CROSS_SENTENCE_ARGUMENTS)
+            or given["attention_mask"].device.type != "cpu"
+        ):
             return False
-        named = hasattr(self.base.embeddings, "create_position_ids_from_input_ids")  # RoBERTa counts past its padding
-        if config._attn_implementation != "sdpa" or (named and given.get("input_ids") is None):
+        counts_ids = hasattr(self.base.embeddings, "create_position_ids_from_input_ids")  # RoBERTa skips padding
+        if config._attn_implementation != "sdpa" or (counts_ids and given.get("input_ids") is None):
             return False
-        return all(is_free(layer) and is_free(layer.attention) for layer in self.base.encoder.layer)
+        return all(
+            has_class_forward(layer) and has_class_forward(layer.attention) for layer in self.base.encoder.layer
+        )
 
-    def positions(self, given: dict[str, Any]) -> Tensor:
-        """Say the position of every token of the padded batch, `(batch or 1, seq)`."""
+    def position_ids(self, given: dict[str, Any]) -> Tensor:
+        """Return the position of every token of the padded batch, `(batch or 1, seq)`."""
         if given.get("position_ids") is not None:
             return given["position_ids"]
         embeddings, ids = self.base.embeddings, given.get("input_ids")
@@ -154,25 +159,28 @@ class Unpadding:
         return output
 
 
-def why_not_unpadded(base: PreTrainedModel, is_attention: Callable[[Any], bool]) -> str | None:
-    """Say why a base model cannot run on packed tokens, or None where it can."""
+def unpadding_unsupported_reason(base: PreTrainedModel, is_bert_attention: Callable[[Any], bool]) -> str | None:
+    """Return why a base model cannot run on packed tokens, or None where it can."""
     layers = getattr(getattr(base, "encoder", None), "layer", [])
-    if not layers or not all(is_attention(getattr(layer, "attention", None)) for layer in layers):
+    if not layers or not all(is_bert_attention(getattr(layer, "attention", None)) for layer in layers):
         return f"the attention of {type(base).__name__} is not known to keep sentences apart"
     if base.config._attn_implementation != "sdpa":
         return f"attention is {base.config._attn_implementation!r}, not 'sdpa'"
-    if not all(is_free(layer) and is_free(layer.attention) and knows_sentences(layer) for layer in layers):
+    if not all(
+        has_class_forward(layer) and has_class_forward(layer.attention) and accepts_sentences(layer)
+        for layer in layers
+    ):
         return "the layers' forward is not the one known here"
     return None
 
 
-def is_free(module: nn.Module) -> bool:
-    """Whether nobody, such as accelerate, gave this one module another `forward`."""
+def has_class_forward(module: nn.Module) -> bool:
+    """Check whether a module has the `forward` of its class; accelerate, for one, gives single modules another."""
     return "forward" not in module.__dict__
 
 
-def knows_sentences(layer: nn.Module) -> bool:
-    """Whether a layer treats tokens alone, as the host's do, or has a way to tell sentences apart."""
+def accepts_sentences(layer: nn.Module) -> bool:
+    """Check whether a layer treats tokens one by one, as those of transformers do, or takes `sentences`."""
     if type(layer).__module__.startswith("transformers.models."):
         return True
     return "sentences" in inspect.signature(layer.forward).parameters

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
-from hf_moebert.inference.optimized import Optimized
+from hf_moebert.inference.optimized import OptimizedModule
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def measure_footprint(model: nn.Module, *, seq_len: int = 128, folder: str | Pat
         ValueError: If `seq_len` does not fit the model, if the model is optimised for inference, or if `folder` holds
             no safetensors file.
     """
-    if any(isinstance(module, Optimized) for module in model.modules()):
+    if any(isinstance(module, OptimizedModule) for module in model.modules()):
         raise ValueError(
             "`model` must not be optimised for inference, whose operators cannot be counted. Measure it before, or "
             "after `revert_optimizations`."

@@ -27,14 +27,14 @@ from transformers import (
 
 from hf_moebert import CrfForTokenClassification
 from hf_moebert.checkpoints.loading import load_model
-from hf_moebert.inference.linears import why_not
+from hf_moebert.inference.linears import unsupported_reason
 from hf_moebert.measuring.metrics.seqeval.seqeval import count_illegal, span_f1
 from hf_moebert.measuring.metrics.squad.squad import squad_scores
 from hf_moebert.methods.mpoe import MPOEGPT2LMHeadModel, MPOET5ForConditionalGeneration
 
 
 ROOT = Path(__file__).parents[2]
-WORKING = [precision for precision in ("float32", "int8") if why_not(precision, True) is None]
+WORKING = [precision for precision in ("float32", "int8") if unsupported_reason(precision, True) is None]
 
 
 pytestmark = pytest.mark.process

@@ -1,4 +1,4 @@
-"""The forms of a linear layer: against torch's own product, and against exact integers."""
+"""Linear layers for inference: against torch's own product, and against exact integers."""
 
 import pytest
 import torch
@@ -9,12 +9,18 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from hf_moebert.inference import linears
-from hf_moebert.inference.linears import check_precision, make_linear, quantize, why_not
+from hf_moebert.inference.linears import check_precision, make_linear, quantize, unsupported_reason
 
 
-needs_int8 = pytest.mark.skipif(why_not("int8", True) is not None, reason="the processor lacks int8 products")
-needs_bfloat16 = pytest.mark.skipif(why_not("bfloat16", True) is not None, reason="the processor lacks bfloat16")
-needs_packing = pytest.mark.skipif(why_not("float32", True) is not None, reason="torch lacks oneDNN's operator")
+needs_int8 = pytest.mark.skipif(
+    unsupported_reason("int8", True) is not None, reason="the processor lacks int8 products"
+)
+needs_bfloat16 = pytest.mark.skipif(
+    unsupported_reason("bfloat16", True) is not None, reason="the processor lacks bfloat16"
+)
+needs_packing = pytest.mark.skipif(
+    unsupported_reason("float32", True) is not None, reason="torch lacks oneDNN's operator"
+)
 
 
 @pytest.fixture
@@ -23,8 +29,8 @@ def layer():
     return nn.Linear(48, 40).requires_grad_(False)
 
 
-def apply(form, x):
-    return form(form.prepare(x))
+def apply(linear, x):
+    return linear(linear.prepare(x))
 
 
 @needs_packing
@@ -33,10 +39,10 @@ def apply(form, x):
 def test_a_packed_layer_is_the_layer(layer, name, shape):
     act = None if name is None else ACT2FN[name]
     x = torch.randn(shape)
-    form = make_linear(layer.weight, layer.bias, act, precision="float32", packed=True)
+    linear = make_linear(layer.weight, layer.bias, act, precision="float32", packed=True)
     expected = layer(x) if act is None else act(layer(x))
-    torch.testing.assert_close(apply(form, x), expected, atol=1e-5, rtol=1e-5)
-    assert (form.activation is None) == (name != "silu")  # what oneDNN knows is fused
+    torch.testing.assert_close(apply(linear, x), expected, atol=1e-5, rtol=1e-5)
+    assert (linear.activation is None) == (name != "silu")  # what oneDNN knows is fused
 
 
 @pytest.mark.parametrize("packed", [pytest.param(True, marks=needs_packing), False])
@@ -44,18 +50,18 @@ def test_a_layer_without_bias_and_with_strides(packed):
     weight, bias = torch.randn(48, 40).T, torch.randn(40, 2)[:, 0]  # oneDNN's operator would ignore the strides
     x = torch.randn(9, 48)
     for b in (None, bias):
-        form = make_linear(weight, b, precision="float32", packed=packed)
-        torch.testing.assert_close(apply(form, x), F.linear(x, weight, b), atol=1e-5, rtol=1e-5)
+        linear = make_linear(weight, b, precision="float32", packed=packed)
+        torch.testing.assert_close(apply(linear, x), F.linear(x, weight, b), atol=1e-5, rtol=1e-5)
 
 
 @needs_bfloat16
 @pytest.mark.parametrize("packed", [True, False])
 def test_bfloat16_is_torchs_bfloat16(layer, packed):
     x = torch.randn(7, 48)
-    form = make_linear(layer.weight, layer.bias, ACT2FN["gelu"], precision="bfloat16", packed=packed)
+    linear = make_linear(layer.weight, layer.bias, ACT2FN["gelu"], precision="bfloat16", packed=packed)
     expected = F.gelu(F.linear(x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16()))
-    assert apply(form, x).dtype == torch.bfloat16
-    torch.testing.assert_close(apply(form, x), expected, atol=0.02, rtol=0.02)
+    assert apply(linear, x).dtype == torch.bfloat16
+    torch.testing.assert_close(apply(linear, x), expected, atol=0.02, rtol=0.02)
 
 
 @settings(deadline=None, max_examples=200)
@@ -71,16 +77,16 @@ def test_activations_are_rounded_to_the_nearest_step(values):
 
 @needs_int8
 def test_what_is_not_finite_is_not_hidden(layer):
-    form = make_linear(layer.weight, layer.bias, precision="int8", packed=True)
+    linear = make_linear(layer.weight, layer.bias, precision="int8", packed=True)
     for value in (float("nan"), float("inf")):
         x = torch.randn(3, 48)
         x[1, 2] = value
-        assert apply(form, x).isnan().any()
-    assert apply(form, torch.full((3, 48), 1e-42)).isfinite().all()
+        assert apply(linear, x).isnan().any()
+    assert apply(linear, torch.full((3, 48), 1e-42)).isfinite().all()
 
 
 def test_a_precision_that_must_work_is_refused_where_it_does_not(monkeypatch):
-    monkeypatch.setattr(linears, "why_not", lambda precision, packed: "no VNNI")
+    monkeypatch.setattr(linears, "unsupported_reason", lambda precision, packed: "no VNNI")
     with pytest.raises(ValueError, match="`precision` must work on this machine, 'int8' does not: no VNNI"):
         check_precision("int8")
 
@@ -103,12 +109,12 @@ def test_rows_of_quantised_activations_stay_on_the_grid():
 def test_int8_is_the_exact_product_of_the_rounded_values(layer, bias):
     x, weight = torch.randn(5, 48), layer.weight.clone()
     weight[3] = 0  # a dead output has no scale of its own
-    form = make_linear(weight, layer.bias if bias else None, precision="int8", packed=True)
-    q = form.prepare(x)
-    rounded = (weight / form.scale.unsqueeze(1)).round() * form.scale.unsqueeze(1)
+    linear = make_linear(weight, layer.bias if bias else None, precision="int8", packed=True)
+    q = linear.prepare(x)
+    rounded = (weight / linear.scale.unsqueeze(1)).round() * linear.scale.unsqueeze(1)
     expected = F.linear((q.values.float() - q.zero_point) * q.scale, rounded, layer.bias if bias else None)
-    torch.testing.assert_close(form(q), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(form(q), F.linear(x, weight, layer.bias if bias else None), atol=0.05, rtol=0.05)
+    torch.testing.assert_close(linear(q), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(linear(q), F.linear(x, weight, layer.bias if bias else None), atol=0.05, rtol=0.05)
 
 
 @needs_int8
@@ -121,19 +127,19 @@ def test_int8_fuses_the_activation(layer):
 
 def test_a_form_shares_no_gradient_with_the_weights():
     layer = nn.Linear(8, 8)
-    form = make_linear(layer.weight, layer.bias, precision="float32", packed=False)
-    assert not apply(form, torch.randn(2, 8)).requires_grad
+    linear = make_linear(layer.weight, layer.bias, precision="float32", packed=False)
+    assert not apply(linear, torch.randn(2, 8)).requires_grad
 
 
 def test_plain_float32_is_always_possible():
-    assert why_not("float32", False) is None
+    assert unsupported_reason("float32", False) is None
 
 
 def test_a_processor_that_would_emulate_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_vnni": False})
-    assert "avx512_vnni" in why_not.__wrapped__("int8", True)
-    assert "avx512_bf16" in why_not.__wrapped__("bfloat16", False)
-    assert why_not.__wrapped__("float32", False) is None
+    assert "avx512_vnni" in unsupported_reason.__wrapped__("int8", True)
+    assert "avx512_bf16" in unsupported_reason.__wrapped__("bfloat16", False)
+    assert unsupported_reason.__wrapped__("float32", False) is None
 
 
 @pytest.mark.parametrize("error", [AttributeError, RuntimeError, TypeError])
@@ -142,11 +148,11 @@ def test_an_operator_that_torch_lacks_is_refused(monkeypatch, error):
         raise error("no such operator\nand a long story")
 
     monkeypatch.setattr(linears, "PackedLinear", lacking)
-    reason = why_not.__wrapped__("float32", True)
+    reason = unsupported_reason.__wrapped__("float32", True)
     assert "lacks the operator (no such operator)" in reason
     assert "story" not in reason
 
 
 def test_an_operator_that_is_wrong_here_is_refused(monkeypatch):
     monkeypatch.setattr(linears.PackedLinear, "__call__", lambda self, x: x.new_zeros(len(x), 48))
-    assert "wrong numbers" in why_not.__wrapped__("float32", True)
+    assert "wrong numbers" in unsupported_reason.__wrapped__("float32", True)

@@ -31,8 +31,8 @@ from transformers import logging as host_logging
 
 from hf_moebert import optimize_for_inference, revert_optimizations
 from hf_moebert.inference import optimize
-from hf_moebert.inference.linears import PackedLinear, PlainLinear, make_linear, why_not
-from hf_moebert.inference.optimized import Optimized, round_up, run_slices
+from hf_moebert.inference.linears import PackedLinear, PlainLinear, make_linear, unsupported_reason
+from hf_moebert.inference.optimized import OptimizedModule, apply_to_slices, round_up_rows
 from hf_moebert.measuring.footprint import measure_footprint
 
 
@@ -63,7 +63,7 @@ MODELS = {
 }
 # What of an output holds a value for each token, so that padding has to be left out of a comparison
 BY_TOKEN = {"last_hidden_state", "start_logits", "end_logits"}
-PRECISIONS = [p for p in ("bfloat16", "int8") if why_not(p, True) is None]
+PRECISIONS = [p for p in ("bfloat16", "int8") if unsupported_reason(p, True) is None]
 
 
 def make(name="bert classifier"):
@@ -90,7 +90,7 @@ def assert_equal_on_real_tokens(found, expected, mask, atol=1e-5):
 
 
 def is_optimized(model):
-    return any(isinstance(module, Optimized) for module in model.modules())
+    return any(isinstance(module, OptimizedModule) for module in model.modules())
 
 
 @pytest.fixture
@@ -120,7 +120,8 @@ def test_each_part_can_be_chosen(prepack, skip_padding):
     expected = model(**batch)
     optimize_for_inference(model, prepack=prepack, skip_padding=skip_padding)
     assert is_optimized(model) == (prepack or skip_padding)
-    kinds = {type(form) for module in model.modules() if isinstance(module, Optimized) for form in module.made.made}
+    optimized = [module for module in model.modules() if isinstance(module, OptimizedModule)]
+    kinds = {type(linear) for module in optimized for linear in module.built.made}
     assert kinds == ({PackedLinear} if prepack else {PlainLinear} if skip_padding else set())
     assert_equal_on_real_tokens(model(**batch), expected, batch["attention_mask"])
 
@@ -480,7 +481,7 @@ def test_a_pipeline_takes_an_optimised_model(classifiers):  # noqa: F811
 @torch.no_grad()
 def test_what_a_machine_lacks_is_said_in_one_line_and_skipped(monkeypatch, said):
     reasons = {("int8", True): "no VNNI", ("bfloat16", False): "no bfloat16", ("float32", True): "no oneDNN"}
-    monkeypatch.setattr(optimize, "why_not", lambda precision, packed: reasons.get((precision, packed)))
+    monkeypatch.setattr(optimize, "unsupported_reason", lambda precision, packed: reasons.get((precision, packed)))
     model, batch = make(), padded()
     expected = model(**batch).logits
     for precision in ("int8", "bfloat16"):
@@ -516,13 +517,13 @@ def test_a_decoder_is_not_taken_for_an_encoder(said):
 def test_slices_are_those_of_separate_products(counts):
     torch.manual_seed(0)
     x, weights = torch.randn(sum(counts), 8), torch.randn(4, 6, 8)
-    forms = [make_linear(weight, None, precision="float32", packed=False) for weight in weights]
+    linears = [make_linear(weight, None, precision="float32", packed=False) for weight in weights]
     expected = torch.cat([part @ weight.T for part, weight in zip(x.split(counts), weights, strict=True)])
-    torch.testing.assert_close(run_slices(forms, x, counts), expected)
+    torch.testing.assert_close(apply_to_slices(linears, x, counts), expected)
 
 
 def test_few_numbers_of_rows_are_ever_multiplied():
-    rounded = [round_up(count) for count in range(1, 1025)]
+    rounded = [round_up_rows(count) for count in range(1, 1025)]
     assert rounded[:64] == list(range(1, 65))
     assert all(count <= more <= count * 1.04 for count, more in enumerate(rounded, start=1))
     assert len(set(rounded)) == 64 + 4 * 32
@@ -551,4 +552,4 @@ def test_a_layer_with_another_network_keeps_it():
     with torch.no_grad():
         expected = model(**batch).logits
         torch.testing.assert_close(optimize_for_inference(model)(**batch).logits, expected, atol=1e-5, rtol=1e-5)
-    assert [isinstance(layer, Optimized) for layer in model.bert.encoder.layer] == [False, True]
+    assert [isinstance(layer, OptimizedModule) for layer in model.bert.encoder.layer] == [False, True]

@@ -17,14 +17,14 @@ MASKS = st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, ma
 def test_unpacking_undoes_packing(rows):
     mask = torch.tensor(rows)
     x = torch.randn(*mask.shape, 3)
-    sentences = Sentences.of(mask)
+    sentences = Sentences.from_mask(mask)
     packed = sentences.pack(x)
     assert packed.shape == (1, int(mask.sum()), 3)
     assert torch.equal(sentences.unpack(packed), x * mask.unsqueeze(-1))
 
 
 def test_what_is_the_same_in_all_rows_is_packed_for_each():
-    sentences = Sentences.of(torch.tensor([[True, True, False], [False, True, True]]))
+    sentences = Sentences.from_mask(torch.tensor([[True, True, False], [False, True, True]]))
     assert sentences.pack(torch.arange(3).unsqueeze(0)).tolist() == [[0, 1, 1, 2]]
 
 

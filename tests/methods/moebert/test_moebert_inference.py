@@ -13,7 +13,7 @@ from hf_moebert import (
     optimize_for_inference,
     revert_optimizations,
 )
-from hf_moebert.inference.linears import why_not
+from hf_moebert.inference.linears import unsupported_reason
 from hf_moebert.inference.optimized import OptimizedExperts
 from hf_moebert.methods.moebert.functional import masked_mean, sentence_means
 
@@ -85,7 +85,7 @@ def test_every_head_gives_the_same(head, routing):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("precision", [p for p in ("bfloat16", "int8") if why_not(p, True) is None])
+@pytest.mark.parametrize("precision", [p for p in ("bfloat16", "int8") if unsupported_reason(p, True) is None])
 @pytest.mark.parametrize("routing", ["hash-random", "gate-sentence"])
 def test_lower_precisions_stay_close(routing, precision):
     model, batch = make(MoEBertForSequenceClassification, routing), padded((6, 2, 9, 1))
