@@ -2,7 +2,7 @@
 
 import lazy_loader
 
-from . import registration  # noqa: F401 - enters our classes in the tables of transformers and PEFT
+from . import registration  # noqa: F401 - registers our classes with transformers and PEFT
 
 
 __version__ = "0.2.0.dev0"

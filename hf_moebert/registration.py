@@ -1,4 +1,4 @@
-"""Enter our models, quantizers, pipelines and PEFT method in the tables of transformers and PEFT."""
+"""Register the models, quantizers, pipelines and the PEFT method of this package with transformers and PEFT."""
 
 from typing import Any
 
@@ -83,8 +83,8 @@ from .methods.multitask.modeling_multitask import MultiTaskBertModel
 from .methods.multitask.pipeline import MultiTaskPipeline
 
 
-# What `AutoModel….from_pretrained` finds after `import hf_moebert`; and, but for what stays, what `save_pretrained`
-# ships as code, for users without this package (`trust_remote_code=True`).
+# The classes that `AutoModel….from_pretrained` finds after `import hf_moebert`. Their code is saved with a checkpoint
+# for users without this package (`trust_remote_code=True`), except for the classes in `_STAY`.
 _TABLE: dict[Any, dict[Any, Any]] = {
     MoEBertConfig: {
         AutoModel: MoEBertModel,
@@ -131,7 +131,12 @@ _TABLE: dict[Any, dict[Any, Any]] = {
     MoMBertConfig: {AutoModelForSequenceClassification: MoMBertForSequenceClassification},
     MultiTaskBertConfig: {AutoModel: MultiTaskBertModel},
 }
-_STAY = (MPOEBertConfig, MPOEGPT2Config, MPOET5Config, MultiTaskBertConfig)  # two systems make them: too much to ship
+_STAY = (
+    MPOEBertConfig,
+    MPOEGPT2Config,
+    MPOET5Config,
+    MultiTaskBertConfig,
+)
 for _config, _models in _TABLE.items():
     AutoConfig.register(_config.model_type, _config)
     for _auto, _model in _models.items():
@@ -141,7 +146,7 @@ for _config, _models in _TABLE.items():
     if not issubclass(_config, _STAY):
         _config.register_for_auto_class()
 
-# What `pipeline(name, model=...)` finds.
+# The pipelines that `pipeline(name, model=...)` finds.
 PIPELINE_REGISTRY.register_pipeline(
     "masked-crf", pipeline_class=CrfTokenClassificationPipeline, pt_model=AutoModelForTokenClassification, type="text"
 )

@@ -31,7 +31,8 @@ from hf_moebert.inference.linears import unsupported_reason
 from hf_moebert.methods.moebert.conversion import count_tokens, measure_expert_load, save_importance
 from hf_moebert.reporting.model_card import write_model_card
 from hf_moebert.reporting.pictures import plot_distillation_losses, plot_expert_load
-from hf_moebert.reporting.tables import measurement_rows, write_report
+from hf_moebert.reporting.report import write_report
+from hf_moebert.reporting.tables import measurement_rows
 
 
 @dataclass

@@ -45,7 +45,8 @@ from hf_moebert.methods.multitask.training import MultiTaskSweep, Run
 from hf_moebert.methods.multitask.training_runs import read_result, write_result
 from hf_moebert.methods.multitask.training_states import fingerprint_data
 from hf_moebert.reporting.pictures import plot_curves
-from hf_moebert.reporting.tables import escape_markdown, markdown_table, picture_link, short_number
+from hf_moebert.reporting.report import picture_link
+from hf_moebert.reporting.tables import escape_markdown, markdown_table, short_number
 
 
 ABOUT = """\

@@ -25,7 +25,8 @@ from hf_moebert.measuring.footprint import measure_footprint
 from hf_moebert.measuring.latency import compare_latency, environment
 from hf_moebert.measuring.scores import Interval, Score, bootstrap_interval, paired_bootstrap
 from hf_moebert.reporting.pictures import plot_pruning, plot_sparsity
-from hf_moebert.reporting.tables import Rows, escape_markdown, markdown_table, picture_link, short_number
+from hf_moebert.reporting.report import picture_link
+from hf_moebert.reporting.tables import Rows, escape_markdown, markdown_table, short_number
 
 
 class Task(Protocol):

@@ -18,7 +18,8 @@ from hf_moebert.measuring.latency import SpeedUp, compare_times, environment, ti
 from hf_moebert.measuring.scores import bootstrap_interval
 from hf_moebert.methods.moebert.conversion import measure_expert_load
 from hf_moebert.reporting.pictures import plot_quality_and_speed
-from hf_moebert.reporting.tables import escape_markdown, markdown_table, picture_link
+from hf_moebert.reporting.report import picture_link
+from hf_moebert.reporting.tables import escape_markdown, markdown_table
 
 
 STOCK = "stock"  # the precision of a model that nothing was done to

@@ -1,4 +1,4 @@
-"""Load a checkpoint whole, or not at all."""
+"""Load a checkpoint completely, or refuse it."""
 
 from collections.abc import Iterable
 from os import PathLike
@@ -6,26 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 
 def load_model(folder: str | PathLike[str]) -> PreTrainedModel:
-    """Load a checkpoint, dense or packed, as the class that its config.json names.
+    """Load a checkpoint, dense or packed, as the class named in its config.json.
 
     Args:
-        folder: A checkpoint of an architecture that the Auto classes know.
+        folder: A checkpoint of a class that is registered with an Auto class.
 
     Raises:
-        ValueError: If they know no such class, or if weights are missing or damaged.
+        ValueError: If the class is not registered, or if weights are missing or damaged.
         OSError: If the folder is no checkpoint.
     """
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"`folder` must hold config.json and model.safetensors, got {str(folder)!r}.")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    mappings = [getattr(auto, "_model_mapping", None) or {} for auto in vars(modeling_auto).values()]
-    known = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
-    classes = {found.__name__: found for entry in known for found in (entry if isinstance(entry, tuple) else (entry,))}
+    classes = _find_classes(config)
     name = (config.architectures or [None])[0]
     if name not in classes:
         raise ValueError(f"`architectures` of {str(folder)!r} must be one of {sorted(classes)}, got {name!r}.")
@@ -62,3 +60,15 @@ def open_tensors(files: Iterable[str | PathLike[str]]) -> dict[str, Any]:
         for name in list(opened.keys()):
             tensors[name] = opened.get_slice(name)
     return tensors
+
+
+def _find_classes(config: PretrainedConfig) -> dict[str, type[PreTrainedModel]]:
+    """Return the classes that the Auto classes know for a configuration, by name."""
+    classes = {}
+    for auto in vars(modeling_auto).values():
+        mapping = getattr(auto, "_model_mapping", None)
+        if mapping is not None and type(config) in mapping:  # `bool(mapping)` would import every configuration
+            entry = mapping[type(config)]
+            for found in entry if isinstance(entry, tuple) else (entry,):
+                classes[found.__name__] = found
+    return classes

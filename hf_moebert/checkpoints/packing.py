@@ -1,9 +1,9 @@
-"""Save pruned models small: of a tensor with many zeros, only the other values and one bit per weight.
+"""Save pruned models in less space: of a tensor with many zeros, the nonzero values and one bit per weight.
 
-In a packed checkpoint `<name>` holds the values that are not zero, one after the other, and `<name>.bitmask` says
-where they belong. `from_pretrained` of any Auto class reads it, because importing this module registers the form with
-the host; what it returns is an ordinary dense model. A host that does not know the form refuses the checkpoint: the
-shapes differ from the model's.
+In a packed checkpoint `<name>` holds the nonzero values one after the other, and `<name>.bitmask` their places.
+`from_pretrained` of any Auto class reads it, because importing this module registers the quantizer `bitmask` with
+transformers; it returns an ordinary dense model. Without this package transformers refuses the checkpoint, because its
+shapes differ from those of the model.
 """
 
 import copy
@@ -29,8 +29,8 @@ from .loading import load_model, open_tensors
 
 FORMAT_VERSION = "1"
 SUFFIX = ".bitmask"
-ENTRY_BYTES = 128  # what the header of a safetensors file spends on one more tensor
-TEXTS = {".json", ".txt", ".model", ".jinja", ".md"}  # what a tokenizer and a model card are made of
+ENTRY_BYTES = 128  # of the header of a safetensors file, for one more tensor
+TEXTS = {".json", ".txt", ".model", ".jinja", ".md"}  # files of a tokenizer and of a model card
 INTEGERS = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
@@ -40,12 +40,12 @@ INTEGERS = {
 
 
 def pack(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Split a tensor into the values that are not zero and a bitmask of their places.
+    """Split a tensor into its nonzero values and a bitmask of their places.
 
-    Zero is what has no bit set: -0.0 is a value, so that unpacking gives every bit back.
+    A value is zero if none of its bits is set: -0.0 is kept, so that unpacking restores every bit.
 
     Args:
-        tensor: Of float16, bfloat16, float32 or float64. Shape `(..., columns)`.
+        tensor: A tensor of float16, bfloat16, float32 or float64. Shape `(..., columns)`.
 
     Returns:
         The values in row-major order, `(kept,)`, and their places, uint8, `(..., ceil(columns / 8))`: the first
@@ -58,12 +58,12 @@ def pack(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack(values: Tensor, bitmask: Tensor, columns: int) -> Tensor:
-    """Put the values of `pack` back in their places, on the device they are on.
+    """Undo `pack`, on the device the values are on.
 
     Args:
         values: Shape `(kept,)`.
         bitmask: Shape `(..., ceil(columns / 8))`.
-        columns: Size of the last dimension.
+        columns: Size of the last dimension of the tensor.
 
     Returns:
         Shape `(..., columns)`.
@@ -78,7 +78,7 @@ def unpack(values: Tensor, bitmask: Tensor, columns: int) -> Tensor:
 
 
 def packed_bytes(tensor: Tensor) -> int:
-    """Say how many bytes a tensor takes in a packed checkpoint: packed if that is smaller, or as it is."""
+    """Return the bytes that a tensor takes in a packed checkpoint, packed if that is smaller, else dense."""
     if tensor.dtype not in INTEGERS or not tensor.dim():
         return tensor.nbytes
     kept = int(_is_kept(tensor).count_nonzero())
@@ -99,12 +99,12 @@ def _bitmask_shape(shape: torch.Size) -> tuple[int, ...]:
 
 
 def save_packed(model: PreTrainedModel, folder: str | PathLike[str], *, max_shard_size: int | str = "50GB") -> None:
-    """Save a model as `save_pretrained` does, but pack every tensor that gets smaller by it.
+    """Save a model as `save_pretrained` does, with every tensor packed that gets smaller by it.
 
     Args:
-        model: Any model of the host, pruned by any means; it is left as it is.
-        folder: Where to.
-        max_shard_size: Size of a weights file above which several are written.
+        model: Any transformers model, pruned by any means; it is left as it is.
+        folder: Folder to write to.
+        max_shard_size: Size above which the weights are split into several files.
 
     Raises:
         ValueError: If the weights are quantized, not in memory, or those of an adapter only.
@@ -125,7 +125,7 @@ def save_packed(model: PreTrainedModel, folder: str | PathLike[str], *, max_shar
     weights = remove_tied_weights_from_state_dict(model.state_dict(), model)
     ignored = set(model._keys_to_ignore_on_save or ())
     packed = _pack_all((name, weight) for name, weight in weights.items() if name not in ignored)
-    # The names of the modules, whatever the architecture was called elsewhere: loading then has nothing to convert.
+    # The names of the modules, not those of the architecture's original checkpoints: loading has nothing to convert.
     model.save_pretrained(folder, state_dict=packed, max_shard_size=max_shard_size, save_original_format=False)
     config = copy.deepcopy(model.config)
     config.quantization_config = BitmaskConfig()
@@ -144,13 +144,13 @@ def _pack_all(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 @register_quantization_config("bitmask")
 class BitmaskConfig(QuantizationConfigMixin):
-    """What config.json says of a packed checkpoint.
+    """The entry of a packed checkpoint in config.json.
 
     Raises:
         ValueError: If a newer release wrote it.
     """
 
-    dequantize = True  # the host then forgets, after loading, that there was another form
+    dequantize = True  # transformers then treats the loaded model as one that was never quantized
 
     def __init__(self, format_version: str = FORMAT_VERSION, **_: Any) -> None:
         if format_version != FORMAT_VERSION:
@@ -164,23 +164,23 @@ class BitmaskConfig(QuantizationConfigMixin):
 
 @register_quantizer("bitmask")
 class BitmaskQuantizer(HfQuantizer):
-    """Unpack a packed checkpoint while the host loads it, tensor by tensor."""
+    """A quantizer that unpacks a checkpoint while transformers loads it, tensor by tensor."""
 
-    requires_calibration = True  # the host then refuses it for a checkpoint that is not packed
+    requires_calibration = True  # transformers then refuses it for a checkpoint that is not packed
 
     def is_serializable(self) -> bool:
-        """Say that a loaded model can be saved: it is dense."""
+        """Return True: a loaded model is dense and can be saved."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Say that a loaded model can be trained: it is dense."""
+        """Return True: a loaded model is dense and can be trained."""
         return True
 
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform], model: PreTrainedModel
     ) -> list[WeightTransform]:
-        """Replace the conversions of the architecture: a packed checkpoint has the names of the modules."""
+        """Replace the conversions of the architecture, because a packed checkpoint has the names of the modules."""
         # "(.+)" becomes the first group of the sources: every tensor passes, and a pair meets under one name
         return [WeightConverter([rf"^\1\{SUFFIX}$", r"^\1$"], ["(.+)"], [_Unpack()])]
 
@@ -190,7 +190,7 @@ class BitmaskQuantizer(HfQuantizer):
                 "A packed checkpoint must be loaded whole, got a distributed configuration. Load it in one process "
                 "and call `save_pretrained`; that folder can be distributed."
             )
-        with torch.device("cpu"):  # the host builds the model on the meta device
+        with torch.device("cpu"):  # transformers builds the model on the meta device
             check_files(kwargs.get("checkpoint_files") or [], model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -212,7 +212,7 @@ class _Unpack(ConversionOps):
 
 
 def check_files(files: Iterable[str | PathLike[str]], model: PreTrainedModel) -> None:
-    """Refuse weights that would not give the model back whole.
+    """Refuse weights that would not restore the whole model.
 
     Args:
         files: All weights files of a packed checkpoint.
@@ -220,7 +220,7 @@ def check_files(files: Iterable[str | PathLike[str]], model: PreTrainedModel) ->
 
     Raises:
         ValueError: If a file is no complete safetensors file, or if a tensor that the model wants lacks its half or
-            has another shape, dtype or number of values than the other half says.
+            has another shape, dtype or number of values than the other half calls for.
     """
     slices = open_tensors(files)
     wanted = model.state_dict()
@@ -256,11 +256,11 @@ def pack_folder(folder: str | PathLike[str], output: str | PathLike[str]) -> Non
     """Write a packed copy of a checkpoint: its weights, configuration, tokenizer and texts.
 
     Args:
-        folder: What `load_model` loads.
+        folder: Checkpoint that `load_model` can load.
         output: A folder that does not exist yet, or is empty.
 
     Raises:
-        ValueError: If the output is not empty, or for what `load_model` refuses.
+        ValueError: If the output is not empty, or if `load_model` refuses the checkpoint.
         OSError: If the folder is no checkpoint.
     """
     folder, output = Path(folder), Path(output)

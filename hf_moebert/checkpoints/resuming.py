@@ -1,4 +1,4 @@
-"""Which of the checkpoints that a run left behind can be trusted after a crash."""
+"""Find the checkpoint to resume from after a crash."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,14 +13,14 @@ logger = logging.get_logger(__name__)
 
 
 def last_complete_checkpoint(folder: str, *, files: Sequence[str] = ()) -> str:
-    """Find the newest checkpoint whose saving was not cut short; newer ones are named in a warning.
+    """Return the newest checkpoint that was saved completely, with a warning for each newer one.
 
-    The host writes `trainer_state.json` after its weights and its optimizer, and callbacks write after that. So a
-    checkpoint is complete if that file can be read, and the callbacks' files can.
+    The Trainer writes `trainer_state.json` after the weights and the optimizer, and callbacks write after that. So a
+    checkpoint is complete if that file and the callbacks' files can be read.
 
     Args:
         folder: `output_dir` of the run.
-        files: Safetensors files that every checkpoint must hold besides, such as the `checkpoint_files` of
+        files: Further safetensors files that every checkpoint must hold, such as the `checkpoint_files` of
             `PlatonPruningCallback`.
 
     Raises:
@@ -30,7 +30,7 @@ def last_complete_checkpoint(folder: str, *, files: Sequence[str] = ()) -> str:
         try:
             TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
             for file in [*Path(checkpoint).glob("model*.safetensors"), *(Path(checkpoint) / name for name in files)]:
-                with safe_open(file, framework="pt"):  # reads the header, and that the file is as long as it says
+                with safe_open(file, framework="pt"):  # reads the header, and checks the length of the file
                     pass
         except (OSError, ValueError, SafetensorError):
             logger.warning(f"{checkpoint} is incomplete and is skipped: its saving was cut short.")

@@ -1,4 +1,4 @@
-"""Measure classifiers side by side: quality, size and speed on the same examples and the same machine."""
+"""Compare classifiers in quality, size and speed, on the same examples and the same machine."""
 
 import copy
 import shlex
@@ -34,7 +34,7 @@ from .scores import CLASSIFICATION_SCORES, REGRESSION_SCORES, paired_bootstrap, 
 
 @dataclass(frozen=True)
 class TextColumns:
-    """Where the texts and labels of a data set are, and how many tokens of them count."""
+    """The columns of a data set that hold texts and labels, and the length texts are truncated to."""
 
     text_column: str = "text"
     text_pair_column: str | None = None
@@ -44,7 +44,7 @@ class TextColumns:
 
 @dataclass(frozen=True)
 class Latency:
-    """The forward passes that are timed: random ids, no padding."""
+    """The timed forward passes: their shape, number and clock. Inputs are random ids without padding."""
 
     batch: int = 1
     seq: int = 128
@@ -77,7 +77,7 @@ def measure(
     threads: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure sequence classifiers against one of them.
+    """Compare sequence classifiers with one of them.
 
     All score the same examples, labels are matched by name, and their forward passes are timed in turns.
 
@@ -87,21 +87,21 @@ def measure(
         baseline: The name in `models` that the others are compared with.
         optimized: Precisions in which every model is measured once more, after `optimize_for_inference`, under the
             name `model, precision`.
-        metrics: Names of `hf_moebert.measuring.scores.score`; by default what suits the problem.
-        columns: Where texts and labels are; by default "text" and "label".
-        latency: Which forward passes are timed; by default of one sequence of 128 tokens.
-        batch_size: Examples at a time while scoring.
-        max_examples: Score this many, drawn by the seed; None scores all.
+        metrics: Names known to `hf_moebert.measuring.scores.score`; by default those usual for the problem.
+        columns: Columns of texts and labels; by default "text" and "label".
+        latency: Timed forward passes; by default of one sequence of 128 tokens.
+        batch_size: Examples per batch while scoring.
+        max_examples: Size of the random sample that is scored; None scores all.
         threads: Threads torch computes with; None leaves their number as it is.
-        seed: Of the draw of examples, of the bootstrap and of the timed ids.
+        seed: Seed of the sample, the bootstrap and the timed ids.
 
     Returns:
-        JSON-able: "models" holds "source", "optimized", "footprint", "scores", "differences" and "speed_up" of each,
-        by name; the rest says how they were measured: "baseline", "command", "seed", "settings" and "environment".
+        A JSON-able mapping: "models" holds "source", "optimized", "footprint", "scores", "differences" and "speed_up"
+        of each, by name; "baseline", "command", "seed", "settings" and "environment" describe the measurement.
 
     Raises:
         ValueError: If the baseline is not among the models, if a checkpoint lacks weights, if models differ in their
-            labels, if a length does not fit a model, or for what data, optimisation, metrics and latency refuse.
+            labels, if a length does not fit a model, or if data, optimisation, metrics or latency refuse their part.
     """
     columns, latency = columns or TextColumns(), latency or Latency()
     if baseline not in models:
@@ -109,18 +109,16 @@ def measure(
     for name, value in (("max_examples", max_examples), ("threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}. Leave it out for the default.")
-    for precision in optimized:
-        check_precision(cast(Precision, precision))
-    forms = {f"{name}, {form}": (name, form) for name in models for form in optimized}
-    if clash := sorted(forms.keys() & models.keys()):
-        raise ValueError(f"`models` must not have the names of optimised ones, got {clash}. Name them differently.")
+    variants = _list_variants(models, optimized)
     with _threads(threads):
         loaded = {name: _load(source, columns.max_length) for name, source in models.items()}
         footprints = {
             name: measure_footprint(entry.model, seq_len=latency.seq, folder=entry.folder)
             for name, entry in loaded.items()
         }
-        loaded |= {new: _optimize(loaded[name], form) for new, (name, form) in forms.items()}
+        for name, (original, precision) in variants.items():
+            if precision is not None:
+                loaded[name] = _optimize(loaded[original], precision)
         calls = _forward_passes(loaded, latency, seed)  # before the scores: they take longer and refuse less
         speed_ups = compare_latency(calls, baseline=baseline, rounds=latency.rounds, clock=latency.clock, seed=seed)
         if max_examples is not None and max_examples < len(dataset):
@@ -129,18 +127,18 @@ def measure(
             loaded, dataset, baseline, metrics, columns=columns, batch_size=batch_size, seed=seed
         )
         measured_on = environment()
+    results = {}
+    for name, (original, precision) in variants.items():
+        results[name] = {
+            "source": models[original],
+            "optimized": precision,
+            "footprint": asdict(footprints[original]),
+            **quality[name],
+            "speed_up": asdict(speed_ups[name]) if name in speed_ups else None,
+        }
     return {
         "baseline": baseline,
-        "models": {
-            name: {
-                "source": models[original],
-                "optimized": form,
-                "footprint": asdict(footprints[original]),
-                **quality[name],
-                "speed_up": asdict(speed_ups[name]) if name in speed_ups else None,
-            }
-            for name, (original, form) in ({name: (name, None) for name in models} | forms).items()
-        },
+        "models": results,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "seed": seed,
         "settings": {
@@ -151,6 +149,18 @@ def measure(
         },
         "environment": measured_on,
     }
+
+
+def _list_variants(models: Mapping[str, str], optimized: Sequence[str]) -> dict[str, tuple[str, str | None]]:
+    """Return the model and the precision of everything that is measured, by name; None is the model as it is."""
+    variants: dict[str, tuple[str, str | None]] = {name: (name, None) for name in models}
+    for precision in optimized:
+        check_precision(cast(Precision, precision))
+    for name in models:
+        variants |= {f"{name}, {precision}": (name, precision) for precision in optimized}
+    if clash := sorted(name for name in models if variants[name] != (name, None)):
+        raise ValueError(f"`models` must not have the names of optimised ones, got {clash}. Name them differently.")
+    return variants
 
 
 @contextmanager
@@ -240,7 +250,7 @@ def _has_names(config: PretrainedConfig) -> bool:
 
 
 def _label_order(name: str, config: PretrainedConfig, baseline: PretrainedConfig) -> list[int]:
-    """For each label of the baseline, find the column of the same label in the logits of another model."""
+    """Return for each label of the baseline the column of the same label in the logits of another model."""
     if _has_names(config) and _has_names(baseline):
         if config.label2id.keys() == baseline.label2id.keys():
             return [config.label2id[baseline.id2label[index]] for index in range(baseline.num_labels)]

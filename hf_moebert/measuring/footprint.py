@@ -1,4 +1,4 @@
-"""What a model costs to store and to run: parameters, bytes on disk and floating point operations."""
+"""Count the cost of storing and running a model: parameters, bytes on disk and floating point operations."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +17,11 @@ from hf_moebert.inference.optimized import OptimizedModule
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one model costs.
+    """The cost of one model.
 
     Attributes:
         total: Distinct parameters; a tied parameter counts once.
-        active: Parameters that one token meets.
+        active: Parameters used for one token.
         nonzero: Parameters that differ from zero, None for a model on the meta device.
         bytes_on_disk: Size of the safetensors files, None when no folder was given.
         flops_per_token: Floating point operations (two per multiply-add) of the forward pass for each token, None
@@ -36,15 +36,15 @@ class Footprint:
 
 
 def measure_footprint(model: nn.Module, *, seq_len: int = 128, folder: str | PathLike[str] | None = None) -> Footprint:
-    """Count what a model stores, touches and computes.
+    """Count the parameters, bytes and operations of a model.
 
-    A module that uses only a part of its own parameters for one token says so with a float attribute
-    `active_fraction`, in (0, 1]; the parameters of all other modules count fully.
+    A module that uses only a part of its own parameters for one token has a float attribute `active_fraction`, in
+    (0, 1]: see `hf_moebert.architectures.protocols.PartlyActive`. The parameters of all other modules count fully.
 
     Args:
         model: The model, on any device; one on the meta device is counted without its values.
         seq_len: Tokens of the sequence whose operations are counted.
-        folder: Where the model was saved, to add up its `*.safetensors` files.
+        folder: Checkpoint of the model, whose `*.safetensors` files are added up.
 
     Raises:
         ValueError: If `seq_len` does not fit the model, if the model is optimised for inference, or if `folder` holds
@@ -75,13 +75,13 @@ def _count_active(model: nn.Module) -> int:
     for module in model.modules():
         fraction = getattr(module, "active_fraction", 1.0)
         for parameter in module.parameters(recurse=False):
-            # A parameter tied to two modules is met as often as the busier one meets it.
+            # A parameter tied to two modules is used as often as the busier one uses it.
             fractions[parameter] = max(fraction, fractions.get(parameter, 0.0))
     return round(sum(parameter.numel() * fraction for parameter, fraction in fractions.items()))
 
 
 def count_bytes(folder: Path) -> int:
-    """Add up the files with the weights of a saved model.
+    """Add up the bytes of a checkpoint's weights files.
 
     Raises:
         ValueError: If there are none.
@@ -107,13 +107,13 @@ def _count_flops(model: PreTrainedModel, seq_len: int) -> float:
     device = next(model.parameters()).device
     # Different ids, because experts may be chosen by the id.
     input_ids = (torch.arange(seq_len, device=device) % vocabulary).unsqueeze(0)  # (1, seq)
-    formulas = {  # for operations that the counter does not know: it would take them for free
+    formulas = {  # for operations that the counter does not know, and would count as nothing
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         torch.ops.aten._grouped_mm: _grouped_flops,
     }
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with _evaluating(model), torch.no_grad():
-        model(input_ids=input_ids)  # what a model makes once for all calls is not part of a token
+        model(input_ids=input_ids)  # work done once for all calls is not part of a token
         with counter:
             model(input_ids=input_ids)
     return counter.get_total_flops() / seq_len

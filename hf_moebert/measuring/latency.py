@@ -1,4 +1,4 @@
-"""Compare the speed of callables fairly: interleaved rounds, paired ratios, intervals and the machine they ran on."""
+"""Compare the speed of callables fairly: interleaved rounds, paired ratios, intervals, environment."""
 
 import platform
 import shutil
@@ -20,7 +20,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """How many times faster than the baseline, and how sure that is.
+    """A speed-up over the baseline with its uncertainty.
 
     Attributes:
         median: Median over the rounds of time(baseline) / time(this); above 1 is faster.
@@ -28,7 +28,7 @@ class SpeedUp:
         high: Upper end of that interval.
         spread: Inter-quartile range of the ratios.
         rounds: Number of ratios.
-        threads: Threads torch computed with.
+        threads: Threads that torch computed with.
         clock: "wall" or "cpu".
     """
 
@@ -50,16 +50,16 @@ def compare_latency(
     clock: Literal["wall", "cpu"] = "wall",
     seed: int = 0,
 ) -> dict[str, SpeedUp]:
-    """Time callables against one of them, in turns.
+    """Time callables in turns, and compare them with one of them.
 
     Each round calls every callable once, in an order that rotates from round to round, so that a slow moment of the
-    machine meets all of them alike. Only times of the same round are compared.
+    machine affects all of them alike. Only times of the same round are compared.
 
     Args:
-        calls: What to time; a call returns once its work is done.
+        calls: Callables by name; a call returns once its work is done.
         baseline: The name in `calls` that the others are compared with.
-        rounds: Rounds that are timed.
-        warmup: Rounds before them that are not.
+        rounds: Timed rounds.
+        warmup: Rounds before them that are not timed.
         clock: "wall" for elapsed time; "cpu" for the time of this thread alone, which others on the machine disturb
             less.
         seed: Seed of the bootstrap.
@@ -84,7 +84,7 @@ def time_rounds(
     warmup: int = 3,
     clock: Literal["wall", "cpu"] = "wall",
 ) -> dict[str, np.ndarray]:
-    """Time callables in turns; `compare_latency` says how, and what it refuses.
+    """Time callables in turns, as `compare_latency` does, and with its refusals.
 
     Returns:
         Seconds of each callable in each round after the warm-up, `(rounds,)`.
@@ -113,9 +113,9 @@ def time_rounds(
 
 
 def compare_times(times: Mapping[str, np.ndarray], *, baseline: str, clock: str, seed: int = 0) -> dict[str, SpeedUp]:
-    """Pair the times of `time_rounds` with one callable's, round by round.
+    """Compare the times of `time_rounds` with those of one callable, round by round.
 
-    One run can so be compared with several baselines.
+    The same times can be compared with several baselines.
 
     Returns:
         The speed-up of every callable but the baseline, by name.
@@ -136,7 +136,7 @@ def _median_interval(ratios: np.ndarray, seed: int) -> tuple[float, float]:
 
 
 def environment() -> dict[str, Any]:
-    """Describe what a measurement ran on: versions, processor, threads and the back ends torch may use."""
+    """Describe the environment of a measurement: versions, processor, threads and the back ends torch may use."""
     return {
         "hf_moebert": _revision(),
         "python": platform.python_version(),
@@ -163,7 +163,7 @@ def _cpu_name() -> str:
 def _revision() -> str:
     checkout = Path(__file__).resolve().parents[2]
     git = shutil.which("git")
-    # Only a checkout of this package tells about it: an installed copy may lie inside somebody else's.
+    # An installed copy may lie inside the checkout of something else, whose commit means nothing here.
     if git is None or not (checkout / ".git").exists():
         return metadata.version("hf_moebert")
     describe = [git, "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

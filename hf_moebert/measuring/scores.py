@@ -1,4 +1,4 @@
-"""Predictions of a model, and scores with the uncertainty that a finite test set leaves."""
+"""Predict with a model, and score its predictions with bootstrap intervals."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from .metrics.seqeval.seqeval import micro_f1, micro_precision, micro_recall
 
 Score = Callable[[np.ndarray, np.ndarray], float]
 
-# metrics of one prediction per example, by the names of `hf_moebert.measuring.metrics`
+# Metrics of one prediction per example, by the names of `hf_moebert.measuring.metrics`
 CLASSIFICATION_SCORES: dict[str, dict[str, Score]] = {
     "accuracy": {"accuracy": accuracy},
     "f1": {"f1": f1},
     "matthews_correlation": {"matthews_correlation": matthews_correlation},
 }
 REGRESSION_SCORES: dict[str, dict[str, Score]] = {"pearson_spearman": {"pearson": pearson, "spearman": spearman}}
-# of the counts of `hf_moebert.measuring.metrics.seqeval.seqeval.count_spans`, one pair for each sentence
+# Metrics of the counts of `hf_moebert.measuring.metrics.seqeval.seqeval.count_spans`, one pair for each sentence
 SPAN_SCORES: dict[str, Score] = {"precision": micro_precision, "recall": micro_recall, "f1": micro_f1}
 
 __all__ = ["Interval", "bootstrap_interval", "paired_bootstrap", "predict_logits", "score", "tags_of"]
@@ -48,13 +48,13 @@ def predict_logits(
     data_collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
     batch_size: int = 32,
 ) -> np.ndarray:
-    """Run a sequence classifier over a dataset without gradients, and leave its modes as they were.
+    """Run a sequence classifier over a data set without gradients, and restore its training mode.
 
-    Texts of similar length share a batch, so that little is padded; the logits come back in the order of the dataset.
+    Texts of similar length share a batch, so that little is padded; the logits come in the order of the data set.
 
     Args:
         model: Returns `logits`, one row per example; runs on the device of its parameters.
-        dataset: Encoded examples with `input_ids`; labels are not shown to the model.
+        dataset: Encoded examples with `input_ids`; labels are not passed to the model.
         data_collator: Pads a list of examples to tensors.
         batch_size: Examples per forward pass.
 
@@ -62,7 +62,7 @@ def predict_logits(
         The logits in float32. Shape `(examples, labels)`.
 
     Raises:
-        ValueError: If the dataset is empty or not encoded, or the logits are not one row per example.
+        ValueError: If the data set is empty or not encoded, or the logits are not one row per example.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
@@ -106,7 +106,7 @@ def bootstrap_interval(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Measure a metric, and how it varies over test sets drawn with replacement from this one.
+    """Measure a metric, and its variation over test sets drawn with replacement from this one.
 
     Args:
         metric: Maps predictions and references of equal length to a number.
@@ -114,7 +114,7 @@ def bootstrap_interval(
         references: Shape `(examples, ...)`.
         rounds: Number of resampled test sets.
         confidence: Share of the rounds inside the interval, in (0, 1).
-        seed: Of the resampling.
+        seed: Seed of the resampling.
 
     Raises:
         ValueError: If the lengths differ or are 0, or `rounds` or `confidence` is out of range.
@@ -139,18 +139,18 @@ def paired_bootstrap(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Measure by how much `a` scores above `b`, both on the same resampled test sets.
+    """Measure the difference between the scores of `a` and `b` on the same resampled test sets.
 
-    An interval that leaves out 0 shows a difference which the choice of test examples does not explain.
+    An interval without 0 shows a difference that the choice of test examples does not explain.
 
     Args:
         metric: Maps predictions and references of equal length to a number.
-        predictions_a: Of the first model. Shape `(examples, ...)`.
-        predictions_b: Of the second model, on the same examples. Shape `(examples, ...)`.
+        predictions_a: Predictions of the first model. Shape `(examples, ...)`.
+        predictions_b: Predictions of the second model on the same examples. Shape `(examples, ...)`.
         references: Shape `(examples, ...)`.
         rounds: Number of resampled test sets.
         confidence: Share of the rounds inside the interval, in (0, 1).
-        seed: Of the resampling.
+        seed: Seed of the resampling.
 
     Raises:
         ValueError: If the lengths differ or are 0, or `rounds` or `confidence` is out of range.
@@ -195,7 +195,7 @@ def score(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Score logits against the truth: the most likely class, or the one number of a regression.
+    """Score logits against the references, as classes by their argmax or as the number of a regression.
 
     Args:
         metric_names: One or more of "accuracy", "f1", "matthews_correlation" and "pearson_spearman"; see
@@ -204,10 +204,10 @@ def score(
         references: Class indices, or numbers. Shape `(examples,)`.
         rounds: Number of resampled test sets.
         confidence: Share of the rounds inside each interval, in (0, 1).
-        seed: Of the resampling, which is the same for every metric.
+        seed: Seed of the resampling, which is the same for every metric.
 
     Returns:
-        An interval for each number the metrics give, such as "pearson" and "spearman".
+        An interval for each number of each metric, such as "pearson" and "spearman".
 
     Raises:
         ValueError: If a metric does not exist or does not fit the logits.
@@ -232,15 +232,15 @@ def score(
 
 
 def tags_of(predictions: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> list[list[str]]:
-    """Name the predicted tags of the words of each sentence, as `hf_moebert.measuring.metrics` reads them.
+    """Convert predicted indices to the tags of each sentence's words, as `hf_moebert.measuring.metrics` takes them.
 
     Args:
-        predictions: Indices of tags, or the labels themselves for the true tags. Shape `(examples, seq)`.
-        labels: Anything at the first sub-word of a word, -100 elsewhere. Shape `(examples, seq)`.
+        predictions: Indices of tags; the labels themselves give the true tags. Shape `(examples, seq)`.
+        labels: Anything but -100 at the first sub-word of a word, -100 elsewhere. Shape `(examples, seq)`.
         names: Tags in the order of their indices.
 
     Returns:
-        For each sentence one tag a word; none for a sentence without words.
+        For each sentence one tag per word; none for a sentence without words.
 
     Raises:
         ValueError: If the shapes differ, or a prediction at a word is no index into `names`.

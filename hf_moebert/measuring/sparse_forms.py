@@ -1,4 +1,4 @@
-"""Compare what each sparse form of a pruned model brings: bytes and speed."""
+"""Compare the sparse forms of a pruned model by bytes and by speed."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
@@ -15,13 +15,13 @@ from hf_moebert.measuring.latency import SpeedUp, compare_latency
 
 @dataclass(frozen=True)
 class SparseForm:
-    """What one form of a pruned model brings.
+    """The size and speed of a pruned model in one form.
 
     Attributes:
         form: "dense", "packed", "csr" or "2:4".
-        bytes: What the pruned matrices take in it: on disk if packed, else in memory; None if it cannot be had here.
-        speed_up: Of the forward pass, against dense; None where nothing was timed.
-        meaning: The same in words.
+        bytes: Size of the pruned matrices, on disk if packed, else in memory; None if the form is unavailable here.
+        speed_up: Speed-up of the forward pass over dense; None where nothing was timed.
+        meaning: The result in words.
     """
 
     form: str
@@ -39,17 +39,17 @@ def compare_sparse_forms(
     max_kept: float = 0.5,
     seed: int = 0,
 ) -> list[SparseForm]:
-    """Measure in which form a pruned model is smaller, and in which it is faster, on the device it is on.
+    """Measure which forms make a pruned model smaller, and which make it faster, on the device it is on.
 
-    A model whose neurons or heads were cut out is narrower by itself, so that is no form of its own.
+    A model whose neurons or heads were removed is narrower by itself, so that is no form of its own.
 
     Args:
         model: A pruned model that runs on ids; it is left as it is.
-        batch: Sequences of a timed pass.
-        seq: Tokens of each of them.
+        batch: Sequences per timed pass.
+        seq: Tokens per sequence.
         rounds: Timed passes of every form, in turns.
-        max_kept: As for `to_sparse_linears`.
-        seed: Of the timed ids and the intervals.
+        max_kept: As in `to_sparse_linears`.
+        seed: Seed of the timed ids and of the intervals.
 
     Returns:
         Dense, packed, csr and 2:4, in this order.
@@ -61,27 +61,27 @@ def compare_sparse_forms(
     pruned = [weight for weight in model.parameters() if weight.dim() > 1 and packed_bytes(weight) < weight.nbytes]
     dense = sum(weight.nbytes for weight in pruned)
     packed = sum(packed_bytes(weight) for weight in pruned)
-    shadows, shares, refusals = {"dense": _shadow(model)}, {}, {}
+    copies, shares, refusals = {"dense": _copy_modules(model)}, {}, {}
     for layout in LAYOUTS:
         try:
             shares[layout] = find_sparse_linears(model, layout, max_kept=max_kept)
         except ValueError as error:
             refusals[layout] = str(error)
         else:
-            shadows[layout] = _shadow(model)
-            to_sparse_linears(shadows[layout], layout, max_kept=max_kept)
-    passes = {form: _forward_pass(shadow, inputs) for form, shadow in shadows.items()}
+            copies[layout] = _copy_modules(model)
+            to_sparse_linears(copies[layout], layout, max_kept=max_kept)
+    passes = {form: _forward_pass(copied, inputs) for form, copied in copies.items()}
     speed_ups = compare_latency(passes, baseline="dense", rounds=rounds, seed=seed)
     forms = [
         SparseForm("dense", dense, None, "as `from_pretrained` gives it"),
-        SparseForm("packed", packed, None, _say_size(packed, dense)),
+        SparseForm("packed", packed, None, _describe_size(packed, dense)),
     ]
     for layout in LAYOUTS:
         if layout in refusals:
             forms.append(SparseForm(layout, None, None, refusals[layout]))
         else:
             saved = _count_saved(model, shares[layout], layout)
-            meaning = _say_speed(speed_ups[layout], model, shares[layout])
+            meaning = _describe_speed(speed_ups[layout], model, shares[layout])
             forms.append(SparseForm(layout, dense - saved, speed_ups[layout], meaning))
     return forms
 
@@ -101,8 +101,8 @@ def _draw_inputs(model: PreTrainedModel, batch: int, seq: int, seed: int) -> dic
     return dict.fromkeys(names, ids.to(model.device))
 
 
-def _shadow(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy the modules of a model but not its weights: what becomes of the copy does not touch the model."""
+def _copy_modules(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy the modules of a model but share its weights, so that layers of the copy can be replaced."""
     weights = {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in model.parameters()}
     return copy.deepcopy(model, weights).eval()
 
@@ -118,7 +118,7 @@ def _forward_pass(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Calla
 
 
 def _count_saved(model: nn.Module, shares: Mapping[str, float], layout: Layout) -> int:
-    """Count the bytes that the replaced layers take less than dense ones; negative if they take more."""
+    """Count the bytes saved by replacing layers; negative if the replacements take more."""
     saved = 0
     for name, share in shares.items():
         weight = model.get_parameter(f"{name}.weight")
@@ -130,13 +130,13 @@ def _count_saved(model: nn.Module, shares: Mapping[str, float], layout: Layout) 
     return saved
 
 
-def _say_size(packed: int, dense: int) -> str:
+def _describe_size(packed: int, dense: int) -> str:
     if not dense:
         return "nothing to gain: no matrix has zeros enough"
     return f"file {packed / dense:.0%} of dense; same speed, because it is dense in memory"
 
 
-def _say_speed(speed_up: SpeedUp, model: nn.Module, shares: Mapping[str, float]) -> str:
+def _describe_speed(speed_up: SpeedUp, model: nn.Module, shares: Mapping[str, float]) -> str:
     sizes = {name: model.get_parameter(f"{name}.weight").numel() for name in shares}
     zeros = 1 - sum(shares[name] * size for name, size in sizes.items()) / sum(sizes.values())
     if speed_up.low > 1:

@@ -1,4 +1,4 @@
-"""Model cards, and publishing a finished checkpoint folder on the Hub."""
+"""Publish a finished checkpoint folder on the Hub."""
 
 import fnmatch
 import glob
@@ -10,7 +10,7 @@ import huggingface_hub
 
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-# What a Trainer leaves behind for itself: of no use to others, and mostly pickle.
+# Files that a Trainer keeps to resume: of no use to others, and mostly pickle.
 TRAINER_FILES = (
     "training_args.bin",
     "optimizer*",
@@ -27,20 +27,20 @@ PICKLE_SUFFIXES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl"
 def publish(folder: str | PathLike[str], repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
     """Upload a finished checkpoint folder, with its code, card and pictures, to the Hub.
 
-    Hidden files and what a Trainer keeps for itself stay behind. An interrupted upload can be run again.
+    Hidden files and the files a Trainer resumes from are not uploaded. An interrupted upload can be repeated.
 
     Args:
-        folder: Holds `config.json` and `model.safetensors` (or its shards and their index).
-        repo_id: "name" or "owner/name"; made if it does not exist.
+        folder: Folder with `config.json` and `model.safetensors` (or its shards and their index).
+        repo_id: "name" or "owner/name"; created if it does not exist.
         private: Whether only its owner may see the repository.
-        revision: Branch to upload to, made if it does not exist; the main branch by default.
+        revision: Branch to upload to, created if it does not exist; the main branch by default.
 
     Returns:
-        Address of the commit; its last part is the revision that a user can pin.
+        Address of the commit; its last part is the revision to pin.
 
     Raises:
         ValueError: If the folder is not a checkpoint, holds a pickle or a link that leads out of it, or if
-            `private` is asked of a repository that exists and is public.
+            `private` is set for a repository that exists and is public.
     """
     folder = Path(folder)
     files = _list_files(folder)
@@ -66,7 +66,7 @@ def publish(folder: str | PathLike[str], repo_id: str, *, private: bool = False,
 
 
 def _list_files(folder: Path) -> list[Path]:
-    """List what is to be published, relative to the folder, and refuse what never should be."""
+    """List the files to publish, relative to the folder, and refuse those that must never be."""
     files = []
     for path in folder.rglob("*"):
         relative = path.relative_to(folder)

@@ -1,4 +1,4 @@
-"""Write the card of a compressed model."""
+"""Write the model card of a compressed model."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from .tables import Rows, escape_markdown, markdown_table, one_line, picture_link
+from .report import picture_link
+from .tables import Rows, escape_markdown, markdown_table, one_line
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -31,24 +32,24 @@ def write_model_card(
     commands: Sequence[str] = (),
     tags: Sequence[str] = (),
 ) -> Path:
-    """Write the README.md of a checkpoint folder: how to load the model, what it reaches and where it ends.
+    """Write the README.md of a checkpoint folder: how to load the model, its results and its limitations.
 
-    Every text is shown as it is: none can add markup, HTML or metadata to the card.
+    All texts are escaped: none can add markup, HTML or metadata to the card.
 
     Args:
-        folder: Where the model was saved, with its `config.json`.
-        repo_id: Where it will be published, "name" or "owner/name".
+        folder: Checkpoint of the model, with its `config.json`.
+        repo_id: Repository it will be published in, "name" or "owner/name".
         base_model: Hub id (or local name) of the model that was compressed.
         task: Pipeline task, such as "text-classification".
-        dataset: Hub id (or plain name) of the data the results were measured on.
+        dataset: Hub id (or plain name) of the data set that the results were measured on.
         language: ISO 639 code.
         license: Identifier known to the Hub, such as "apache-2.0".
         results: Value of each metric, by the metric's name.
         tables: Rows of further tables, by heading.
         split: Split of the data set that was measured.
-        limitations: What the model should not be used for.
+        limitations: Uses the model is not fit for.
         pictures: Caption and file (inside the folder) of each picture.
-        commands: Shell commands that produce the model and its numbers.
+        commands: Shell commands that reproduce the model and its numbers.
         tags: Further Hub tags.
 
     Returns:

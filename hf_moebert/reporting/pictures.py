@@ -1,4 +1,4 @@
-"""Pictures of what compression does to a model, and of what it is worth."""
+"""Draw how compression changes a model, its quality and its speed."""
 
 import math
 import re
@@ -22,11 +22,11 @@ except ImportError as error:
 
 
 def plot_expert_load(load: Tensor, path: str | PathLike[str]) -> None:
-    """Draw which share of the tokens each expert of each layer received.
+    """Draw the share of tokens that each expert of each layer received.
 
     Args:
         load: Counts or shares of tokens. Shape `(layers, experts)`.
-        path: Image to write; the ending chooses the format.
+        path: Image file to write; its suffix selects the format.
 
     Raises:
         ValueError: If the shape is another, if a count is negative or not finite, or if a layer received no token.
@@ -61,11 +61,11 @@ def plot_expert_load(load: Tensor, path: str | PathLike[str]) -> None:
 
 
 def plot_distillation_losses(log_history: Sequence[Mapping[str, Any]], path: str | PathLike[str]) -> None:
-    """Draw how each distillation loss fell while the student trained.
+    """Draw each distillation loss over the steps of training.
 
     Args:
         log_history: `trainer.state.log_history`; read are `loss_hidden_<k>` (0 = embeddings) and `loss_prediction`.
-        path: Image to write; the ending chooses the format.
+        path: Image file to write; its suffix selects the format.
 
     Raises:
         ValueError: If no such loss was logged.
@@ -101,7 +101,7 @@ def plot_sparsity(log_history: Sequence[Mapping[str, Any]], path: str | PathLike
 
     Args:
         log_history: `trainer.state.log_history`; read are the `platon_sparsity/<parameter>` of its last entry.
-        path: Image to write; the ending chooses the format.
+        path: Image file to write; its suffix selects the format.
 
     Raises:
         ValueError: If no such share was logged.
@@ -140,7 +140,7 @@ def plot_pruning(log_history: Sequence[Mapping[str, Any]], path: str | PathLike[
     Args:
         log_history: `trainer.state.log_history`; read are `platon_ratio`, `platon_sparsity`, `platon_threshold` and
             `platon_revived`.
-        path: Image to write; the ending chooses the format.
+        path: Image file to write; its suffix selects the format.
 
     Raises:
         ValueError: If nothing of it was logged.
@@ -169,13 +169,13 @@ def plot_pruning(log_history: Sequence[Mapping[str, Any]], path: str | PathLike[
 
 
 def plot_quality_and_speed(points: Sequence[Mapping[str, Any]], path: str | PathLike[str], *, quality: str) -> None:
-    """Draw what models are worth beside how fast they are: a colour for each model, a marker for each precision.
+    """Draw the quality of models against their speed-up: a colour for each model, a marker for each precision.
 
     Args:
-        points: Each has a `model`, a `precision`, a `quality` (`value`, `low`, `high`), and in `speed_up` one for each
-            way of timing it (`median`, `low`, `high`), which has a panel of its own; the first is the baseline.
-        path: Image to write; the ending chooses the format.
-        quality: What the quality is called.
+        points: Each has a `model`, a `precision`, a `quality` (`value`, `low`, `high`), and in `speed_up` an interval
+            (`median`, `low`, `high`) for each way of timing, which gets its own panel; the first is the baseline.
+        path: Image file to write; its suffix selects the format.
+        quality: Label of the quality axis.
 
     Raises:
         ValueError: If there is no point, if points were timed in other ways than the first, or if there are more
@@ -223,13 +223,13 @@ def _plot_point(axes: Any, point: Mapping[str, Any], way: str, **style: Any) -> 
 def plot_curves(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: str | PathLike[str], *, x: str, y: str
 ) -> None:
-    """Draw one line for each name; beyond ten they share a scale of colours in their order.
+    """Draw one line for each name; more than ten are coloured along a scale, in their order.
 
     Args:
         curves: Points of each line: positions and values.
-        path: Image to write; the ending chooses the format.
-        x: What the positions are.
-        y: What the values are.
+        path: Image file to write; its suffix selects the format.
+        x: Label of the positions.
+        y: Label of the values.
 
     Raises:
         ValueError: If there is no line, or one of them has no point.
@@ -255,9 +255,9 @@ def plot_transitions(scores: Tensor, legal: Tensor, labels: Sequence[str], path:
 
     Args:
         scores: Rows are the previous tag, START first; columns the next one, END last. Shape `(tags + 1, tags + 1)`.
-        legal: Where a step is allowed. Shape `(tags + 1, tags + 1)`.
+        legal: True where a step is allowed. Shape `(tags + 1, tags + 1)`.
         labels: Names of the tags.
-        path: Image to write; the ending chooses the format.
+        path: Image file to write; its suffix selects the format.
 
     Raises:
         ValueError: If a shape is another, if no step is allowed, or if the score of an allowed one is not finite.
@@ -287,7 +287,7 @@ def plot_transitions(scores: Tensor, legal: Tensor, labels: Sequence[str], path:
 
 
 def plot_stacks(parts: Mapping[str, Sequence[float]], path: str | PathLike[str], *, x: str, y: str) -> None:
-    """Draw a bar at each position, a stack of what `parts` holds there; `x` and `y` say what both axes are.
+    """Draw a stacked bar of `parts` at each position; `x` and `y` are the labels of the axes.
 
     Raises:
         ValueError: If there is no part, or if they differ in length.

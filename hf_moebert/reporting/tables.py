@@ -1,13 +1,10 @@
-"""Tables and texts about a compressed model: for a terminal, a report, a model card."""
+"""Lay out tables for a terminal, a report or a model card."""
 
 import html
 import math
 import re
 from collections.abc import Mapping, Sequence
-from os import PathLike
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from rich.table import Table
 from rich.text import Text
@@ -42,7 +39,7 @@ def markdown_table(rows: Rows) -> str:
 
 
 def rich_table(rows: Rows, title: str) -> Table:
-    """Lay rows out for a terminal; whatever looks like markup in a cell is shown as it is.
+    """Lay out rows for a terminal; markup in a cell is shown as text.
 
     Raises:
         ValueError: If there is no row, or if rows differ in their columns.
@@ -66,7 +63,7 @@ def _columns(rows: Rows) -> list[str]:
 
 
 def measurement_rows(measurement: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Turn the result of `measuring.comparison.measure` into one row per model, numbers with their intervals."""
+    """Convert the result of `measuring.comparison.measure` to one row per model, numbers with their intervals."""
     return [
         _measurement_row(name, model, name == measurement["baseline"]) for name, model in measurement["models"].items()
     ]
@@ -88,7 +85,7 @@ def _measurement_row(name: str, model: Mapping[str, Any], is_baseline: bool) -> 
 
 
 def short_number(number: float) -> str:
-    """Write a count in three digits or so: 22.7M."""
+    """Format a count in about three digits: 22.7M."""
     thousands = min(int(math.log10(max(number, 1))) // 3, 3)
     return f"{number / 1000**thousands:.1f}{'kMG'[thousands - 1]}" if thousands else f"{number}"
 
@@ -96,52 +93,3 @@ def short_number(number: float) -> str:
 def _with_interval(interval: Mapping[str, float], middle: str, number: str) -> str:
     value, low, high = (number.format(interval[key]) for key in (middle, "low", "high"))
     return f"{value} [{low}, {high}]"
-
-
-def write_report(
-    folder: str | PathLike[str],
-    *,
-    title: str,
-    measurement: Mapping[str, Any],
-    pictures: Mapping[str, str | PathLike[str]],
-) -> Path:
-    """Write `report.md`: the table, the command, seed and machine behind it, and the pictures.
-
-    Args:
-        folder: Where to write, and where the pictures lie.
-        title: Heading.
-        measurement: What `hf_moebert.measuring.comparison.measure` returned.
-        pictures: Caption and file of each picture.
-
-    Returns:
-        The written file.
-
-    Raises:
-        ValueError: If a picture is not a file inside the folder.
-    """
-    folder = Path(folder)
-    facts = {"command": measurement["command"], "seed": measurement["seed"]}
-    facts |= measurement["settings"] | measurement["environment"]
-    parts = [
-        f"# {escape_markdown(title)}",
-        markdown_table(measurement_rows(measurement)),
-        "Intervals (95 %) are bootstrapped over examples for scores, over interleaved rounds for the speed-up.",
-        "## How it was measured",
-        markdown_table([{"what": key, "value": str(value)} for key, value in facts.items()]),
-        *(picture_link(folder, caption, file) for caption, file in pictures.items()),
-    ]
-    report = folder / "report.md"
-    report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return report
-
-
-def picture_link(folder: Path, caption: str, file: str | PathLike[str]) -> str:
-    """Write a Markdown picture whose link is relative to the folder, so that both can travel together.
-
-    Raises:
-        ValueError: If the picture is not a file inside the folder.
-    """
-    picture = Path(file).resolve()
-    if not picture.is_file() or not picture.is_relative_to(folder.resolve()):
-        raise ValueError(f"`pictures` must be files inside {str(folder)!r}, got {str(file)!r}. Save it there.")
-    return f"![{escape_markdown(caption)}]({quote(picture.relative_to(folder.resolve()).as_posix())})"

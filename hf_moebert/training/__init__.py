@@ -1,1 +1,1 @@
-"""Training: what the callbacks and Trainers of several methods share."""
+"""Training: schedules and checks that several methods share."""

@@ -1,4 +1,4 @@
-"""How a quantity moves over a run: pure functions of the optimiser step."""
+"""Schedules of a training run, as pure functions of the optimiser step."""
 
 
 def linear_ramp(step: int, *, begin: int, end: int) -> float:

@@ -1,4 +1,4 @@
-"""Refuse to work on models that are kept in shards, where whole tensors and their gradients must be seen."""
+"""Refuse sharded models where whole tensors and their gradients are needed."""
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
@@ -13,8 +13,8 @@ def refuse_sharded(model: nn.Module, rule: str) -> None:
     """Refuse FSDP, DeepSpeed, Megatron and tensor parallelism.
 
     Args:
-        model: As the Trainer has it.
-        rule: What must be seen whole, and by whom.
+        model: The model of the Trainer.
+        rule: Start of the error message: who needs which tensors whole.
 
     Raises:
         ValueError: If the model, or the run, is sharded.

@@ -1,4 +1,4 @@
-"""What is made from weights is kept while they stay as they are, and made anew after every kind of change."""
+"""Values derived from weights are kept while these stay as they are, and rebuilt after every kind of change."""
 
 import copy
 import pickle

@@ -27,7 +27,7 @@ from transformers import (
     XLMRobertaModel,
     pipeline,
 )
-from transformers import logging as host_logging
+from transformers import logging as transformers_logging
 
 from hf_moebert import optimize_for_inference, revert_optimizations
 from hf_moebert.inference import optimize
@@ -94,11 +94,11 @@ def is_optimized(model):
 
 
 @pytest.fixture
-def said(caplog):
-    """What was said by this package's logger."""
-    host_logging.enable_propagation()
+def log(caplog):
+    """The records of this package's logger."""
+    transformers_logging.enable_propagation()
     yield caplog
-    host_logging.disable_propagation()
+    transformers_logging.disable_propagation()
 
 
 @torch.no_grad()
@@ -206,23 +206,23 @@ def test_only_real_tokens_run():
 
 
 @torch.no_grad()
-def test_records_are_the_hosts():
+def test_recorded_hidden_states_are_those_of_transformers():
     model, batch = make("bert"), padded()
     expected = model(**batch, output_hidden_states=True)
     found = optimize_for_inference(model)(**batch, output_hidden_states=True)
-    for mine, his in zip(found.hidden_states, expected.hidden_states, strict=True):
-        torch.testing.assert_close(mine, his, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_attention_weights_are_the_hosts(said):
+def test_attention_weights_are_those_of_transformers(log):
     model, batch = make("bert"), padded()
     model.set_attn_implementation("eager")
     expected = model(**batch, output_attentions=True)
     found = optimize_for_inference(model)(**batch, output_attentions=True)
-    assert "`skip_padding` is skipped: attention is 'eager'" in said.text
-    for mine, his in zip(found.attentions, expected.attentions, strict=True):
-        torch.testing.assert_close(mine, his, atol=1e-5, rtol=1e-5)
+    assert "`skip_padding` is skipped: attention is 'eager'" in log.text
+    for ours, theirs in zip(found.attentions, expected.attentions, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -286,7 +286,7 @@ def test_loaded_and_replaced_weights_are_used():
 
 
 @torch.no_grad()
-def test_another_dtype_takes_the_hosts_way():
+def test_another_dtype_takes_the_way_of_transformers():
     model, batch = optimize_for_inference(make()), padded()
     expected = make().double()(**batch).logits
     torch.testing.assert_close(model.double()(**batch).logits, expected, atol=1e-9, rtol=1e-9)
@@ -295,7 +295,7 @@ def test_another_dtype_takes_the_hosts_way():
 
 
 @torch.no_grad()
-def test_layers_that_peft_wraps_stay_as_they_are(said):
+def test_layers_that_peft_wraps_stay_as_they_are(log):
     from peft import LoraConfig
 
     def adapt(model):
@@ -305,7 +305,7 @@ def test_layers_that_peft_wraps_stay_as_they_are(said):
 
     expected = adapt(make())(**padded()).logits
     before = optimize_for_inference(adapt(make()))
-    assert "stay as they are" in said.text
+    assert "stay as they are" in log.text
     torch.testing.assert_close(before(**padded()).logits, expected, atol=1e-5, rtol=1e-5)
     after = optimize_for_inference(make())
     after(**padded())
@@ -329,7 +329,7 @@ def test_adapters_that_were_merged_are_seen():
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's
-def test_prefix_tuning_takes_the_hosts_way():
+def test_prefix_tuning_takes_the_way_of_transformers():
     from peft import PrefixTuningConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -340,7 +340,7 @@ def test_prefix_tuning_takes_the_hosts_way():
 
 
 @torch.no_grad()
-def test_another_forward_of_one_module_is_respected(said):
+def test_another_forward_of_one_module_is_respected(log):
     def replaced(model):
         layer = model.encoder.layer[1]
         plain = type(layer.attention).forward.__get__(layer.attention)
@@ -351,7 +351,7 @@ def test_another_forward_of_one_module_is_respected(said):
     real = batch["attention_mask"].bool()
     expected = make("bert")(**batch).last_hidden_state[real]
     before = optimize_for_inference(replaced(make("bert")))
-    assert "`skip_padding` is skipped: the layers' forward is not the one known here" in said.text
+    assert "`skip_padding` is skipped: the layers' forward is not the one known here" in log.text
     torch.testing.assert_close(before(**batch).last_hidden_state[real], expected, atol=1e-5, rtol=1e-5)
     after = optimize_for_inference(make("bert"))
     after.encoder.layer[0].intermediate.dense.forward = lambda x: torch.zeros(*x.shape[:-1], 64)
@@ -443,8 +443,9 @@ def test_threads_may_share_a_model():
     assert right == [20, 20, 20]
 
 
+@pytest.mark.process
 @torch.no_grad()
-def test_export_sees_the_hosts_model():
+def test_export_sees_the_model_of_transformers():
     model, batch = make("bert"), padded()
     expected = model(**batch).last_hidden_state
     exported = torch.export.export(optimize_for_inference(model), (), batch)
@@ -452,8 +453,9 @@ def test_export_sees_the_hosts_model():
     torch.testing.assert_close(exported.module()(**batch).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.process
 @torch.no_grad()
-def test_torch_compile_sees_the_hosts_model():
+def test_torch_compile_sees_the_model_of_transformers():
     model, batch = make("bert"), padded()
     expected = model(**batch).last_hidden_state
     compiled = torch.compile(optimize_for_inference(model), backend="eager", fullgraph=True)
@@ -473,21 +475,21 @@ def test_a_pipeline_takes_an_optimised_model(classifiers):  # noqa: F811
     classify = pipeline("text-classification", model=str(classifiers / "large"), batch_size=3)
     expected = classify(texts, top_k=None)
     optimize_for_inference(classify.model)
-    for mine, his in zip(classify(texts, top_k=None), expected, strict=True):
-        assert [label["label"] for label in mine] == [label["label"] for label in his]
-        assert [label["score"] for label in mine] == pytest.approx([label["score"] for label in his], abs=1e-5)
+    for ours, theirs in zip(classify(texts, top_k=None), expected, strict=True):
+        assert [label["label"] for label in ours] == [label["label"] for label in theirs]
+        assert [label["score"] for label in ours] == pytest.approx([label["score"] for label in theirs], abs=1e-5)
 
 
 @torch.no_grad()
-def test_what_a_machine_lacks_is_said_in_one_line_and_skipped(monkeypatch, said):
+def test_what_a_machine_lacks_is_said_in_one_line_and_skipped(monkeypatch, log):
     reasons = {("int8", True): "no VNNI", ("bfloat16", False): "no bfloat16", ("float32", True): "no oneDNN"}
     monkeypatch.setattr(optimize, "unsupported_reason", lambda precision, packed: reasons.get((precision, packed)))
     model, batch = make(), padded()
     expected = model(**batch).logits
     for precision in ("int8", "bfloat16"):
-        said.clear()
+        log.clear()
         optimize_for_inference(model, precision=precision)
-        lines = [record.getMessage() for record in said.records]
+        lines = [record.getMessage() for record in log.records]
         assert lines == [
             f"`precision` '{precision}' is skipped, float32 stays: {reasons[precision, precision == 'int8']}.",
             "`prepack` is skipped: no oneDNN.",
@@ -496,19 +498,19 @@ def test_what_a_machine_lacks_is_said_in_one_line_and_skipped(monkeypatch, said)
 
 
 @torch.no_grad()
-def test_an_unknown_architecture_gets_packed_linears_and_a_line(said):
+def test_an_unknown_architecture_gets_packed_linears_and_a_line(log):
     model = optimize_for_inference(make("distilbert"))
-    assert "`skip_padding` is skipped: the attention of DistilBertModel" in said.text
+    assert "`skip_padding` is skipped: the attention of DistilBertModel" in log.text
     assert is_optimized(model)
 
 
-def test_a_decoder_is_not_taken_for_an_encoder(said):
+def test_a_decoder_is_not_taken_for_an_encoder(log):
     model = BertModel(BertConfig(**TINY, is_decoder=True)).eval()
     batch = padded()
     with torch.no_grad():
         expected = model(**batch, use_cache=True)
         found = optimize_for_inference(model)(**batch, use_cache=True)
-    assert "`skip_padding` is skipped" in said.text
+    assert "`skip_padding` is skipped" in log.text
     torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, atol=1e-5, rtol=1e-5)
     assert found.past_key_values.get_seq_length() == 9
 

@@ -1,4 +1,4 @@
-"""Sparse linear layers compute what the dense ones do, and what they bring is measured, not promised."""
+"""Sparse linear layers compute what the dense ones do, and their size and speed are measured, not promised."""
 
 import copy
 
@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes(options, layout, m
 
 
 class OnCuda:
-    """A weight that says it is on a GPU, to reach what is asked of it there."""
+    """A weight that claims to be on a GPU, to reach the checks for one."""
 
     device = torch.device("cuda")
 
@@ -210,7 +210,7 @@ def test_the_comparison_leaves_the_model_as_it_is():
 def test_words_follow_the_figures(low, high, verdict):
     model = nn.Sequential(make_linear(0.4))
     shares = sparse.find_sparse_linears(model, "csr")
-    words = sparse_forms._say_speed(SpeedUp((low + high) / 2, low, high, 0.1, 5, 1, "wall"), model, shares)
+    words = sparse_forms._describe_speed(SpeedUp((low + high) / 2, low, high, 0.1, 5, 1, "wall"), model, shares)
     assert words.startswith(verdict)
     assert f"here at {1 - shares['0']:.0%} sparsity of 1 layers" in words
 

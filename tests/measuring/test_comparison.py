@@ -1,6 +1,7 @@
 """Measuring a model against itself, against a copy with other label ids, and against a count by hand."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -8,10 +9,19 @@ from datasets import ClassLabel, Dataset
 from tiny_classifiers import EXAMPLES, classifiers, save_classifier  # noqa: F401
 from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
 
+from hf_moebert.measuring import comparison
 from hf_moebert.measuring.comparison import Latency, TextColumns, measure
+from hf_moebert.measuring.scores import paired_bootstrap, score
 
 
 QUICK = {"latency": Latency(seq=4, rounds=2), "columns": TextColumns(max_length=8)}
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """Bootstrap quickly: what an interval covers is tested with `score` itself."""
+    monkeypatch.setattr(comparison, "score", partial(score, rounds=10))
+    monkeypatch.setattr(comparison, "paired_bootstrap", partial(paired_bootstrap, rounds=10))
 
 
 @pytest.fixture

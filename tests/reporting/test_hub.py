@@ -79,7 +79,7 @@ def test_card_of_a_stock_model_does_not_speak_of_remote_code(checkpoint):
 
 
 def outline(text):
-    """What a reader sees as structure: every kind of markup but plain text, code and their contents."""
+    """Return the structure that a reader sees: every kind of markup but plain text, code and their contents."""
     tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
     inline = [child for token in tokens for child in (token.children or [])]
     return [token.type for token in tokens + inline if token.type != "text"]
@@ -150,25 +150,24 @@ def test_publish_refuses_links_out_of_the_folder(checkpoint, tmp_path):
         publish(checkpoint, "tester/small")
 
 
-def run(hub, home, code, *arguments):
-    """Run Python in a process that takes the loopback server for the Hub."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, env=hub.environment(home), capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
 PUBLISH = """
-import sys, pathlib
+import pathlib, sys
+from hf_moebert.cli import app
 from hf_moebert.reporting.hub import publish
 folder = pathlib.Path(sys.argv[1])
 print(publish(folder, "tester/small"))
 (folder / "README.md").write_text("better")
 publish(folder, "tester/small", revision="draft")
+try:
+    publish(folder, "tester/open", private=True)
+except ValueError as error:
+    print(error)
+app(["publish", str(folder), "closed", "--private"])
 """
 
 
-def test_published_folder_comes_back_whole(loopback_hub, checkpoint, tmp_path):  # noqa: F811
+@pytest.mark.process
+def test_published_folders_come_back_whole_and_private_ones_stay_private(loopback_hub, checkpoint, tmp_path):  # noqa: F811
     # 640 bytes of header: the file then starts like a pickle of protocol 2
     save_file({"weight": torch.ones(2)}, checkpoint / "model.safetensors", {"note": "x" * 548})
     assert (checkpoint / "model.safetensors").read_bytes()[:2] == b"\x80\x02"
@@ -186,26 +185,25 @@ def test_published_folder_comes_back_whole(loopback_hub, checkpoint, tmp_path): 
     ):
         (checkpoint / "checkpoint-5" / name).write_text("stays behind")
         (checkpoint / name).write_text("stays behind")
-
-    url = run(loopback_hub, tmp_path, PUBLISH, checkpoint)
-    assert url.startswith(f"{loopback_hub.address}/tester/small/commit/")
-    assert loopback_hub.files("tester/small", url.rpartition("/")[2]) == published
-    assert loopback_hub.files("tester/small") == published
-    assert loopback_hub.files("tester/small", "draft") == published | {"README.md": b"better"}
-
-
-def test_private_is_not_granted_by_a_public_repository(loopback_hub, checkpoint, tmp_path):  # noqa: F811
     loopback_hub.create("tester/open", private=False)
-    code = """
-import sys
-from hf_moebert.reporting.hub import publish
-publish(sys.argv[1], "tester/closed", private=True)
-try:
-    publish(sys.argv[1], "tester/open", private=True)
-except ValueError as error:
-    print(error)
-"""
-    assert "`private` cannot be had: 'tester/open' exists" in run(loopback_hub, tmp_path, code, checkpoint)
-    assert loopback_hub.repositories["tester/closed"]["private"] is True
-    assert "config.json" in loopback_hub.files("tester/closed")
+    done = subprocess.run(
+        [sys.executable, "-c", PUBLISH, checkpoint],
+        env=loopback_hub.environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, refusal, last = done.stdout.splitlines()
+
+    assert first.startswith(f"{loopback_hub.address}/tester/small/commit/")
+    assert loopback_hub.files("tester/small", first.rpartition("/")[2]) == published
+    assert loopback_hub.files("tester/small") == published
+    better = published | {"README.md": b"better"}
+    assert loopback_hub.files("tester/small", "draft") == better
+
+    assert "`private` cannot be had: 'tester/open' exists" in refusal
     assert loopback_hub.files("tester/open") == {}
+    assert loopback_hub.files("tester/closed", last.rpartition("/")[2]) == better
+    assert loopback_hub.repositories["tester/closed"]["private"] is True

@@ -8,13 +8,13 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 from hf_moebert.reporting.pictures import plot_expert_load
+from hf_moebert.reporting.report import write_report
 from hf_moebert.reporting.tables import (
     escape_markdown,
     markdown_table,
     measurement_rows,
     rich_table,
     short_number,
-    write_report,
 )
 
 
@@ -125,5 +125,5 @@ def test_report_refuses_pictures_that_would_not_travel(tmp_path):
 @pytest.mark.parametrize(
     ("number", "text"), [(0, "0"), (999, "999"), (1500, "1.5k"), (22_714_371, "22.7M"), (7_000_000_000, "7.0G")]
 )
-def test_counts_are_writtenshort_number(number, text):
+def test_counts_are_written_short(number, text):
     assert short_number(number) == text
