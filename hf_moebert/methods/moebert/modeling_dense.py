@@ -18,7 +18,7 @@ def check_dense(model: nn.Module, name: str) -> None:
     if form is not None:
         raise ValueError(
             f"`model` must be dense to be cut into the experts of {name}, but its form is {form!r}. Call "
-            "`model.dequantize()` first."
+            "`to_dense(model)` first."
         )
 
 

@@ -1,4 +1,4 @@
-"""What config.json says of a model whose matrices are chains of cores, and how they came to be."""
+"""The part of config.json that describes which matrices of a model are chains of cores, and of which shapes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -35,16 +35,16 @@ class MatrixShape:
 
 @register_quantization_config("mpo")
 class MPOCompressionConfig(QuantizationConfigMixin):
-    """Which modules of a model are chains of cores, with which factors and bonds.
+    """The description of a compressed model: its modules that are chains of cores, with their factors and bonds.
 
     Args:
-        matrices: By the module's path, with factors and bonds as lists.
-        tied: Paths of modules that share the matrix of another one, and that one's path.
-        train_centre: Whether central tensors learn; they are frozen otherwise.
-        gauge: In which later cuts leave the cores; see `decompose`.
+        matrices: Factors and bonds of each matrix, as lists, by the path of its module.
+        tied: For each module that shares the matrix of another one, by path: the path of that other one.
+        train_centre: Whether central tensors are trained; they are frozen otherwise.
+        gauge: The gauge that later cuts leave the cores in; see `decompose`.
 
     Raises:
-        ValueError: If a newer release wrote it, or if a matrix is not described in full.
+        ValueError: If a newer release wrote it, or if the description of a matrix is incomplete.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class MPOCompressionConfig(QuantizationConfigMixin):
         self.shapes()
 
     def shapes(self) -> dict[str, MatrixShape]:
-        """Return the shapes by the module's path."""
+        """Return the shape of each matrix by the path of its module."""
         found = {}
         for name, shape in self.matrices.items():
             try:

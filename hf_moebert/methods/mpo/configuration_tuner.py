@@ -1,4 +1,4 @@
-"""What an adapter of auxiliary tensors is made of, as PEFT saves it next to the adapter."""
+"""The configuration of adapters of auxiliary tensors, which PEFT saves beside their weights."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -13,15 +13,15 @@ from .functional_shapes import check_cap, check_num_cores
 SUPPORTED_PEFT = "peft>=0.21"
 
 
-class ExtraPeftType(str, Enum):  # noqa: UP042 - as PEFT's own; its tables are asked for the plain string, too
-    """The method's name in `adapter_config.json`; PEFT's own enumeration is closed."""
+class ExtraPeftType(str, Enum):  # noqa: UP042 - as PEFT's own, whose tables are indexed by the plain string, too
+    """The name of the method in `adapter_config.json`; PEFT's own enumeration cannot be extended."""
 
     MPO = "MPO"
 
 
 @dataclass
 class MPOConfig(PeftConfig):
-    """Which matrices get trainable auxiliary tensors, and how these are cut out of the matrices.
+    """The matrices that get trainable auxiliary tensors, and how these are decomposed.
 
     Raises:
         ValueError: If a value breaks the rule in its help text; the message names rule and remedy.
@@ -53,15 +53,15 @@ class MPOConfig(PeftConfig):
     bond: int | None = field(
         default=None,
         metadata={
-            "help": "Most directions between two tensors, at least 1; None for all. Fewer make a smaller adapter, and"
-            " what they cannot hold of a matrix stays as it is."
+            "help": "Largest bond between two tensors, at least 1; None for no limit. Smaller bonds make a smaller"
+            " adapter; the part of a matrix that they cannot represent stays frozen."
         },
     )
     gauge: str = field(
         default="symmetric",
         metadata={
-            "help": "Which tensors carry the weight of a matrix, and so how learning rates act: 'symmetric' (as the"
-            " authors' code), 'left' (the last tensor) or 'centre' (the frozen one)."
+            "help": "Which tensors carry the norm of a matrix, and so how learning rates act: 'symmetric' (all alike,"
+            " as the authors' code does), 'left' (the last tensor) or 'centre' (the frozen one)."
         },
     )
     modules_to_save: list[str] | None = field(
@@ -72,7 +72,7 @@ class MPOConfig(PeftConfig):
         default=True,
         metadata={
             "help": "Whether to decompose the matrices now. False leaves the adapter empty until a file is loaded into"
-            " it, and is what is saved."
+            " it, and is the value that is saved."
         },
     )
 
@@ -93,7 +93,7 @@ class MPOConfig(PeftConfig):
             if not names and not isinstance(value, str | None):
                 raise ValueError(f"`{name}` must list names of modules, got {value!r}. Use ['query', 'value'].")
             if names:
-                setattr(self, name, set(value))  # the form that PEFT's matching is written for
+                setattr(self, name, set(value))  # the type that PEFT's matching expects
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"`layers_to_transform` must be given with `layers_pattern`, got None and {self.layers_pattern!r}."
@@ -101,6 +101,6 @@ class MPOConfig(PeftConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what is saved: a saved adapter is filled from its file, so that loading decomposes nothing."""
+        """Return the fields to save, with `init_weights` off: loading fills the adapter from its file."""
         saved = {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
         return {**saved, "init_weights": False}

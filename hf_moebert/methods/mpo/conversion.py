@@ -43,7 +43,7 @@ def compress_mpo(
     Args:
         model: Any dense model of transformers. It is not changed.
         target_modules: Ends of the modules' paths, or a regular expression for whole paths. By default the linear
-            layers inside the repeated layers, the pooler, and the word embeddings with whatever is tied to them.
+            layers inside the repeated layers, the pooler, and the word embeddings with all modules tied to them.
         num_cores: Odd, at least 3.
         bond: A cap on every bond.
         max_error: Largest relative error of every matrix, in the Frobenius norm, in [0, 1), before the cores are
@@ -51,7 +51,7 @@ def compress_mpo(
         keep_ratio: Parameters of all chosen matrices together, as a share of the dense ones; the bonds are about
             those with the least total error, see `choose_bonds`.
         gauge: As in `decompose`.
-        train_centre: Whether central tensors learn. Otherwise they are frozen, as published.
+        train_centre: Whether central tensors are trained. Otherwise they are frozen, as published.
 
     Returns:
         A new model of the same class. `to_dense` makes it dense again.
@@ -98,7 +98,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
             "without any. Merge an adapter with `merge_and_unload`; a dense model needs nothing."
         )
     cores = [core for matrix in list_matrices(model).values() for core in matrix.chain()]
-    dense = copy.deepcopy(model, {id(core): core for core in cores})  # cores are read once more, and not copied
+    dense = copy.deepcopy(model, {id(core): core for core in cores})  # the copies of cores would be dropped at once
     weights = {module: nn.Parameter(module.weight.detach().clone()) for module in list_matrices(dense).values()}
     for path, module in list(dense.named_modules()):
         if isinstance(module, MPOMatrix):
@@ -189,7 +189,7 @@ def find_matrices(model: PreTrainedModel, target_modules: str | Sequence[str] | 
         For each matrix the paths of all modules that share it; an embedding first, otherwise in the model's order.
 
     Raises:
-        ValueError: If nothing is chosen; the message lists what could be.
+        ValueError: If nothing is chosen; the message lists the modules there are.
     """
     dense: dict[str, nn.Module] = {}
     groups: dict[nn.Parameter, list[str]] = {}
@@ -205,10 +205,10 @@ def find_matrices(model: PreTrainedModel, target_modules: str | Sequence[str] | 
         chosen = _named_targets(dense, target_modules)
     found = [paths for paths in groups.values() if chosen & set(paths)]
     for paths in found:
-        if odd := [path for path in paths if path not in dense]:
+        if foreign := [path for path in paths if path not in dense]:
             raise ValueError(
                 f"`target_modules` must not name a matrix that another kind of layer shares, got {paths}, of which "
-                f"{', '.join(odd)} is a {type(model.get_submodule(odd[0])).__name__}. Leave them out."
+                f"{', '.join(foreign)} is a {type(model.get_submodule(foreign[0])).__name__}. Leave them out."
             )
     return [sorted(paths, key=lambda path: not isinstance(dense[path], nn.Embedding)) for paths in found]
 
@@ -216,17 +216,18 @@ def find_matrices(model: PreTrainedModel, target_modules: str | Sequence[str] | 
 def _is_plain(module: nn.Module) -> bool:
     if not isinstance(module, DENSE) or type(module) not in DENSE or not module.weight.is_floating_point():
         return False
-    # these change the table, or the form of its gradient, behind the back of whoever holds the cores
+    # `max_norm` changes the table in place and `sparse` its gradient, neither of which cores can follow
     return not isinstance(module, nn.Embedding) or (module.max_norm is None and not module.sparse)
 
 
 def _named_targets(dense: dict[str, nn.Module], targets: str | Sequence[str]) -> set[str]:
     wanted = [targets] if isinstance(targets, str) else list(targets)
     matched = {target: {path for path in dense if _is_target(path, target, targets)} for target in wanted}
-    if lost := [target for target, paths in matched.items() if not paths]:
+    if unmatched := [target for target, paths in matched.items() if not paths]:
+        known = sorted({path.rpartition(".")[2] for path in dense})
         raise ValueError(
-            f"`target_modules` must name linear layers or embeddings of the model, got {', '.join(map(repr, lost))}. "
-            f"Choose from {', '.join(sorted({path.rpartition('.')[2] for path in dense}))}."
+            f"`target_modules` must name linear layers or embeddings of the model, got "
+            f"{', '.join(map(repr, unmatched))}. Choose from {', '.join(known)}."
         )
     return set().union(*matched.values())
 
@@ -248,7 +249,7 @@ def _default_targets(model: PreTrainedModel, dense: dict[str, nn.Module]) -> set
         and module in body - routers
         and (any(path.startswith(f"{root}.") for root in repeated) or "pooler" in path.split("."))
     }
-    with suppress(NotImplementedError):  # a model without words
+    with suppress(NotImplementedError):  # a model without an embedding of tokens
         table = getattr(model.get_input_embeddings(), "weight", None)
         named = model.named_modules(remove_duplicate=False)
         sharers = {path for path, m in named if table is not None and getattr(m, "weight", None) is table}
@@ -282,13 +283,13 @@ def _is_number(value: object) -> bool:
 
 
 def _check_model(model: PreTrainedModel) -> None:
-    form = getattr(model, "quantization_method", None)
-    for wrong, what, remedy in (
+    method = getattr(model, "quantization_method", None)
+    for wrong, fault, remedy in (
         (not isinstance(model, PreTrainedModel), "no model of transformers", "Merge an adapter: `merge_and_unload`"),
-        (form is not None, f"already in another form, {form!r}", "Take the dense model, or call `to_dense(model)`"),
+        (method is not None, f"already compressed by {method!r}", "Take the dense model, or call `to_dense(model)`"),
         (any(hasattr(m, "base_layer") for m in model.modules()), "one with a PEFT adapter", "Merge or remove it"),
         (any(hasattr(m, "make_linear") for m in model.modules()), "optimised", "Call `revert_optimizations`"),
         (any(p.is_meta for p in model.parameters()), "partly on the meta device", "Load it without offloading"),
     ):
         if wrong:
-            raise ValueError(f"`model` must be dense, but {type(model).__name__} is {what}. {remedy}.")
+            raise ValueError(f"`model` must be dense, but {type(model).__name__} is {fault}. {remedy}.")

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 
-TOKENS_AT_ONCE = 64  # through a chain of cores: intermediate results of so many tokens stay in the cache
+TOKENS_AT_ONCE = 64  # through a chain: the intermediate results of so many tokens fit in the cache
 
 
 def contract(cores: Sequence[Tensor], rows: int | None = None, columns: int | None = None) -> Tensor:
-    """Rebuild the matrix of a chain: either side is merged first, so that two large products and one copy are left.
+    """Rebuild the matrix of a chain.
+
+    The cores on either side of the centre are merged first, which leaves two large products and one copy.
 
     Args:
         cores: Each `(..., bond, rows, columns, next bond)`; leading dimensions are broadcast, so that
@@ -27,7 +29,7 @@ def contract(cores: Sequence[Tensor], rows: int | None = None, columns: int | No
         columns: Likewise.
 
     Returns:
-        Shape `(..., rows, columns)`. Gradients flow to every core that wants them.
+        Shape `(..., rows, columns)`, differentiable in every core.
     """
     centre = len(cores) // 2
     left, middle, right = merge(cores[:centre]), cores[centre], merge(cores[centre + 1 :])
@@ -78,13 +80,13 @@ def contract_activation(x: Tensor, cores: Sequence[Tensor]) -> Tensor:
 
 
 def _pass(x: Tensor, cores: Sequence[Tensor], links: Sequence[Tensor]) -> Tensor:
-    """Send a few tokens through a chain, the tokens last, so that the products are few and wide."""
+    """Multiply a few tokens by a chain; tokens are the last dimension, so that products are few and wide."""
     (tokens, rest), done, state = x.shape, 1, x.mT
     for core, link in zip(cores, links, strict=True):
         bond, rows, columns, _ = core.shape
         rest //= columns
         state = state.reshape(done, bond * columns, rest * tokens)
-        # One column left of each: a plain product instead of a batch of them.
+        # With a single column left, a plain product replaces a batch of them.
         state = state[..., 0] @ link.mT if rest * tokens == 1 else link @ state
         done *= rows
     return state.reshape(done, tokens).mT
@@ -93,8 +95,8 @@ def _pass(x: Tensor, cores: Sequence[Tensor], links: Sequence[Tensor]) -> Tensor
 def gather_rows(cores: Sequence[Tensor], ids: Tensor, columns: int | None = None) -> Tensor:
     """Rebuild some rows of the matrix of a chain.
 
-    Rows that share all digits but the last share the product over the left side and the central tensor; of that,
-    only what these rows need is computed.
+    Rows that differ only in the digits of the right side share the product of the left side and the central tensor,
+    which is computed once, and only where one of these rows needs it.
 
     Args:
         cores: Each `(bond, rows, columns, next bond)`.
@@ -102,7 +104,7 @@ def gather_rows(cores: Sequence[Tensor], ids: Tensor, columns: int | None = None
         columns: Of the matrix without padding; None for all.
 
     Returns:
-        Shape `(count, columns)`. Gradients flow to every core that wants them.
+        Shape `(count, columns)`, differentiable in every core.
     """
     centre = len(cores) // 2
     left = merge(cores[:centre])[0]  # (rows, columns, bond)
@@ -118,16 +120,16 @@ def gather_rows(cores: Sequence[Tensor], ids: Tensor, columns: int | None = None
 
 
 def pad_core(core: Tensor, shape: Sequence[int]) -> Tensor:
-    """Fill a core up with zeros to the bonds that its place in a chain has.
+    """Pad a core with zeros to larger bonds, which does not change the matrix of its chain.
 
-    A matrix of low rank decomposes into fewer directions than its sizes allow, where shapes must follow from sizes.
+    The bonds of a matrix of low rank are smaller than its sizes allow; this is for shapes that follow from sizes.
 
     Args:
         core: Shape `(bond, rows, columns, next bond)`.
-        shape: The one wanted, larger in the bonds only.
+        shape: The shape wanted, which is larger in the bonds only.
 
     Returns:
-        Of the shape wanted, contiguous as a loaded one is, so that sums round alike; the chain's matrix is the same.
+        A contiguous tensor, so that sums round as with a core that was loaded.
     """
     padded = torch.nn.functional.pad(core, (0, shape[3] - core.shape[3], 0, 0, 0, 0, 0, shape[0] - core.shape[0]))
     return padded.clone(memory_format=torch.contiguous_format)

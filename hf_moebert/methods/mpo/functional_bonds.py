@@ -1,4 +1,4 @@
-"""Bonds that are worth keeping: what a truncation costs, and the bonds of many matrices for one size or error.
+"""The error of truncated bonds, and the choice of the bonds of many matrices for a given size or error.
 
 Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205, for the bound and the entropy.
 """
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def error_bound(values: Sequence[Tensor], bonds: Sequence[int]) -> float:
-    """Bound the error of a truncation from above, without doing it.
+    """Return an upper bound of the error of a truncation.
 
     Args:
         values: Schmidt values at each bond.
         bonds: Directions that are kept at each bond.
 
     Returns:
-        Frobenius norm of the difference at most; the largest tail of a single bond bounds it from below.
+        Bound of the Frobenius norm of the difference; the largest tail of a single bond bounds it from below.
 
     Source: Liu et al. 2021, theorem 1.
     """
@@ -26,7 +26,7 @@ def error_bound(values: Sequence[Tensor], bonds: Sequence[int]) -> float:
 
 
 def entanglement_entropy(values: Tensor) -> float:
-    """Say how evenly a bond's weight is spread over its directions, in nats: 0 for one, `ln(n)` for `n` alike.
+    """Return the entanglement entropy of a bond in nats: 0 for one direction, `ln(n)` for `n` of equal weight.
 
     Args:
         values: Schmidt values of one bond.
@@ -45,22 +45,23 @@ def choose_bonds(
     max_parameters: float | None = None,
     max_error: float | None = None,
 ) -> list[tuple[int, ...]]:
-    """Choose the bonds of many matrices together: always drop what costs the least error per parameter (our design).
+    """Choose the bonds of many matrices together, greedily by the error per parameter (our design).
 
-    The error of a matrix is the bound of `error_bound` relative to its norm, so that all matrices count alike. On
-    small matrices this comes within a tenth or so of the best bonds.
+    The direction that costs the least error per saved parameter is dropped first. The error of a matrix is the bound
+    of `error_bound` relative to its norm, so that all matrices count alike. On small matrices this comes within about
+    a tenth of the best bonds.
 
     Args:
         values: Schmidt values at each bond of each matrix.
         shapes: Rows times columns of each core of each matrix.
-        max_parameters: Drop directions until all matrices together have at most so many parameters.
-        max_error: Drop directions as long as no matrix exceeds this relative error.
+        max_parameters: Largest number of parameters of all matrices together.
+        max_error: Largest relative error of every matrix.
 
     Returns:
         Bonds of each matrix.
 
     Raises:
-        ValueError: If neither or both limits are given, or if one bond everywhere is still too large.
+        ValueError: If neither or both limits are given, or if bonds of 1 everywhere are still too large.
     """
     if (max_parameters is None) == (max_error is None):
         raise ValueError("Exactly one of `max_parameters` and `max_error` must be given. Leave the other one out.")
@@ -71,7 +72,7 @@ def choose_bonds(
     while queue and (max_parameters is None or total > max_parameters):
         known, m, k = heapq.heappop(queue)
         chain = chains[m]
-        if (now := chain.price(k)) > known:  # a neighbour got smaller: there is less to save here
+        if (now := chain.price(k)) > known:  # a neighbouring bond has shrunk since, so there is less to save here
             heapq.heappush(queue, (now, m, k))
         elif chain.bonds[k] > 1 and (max_error is None or chain.error + chain.loss(k) <= max_error**2):
             total -= chain.saved(k)
@@ -83,12 +84,12 @@ def choose_bonds(
             f"{max_parameters}. Ask for a larger size or decompose fewer matrices."
         )
     if max_parameters is not None:
-        _give_back(chains, int(max_parameters) - total)
+        _spend_rest(chains, int(max_parameters) - total)
     return [tuple(chain.bonds) for chain in chains]
 
 
-def _give_back(chains: Sequence["_Chain"], spare: int) -> None:
-    """Use up what dropping saved in excess: the last direction may have been a large one."""
+def _spend_rest(chains: Sequence["_Chain"], spare: int) -> None:
+    """Enlarge bonds again while parameters are left: the last dropped direction may have saved too many."""
     places = [(chain, k) for chain in chains for k in range(len(chain.bonds))]
     while places := [(chain, k) for chain, k in places if chain.gain(k) and chain.saved(k) <= spare]:
         chain, k = max(places, key=lambda place: place[0].entries * place[0].gain(place[1]))
@@ -97,7 +98,7 @@ def _give_back(chains: Sequence["_Chain"], spare: int) -> None:
 
 
 class _Chain:
-    """One matrix while directions are dropped: its bonds, and the square of its relative error."""
+    """The bonds of one matrix while directions are dropped, and the square of its relative error."""
 
     def __init__(self, values: Sequence[Tensor], sizes: Sequence[int]) -> None:
         norm = float(values[0].square().sum()) or 1.0

@@ -15,7 +15,7 @@ from .functional_shapes import check_bonds, full_bonds
 
 GAUGES = ("symmetric", "left", "centre")
 TRUNCATIONS = ("sequential", "simultaneous")
-RANK_TOLERANCE = 1e-12  # of the largest Schmidt value: what is below is rounding of float64
+RANK_TOLERANCE = 1e-12  # relative to the largest Schmidt value: smaller ones are rounding errors of float64
 
 
 def decompose(
@@ -29,22 +29,22 @@ def decompose(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Write a matrix as a chain of cores, in float64, by one singular value decomposition per bond.
 
-    A matrix smaller than the product of its factors is padded with zeros. Directions without any weight are dropped,
-    so that the bonds of a rank-deficient matrix come out smaller than asked for.
+    A matrix smaller than the product of its factors is padded with zeros. Directions of zero weight are dropped, so
+    the bonds of a rank-deficient matrix are smaller than asked for.
 
     Args:
         matrix: Shape `(rows, columns)`.
         row_factors: One for each core; their product is at least `rows`.
         column_factors: Likewise for the columns.
-        bonds: Most directions to keep at each bond, `num_cores - 1` of them; None keeps all.
-        gauge: Who carries the weight of a bond: `symmetric`, both sides alike, as the authors' code does; `left`,
-            the last core all of it; `centre`, the central tensor all of it (our own option).
-        truncation: `sequential` leaves directions out while it decomposes; `simultaneous` decomposes first, as the
-            authors' code does, and is a little worse.
+        bonds: Largest size of each bond, `num_cores - 1` of them; None truncates nothing.
+        gauge: Which cores carry the singular values of a bond: `symmetric`, both sides alike, as the authors' code
+            does; `left`, the last core; `centre`, the central tensor (our own option).
+        truncation: `sequential` truncates while it decomposes; `simultaneous` truncates afterwards, as the authors'
+            code does, and is slightly less exact.
 
     Returns:
-        The cores, of the matrix's dtype, and the singular values at each bond, also those left out, in float64:
-        without truncation, and with the simultaneous one, these are the Schmidt values of the matrix.
+        The cores, in the matrix's dtype, and all singular values at each bond, in float64, those of dropped
+        directions included. Without truncation, or with the simultaneous one, they are the matrix's Schmidt values.
 
     Raises:
         ValueError: If factors or bonds do not fit the matrix, if an option is unknown, or if a value is not finite.
@@ -78,21 +78,22 @@ def decompose(
 def round_cores(
     cores: Sequence[Tensor], bonds: Sequence[int] | None = None, *, gauge: str = "symmetric"
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Cut the bonds of a chain to the best directions, without building the matrix, and set its gauge anew.
+    """Truncate the bonds of a chain optimally, without building its matrix, and set its gauge.
 
-    The error against the chain as it was is the root of the sum of the squares of what is left out, and equals that
-    of decomposing the matrix afresh.
+    The error relative to the given chain is the root of the sum of the squares of the dropped singular values, the
+    same as if the matrix were decomposed anew.
 
     Args:
         cores: In any gauge, trained or not.
-        bonds: Most directions to keep at each bond; None keeps all that carry weight.
+        bonds: Largest size of each bond; None drops directions of zero weight only.
         gauge: As in `decompose`.
 
     Returns:
-        The cores, of the dtype they had, and the singular values at each bond, also those left out, in float64.
+        The cores, in the dtype they had, and all singular values at each bond, in float64, those of dropped
+        directions included.
 
     Raises:
-        ValueError: If there is not one bond between every two cores, if one is below 1, or if a value is not finite.
+        ValueError: If the number of bonds does not match the cores, if one is below 1, or if a value is not finite.
 
     Source: Oseledets 2011, https://doi.org/10.1137/090752286, algorithm 2.
     """
@@ -110,20 +111,20 @@ def round_cores(
 
 
 def project_centre(matrix: Tensor, left: Sequence[Tensor], right: Sequence[Tensor], digits: tuple[int, int]) -> Tensor:
-    """Find the central tensor that brings a chain closest to a matrix, the auxiliary tensors being given.
+    """Return the central tensor that brings a chain closest to a matrix, for given auxiliary tensors.
 
-    For the auxiliary tensors of `decompose` that is the central tensor of `decompose`, without its singular value
-    decompositions and whatever the signs of these, if only the two bonds of the centre were cut; if others were too,
-    it comes closer to the matrix (our design).
+    For the auxiliary tensors of `decompose` this is the central tensor of `decompose` if only the two bonds beside it
+    were truncated, and a better one if others were, too. It needs no singular value decomposition of the matrix, and
+    does not depend on the signs of one (our design).
 
     Args:
         matrix: Shape `(rows, columns)`.
         left: Auxiliary tensors before the centre.
         right: Auxiliary tensors behind it.
-        digits: Rows and columns of the central tensor.
+        digits: Number of rows and of columns of the central tensor.
 
     Returns:
-        Shape `(bond, rows, columns, next bond)`, of the matrix's dtype.
+        Shape `(bond, rows, columns, next bond)`, in the matrix's dtype.
     """
     before, behind = merge([core.double() for core in left]), merge([core.double() for core in right])
     head, tail = before.flatten(0, 2), behind.flatten(1)  # (rows * columns of left, bond), (bond, rows * columns)
@@ -134,17 +135,17 @@ def project_centre(matrix: Tensor, left: Sequence[Tensor], right: Sequence[Tenso
 
 
 def check_option(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Refuse an option that is not one of those.
+    """Refuse an option that is not among the allowed ones.
 
     Raises:
-        ValueError: With the ones there are.
+        ValueError: If it is not; the message lists them.
     """
     if value not in allowed:
         raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
 
 
 def _interleave(matrix: Tensor, row_factors: Sequence[int], column_factors: Sequence[int]) -> Tensor:
-    """Pad with zeros and order the entries by first row digit, first column digit, second row digit, ..."""
+    """Pad a matrix with zeros, and order its entries by first row digit, first column digit, second row digit, ..."""
     count, (rows, columns) = len(row_factors), matrix.shape
     right, below = math.prod(column_factors) - columns, math.prod(row_factors) - rows
     padded = torch.nn.functional.pad(matrix, (0, right, 0, below))
@@ -153,20 +154,20 @@ def _interleave(matrix: Tensor, row_factors: Sequence[int], column_factors: Sequ
 
 
 def _split(matrix: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the kept left singular vectors, all singular values, and what is left of the matrix in their basis."""
-    if matrix.shape[0] < matrix.shape[1]:  # the right singular vectors are not wanted: five times faster without
+    """Return the kept left singular vectors, all singular values, and the matrix in the basis of these vectors."""
+    if matrix.shape[0] < matrix.shape[1]:  # the right singular vectors are not needed: five times faster
         basis, square = None, torch.linalg.qr(matrix.mT, mode="r")[1].mT
     else:
         basis, square = torch.linalg.qr(matrix)
     try:
         u, values, _ = torch.linalg.svd(square)
-    except torch.linalg.LinAlgError:  # slower and good to half the digits, but it always converges
+    except torch.linalg.LinAlgError:  # slower and exact to half the digits, but it always converges
         squares, u = torch.linalg.eigh(square @ square.mT)
         u, values = u.flip(1), squares.flip(0).clamp(min=0).sqrt()
     u = u[:, : min(limit, _rank(values))]
     u = u if basis is None else basis @ u
     largest = u.gather(0, u.abs().argmax(dim=0, keepdim=True))  # (1, kept)
-    u = u * torch.where(largest < 0, -1.0, 1.0).to(u.dtype)  # so that the same matrix gives the same cores
+    u = u * torch.where(largest < 0, -1.0, 1.0).to(u.dtype)  # so that equal matrices give equal cores
     return u, values, u.mT @ matrix
 
 
@@ -199,7 +200,7 @@ def _cut(cores: Sequence[Tensor], bonds: Sequence[int]) -> list[Tensor]:
 
 
 def _set_gauge(left: Sequence[Tensor], values: Sequence[Tensor] | None, gauge: str) -> list[Tensor]:
-    """Move the weight from the last core of a chain of isometries to where the gauge wants it."""
+    """Move the norm of a left-orthogonal chain from its last core to where the gauge wants it."""
     if gauge == "left":
         return list(left)
     if gauge == "centre":
@@ -210,7 +211,7 @@ def _set_gauge(left: Sequence[Tensor], values: Sequence[Tensor] | None, gauge: s
             chain[k], carry = q.mT.reshape(-1, *core.shape[1:]), r.mT
         chain[len(chain) // 2] = chain[len(chain) // 2] @ carry
         return chain
-    if values is None:  # of a chain that was truncated: its own Schmidt values
+    if values is None:  # the chain was truncated, and has Schmidt values of its own
         left, values = _sweep(left, [core.shape[-1] for core in left[:-1]])
     roots = [spectrum[: core.shape[-1]].sqrt() for core, spectrum in zip(left, values, strict=False)]
     roots = [torch.where(root > 0, root, 1.0) for root in roots]

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 
 LARGEST_PRIME = 64
-# The factors of the published models: of whole matrices with five cores, and of single sizes by number of cores.
+# Factors of the published models: of whole matrices with five cores, and of single sizes by number of cores.
 PUBLISHED_PAIRS = {
     (768, 768): ((3, 4, 4, 4, 4), (4, 4, 4, 4, 3)),
     (768, 3072): ((3, 4, 4, 4, 4), (4, 4, 8, 6, 4)),
@@ -67,9 +67,9 @@ def factor_matrix(rows: int, columns: int, num_cores: int) -> tuple[tuple[int, .
 def factor_shape(size: int, num_cores: int) -> tuple[int, ...]:
     """Split a size into one factor for each core, the largest in the middle.
 
-    Sizes of the published models get the published factors. Others are split by our own rule: prime factors, the
-    largest first, go to the slot with the smallest product. A size with a prime factor above 64 is first rounded up
-    to a multiple of 64; the matrix is then padded with zeros.
+    Sizes of the published models get the published factors. Others are split by our own rule: each prime factor, from
+    the largest on, goes to the core with the smallest product so far. A size with a prime factor above 64 is rounded
+    up to a multiple of 64 first; the matrix is then padded with zeros.
 
     Args:
         size: Number of rows or columns.
@@ -91,27 +91,27 @@ def factor_shape(size: int, num_cores: int) -> tuple[int, ...]:
     primes = _prime_factors(size)
     if primes and primes[-1] > LARGEST_PRIME:
         primes = _prime_factors(-(-size // 64) * 64)
-        if primes[-1] > LARGEST_PRIME:  # of the multiple itself: the next power of two times a small number
+        if primes[-1] > LARGEST_PRIME:  # the multiple has one, too: take the next power of two times a small number
             step = 2 ** max(math.ceil(math.log2(size)) - 5, 0)
             primes = _prime_factors(-(-size // step) * step)
     centre = num_cores // 2
-    outwards = sorted(range(num_cores), key=lambda slot: abs(slot - centre))
+    outwards = sorted(range(num_cores), key=lambda core: abs(core - centre))
     factors = [1] * num_cores
     for prime in reversed(primes):
-        factors[min(outwards, key=lambda slot: factors[slot])] *= prime  # `outwards` breaks ties
-    largest = max(outwards, key=lambda slot: factors[slot])
+        factors[min(outwards, key=lambda core: factors[core])] *= prime  # `outwards` breaks ties
+    largest = max(outwards, key=lambda core: factors[core])
     factors[centre], factors[largest] = factors[largest], factors[centre]
     return tuple(factors)
 
 
 def full_bonds(row_factors: Sequence[int], column_factors: Sequence[int]) -> tuple[int, ...]:
-    """Return the bonds of a decomposition that leaves nothing out: `num_cores - 1` sizes."""
+    """Return the bonds of an exact decomposition: `num_cores - 1` sizes."""
     sizes = [i * j for i, j in zip(row_factors, column_factors, strict=True)]
     return tuple(min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes)))
 
 
 def cap_bonds(row_factors: Sequence[int], column_factors: Sequence[int], cap: int | None) -> tuple[int, ...]:
-    """Return the largest bonds that a cap allows; None caps nothing."""
+    """Return the full bonds, each limited by a cap; None limits nothing."""
     return tuple(bond if cap is None else min(bond, cap) for bond in full_bonds(row_factors, column_factors))
 
 
@@ -125,7 +125,7 @@ def count_parameters(row_factors: Sequence[int], column_factors: Sequence[int], 
 def plan_chain(
     row_factors: Sequence[int], column_factors: Sequence[int], bonds: Sequence[int]
 ) -> tuple[tuple[int, ...], int]:
-    """Find how to merge neighbouring cores so that an activation passes the chain with the fewest multiplications.
+    """Choose the neighbouring cores to merge so that an activation takes the fewest multiplications.
 
     Args:
         row_factors: One for each core.
@@ -133,8 +133,8 @@ def plan_chain(
         bonds: Between the cores.
 
     Returns:
-        How many neighbours are merged into each link of the chain, and multiplications per token. One link is the
-        dense matrix itself.
+        Number of neighbouring cores that are merged into each link, and multiplications per token. A single link is
+        the dense matrix.
     """
     count, ends = len(row_factors), (1, *bonds, 1)
     best: tuple[tuple[int, ...], int] = ((count,), math.prod(row_factors) * math.prod(column_factors))
@@ -149,10 +149,10 @@ def plan_chain(
 
 
 def check_num_cores(num_cores: int) -> None:
-    """Refuse a number of cores that has no middle.
+    """Refuse a number of cores without a central one.
 
     Raises:
-        ValueError: If it is even or below 3, or no whole number.
+        ValueError: If it is even, below 3, or no whole number.
     """
     if type(num_cores) is not int or num_cores < 3 or num_cores % 2 == 0:
         raise ValueError(
@@ -162,7 +162,7 @@ def check_num_cores(num_cores: int) -> None:
 
 
 def check_cap(bond: int | None) -> None:
-    """Refuse a cap on bonds that leaves nothing, or is no number.
+    """Refuse a cap on bonds that is no positive whole number.
 
     Raises:
         ValueError: If it is no whole number, or below 1.
@@ -175,9 +175,9 @@ def check_bonds(bonds: Sequence[int], full: Sequence[int] | None, count: int | N
     """Refuse bonds that no chain of these cores can have.
 
     Args:
-        bonds: What the user asked for.
-        full: The largest possible ones; None if any are.
-        count: How many there must be; the length of `full` if that is given.
+        bonds: The bonds that were asked for.
+        full: The largest possible bonds; None if there is no limit.
+        count: Number of bonds; the length of `full` if that is given.
 
     Raises:
         ValueError: If there are too few or too many, or if one is below 1 or above its largest.

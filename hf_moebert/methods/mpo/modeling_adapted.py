@@ -1,4 +1,4 @@
-"""Layers of a model that PEFT adapts by auxiliary tensors; `modeling_tuner` puts them in."""
+"""Layers that PEFT adapts by auxiliary tensors; `modeling_tuner` inserts them."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,16 +17,16 @@ from .functional_shapes import cap_bonds, factor_matrix
 
 
 class MPOLayer(nn.Module, BaseTunerLayer):
-    """A matrix that is frozen but for the auxiliary tensors of its decompositions, one for each adapter.
+    """A frozen matrix with trainable auxiliary tensors of its decomposition, one set for each adapter.
 
     The matrix in use is `W + contract(A, C) - contract(A0, C)`, summed over the active adapters: `A` are the trainable
-    auxiliary tensors, `A0` their initial values, and `C` the central tensor. The difference of equals is zero, so
-    that an adapter that has not trained changes nothing, bit for bit, at any bond. At full bonds this is the published
-    fine-tuning with a frozen central tensor; at smaller ones what they cannot hold of `W` stays as a frozen rest.
+    auxiliary tensors, `A0` their initial values, and `C` the central tensor. The two are equal at first, so an
+    untrained adapter changes nothing, bit for bit, at any bond. At full bonds this is the published fine-tuning with a
+    frozen central tensor; at smaller ones the part of `W` that they cannot represent stays frozen.
 
-    An adapter's file holds `A` and `A0`. `C` is large, and is projected out of `W` by `A0` instead of decomposing `W`
-    again, so that it does not hang on the signs that a linear algebra library chooses. Tensors and sums are of float32
-    at least; the sum is rounded to the dtype of `W` once.
+    An adapter's file holds `A` and `A0`. `C`, which is large, is computed from `W` and `A0` by a projection instead of
+    another decomposition, so that it does not depend on the signs that a linear algebra library chooses. Tensors and
+    sums are of float32 at least; the sum is rounded to the dtype of `W` once.
 
     Args:
         base_layer: Keeps its weight and bias.
@@ -39,7 +39,7 @@ class MPOLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("mpo_auxiliary",)
     other_param_names = ("mpo_initial", "mpo_digits", "mpo_constants")
 
-    # For the type checker, which does not read PEFT; a base layer is one of those that `modeling_tuner` lets through.
+    # For the type checker, which does not read PEFT; `modeling_tuner` decides which base layers there are.
     base_layer: Any
     mpo_auxiliary: Any
     mpo_initial: Any
@@ -55,7 +55,7 @@ class MPOLayer(nn.Module, BaseTunerLayer):
         self.mpo_auxiliary = nn.ModuleDict()
         self.mpo_initial = nn.ModuleDict()
         self.mpo_digits: dict[str, tuple[int, int]] = {}
-        # What follows from saved tensors: the central tensor and the matrix of the untrained chain.
+        # Derived from saved tensors: the central tensor and the matrix of the untrained chain.
         self.mpo_constants: dict[str, Derived[tuple[Tensor, Tensor]]] = {}
         self._in_use: Derived[Tensor] = Derived()
         self._unmerged: list[nn.Parameter] = []  # in a list, which hides it from the module's own parameters
@@ -67,7 +67,7 @@ class MPOLayer(nn.Module, BaseTunerLayer):
 
         Args:
             adapter_name: Not taken yet.
-            config: Says how many tensors of which sizes.
+            config: Number and sizes of the tensors.
 
         Raises:
             ValueError: If the matrix is not loaded yet, or holds values that are not finite.
@@ -95,7 +95,7 @@ class MPOLayer(nn.Module, BaseTunerLayer):
             self._constants(adapter_name)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """Return what an adapter adds to the base layer's weight, of the same shape.
+        """Return the change that an adapter adds to the base layer's weight, of the same shape.
 
         Raises:
             RuntimeError: If the adapter is still empty.
@@ -107,9 +107,9 @@ class MPOLayer(nn.Module, BaseTunerLayer):
         return delta.T if self.transposed else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Give the base layer the matrix in use as its weight; the old one is kept aside for `unmerge`.
+        """Make the matrix in use the weight of the base layer, and keep the old one for `unmerge`.
 
-        The layer gets a new parameter, so that what shares its old one, such as an output layer, does not change.
+        The layer gets a new parameter, so that a layer tied to the old one, such as an output layer, does not change.
 
         Args:
             safe_merge: Whether to refuse values that are not finite.
@@ -139,7 +139,7 @@ class MPOLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
 
     def train(self, mode: bool = True) -> "MPOLayer":
-        """Set the mode, and bring up to date what a compiled forward cannot check while it runs."""
+        """Set the mode, and update the constants that a compiled forward cannot check while it runs."""
         self._in_use.clear()
         for name in self.active_adapters if mode else list(self.mpo_constants):
             if name in self.mpo_auxiliary and self._is_filled(name):
@@ -147,13 +147,13 @@ class MPOLayer(nn.Module, BaseTunerLayer):
         return super().train(mode)
 
     def _is_plain(self) -> bool:
-        """Say whether the base layer alone gives the output."""
+        """Check whether the base layer alone gives the output."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         return self.disable_adapters or self.merged or not any(n in self.mpo_auxiliary for n in self.active_adapters)
 
     def _weight_in_use(self) -> Tensor:
-        """Build the matrix in use, or take it from the last call if nothing has changed since and nothing trains."""
+        """Return the matrix in use, kept from the last call if nothing has changed since and nothing is trained."""
         names = [name for name in self.active_adapters if name in self.mpo_auxiliary]
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._sum(names)
@@ -167,9 +167,9 @@ class MPOLayer(nn.Module, BaseTunerLayer):
         return (weight.to(deltas[0].dtype) + deltas[0]).to(weight.dtype).contiguous()
 
     def _constants(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return the central tensor and the matrix of the untrained chain, anew if what they hang on has changed."""
+        """Return the central tensor and the matrix of the untrained chain, up to date with their sources."""
         known = self.mpo_constants.setdefault(name, Derived())
-        if torch.compiler.is_compiling():  # which cannot look at addresses; `train` does
+        if torch.compiler.is_compiling():  # which cannot compare addresses; `train` does
             known.made = known.made or self._project(name)
             return known.made
         sources = self._sources(name)
@@ -192,7 +192,7 @@ class MPOLayer(nn.Module, BaseTunerLayer):
         return [self._frozen(), *self.mpo_initial[name]]
 
     def _is_filled(self, name: str) -> bool:
-        # The first tensor of a decomposition is never zero, not even that of a zero matrix.
+        # The first tensor of a decomposition is never zero, even for a zero matrix.
         sources = self._sources(name)
         return not any(t.is_meta for t in sources) and bool(sources[1].any())
 
@@ -204,7 +204,7 @@ class MPOLayer(nn.Module, BaseTunerLayer):
         return weight.T if self.transposed else weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MPOLayer":
-        self.mpo_constants, self._in_use = {}, Derived()  # of another device or dtype
+        self.mpo_constants, self._in_use = {}, Derived()  # on another device, or in another dtype
         for weight in self._unmerged:
             weight.data = fn(weight.data)
         return super()._apply(fn, recurse)
@@ -230,7 +230,7 @@ class AdaptedLinear(MPOLayer):
         return torch.addmm(bias, x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Say that PEFT may approximate the adapter by a low-rank one: it is a sum."""
+        """Allow PEFT to approximate the adapter by a low-rank one: it is added to the weight."""
         return not self.transposed
 
 
@@ -246,9 +246,9 @@ class AdaptedEmbedding(MPOLayer):
 
 
 class _Frozen(nn.Module):
-    """Tensors that are saved and move with the model but never train, whatever a loader thinks of them.
+    """Tensors that are saved and move with the model but never train, even if a loader wants to train them.
 
-    They are no buffers: those DistributedDataParallel writes anew at every step.
+    They are no buffers, because DistributedDataParallel broadcasts those at every step.
     """
 
     def __init__(self, cores: Sequence[Tensor]) -> None:

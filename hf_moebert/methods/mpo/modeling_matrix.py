@@ -1,8 +1,8 @@
-"""A matrix that is stored as a chain of cores, and is multiplied in whatever way is the cheapest.
+"""A matrix that is stored as a chain of cores, and is multiplied in the cheapest way.
 
-While cores learn, every call rebuilds the matrix, which costs about as much as a few hundred tokens through the layer.
-Otherwise the matrix is kept until a core changes; for few tokens and small bonds the activation passes the chain
-instead, where a count says that this is cheaper.
+While cores are trained, every call rebuilds the matrix, which costs about as much as a few hundred tokens through the
+layer. Otherwise the matrix is kept until a core changes; for few tokens and small bonds the activation is multiplied
+by the chain instead, where that takes fewer multiplications.
 
 Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205; keeping the matrix is our own design.
 """
@@ -22,10 +22,10 @@ from .functional import contract, contract_activation, merge
 from .functional_shapes import check_bonds, full_bonds, plan_chain
 
 
-CHAIN_RATIO = 0.7  # of the dense product's multiplications: above, the chain was never measured to be faster
-CHAIN_TOKENS = 64  # beyond, the intermediate results leave the cache
-CHAIN_SAVING = 10_000_000  # multiplications in one call that several small products must save to be worth their calls
-FEWEST_TOKENS = 8  # fewer take the dense product as long, which then reads the matrix from memory
+CHAIN_RATIO = 0.7  # of the dense product's multiplications; above it the chain was never measured to be faster
+CHAIN_TOKENS = 64  # with more, the intermediate results no longer fit in the cache
+CHAIN_SAVING = 10_000_000  # multiplications that the chain must save in one call to pay for its several products
+FEWEST_TOKENS = 8  # with fewer, the dense product takes as long: it is bound by reading the matrix from memory
 
 plan = lru_cache(plan_chain)
 
@@ -62,7 +62,7 @@ class MPOMatrix(nn.Module):
 
     @property
     def bonds(self) -> tuple[int, ...]:
-        """Sizes between the cores, `num_cores - 1` of them."""
+        """The sizes between the cores, `num_cores - 1` of them."""
         return tuple(core.shape[-1] for core in self.chain()[:-1])
 
     @property
@@ -72,23 +72,23 @@ class MPOMatrix(nn.Module):
 
     def chain(self) -> list[Tensor]:
         """List the cores."""
-        # Item by item costs more than a small layer, and is left for a replica on another GPU, which has attributes.
+        # Indexing costs more than a small layer, and is left for a replica on another GPU, which has attributes only.
         cores: list[Tensor] = [core for core in self.cores._parameters.values() if core is not None]
         return cores or [getattr(self.cores, str(k)) for k in range(len(self.row_factors))]
 
     @property
     def weight(self) -> Tensor:
-        """The matrix, `(rows, columns)`: kept while no gradient is wanted of the cores, rebuilt otherwise."""
+        """The matrix, `(rows, columns)`, kept while the cores need no gradient, rebuilt otherwise."""
         if torch.compiler.is_compiling() or self.learns():
             return self._rebuild()
         return self._matrix.get(self.chain(), self._rebuild)
 
     def _rebuild(self) -> Tensor:
-        with torch.autocast(self.centre.device.type, enabled=False):  # a product of rounded cores is no longer theirs
+        with torch.autocast(self.centre.device.type, enabled=False):  # rounded cores give another matrix
             return contract(self.chain(), self.rows, self.columns)
 
     def learns(self) -> bool:
-        """Whether a gradient is wanted of any core."""
+        """Check whether any core needs a gradient."""
         return torch.is_grad_enabled() and any(core.requires_grad for core in self.chain())
 
     @torch.no_grad()
@@ -108,7 +108,7 @@ class MPOMatrix(nn.Module):
         return F.linear(x, self.weight.T if transposed else self.weight, bias)
 
     def _plan(self, x: Tensor, transposed: bool) -> tuple[int, ...] | None:
-        """Say how many cores make each link, or None where the dense product is cheaper or more exact."""
+        """Return how many cores to merge into each link, or None where the dense product is cheaper or more exact."""
         tokens = x.numel() // x.shape[-1]
         if tokens > CHAIN_TOKENS or torch.compiler.is_compiling() or self.learns():
             return None
@@ -126,18 +126,18 @@ class MPOMatrix(nn.Module):
         return [link.permute(1, 3, 0, 2).contiguous().permute(2, 0, 3, 1) for link in links]  # as they are multiplied
 
     def train(self, mode: bool = True) -> "MPOMatrix":
-        """Forget what was kept: edits that torch does not count happen in training."""
+        """Set the mode, and drop kept results: torch does not count all edits that training makes."""
         self._matrix.clear()
         self._links.clear()
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "MPOMatrix":
-        self._matrix.clear()  # of another device or dtype
+        self._matrix.clear()  # on another device, or in another dtype
         self._links.clear()
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take over the bonds of a checkpoint of the same factors: they may have been squeezed since."""
+        """Adopt the bonds of a checkpoint with the same factors, which may have been squeezed since."""
         for name, core in self.cores.named_parameters():
             saved = state_dict.get(f"{prefix}cores.{name}")
             if saved is not None and saved.shape != core.shape and saved.shape[1:3] == core.shape[1:3]:
@@ -145,7 +145,7 @@ class MPOMatrix(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        """Return sizes and bonds for printing."""
+        """Return sizes and bonds for `repr`."""
         return f"{self.rows}, {self.columns}, bonds={self.bonds}"
 
 

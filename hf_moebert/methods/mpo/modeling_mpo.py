@@ -22,7 +22,7 @@ Dense: TypeAlias = nn.Linear | Conv1D | nn.Embedding
 
 
 class MPOLinear(MPOMatrix):
-    """A linear layer; its matrix has the output features as rows."""
+    """A linear layer, whose matrix has the output features as rows."""
 
     def __init__(self, rows: int, columns: int, *, bias: bool = True, **shape: Any) -> None:
         super().__init__(rows, columns, **shape)
@@ -48,9 +48,9 @@ class MPOConv1D(MPOMatrix):
 
 
 class MPOEmbedding(MPOMatrix):
-    """A table of embeddings; the vocabulary is the rows.
+    """A table of embeddings, with a row for each token of the vocabulary.
 
-    While it learns, only the rows of the batch are rebuilt if that is cheaper than the whole table.
+    In training only the rows of the batch are rebuilt if that is cheaper than the whole table.
     """
 
     def __init__(self, rows: int, columns: int, *, padding_idx: int | None = None, **shape: Any) -> None:
@@ -63,7 +63,7 @@ class MPOEmbedding(MPOMatrix):
 
 
 class TiedMPOEmbedding(nn.Module):
-    """A second place of the same table, which holds no parameters of its own."""
+    """An embedding that shares the table of another one, and has no parameters of its own."""
 
     def __init__(self, source: MPOMatrix, *, padding_idx: int | None = None) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class TiedMPOEmbedding(nn.Module):
 
 
 class TiedMPOLinear(nn.Module):
-    """A linear layer, as a rule the head, that shares the matrix of a table."""
+    """A linear layer, usually the head, that shares the matrix of a table."""
 
     def __init__(self, source: MPOMatrix, *, bias: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -99,12 +99,12 @@ class TiedMPOLinear(nn.Module):
 
 
 def look_up(table: MPOMatrix, ids: Tensor, padding_idx: int | None) -> Tensor:
-    """Look rows up: in the kept table, in a rebuilt one, or by rebuilding these rows only, whatever is cheapest.
+    """Look rows up in the kept table, in a rebuilt one, or by rebuilding these rows only, whichever is cheapest.
 
     Args:
         table: Its rows are looked up.
         ids: Shape `(...)`.
-        padding_idx: The id whose row gets no gradient; other rows still change it, because they share cores with it.
+        padding_idx: Id whose row gets no gradient; it still changes with the rows that it shares cores with.
 
     Returns:
         Shape `(..., columns)`.
@@ -123,7 +123,7 @@ def look_up(table: MPOMatrix, ids: Tensor, padding_idx: int | None) -> Tensor:
 
 
 def _macs_of_all(table: MPOMatrix) -> int:
-    """Count the multiplications of rebuilding, leaving out the small products within either side."""
+    """Count the multiplications of rebuilding the table, without the small products within either side."""
     centre, (before, behind) = len(table.cores) // 2, table.centre.shape[::3]
     right = math.prod(table.row_factors[centre + 1 :]) * math.prod(table.column_factors[centre + 1 :])
     middle = table.row_factors[centre] * table.column_factors[centre]
@@ -141,7 +141,7 @@ def _macs_per_row(table: MPOMatrix) -> int:
 def make_layer(
     module: Dense, *, row_factors: Sequence[int], column_factors: Sequence[int], bonds: Sequence[int]
 ) -> MPOMatrix:
-    """Build the layer that takes a dense layer's place, with its bias and with cores of zeros.
+    """Build the layer that replaces a dense layer, with its bias and with cores of zeros.
 
     Args:
         module: A linear layer, `Conv1D` or embedding.
@@ -166,23 +166,23 @@ def make_layer(
         kind = MPOConv1D if isinstance(module, Conv1D) else MPOLinear
         layer = kind(rows, columns, bias=module.bias is not None, **shape)
         layer.bias = module.bias
-    layer.cores.requires_grad_(module.weight.requires_grad)  # what was frozen stays so
+    layer.cores.requires_grad_(module.weight.requires_grad)  # a frozen layer stays frozen
     return layer.to(module.weight.device).train(module.training)
 
 
 def decompose_layer(
     module: Dense, *, num_cores: int = 5, bonds: Sequence[int] | None = None, gauge: str = "symmetric"
 ) -> MPOMatrix:
-    """Write one dense layer as a chain of cores.
+    """Decompose the matrix of one dense layer.
 
     Args:
-        module: A linear layer, `Conv1D` or embedding; it is left as it is, but its bias is shared.
+        module: A linear layer, `Conv1D` or embedding. It is not changed; its bias is shared.
         num_cores: Odd, at least 3.
-        bonds: Most directions to keep at each bond; None keeps all.
+        bonds: Largest size of each bond; None truncates nothing.
         gauge: As in `decompose`.
 
     Returns:
-        The layer that takes its place.
+        The layer that replaces it.
     """
     row_factors, column_factors = factor_matrix(module.weight.shape[0], module.weight.shape[1], num_cores)
     cores, _ = decompose(module.weight, row_factors, column_factors, bonds=bonds, gauge=gauge)
@@ -193,10 +193,10 @@ def decompose_layer(
 
 
 def tie_layer(module: nn.Module, source: MPOMatrix) -> TiedMPOEmbedding | TiedMPOLinear:
-    """Build what takes the place of a dense layer that shares the matrix of another one.
+    """Build the layer that replaces a dense layer which shares the matrix of another one.
 
     Args:
-        module: The dense layer, or the layer that has already taken its place, where one object stands in two.
+        module: The dense layer, or its replacement if one object is used in two places.
         source: The layer that holds the cores.
     """
     if isinstance(module, nn.Embedding | MPOEmbedding):
@@ -206,11 +206,11 @@ def tie_layer(module: nn.Module, source: MPOMatrix) -> TiedMPOEmbedding | TiedMP
 
 
 def restore_layer(layer: MPOMatrix | TiedMPOEmbedding | TiedMPOLinear, weight: nn.Parameter) -> nn.Module:
-    """Build the dense layer again: the reverse of `decompose_layer`.
+    """Build a dense layer from a decomposed one, the reverse of `decompose_layer`.
 
     Args:
         layer: A decomposed layer, or one tied to it.
-        weight: Its matrix, the same object for all layers that share it.
+        weight: Its matrix; the same object for all layers that share it.
     """
     rows, columns = weight.shape
     if isinstance(layer, MPOEmbedding | TiedMPOEmbedding):

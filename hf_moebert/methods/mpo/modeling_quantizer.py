@@ -1,4 +1,4 @@
-"""Build the layers of a compressed model, as its config.json says, before the host loads the weights."""
+"""Loading of compressed models: build the layers that config.json describes, before transformers loads the weights."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,11 +20,11 @@ from .modeling_mpo import make_layer, tie_layer
 
 
 def replace_matrices(model: PreTrainedModel, config: MPOCompressionConfig) -> None:
-    """Put layers of zero cores where the configuration says so, and take these matrices out of the host's ties.
+    """Replace the described modules by layers of zero cores, and remove their matrices from the tied weights.
 
     Args:
         model: Dense; it may be on the meta device.
-        config: Its paths may have the prefix of the model with a head, or lack it; they become those of this model.
+        config: Its paths may be those of the model with or without a head; they become those of this model.
 
     Raises:
         ValueError: If the model has no such module, or one of another size.
@@ -32,7 +32,7 @@ def replace_matrices(model: PreTrainedModel, config: MPOCompressionConfig) -> No
     places = _find_places(model, [*config.matrices, *config.tied])
     config.matrices = {places[path]: shape for path, shape in config.matrices.items() if path in places}
     config.tied = {places[path]: places[source] for path, source in config.tied.items() if path in places}
-    _forget_ties(model, {f"{place}.weight" for place in places.values()})
+    _drop_ties(model, {f"{place}.weight" for place in places.values()})
     for place, shape in config.shapes().items():
         module = model.get_submodule(place)
         assert isinstance(module, nn.Linear | Conv1D | nn.Embedding)
@@ -44,7 +44,7 @@ def replace_matrices(model: PreTrainedModel, config: MPOCompressionConfig) -> No
 
 
 def _find_places(model: PreTrainedModel, paths: Sequence[str]) -> dict[str, str]:
-    """Find modules in a model with or without head; those of another head are left out."""
+    """Map paths to modules of a model with or without head; those of another head are left out."""
     modules, prefix = dict(model.named_modules(remove_duplicate=False)), f"{model.base_model_prefix}."
     with_head = any(path.startswith(prefix) for path in paths)
     places = {}
@@ -60,20 +60,20 @@ def _find_places(model: PreTrainedModel, paths: Sequence[str]) -> dict[str, str]
     return places
 
 
-def _forget_ties(model: PreTrainedModel, gone: set[str]) -> None:
-    """Keep only ties of other parameters: a decomposed matrix is shared by the module that holds it."""
+def _drop_ties(model: PreTrainedModel, replaced: set[str]) -> None:
+    """Remove the ties of decomposed matrices: their modules share the cores themselves."""
     for name, part in model.named_modules():
         if isinstance(part, PreTrainedModel):
             dot = f"{name}." if name else ""
             ties = part.get_expanded_tied_weights_keys(all_submodels=False)
-            part._dense_ties = vars(part).get("_tied_weights_keys")  # those of a single model, for the way back
-            part._tied_weights_keys = {k: v for k, v in ties.items() if not {dot + k, dot + v} & gone}
+            part._dense_ties = vars(part).get("_tied_weights_keys")  # of this model alone, for `restore_ties`
+            part._tied_weights_keys = {k: v for k, v in ties.items() if not {dot + k, dot + v} & replaced}
             ties = getattr(part, "all_tied_weights_keys", ties)
-            part.all_tied_weights_keys = {k: v for k, v in ties.items() if not {dot + k, dot + v} & gone}
+            part.all_tied_weights_keys = {k: v for k, v in ties.items() if not {dot + k, dot + v} & replaced}
 
 
 def restore_ties(model: PreTrainedModel) -> None:
-    """Give a model whose matrices are dense again the ties that `replace_matrices` took from it."""
+    """Give a model that is dense again the ties that `replace_matrices` removed."""
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             ties = vars(part).pop("_dense_ties", None)
@@ -81,38 +81,38 @@ def restore_ties(model: PreTrainedModel) -> None:
             if ties is not None:
                 part._tied_weights_keys = ties
             named = dict(part.named_parameters(remove_duplicate=False))
-            keys = part.get_expanded_tied_weights_keys(all_submodels=False)  # which may claim more than there is
+            keys = part.get_expanded_tied_weights_keys(all_submodels=False)  # which may list more than are tied
             part.all_tied_weights_keys = {k: v for k, v in keys.items() if named[k] is named[v]}
 
 
 @register_quantizer("mpo")
 class MPOQuantizer(HfQuantizer):
-    """Build the layers of a compressed checkpoint before the host loads its weights."""
+    """The quantizer `mpo`, which builds the layers of a compressed checkpoint before its weights are loaded."""
 
-    requires_calibration = True  # the host then refuses it for a checkpoint that is not compressed
+    requires_calibration = True  # transformers then refuses it for a checkpoint that is not compressed
     quantization_config: MPOCompressionConfig
 
     def is_serializable(self) -> bool:
-        """Say that a model can be saved."""
+        """Allow `save_pretrained`."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Say that the Trainer may train a model."""
+        """Allow the Trainer to train a model."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Say that it may do so without adapters."""
+        """Allow it to do so without adapters."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """Say that `generate` may compile a model."""
+        """Allow `generate` to compile a model."""
         return True
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """Write the bonds as they are now: they may have been squeezed."""
+        """Write the current bonds into the configuration: they may have been squeezed."""
         for path, shape in self.quantization_config.matrices.items():
             layer = model.get_submodule(path)
             assert isinstance(layer, MPOMatrix)

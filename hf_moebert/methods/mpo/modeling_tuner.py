@@ -1,6 +1,6 @@
-"""Light fine-tuning as a PEFT method: the auxiliary tensors of a matrix train, the central tensor and the rest do not.
+"""Lightweight fine-tuning as a PEFT method: only the auxiliary tensors of a matrix are trained.
 
-Importing this module enters the method in PEFT's tables, so that `get_peft_model` and every loader know it.
+Importing this module registers the method in PEFT's tables, so that `get_peft_model` and every loader know it.
 
 Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205.
 """
@@ -33,7 +33,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class MPOModel(BaseTuner):
-    """Any model whose linear layers or embeddings get adapters of auxiliary tensors; made by `get_peft_model`.
+    """A model whose linear layers or embeddings have adapters of auxiliary tensors; made by `get_peft_model`.
 
     Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205.
     """
@@ -62,7 +62,7 @@ class MPOModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT enters this around every forward; it would drop names of adapters without a word."""
+        """Refuse names of adapters, which PEFT would ignore without a warning; it enters this around every forward."""
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
                 f"`adapter_names` must be None for MPO adapters, got {kwargs['adapter_names']}: all rows of a batch"
@@ -72,7 +72,7 @@ class MPOModel(BaseTuner):
 
 
 def _wrap(target: nn.Module, name: str) -> MPOLayer:
-    # The exact types: a subclass may be quantised, or use its weight in another way.
+    # Exact types only: a subclass may be quantised, or use its weight in another way.
     weight = getattr(target, "weight", None)
     plain = type(weight) is nn.Parameter and weight.dtype in DTYPES
     if plain and type(target) in (nn.Linear, Conv1D):
@@ -87,7 +87,7 @@ def _wrap(target: nn.Module, name: str) -> MPOLayer:
 
 
 def _register() -> None:
-    """Enter the method in PEFT's tables, again and again if need be; its own way in asks for a closed enumeration."""
+    """Enter the method in PEFT's tables; `register_peft_method` accepts only members of a closed enumeration."""
     entries = {"CONFIG": MPOConfig, "TUNER": MPOModel, "PREFIX": MPOModel.prefix}
     tables = {kind: getattr(peft.mapping, f"PEFT_TYPE_TO_{kind}_MAPPING", None) for kind in entries}
     for kind, table in tables.items():

@@ -8,21 +8,21 @@ from transformers.hf_argparser import HfArg
 
 @dataclass(frozen=True)
 class MPOSqueezingConfig:
-    """How to cut bonds one by one, and when to stop.
+    """A schedule for cutting bonds step by step, and the metric that stops it.
 
     Raises:
-        ValueError: If a knob is out of range.
+        ValueError: If a field is out of range.
 
-    Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205, for the idea; all knobs and defaults are our own.
+    Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205, for the idea; all fields and defaults are our own.
     """
 
-    metric: str = HfArg(default="eval_accuracy", help="What decides: a metric as the Trainer logs it.")
+    metric: str = HfArg(default="eval_accuracy", help="Metric that decides, as the Trainer logs it.")
     higher_is_better: bool = HfArg(default=True, help="Whether a larger metric is better.")
     allowance: float = HfArg(
         default=0.01, help="How much worse than before the first cut the metric may get, in its own units."
     )
-    start_step: int = HfArg(default=0, help="Evaluations before this step cut nothing: the model is still learning.")
-    cuts: int = HfArg(default=1, help="Cuts after every evaluation; the steps until the next one repair them.")
+    start_step: int = HfArg(default=0, help="Evaluations before this step cut nothing.")
+    cuts: int = HfArg(default=1, help="Cuts after every evaluation; the training until the next one repairs them.")
     directions: int = HfArg(default=1, help="Directions that one cut drops from a bond.")
     min_bond: int = HfArg(default=1, help="No bond gets smaller than this.")
     max_squeezes: int = HfArg(default=-1, help="Stop cutting after so many evaluations that cut; -1 for no limit.")

@@ -23,15 +23,15 @@ STATE_FILE = "mpo_squeezing_state.safetensors"
 
 
 class MPOSqueezingCallback(TrainerCallback):
-    """Cut the bonds that cost the least error after every evaluation, as long as the metric bears it.
+    """Cut the bonds that cost the least error after every evaluation, as long as the metric does not suffer.
 
-    The first evaluation from `start_step` on gives the reference. Every later one decides about the cuts before it:
-    if the metric is worse than the reference by more than the allowance, the model goes back to what it was before
-    them and training stops; otherwise the next cuts are made. Steps between evaluations repair: central tensors stay
-    frozen if they were, though their numbers change with every cut.
+    The first evaluation from `start_step` on gives the reference. Every later one judges the cuts before it: if the
+    metric is worse than the reference by more than the allowance, the weights from before these cuts are restored and
+    training stops; otherwise the next cuts are made. The steps between evaluations repair the model. Frozen central
+    tensors stay frozen, though every cut changes their values.
 
-    Cut parameters stay the same objects, and the optimizer starts afresh for them. `trainer.state.log_history` holds
-    every cut. Checkpoints hold the weights to go back to, so that a resumed run decides as an uninterrupted one.
+    Cut parameters stay the same objects, and their optimizer state is reset. `trainer.state.log_history` holds every
+    cut. Checkpoints hold the weights to go back to, so that a resumed run decides as an uninterrupted one.
 
     Args:
         config: The recipe; by default `MPOSqueezingConfig()`.
@@ -39,10 +39,11 @@ class MPOSqueezingCallback(TrainerCallback):
 
     Raises:
         ValueError: When training begins, if the model has no matrix product operators, if nothing is evaluated, if
-            several processes or GPUs train, if the best model is to be loaded at the end, or if a checkpoint's state
-            is missing or another run's; later if no evaluation has the metric, or if it is not finite at first.
+            several processes or GPUs train, if the best model is to be loaded at the end, or if the state of a
+            checkpoint is missing or of another run; later if no evaluation has the metric, or if it is not finite
+            in the first one.
 
-    Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205, for the idea; when to judge, and what, is our design.
+    Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205, for the idea; how cuts are judged is our design.
     """
 
     checkpoint_files = (STATE_FILE,)
@@ -52,15 +53,15 @@ class MPOSqueezingCallback(TrainerCallback):
         self.resume_from = resume_from
         self.reference: float | None = None
         self.squeezes = 0
-        self.before: dict[str, Tensor] = {}  # the weights before cuts that no evaluation has judged
-        self._cuts = False  # only while training goes on, and nothing was taken back
-        self._in_step = False  # in the middle of a step: a run that was interrupted there may leave it so
-        self._seen: set[str] = set()  # metrics of evaluations, as long as none had the one that decides
+        self.before: dict[str, Tensor] = {}  # weights from before the cuts that no evaluation has judged yet
+        self._cuts = False  # True while training goes on and no cut was undone
+        self._in_step = False  # stays True if a run is interrupted within a step
+        self._seen: set[str] = set()  # metrics of evaluations so far, until one has the metric that decides
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse what cannot work, and go on where a checkpoint left off."""
+        """Check the run, and restore the state of a checkpoint."""
         _check(args, kwargs["model"])
         events = _events(state)
         self.reference = next((event["mpo_reference"] for event in events if "mpo_reference" in event), None)
@@ -73,7 +74,7 @@ class MPOSqueezingCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse a metric that a whole round of evaluations did not return."""
+        """Refuse a metric that none of a round of evaluations returned."""
         if self._seen and self.reference is None:
             raise ValueError(
                 f"`metric` must be one that evaluations return, got {self.config.metric!r}. Choose from "
@@ -84,7 +85,7 @@ class MPOSqueezingCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let evaluations judge again."""
+        """Allow evaluations to judge again."""
         self._in_step = False
 
     def on_evaluate(
@@ -95,10 +96,10 @@ class MPOSqueezingCallback(TrainerCallback):
         metrics: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        """Judge the last cuts, and make the next."""
+        """Judge the last cuts, and make the next ones."""
         if not self._cuts or self._in_step or state.global_step < self.config.start_step:
             return
-        if self.config.metric not in metrics:  # of another data set
+        if self.config.metric not in metrics:  # an evaluation of another data set
             self._seen |= metrics.keys()
             return
         value, model, optimizer = metrics[self.config.metric], kwargs["model"], kwargs["optimizer"]
@@ -122,7 +123,7 @@ class MPOSqueezingCallback(TrainerCallback):
                 self._note(state, mpo_cuts=cuts, mpo_parameters=_count(model))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put the weights to go back to into the checkpoint."""
+        """Save the weights to go back to in the checkpoint."""
         folder = _checkpoint(args, state)
         if args.should_save and not args.save_only_model and folder.is_dir():
             save_file(self.before, folder / STATE_FILE, {"events": json.dumps(_events(state))})
@@ -130,9 +131,9 @@ class MPOSqueezingCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take back cuts that no evaluation has judged, and leave the model alone from now on."""
+        """Undo cuts that no evaluation has judged, and stop cutting."""
         if self.before:
-            logger.warning("Training ended before an evaluation judged the last cuts: they are taken back.")
+            logger.warning("Training ended before an evaluation judged the last cuts, which are undone.")
             self._undo(kwargs["model"], kwargs["optimizer"])
         self._cuts = False
 
@@ -142,11 +143,11 @@ class MPOSqueezingCallback(TrainerCallback):
     def _is_too_bad(self, value: float) -> bool:
         assert self.reference is not None
         loss = self.reference - value if self.config.higher_is_better else value - self.reference
-        return not loss <= self.config.allowance  # NaN is too bad
+        return not loss <= self.config.allowance  # also for NaN
 
     @torch.no_grad()
     def _squeeze(self, model: nn.Module, optimizer: Any) -> dict[str, list[int]]:
-        """Make the cuts that cost the least, and return the new bonds of the matrices that were cut."""
+        """Make the cheapest cuts, and return the new bonds of the matrices that were cut."""
         matrices = list_matrices(model)
         bonds = self._choose_cuts(matrices)
         if not bonds:
@@ -155,7 +156,7 @@ class MPOSqueezingCallback(TrainerCallback):
         self.before = _snapshot(model)
         for path, wanted in bonds.items():
             matrices[path].set_cores(round_cores(matrices[path].chain(), wanted, gauge=_gauge(model))[0])
-            _forget(optimizer, matrices[path])
+            _reset_moments(optimizer, matrices[path])
         return {path: list(matrices[path].bonds) for path in bonds}
 
     def _choose_cuts(self, matrices: dict[str, MPOMatrix]) -> dict[str, list[int]]:
@@ -178,7 +179,7 @@ class MPOSqueezingCallback(TrainerCallback):
         return cut
 
     def _price(self, spectrum: Tensor, bond: int, spectra: list[Tensor]) -> float:
-        """Return the error that the next cut of a bond adds, by its Schmidt values alone."""
+        """Return the error that the next cut of a bond adds, from its Schmidt values alone."""
         dropped = spectrum[max(bond - self.config.directions, self.config.min_bond) : bond]
         norm = float(spectra[0].norm()) if self.config.relative else 1.0
         return float(dropped.norm()) / (norm or 1.0)
@@ -187,7 +188,7 @@ class MPOSqueezingCallback(TrainerCallback):
     def _undo(self, model: nn.Module, optimizer: Any) -> None:
         for path, matrix in list_matrices(model).items():
             matrix.set_cores([self.before[f"{path}.cores.{k}"] for k in range(len(matrix.cores))])
-            _forget(optimizer, matrix)
+            _reset_moments(optimizer, matrix)
         for name, parameter in model.named_parameters():
             if name in self.before:
                 parameter.copy_(self.before[name])
@@ -199,7 +200,7 @@ def _count(model: nn.Module) -> int:
 
 
 def _events(state: TrainerState) -> list[dict[str, Any]]:
-    """Return what the callback has logged: the host keeps it in every checkpoint."""
+    """Return the entries that the callback has logged, which the Trainer saves in every checkpoint."""
     return [entry for entry in state.log_history if any(key.startswith("mpo_") for key in entry)]
 
 
@@ -220,14 +221,14 @@ def _load(file: Path, events: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """Copy everything that cuts and repairs change."""
+    """Copy all tensors that cuts and training change."""
     cores = {core for matrix in list_matrices(model).values() for core in matrix.chain()}
     changing = {name: p for name, p in model.named_parameters() if p.requires_grad or p in cores}
     return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in changing.items()}
 
 
-def _forget(optimizer: Any, matrix: MPOMatrix) -> None:
-    """Drop moments that mean nothing in the new basis."""
+def _reset_moments(optimizer: Any, matrix: MPOMatrix) -> None:
+    """Drop moments, which mean nothing in the new basis."""
     for core in matrix.chain():
         getattr(optimizer, "optimizer", optimizer).state.pop(core, None)
 
@@ -248,7 +249,7 @@ def _check(args: TrainingArguments, model: nn.Module) -> None:
         (
             args.eval_strategy == IntervalStrategy.NO,
             "`eval_strategy` must be 'steps' or 'epoch' to squeeze, got 'no'",
-            "The steps between two evaluations repair the cuts",
+            "The steps between two evaluations repair the model",
         ),
         (
             args.world_size > 1,
@@ -258,7 +259,7 @@ def _check(args: TrainingArguments, model: nn.Module) -> None:
         (
             args.load_best_model_at_end,
             "`load_best_model_at_end` must be False to squeeze",
-            "It would bring back a model before the cuts; the callback itself takes back the last ones",
+            "It would load a model from before the cuts; the callback itself undoes the last ones",
         ),
     ):
         if wrong:

@@ -1,4 +1,4 @@
-"""What config.json says about experts that share central tensors, and the recipe of the gradient mask."""
+"""Configurations of the models whose experts share central tensors."""
 
 import math
 from dataclasses import dataclass
@@ -27,17 +27,17 @@ GRANULARITIES = ("tensor", "element")
 
 @dataclass(kw_only=True)
 class MPOEFields:
-    """What all configs of this folder add to the host's.
+    """The fields that every config here adds to that of the dense architecture.
 
     Args:
         num_experts: Experts of each converted block, 1 to 256.
-        num_cores: Tensors in the chain of each matrix, odd: the one in the middle is the experts' common one.
-        bond: Most directions at each bond; `None` keeps all.
-        gauge: Who carries the weight of a bond after the decomposition: `symmetric`, `left` or `centre`.
+        num_cores: Tensors in the chain of each matrix, odd; the experts share the one in the middle.
+        bond: Largest size of each bond; `None` truncates nothing.
+        gauge: Which tensors carry the norm after the decomposition: `symmetric`, `left` or `centre`.
         router: `reference` (the gate, of value 1, multiplies the input, no balance loss: the authors' code) or
-            `switch` (it multiplies the output, and there is a balance loss).
+            `switch` (the gate multiplies the output, and there is a balance loss).
         router_aux_loss_coef: Weight of the balance loss; `None` is 0 for `reference` and 0.01 for `switch`.
-        share_centre: Whether the experts of a block share the central tensors. False gives each its own.
+        share_centre: Whether the experts of a block share the central tensors; if not, each has its own.
         mpoe_layers: Blocks that are converted, ascending from 0, in T5 counted through the encoder and then through
             the decoder; `None` converts all.
         mpoe_shapes: `rows`, `columns` and `bonds` of the chain of each matrix; filled in when a model is built.
@@ -64,10 +64,10 @@ class MPOEFields:
 
     @classmethod
     def from_dense(cls, config: PreTrainedConfig, **fields: Any) -> Self:
-        """Take over everything a dense model's config says and add the experts.
+        """Copy the config of a dense model, and add the experts.
 
         Args:
-            config: Config of a model of the host's architecture.
+            config: Config of a model of the dense architecture.
             **fields: Fields of this class.
 
         Raises:
@@ -85,8 +85,8 @@ class MPOEFields:
 
     @property
     def num_blocks(self) -> int:
-        """How many blocks there are to convert."""
-        return self.num_hidden_layers  # type: ignore[attr-defined]  # of the host
+        """The number of blocks that can be converted."""
+        return self.num_hidden_layers  # type: ignore[attr-defined]  # of the base class
 
     @property
     def converted_layers(self) -> list[int]:
@@ -95,19 +95,19 @@ class MPOEFields:
 
     @property
     def balance_coef(self) -> float:
-        """Weight of the balance loss, the router's own if none is given."""
+        """The weight of the balance loss; by default that of the router."""
         return ROUTERS[self.router] if self.router_aux_loss_coef is None else self.router_aux_loss_coef
 
     def matrix_sizes(self) -> dict[str, tuple[int, int]]:
-        """Return output and input features of each matrix of one expert; the last leads back to the hidden size."""
+        """Return output and input features of each matrix of one expert; the last one is the down-projection."""
         raise NotImplementedError
 
     def matrix_std(self, name: str) -> float:
-        """Return the standard deviation of the entries of a matrix that is not converted from a dense one."""
-        return self.initializer_range  # type: ignore[attr-defined]  # of the host
+        """Return the standard deviation that a matrix is initialised with."""
+        return self.initializer_range  # type: ignore[attr-defined]  # of the base class
 
     def plan_shapes(self) -> dict[str, dict[str, list[int]]]:
-        """Return `mpoe_shapes`, from the sizes if they are not given."""
+        """Return `mpoe_shapes`, computed from the sizes if they are not given."""
         if self.mpoe_shapes is not None:
             return self.mpoe_shapes
         shapes = {}
@@ -119,7 +119,7 @@ class MPOEFields:
         return shapes
 
     def validate_experts(self) -> None:
-        """Refuse experts and routers that do not exist."""
+        """Refuse options of experts and routers that are out of range."""
         if not 1 <= self.num_experts <= 256:
             raise ValueError(f"`num_experts` must be in [1, 256], got {self.num_experts}. Use 8, or leave it out.")
         check_num_cores(self.num_cores)
@@ -146,7 +146,7 @@ class MPOEFields:
             )
 
     def validate_shapes(self) -> None:
-        """Refuse chains that cannot be those of the model's matrices."""
+        """Refuse chains that do not fit the model's matrices."""
         if self.mpoe_shapes is None:
             return
         sizes = self.matrix_sizes()
@@ -181,16 +181,16 @@ class MPOET5Config(MPOEFields, T5Config):
 
     @property
     def num_blocks(self) -> int:
-        """How many blocks encoder and decoder have."""
+        """The number of blocks of encoder and decoder together."""
         return self.num_layers + self.num_decoder_layers
 
     def matrix_sizes(self) -> dict[str, tuple[int, int]]:
-        """See `MPOEFields`; a gated network has two matrices that lead in."""
+        """See `MPOEFields`; a gated network has two up-projections."""
         names = ("wi_0", "wi_1") if self.is_gated_act else ("wi",)
         return dict.fromkeys(names, (self.d_ff, self.d_model)) | {"wo": (self.d_model, self.d_ff)}
 
     def matrix_std(self, name: str) -> float:
-        """As T5: by the width of the input."""
+        """Return T5's standard deviation, which depends on the input features."""
         return self.initializer_factor * self.matrix_sizes()[name][1] ** -0.5
 
 

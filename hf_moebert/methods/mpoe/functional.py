@@ -1,6 +1,6 @@
-"""The equations of MPOE on tensors: routing, balance, and the draws of the gradient mask.
+"""Equations of MPOE: routing, the balance loss, and the draws of the gradient mask.
 
-Source: Gao et al. 2022, https://arxiv.org/abs/2203.01104. What is our own is said to be so.
+Source: Gao et al. 2022, https://arxiv.org/abs/2203.01104. Our own additions are marked.
 """
 
 import hashlib
@@ -15,10 +15,11 @@ def choose_expert(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Choose the most probable expert of each token, and a gate of value 1 that carries the router's gradient.
 
     Args:
-        logits: Of the router, in float32. Shape `(tokens, experts)`.
+        logits: The router's, in float32. Shape `(tokens, experts)`.
 
     Returns:
-        Index, ties going to the lowest, `(tokens,)`, and the probability over its own detached value, `(tokens, 1)`.
+        Index of the expert, the lowest one in ties, `(tokens,)`; and the gate, the probability divided by its own
+        detached value, `(tokens, 1)`.
 
     Source: The authors' code.
     """
@@ -27,7 +28,7 @@ def choose_expert(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def balance_loss(logits: Tensor, index: Tensor, mask: Tensor) -> Tensor:
-    """Penalise one layer's router for using its experts unevenly.
+    """Compute the balance loss of one layer's router, which penalises an uneven use of experts.
 
     Args:
         logits: Shape `(tokens, experts)`.
@@ -47,12 +48,12 @@ def balance_loss(logits: Tensor, index: Tensor, mask: Tensor) -> Tensor:
 
 
 def expert_load(index: Tensor, mask: Tensor, num_experts: int) -> Tensor:
-    """Count the tokens that each expert gets, from the choice that was made.
+    """Count the tokens that each expert gets.
 
     Args:
         index: Of each token's expert. Shape `(tokens,)`.
         mask: True at the tokens that count. Shape `(tokens,)`.
-        num_experts: How many there are.
+        num_experts: Number of experts.
 
     Returns:
         Shape `(experts,)`, int64.
@@ -62,7 +63,7 @@ def expert_load(index: Tensor, mask: Tensor, num_experts: int) -> Tensor:
 
 
 def real_tokens(attention_mask: Tensor | None, shape: Sequence[int]) -> Tensor:
-    """Say which of the newest tokens are not padding, from any kind of attention mask.
+    """Return which of the newest tokens are not padding, from any kind of attention mask.
 
     Args:
         attention_mask: `None`, or of any dtype and shape `(batch, past + seq)`, or boolean or additive of shape
@@ -81,14 +82,14 @@ def real_tokens(attention_mask: Tensor | None, shape: Sequence[int]) -> Tensor:
 
 
 def copy_to_experts(core: Tensor, num_experts: int, *, noise: float, generator: torch.Generator) -> Tensor:
-    """Give every expert a copy of a tensor, with noise if asked for.
+    """Stack a copy of a tensor for every expert, with noise if wanted.
 
     Args:
         core: Any shape.
         num_experts: Number of experts.
         noise: Standard deviation, relative to the root mean square of the entries (our own design: the gauge then
             does not matter).
-        generator: Where the noise comes from.
+        generator: Source of the noise.
 
     Returns:
         Shape `(experts, *core.shape)`.
@@ -103,7 +104,7 @@ def copy_to_experts(core: Tensor, num_experts: int, *, noise: float, generator: 
 def draw_mask(
     shape: Sequence[int], keep: float, *, seed: int, step: int, index: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Draw whether a central tensor, or each of its entries, may be updated in one optimiser step.
+    """Draw whether a central tensor, or each of its entries, is updated in one optimiser step.
 
     Args:
         shape: `()` for the whole tensor, or its shape.
@@ -111,10 +112,10 @@ def draw_mask(
         seed: Seed of the run.
         step: Optimiser steps done before this one.
         index: Which central tensor.
-        device: Where to draw; devices of one kind draw the same.
+        device: Device to draw on; devices of one kind draw the same.
 
     Returns:
-        True where updated. Of the shape asked for, whatever drew random numbers before.
+        True where updated, of the given shape; independent of the global random state.
 
     Source: The paper masks the gradient of the central tensor at random; form and probability are our own.
     """
@@ -124,12 +125,12 @@ def draw_mask(
 
 
 def apply_mask(gradient: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Zero the gradient where there is no update, also a NaN, and scale the rest.
+    """Set a gradient to zero where there is no update, even if it is NaN there, and scale the rest.
 
     Args:
-        gradient: Of a central tensor.
+        gradient: The gradient of a central tensor.
         mask: From `draw_mask`.
-        scale: Factor of what is left.
+        scale: Factor of the remaining gradient.
 
     Returns:
         Shape of `gradient`.

@@ -11,10 +11,10 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_mpoe import MPOEBertConfig
 from .functional import real_tokens
 from .modeling_experts import MPOEFeedForward, recording
-from .modeling_mpoe import MPOEMixin, RoutingOutput, lay_out
+from .modeling_mpoe import MPOEMixin, RoutingOutput, with_shapes
 
 
-SINGLE_LABEL = (None, "single_label_classification")  # None: the host infers the kind of problem from the labels
+SINGLE_LABEL = (None, "single_label_classification")  # None: the base class infers the kind of problem from the labels
 
 
 @dataclass
@@ -34,16 +34,16 @@ class MPOEBertForSequenceClassification(MPOEMixin, BertForSequenceClassification
                 f"`chunk_size_feed_forward` must be 0, got {config.chunk_size_feed_forward}: experts see all tokens "
                 "of a batch at once. Leave it out."
             )
-        config = lay_out(config)
+        config = with_shapes(config)
         super().__init__(config)
         blocks: Any = self.bert.encoder.layer
         for block in (blocks[place] for place in config.converted_layers):
             block.intermediate = MPOEFeedForward(config, config.hidden_act, has_bias=True)
-            block.output.dense = nn.Identity()  # what is left there: dropout, residual and LayerNorm
+            block.output.dense = nn.Identity()  # dropout, residual and LayerNorm stay there
 
     @staticmethod
     def dense_name(path: str, matrix: str) -> str:
-        """See `MPOEMixin`; the second matrix lies in the next module."""
+        """See `MPOEMixin`; the down-projection is in the next module."""
         return f"{path if matrix == 'up' else path.removesuffix('intermediate') + 'output'}.dense"
 
     @can_return_tuple
@@ -58,7 +58,7 @@ class MPOEBertForSequenceClassification(MPOEMixin, BertForSequenceClassification
         output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> MPOESequenceClassifierOutput:
-        """Run like the host; the routers' logits and their balance loss are in the output.
+        """Run the base class's forward, and add the routers' logits and balance loss to the output.
 
         Args:
             input_ids: Shape `(batch, seq)`.
@@ -68,7 +68,7 @@ class MPOEBertForSequenceClassification(MPOEMixin, BertForSequenceClassification
             inputs_embeds: Shape `(batch, seq, hidden)`.
             labels: Classes `(batch,)`, or targets `(batch, labels)`.
             output_router_logits: Whether the routers' logits are returned.
-            **kwargs: As for the host.
+            **kwargs: As for the base class.
 
         Raises:
             ValueError: If an id or a label does not exist, or the sequence is too long.
@@ -82,7 +82,7 @@ class MPOEBertForSequenceClassification(MPOEMixin, BertForSequenceClassification
         classes = None if classes is None or classes.is_floating_point() else classes
         self._check_ids("labels", classes, self.num_labels, ignored=True)
         if labels is not None or self._shows(output_router_logits):
-            kwargs["output_router_logits"] = True  # so that `optimize_for_inference` leaves the padding in
+            kwargs["output_router_logits"] = True  # so that `optimize_for_inference` keeps the padding
         with recording() as records:
             outputs = super().forward(
                 input_ids=input_ids,
@@ -94,7 +94,7 @@ class MPOEBertForSequenceClassification(MPOEMixin, BertForSequenceClassification
                 return_dict=True,
                 **kwargs,
             )
-        if classes is not None and not (classes != -100).any():  # the host's mean over no example is NaN
+        if classes is not None and not (classes != -100).any():  # the base class's mean over no example is NaN
             outputs.loss = outputs.logits.sum() * 0.0
         masks = [real_tokens(attention_mask, x.logits.shape[:2]) for x in records]
         return self._finish(MPOESequenceClassifierOutput, outputs, records, masks, output_router_logits)

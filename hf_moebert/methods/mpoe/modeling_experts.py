@@ -1,4 +1,4 @@
-"""A feed-forward network of experts whose matrices are chains of tensors with a common one in the middle."""
+"""A feed-forward network of experts whose matrices are chains that share the central tensor."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,21 +22,21 @@ ROUTER_STD = 0.02
 
 
 class Routing(NamedTuple):
-    """What one network decided in one forward: its logits `(..., experts)`, and the index of each token's expert."""
+    """The decisions of one network in one forward: its logits `(..., experts)`, and the expert of each token."""
 
     network: "MPOEFeedForward"
     logits: Tensor
     chosen: Tensor  # (tokens,)
 
 
-# What the networks decided in the forward that runs in this thread; None outside of one, as when a checkpointed block
-# is run again in the backward
+# Decisions in the forward that runs in this thread; None outside of one, as when a checkpointed block is recomputed in
+# the backward
 _records: ContextVar[list[Routing] | None] = ContextVar("mpoe_routing", default=None)
 
 
 @contextmanager
 def recording() -> Iterator[list[Routing]]:
-    """Collect what every network decides that is asked inside, in order."""
+    """Collect the decisions of all networks that run inside, in order."""
     records: list[Routing] = []
     token = _records.set(records)
     try:
@@ -46,7 +46,7 @@ def recording() -> Iterator[list[Routing]]:
 
 
 class Router(nn.Linear):
-    """A linear layer that computes in float32 whatever its own dtype; rounding would decide where tokens go."""
+    """A linear layer that computes in float32 in any dtype; rounding would decide where tokens go."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the logits, `(tokens, hidden)` to `(tokens, experts)`."""
@@ -54,19 +54,19 @@ class Router(nn.Linear):
 
 
 class MPOEFeedForward(nn.Module):
-    """Router and experts in the place of a feed-forward network; without residual and normalisation.
+    """A router and its experts, which replace a feed-forward network without its residual and normalisation.
 
     Central tensors are stored once, `(bond, rows, columns, next bond)`, and stacked by expert only if they are not
-    shared; auxiliary tensors and biases are stacked by expert. The matrices are rebuilt in every forward that may
-    need a gradient, of the experts that have tokens, and kept between forwards that do not.
+    shared; auxiliary tensors and biases are stacked by expert. A forward that may need a gradient rebuilds the
+    matrices of the experts that have tokens; between forwards that need none, matrices are kept.
 
     Args:
-        config: Of the model.
+        config: Config of the model.
         activation: Name of the activation function.
-        inner_dropout: Behind the activation.
-        outer_dropout: At the end.
+        inner_dropout: Probability after the activation.
+        outer_dropout: Probability after the down-projection.
         has_bias: Whether the experts' linear maps have biases, one for each expert (our own design: they are few,
-            and what tells experts apart).
+            and distinguish the experts).
     """
 
     def __init__(
@@ -104,11 +104,11 @@ class MPOEFeedForward(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, config: MPOEFields) -> None:
-        """Draw tensors whose matrices have the standard deviation of the host's."""
+        """Draw tensors whose matrices have the standard deviation of the dense architecture's."""
         nn.init.normal_(self.router.weight, std=ROUTER_STD)
         nn.init.zeros_(self.router.bias)
         for name, shapes in self.shapes.items():
-            paths = torch.Size(shape[3] for shape in shapes).numel()  # products that are added up in one entry
+            paths = torch.Size(shape[3] for shape in shapes).numel()  # products that are summed in one entry
             std = (config.matrix_std(name) / paths**0.5) ** (1 / len(shapes))
             for core in self.chain(name):
                 nn.init.normal_(core, std=std)
@@ -146,11 +146,12 @@ class MPOEFeedForward(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):
             return self.router(tokens.float())
 
-    @torch.compiler.disable  # which experts have tokens is known only when it runs
+    @torch.compiler.disable  # which experts have tokens is known at run time only
     def run(self, tokens: Tensor, index: Tensor) -> Tensor:
-        """Apply to each token its expert, `(tokens, hidden)` to the same."""
+        """Apply to each token its expert; input and output have the shape `(tokens, hidden)`."""
         counts = index.bincount(minlength=self.num_experts).tolist()
-        active = [expert for expert in range(self.num_experts) if counts[expert]] or [0]  # so that all get gradients
+        active = [expert for expert in range(self.num_experts) if counts[expert]]
+        active = active or [0]  # so that all parameters get gradients without any token
         weights = list(zip(*(self.rebuild(name, active) for name in self.sizes), strict=True))
         stacks = [self.biases[name].unbind(0) if name in self.biases else None for name in self.sizes]
         biases = [[stack and stack[expert] for stack in stacks] for expert in active]
@@ -162,16 +163,16 @@ class MPOEFeedForward(nn.Module):
         return torch.cat(parts)[order.argsort()]
 
     def run_expert(self, slots: Tensor, weights: tuple[Tensor, ...], bias: list[Tensor | None]) -> Tensor:
-        """Apply one expert, `(slots, hidden)` to the same; two matrices that lead in make a gated network."""
+        """Apply one expert to its tokens, `(slots, hidden)`; with two up-projections the network is gated."""
         *ups, down = weights
         inner = self.act_fn(F.linear(slots, ups[0], bias[0]))  # (slots, intermediate)
         for factor in ups[1:]:
             inner = inner * F.linear(slots, factor)
-        inner = self.inner_dropout(inner).to(down.dtype)  # T5 loads the last matrix in float32 where others are half
+        inner = self.inner_dropout(inner).to(down.dtype)  # which T5 keeps in float32 where others are in float16
         return F.linear(inner, down, bias[-1])
 
     def rebuild(self, name: str, active: list[int]) -> list[Tensor]:
-        """Return a matrix of the experts asked for, each `(rows, columns)`."""
+        """Return a matrix of each active expert, `(rows, columns)`."""
         chain = self.chain(name)
         shared = getattr(self, "_is_replica", False)  # by threads of `nn.DataParallel`, on other devices
         if self.training or torch.is_grad_enabled() or shared:
@@ -180,7 +181,7 @@ class MPOEFeedForward(nn.Module):
         return [stack[expert] for expert in active]
 
     def contract(self, name: str, experts: list[int]) -> Tensor:
-        """Rebuild a matrix of some experts, in the precision of the tensors, `(experts, rows, columns)`."""
+        """Rebuild a matrix of some experts in the dtype of the tensors, `(experts, rows, columns)`."""
         cores: list[Tensor] = list(self.chain(name))
         middle = len(cores) // 2
         if len(experts) < self.num_experts:
@@ -189,19 +190,19 @@ class MPOEFeedForward(nn.Module):
                 core if self.shares_centre and k == middle else core.index_select(0, some)
                 for k, core in enumerate(cores)
             ]
-        with torch.autocast(cores[0].device.type, enabled=False):  # rounded once, and not at every bond
+        with torch.autocast(cores[0].device.type, enabled=False):  # rounded once instead of at every bond
             return contract(cores, *self.sizes[name])
 
     @torch.compiler.disable
     @torch.no_grad()
     def watch(self, load: Tensor) -> None:
-        """Count for how many forwards in a row each expert had no token; `load` is their tokens, `(experts,)`."""
+        """Count the consecutive forwards in which each expert had no token; `load` is their tokens, `(experts,)`."""
         self.num_watched += 1
         before = torch.zeros_like(load) if self.idle is None else self.idle.to(load.device)
         self.idle = torch.where(load > 0, 0, before + 1)
 
     def train(self, mode: bool = True) -> Self:
-        """Switch the mode, and forget the matrices."""
+        """Set the mode, and drop kept matrices."""
         for stack in self._rebuilt.values():
             stack.clear()
         return super().train(mode)
@@ -209,17 +210,17 @@ class MPOEFeedForward(nn.Module):
     def cut_matrix(
         self, name: str, matrix: Tensor, *, gauge: str, noise: float, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Decompose a dense matrix for this place.
+        """Decompose a dense matrix into tensors of this network.
 
         Args:
-            name: Which matrix.
+            name: Name of the matrix.
             matrix: Shape `(rows, columns)`.
-            gauge: As in `hf_moebert.methods.mpo.functional.decompose`.
+            gauge: As in `hf_moebert.methods.mpo.functional_decomposition.decompose`.
             noise: Relative standard deviation of the noise on the experts' own tensors.
-            generator: Where the noise comes from.
+            generator: Source of the noise.
 
         Returns:
-            Part of this module's state dict.
+            The part of this module's state dict that holds the matrix.
         """
         shapes = self.shapes[name]
         rows, columns = ([shape[side] for shape in shapes] for side in (1, 2))

@@ -13,7 +13,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_mpoe import MPOEGPT2Config
 from .functional import real_tokens
 from .modeling_experts import MPOEFeedForward, recording
-from .modeling_mpoe import MPOEMixin, RoutingOutput, lay_out
+from .modeling_mpoe import MPOEMixin, RoutingOutput, with_shapes
 
 
 @dataclass
@@ -22,15 +22,15 @@ class MPOECausalLMOutput(RoutingOutput, CausalLMOutputWithCrossAttentions):
 
 
 class MPOEGPT2LMHeadModel(MPOEMixin, GPT2LMHeadModel):
-    """GPT-2 whose feed-forward networks are experts that share central tensors."""
+    """GPT-2 with a language model head, whose feed-forward networks are experts."""
 
     config: MPOEGPT2Config
     config_class = MPOEGPT2Config
     transposes_dense = True
-    accepts_loss_kwargs = True  # this host alone divides its loss by `num_items_in_batch`
+    accepts_loss_kwargs = True  # GPT-2, unlike the others, divides its loss by `num_items_in_batch`
 
     def __init__(self, config: MPOEGPT2Config) -> None:
-        config = lay_out(config)
+        config = with_shapes(config)
         super().__init__(config)
         blocks: Any = self.transformer.h
         for block in (blocks[place] for place in config.converted_layers):
@@ -55,23 +55,23 @@ class MPOEGPT2LMHeadModel(MPOEMixin, GPT2LMHeadModel):
         output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> MPOECausalLMOutput:
-        """Run like the host; the routers' logits and their balance loss are in the output.
+        """Run the base class's forward, and add the routers' logits and balance loss to the output.
 
         Args:
             input_ids: Shape `(batch, seq)`.
-            past_key_values: As for the host.
+            past_key_values: As for the base class.
             attention_mask: Also of the tokens in the cache. Shape `(batch, past + seq)`.
             token_type_ids: Shape `(batch, seq)`.
             position_ids: Shape `(batch, seq)`.
             inputs_embeds: Shape `(batch, seq, hidden)`.
-            encoder_hidden_states: As for the host.
-            encoder_attention_mask: As for the host.
+            encoder_hidden_states: As for the base class.
+            encoder_attention_mask: As for the base class.
             labels: The tokens themselves, -100 where there is no loss. Shape `(batch, seq)`.
-            use_cache: As for the host.
-            logits_to_keep: As for the host.
+            use_cache: As for the base class.
+            logits_to_keep: As for the base class.
             output_router_logits: Whether the routers' logits are returned.
-            **kwargs: As for the host; with `num_items_in_batch`, the targets of all accumulated batches, losses are
-                sums over this batch divided by it, and the balance loss weighs by this batch's share of them.
+            **kwargs: As for the base class; with `num_items_in_batch`, the targets of all accumulated batches, the
+                loss is the sum over this batch divided by it, and the balance loss is weighted by this batch's share.
 
         Raises:
             ValueError: If an id or a label does not exist, or the sequence is too long.
@@ -105,7 +105,7 @@ class MPOEGPT2LMHeadModel(MPOEMixin, GPT2LMHeadModel):
         if labels is not None:
             targets = labels[..., 1:] if kwargs.get("shift_labels") is None else kwargs["shift_labels"]
             count = (targets != -100).sum()
-            if not count:  # the host's mean over no target is NaN
+            if not count:  # the base class's mean over no target is NaN
                 outputs.loss = outputs.logits.sum() * 0.0
             if (total := kwargs.get("num_items_in_batch")) is not None:
                 share = count / torch.as_tensor(total, device=count.device).clamp(min=1)

@@ -1,4 +1,4 @@
-"""What the models with shared central tensors have in common: conversion, loading, and the routing in outputs."""
+"""The common part of all models here: conversion, loading, and the routing in outputs."""
 
 import copy
 from collections.abc import Callable
@@ -23,11 +23,11 @@ Config = TypeVar("Config", bound=MPOEFields)
 
 @dataclass
 class RoutingOutput(ModelOutput):
-    """What every output here adds to the host's.
+    """The fields that every output here adds to that of the base class.
 
     Args:
         aux_loss: Balance loss summed over blocks, unweighted; only with `balance_coef > 0`.
-        router_logits: Of each converted block, `(batch, seq, experts)`; in T5 the encoder's, then the decoder's.
+        router_logits: Logits of each converted block, `(batch, seq, experts)`; in T5 those of the encoder first.
     """
 
     aux_loss: Tensor | None = None
@@ -35,16 +35,16 @@ class RoutingOutput(ModelOutput):
 
 
 class MPOEMixin(PreTrainedModel):
-    """What all models here share; a model names its dense weights and lays its networks out."""
+    """The base class of all models here; a model names its dense weights and builds its networks."""
 
-    accepts_loss_kwargs = False  # losses are means over the batch: the Trainer divides by accumulation steps
-    _keep_in_fp32_modules_strict = {"router"}  # the host's own form
-    _can_compile_fullgraph = False  # which experts have tokens decides what is rebuilt
-    transposes_dense = False  # whether the dense matrices lie `(in, out)`
+    accepts_loss_kwargs = False  # losses are means over the batch, so that the Trainer divides by accumulation steps
+    _keep_in_fp32_modules_strict = {"router"}  # a set, as in transformers
+    _can_compile_fullgraph = False  # what is rebuilt depends on the experts that have tokens
+    transposes_dense = False  # whether dense matrices are stored as `(in, out)`
 
     @staticmethod
     def dense_name(path: str, matrix: str) -> str:
-        """Say where the dense model keeps a matrix of the network at `path`, without `.weight`."""
+        """Return the module in the dense model that holds a matrix of the network at `path`."""
         return f"{path}.{matrix}"
 
     @classmethod
@@ -71,13 +71,13 @@ class MPOEMixin(PreTrainedModel):
     ) -> Self:
         """Convert a dense model: every expert starts as the whole feed-forward network.
 
-        With all bonds the new model gives the dense model's outputs, whatever its routers say.
+        With full bonds the new model gives the outputs of the dense one, whichever experts its routers choose.
 
         Args:
             model: Of the class that this one extends. It is not changed.
             num_experts: Experts of each converted block.
             num_cores: Tensors in the chain of each matrix.
-            bond: Most directions at each bond; `None` keeps all.
+            bond: Largest size of each bond; `None` truncates nothing.
             gauge: See `MPOEFields`.
             router: See `MPOEFields`.
             share_centre: See `MPOEFields`.
@@ -119,7 +119,7 @@ class MPOEMixin(PreTrainedModel):
                 f"`model` must be a {dense.__name__}, with its body under {cls.base_model_prefix!r} and its head, got "
                 f"{type(model).__name__}. Load the checkpoint with `{dense.__name__}.from_pretrained`, merge adapters."
             )
-        with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten
+        with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten
             student = cls(config)
         state = student._cut_state(model.state_dict(), noise, torch.Generator().manual_seed(seed))
         missing, unexpected = student.load_state_dict(state, strict=False, assign=True)
@@ -128,7 +128,7 @@ class MPOEMixin(PreTrainedModel):
                 f"`model` must have the body and head of a dense {cls.__name__}, got {type(model).__name__}: missing "
                 f"{missing}, unexpected {unexpected}. Convert with the class that has the same head."
             )
-        student.all_tied_weights_keys = dict(model.all_tied_weights_keys)  # as it is, whatever the configuration says
+        student.all_tied_weights_keys = dict(model.all_tied_weights_keys)  # which may differ from the configuration
         student.tie_weights(recompute_mapping=False)
         if model.can_generate():
             student.generation_config = copy.deepcopy(model.generation_config)
@@ -165,13 +165,13 @@ class MPOEMixin(PreTrainedModel):
     def from_pretrained(
         cls, *args: Any, output_loading_info: bool = False, allow_nonfinite: bool = False, **kwargs: Any
     ) -> Any:
-        """Load like the host, but never make up experts or routers that the checkpoint lacks.
+        """Load like the base class, but refuse a checkpoint that lacks experts or routers.
 
         Args:
-            *args: As for the host.
-            output_loading_info: As for the host.
+            *args: As for the base class.
+            output_loading_info: As for the base class.
             allow_nonfinite: Whether weights may be NaN or infinite.
-            **kwargs: As for the host.
+            **kwargs: As for the base class.
 
         Raises:
             ValueError: If experts are incomplete, e.g. in the checkpoint of a dense model, or a weight is not finite.
@@ -206,9 +206,9 @@ class MPOEMixin(PreTrainedModel):
         """Add the weighted balance loss to the task loss, and the routing to the outputs.
 
         Args:
-            output_class: What to return.
-            outputs: The host's.
-            records: What each network decided.
+            output_class: Class of the result.
+            outputs: Those of the base class.
+            records: Decisions of each network.
             masks: True at the real tokens that each router saw, `(batch, seq)`.
             output_router_logits: Whether the logits are wanted; `None` asks the config.
             share: Of this batch in those that are accumulated for one step, if the task loss is divided by all their
@@ -216,7 +216,7 @@ class MPOEMixin(PreTrainedModel):
         """
         values, coef = dict(outputs), self.config.balance_coef
         shows = self._shows(output_router_logits)
-        if records and (shows or self.training or "loss" in values):  # not at every token that is generated
+        if records and (shows or self.training or "loss" in values):  # but not at every generated token
             places = [mask.flatten().to(x.logits.device) for mask, x in zip(masks, records, strict=True)]  # (tokens,)
             if coef > 0:
                 self._check_checkpointing(records)
@@ -246,11 +246,11 @@ class MPOEMixin(PreTrainedModel):
 
     @torch.compiler.disable
     def _watch(self, records: list[Routing], masks: list[Tensor]) -> None:
-        """Warn of experts that had no token for a long time; training goes on."""
+        """Warn about experts that had no token for a long time."""
         for x, mask in zip(records, masks, strict=True):
             x.network.watch(expert_load(x.chosen, mask, x.network.num_experts))
         due = [x.network for x in records if x.network.num_watched % WATCH_FORWARDS == 0]
-        if not due:  # seldom anything else, for what follows waits for a GPU
+        if not due:  # the rest waits for the GPU, so it is done seldom
             return
         loads = {network: network.idle for network in due if network.idle is not None}
         dead = {network: (idle >= WATCH_FORWARDS).nonzero().flatten().tolist() for network, idle in loads.items()}
@@ -262,7 +262,7 @@ class MPOEMixin(PreTrainedModel):
             )
 
     def _check_ids(self, name: str, ids: Tensor | None, size: int, *, ignored: bool = False) -> None:
-        """Refuse ids that do not exist, before a GPU aborts the process over them; -100 is a label to ignore."""
+        """Refuse ids that are out of range, which would abort the process on a GPU; -100 is a label to ignore."""
         if ids is None or torch.compiler.is_compiling():
             return
         if ids.is_floating_point():
@@ -279,8 +279,8 @@ class MPOEMixin(PreTrainedModel):
             )
 
 
-def lay_out(config: Config) -> Config:
-    """Return a config that says the shapes of the chains: this one, or a copy if they had to be written in."""
+def with_shapes(config: Config) -> Config:
+    """Return the config with the shapes of its chains: itself, or a copy if the shapes had to be filled in."""
     if config.mpoe_shapes is None:
         config = copy.deepcopy(config)
         config.mpoe_shapes = config.plan_shapes()

@@ -12,7 +12,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_mpoe import MPOET5Config
 from .functional import real_tokens
 from .modeling_experts import MPOEFeedForward, recording
-from .modeling_mpoe import MPOEMixin, RoutingOutput, lay_out
+from .modeling_mpoe import MPOEMixin, RoutingOutput, with_shapes
 
 
 @dataclass
@@ -21,13 +21,13 @@ class MPOESeq2SeqLMOutput(RoutingOutput, Seq2SeqLMOutput):
 
 
 class MPOET5ForConditionalGeneration(MPOEMixin, T5ForConditionalGeneration):
-    """T5, T5 v1.1 or FLAN-T5 whose feed-forward networks are experts that share central tensors."""
+    """T5, T5 v1.1 or FLAN-T5 whose feed-forward networks are experts."""
 
     config: MPOET5Config
     config_class = MPOET5Config
 
     def __init__(self, config: MPOET5Config) -> None:
-        config = lay_out(config)
+        config = with_shapes(config)
         super().__init__(config)
         blocks: list[Any] = [*self.encoder.block, *self.decoder.block]
         for block in (blocks[place] for place in config.converted_layers):
@@ -51,7 +51,7 @@ class MPOET5ForConditionalGeneration(MPOEMixin, T5ForConditionalGeneration):
         output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> MPOESeq2SeqLMOutput:
-        """Run like the host; the routers' logits and their balance loss are in the output.
+        """Run the base class's forward, and add the routers' logits and balance loss to the output.
 
         Args:
             input_ids: Shape `(batch, source)`.
@@ -59,13 +59,13 @@ class MPOET5ForConditionalGeneration(MPOEMixin, T5ForConditionalGeneration):
             decoder_input_ids: Shape `(batch, target)`.
             decoder_attention_mask: Shape `(batch, target)`.
             encoder_outputs: Of an encoder that has run already; its routers are then not in the output.
-            past_key_values: As for the host.
+            past_key_values: As for the base class.
             inputs_embeds: Shape `(batch, source, hidden)`.
             decoder_inputs_embeds: Shape `(batch, target, hidden)`.
             labels: -100 where there is none; such a target is padding for the balance loss. Shape `(batch, target)`.
-            use_cache: As for the host.
+            use_cache: As for the base class.
             output_router_logits: Whether the routers' logits are returned.
-            **kwargs: As for the host.
+            **kwargs: As for the base class.
 
         Raises:
             ValueError: If an id or a label does not exist.
@@ -88,7 +88,7 @@ class MPOET5ForConditionalGeneration(MPOEMixin, T5ForConditionalGeneration):
                 return_dict=True,
                 **kwargs,
             )
-        if labels is not None and not (labels != -100).any():  # the host's mean over no target is NaN
+        if labels is not None and not (labels != -100).any():  # the base class's mean over no target is NaN
             outputs.loss = outputs.logits.sum() * 0.0
         in_encoder = sum(place < self.config.num_layers for place in self.config.converted_layers)
         in_encoder = in_encoder if encoder_outputs is None else 0

@@ -1,4 +1,4 @@
-"""How gradients of the shared central tensors are masked."""
+"""The recipe of the gradient mask of shared central tensors."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from .configuration_mpoe import GRANULARITIES
 
 @dataclass(frozen=True)
 class MPOEGradientMaskConfig:
-    """How often central tensors are updated.
+    """The probability that central tensors are updated in a step, and its schedule.
 
     Raises:
         ValueError: If a value breaks the rule in its help text; the message names rule and remedy.
@@ -27,9 +27,9 @@ class MPOEGradientMaskConfig:
         default=None, help="Probability at the end of the run, reached linearly. By default it does not change."
     )
     granularity: str = HfArg(
-        default="tensor", help="What is drawn: whole central tensors (`tensor`), or every entry (`element`)."
+        default="tensor", help="Unit of a draw: a whole central tensor (`tensor`), or each of its entries (`element`)."
     )
-    rescale: bool = HfArg(default=False, help="Whether a gradient that is kept is divided by its probability.")
+    rescale: bool = HfArg(default=False, help="Whether kept gradients are divided by their probability.")
     seed: int = HfArg(default=0, help="Seed of the draws.")
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The gradient mask: how often the central tensors, which every token trains, take part in an optimiser step."""
+"""The gradient mask: central tensors, which every token trains, are left out of optimiser steps at random."""
 
 import weakref
 from typing import Any, ClassVar
@@ -20,12 +20,12 @@ from .recipe import MPOEGradientMaskConfig
 class MPOEGradientMaskCallback(TrainerCallback):
     """Leave central tensors out of optimiser steps at random, while any stock `Trainer` trains.
 
-    Once per step, and whatever the number of processes or of accumulated batches, one draw for each central tensor
-    says whether it is updated. Where it is not, its gradient is zero from the backward on, so that it has no part in
-    clipping, and gone when the optimiser looks: neither momentum nor weight decay move the tensor. With `element`
-    single entries are drawn; they keep their values and their moments, if the optimiser has moments by entry.
+    Once per step, in all processes and for all accumulated batches alike, one draw for each central tensor decides
+    whether it is updated. If it is not, its gradient is zero from the backward on, so that it has no part in clipping,
+    and removed before the optimiser's step, so that neither momentum nor weight decay move the tensor. With `element`
+    single entries are drawn; entries that are not drawn keep their values and their moments.
 
-    Draws depend on seed, step and tensor alone, so a resumed run makes those of an uninterrupted one.
+    Draws depend on seed, step and tensor alone, so that a resumed run draws as an uninterrupted one.
 
     Args:
         config: The recipe; by default `MPOEGradientMaskConfig()`.
@@ -35,11 +35,11 @@ class MPOEGradientMaskCallback(TrainerCallback):
             DeepSpeed, tensor parallelism), or if the run has two such callbacks. After the first step, if `element`
             meets an optimiser whose state is factored or quantised (Adafactor, 8-bit optimisers).
 
-    Source: Gao et al. 2022, https://arxiv.org/abs/2203.01104, for the idea; see `MPOEGradientMaskConfig` for
-    what is our own.
+    Source: Gao et al. 2022, https://arxiv.org/abs/2203.01104, for the idea; `MPOEGradientMaskConfig` says
+    which parts are our own.
     """
 
-    _run: ClassVar[weakref.ref[TrainerState] | None] = None  # the last that began with a callback of this class
+    _run: ClassVar[weakref.ref[TrainerState] | None] = None  # the last run that began with a callback of this class
 
     def __init__(self, config: MPOEGradientMaskConfig | None = None) -> None:
         self.config = MPOEGradientMaskConfig() if config is None else config
@@ -49,7 +49,7 @@ class MPOEGradientMaskCallback(TrainerCallback):
         self._handles: list[RemovableHandle] = []
         self._held: list[tuple[Tensor, Tensor, Tensor]] = []  # mask, tensor and its values before the step
         self._armed: set[int] = set()  # tensors whose next gradient is of this step
-        self._loader: Any = None  # what the run iterates over in this step
+        self._loader: Any = None  # the data loader of the run in this step
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -79,7 +79,7 @@ class MPOEGradientMaskCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Draw what is updated in this step."""
+        """Draw the tensors or entries that are updated in this step."""
         last = self._first if self.config.final_keep is None else self.config.final_keep
         progress = linear_ramp(state.global_step, begin=0, end=max(state.max_steps - 1, 1))
         self.keep = self._first + (last - self._first) * progress
@@ -101,7 +101,7 @@ class MPOEGradientMaskCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Hide from the optimiser what it must not move."""
+        """Keep the optimiser from moving tensors that were not drawn."""
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
         for index, mask in self._masks.items():
             centre = self._centres[index]
@@ -122,23 +122,23 @@ class MPOEGradientMaskCallback(TrainerCallback):
             tensor.copy_(torch.where(mask, tensor, before))
         for index, mask in self._masks.items() if self._held else ():
             for moment in _moments(optimizer, self._centres[index]):
-                if id(moment) not in known:  # made in this step; before it, there was nothing
+                if id(moment) not in known:  # created in this step
                     moment.masked_fill_(~mask, 0)
         self._held, self._masks, self._armed, self._loader = [], {}, set(), None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the model as it was found."""
+        """Remove all hooks and masks."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._masks, self._held, self._armed, self._loader = [], {}, [], set(), None
 
     def _make_hook(self, index: int) -> Any:
-        """Mask every gradient before it is accumulated, or averaged over processes: all of them draw alike.
+        """Return a hook that masks every gradient before it is accumulated, or averaged over processes.
 
-        A run that stops with an error says so to nobody, and leaves its hooks and the masks of its step. They must not
-        touch what is trained afterwards: so a mask is for one backward, and for the data that its step began with.
+        A run that stops with an error leaves its hooks and masks behind. They must not affect later training, so that
+        a mask is valid for one backward, and for the data loader that its step began with.
         """
 
         def hook(gradient: Tensor) -> Tensor | None:
@@ -151,11 +151,11 @@ class MPOEGradientMaskCallback(TrainerCallback):
 
 
 def _moments(optimizer: torch.optim.Optimizer, centre: nn.Parameter) -> list[Tensor]:
-    """Return what the optimiser keeps for each entry of a central tensor."""
+    """Return the optimiser's state for the entries of a central tensor."""
     tensors = [x for x in optimizer.state.get(centre, {}).values() if torch.is_tensor(x) and x.numel() > 1]
     if any(x.shape != centre.shape or not x.is_floating_point() for x in tensors):
         raise ValueError(
-            f"`granularity` must be 'tensor' with {type(optimizer).__name__}, whose state is not one of entries. Use "
+            f"`granularity` must be 'tensor' with {type(optimizer).__name__}, whose state is not by entry. Use "
             "AdamW or SGD for 'element'."
         )
     return tensors

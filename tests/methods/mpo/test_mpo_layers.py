@@ -170,6 +170,7 @@ def test_autocast_rebuilds_in_the_precision_of_the_cores():
         assert layer(batch()).dtype == torch.bfloat16
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("training", [True, False])
 def test_compiled_without_a_break_it_gives_the_same(training):
     layer = decompose_layer(linear()).train(training)

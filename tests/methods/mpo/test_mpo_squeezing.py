@@ -282,7 +282,7 @@ def test_evaluations_after_an_interrupted_run_change_nothing(tmp_path):
 
 def test_evaluations_of_other_data_decide_nothing(tmp_path):
     class Two(Scripted):
-        """Every evaluation is of two data sets, as the host makes them of a dictionary."""
+        """Every evaluation is of two data sets, as the Trainer makes them from a dictionary."""
 
         def evaluate(self, *args, **kwargs):
             self.control = self.callback_handler.on_evaluate(

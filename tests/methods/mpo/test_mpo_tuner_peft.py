@@ -130,7 +130,7 @@ def test_an_adapter_of_other_layers_is_saved_and_loaded_alone(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")  # PEFT saves the table itself, too
 @pytest.mark.parametrize(("kind", "target"), [("llama", "embed_tokens"), ("bert", "word_embeddings")])
-def test_the_host_adds_saves_and_loads_an_adapter(kind, target, tmp_path):
+def test_transformers_adds_saves_and_loads_an_adapter(kind, target, tmp_path):
     cls, x = MODELS[kind][0], ids()
     build(kind).save_pretrained(tmp_path / "base")
     model = cls.from_pretrained(tmp_path / "base")
@@ -323,6 +323,7 @@ def test_checkpointed_activations_give_the_same_gradients():
         assert one.grad is None or torch.equal(one.grad, two.grad)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("kind", "derived"), [("bert", True), ("gpt2", False)])
 def test_a_compiled_model_evaluates_and_trains_in_one_graph(kind, derived):
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""What config.json holds, what is refused, and the sizes of the published models."""
+"""Fields of config.json, refusals, and the sizes of the published models."""
 
 import json
 

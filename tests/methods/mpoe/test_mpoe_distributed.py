@@ -12,6 +12,7 @@ from two_processes import leave, read_both, run_in_two
 from hf_moebert.methods.mpoe import MPOEGradientMaskCallback, MPOEGradientMaskConfig
 
 
+pytestmark = pytest.mark.process
 RUNS = ("none", "tensor", "element")
 
 
@@ -40,7 +41,7 @@ def be_one_of_two(folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each of two processes ended with."""
+    """Return the tensors that each of two processes ended with."""
     folder = tmp_path_factory.mktemp("ranks")
     run_in_two(__file__, folder)
     return read_both(folder)

@@ -1,10 +1,12 @@
-"""What the models refuse, and inputs at the edge."""
+"""Refusals of the models, and inputs at the edge."""
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_mpoe import CLASSES, KINDS, VOCAB, make, make_batch, make_dense
 from transformers import T5Config, T5ForSequenceClassification, T5Model
+
+from hf_moebert.methods.mpoe import from_dense
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -54,6 +56,12 @@ def test_what_cannot_be_converted_is_refused():
     for wrong in (T5ForSequenceClassification(T5Config(**sizes)), T5Model(T5Config(**sizes))):
         with pytest.raises(ValueError, match=f"must be a T5ForConditionalGeneration, .* got {type(wrong).__name__}"):
             CLASSES["t5"].from_dense(wrong)
+        with pytest.raises(
+            ValueError, match=f"must be one of BertFor.*, GPT2LM.*, T5For.*, got {type(wrong).__name__}"
+        ):
+            from_dense(wrong)
+    with pytest.raises(ValueError, match="must be dense and have the architecture 'bert', got 'mpoe_bert'"):
+        from_dense(make("bert"))
     broken = make_dense("gpt2")
     with torch.no_grad():
         broken.transformer.h[0].mlp.c_fc.weight[0, 0] = float("nan")

@@ -1,4 +1,4 @@
-"""Routing, balance and draws, against brute force and the host."""
+"""Routing, balance and draws, against brute force and transformers."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_balance_is_one_if_uniform_and_the_number_of_experts_if_collapsed():
     assert balance(one, everything(12)).item() == pytest.approx(4)
 
 
-def test_balance_is_that_of_the_host():
+def test_balance_is_that_of_switch_transformers():
     logits = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(1))
     expected = load_balancing_loss_func(logits.softmax(-1).flatten(0, 1)[None], logits.argmax(-1).flatten()[None])
     torch.testing.assert_close(balance(logits.flatten(0, 1), everything(18)), expected)

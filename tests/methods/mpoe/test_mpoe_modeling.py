@@ -24,6 +24,7 @@ from transformers import T5ForConditionalGeneration
 from hf_moebert.measuring.footprint import measure_footprint
 from hf_moebert.methods.mpo.functional import contract
 from hf_moebert.methods.mpo.functional_decomposition import decompose
+from hf_moebert.methods.mpoe import from_dense
 
 
 ROUTERS = ("reference", "switch")
@@ -46,6 +47,14 @@ def test_a_converted_model_is_the_dense_one_whatever_its_routers_say(kind, route
     chosen = torch.cat([x.argmax(-1).flatten() for x in output.router_logits])
     assert len(chosen.unique()) > 2
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_function_finds_the_class_by_the_model(kind):
+    dense, options = make_dense(kind), {"num_experts": 2, "layers": [1], "seed": 3}
+    model, expected = from_dense(dense, **options), CLASSES[kind].from_dense(dense, **options).state_dict()
+    assert type(model) is CLASSES[kind]
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["t5", "t5-gated", "gpt2"])
@@ -105,6 +114,7 @@ for name, auto in (x.split("/") for x in sys.argv[2:]):
 """
 
 
+@pytest.mark.process
 def test_checkpoints_hold_every_tensor_once_and_come_back_in_a_new_process(tmp_path):
     for kind in KINDS:
         model = separate_experts(randomise_routers(make(kind, router="switch")))
@@ -173,7 +183,7 @@ def test_routers_are_in_float32_before_and_after_a_checkpoint(tmp_path, dtype):
 
 
 def test_a_head_of_its_own_stays_one(tmp_path):
-    dense = make_dense("t5-gated")  # `tie_word_embeddings` is forced by the host, whatever the checkpoint holds
+    dense = make_dense("t5-gated")  # `tie_word_embeddings` is forced by transformers, even for a head of its own
     dense.lm_head.weight = torch.nn.Parameter(dense.shared.weight.detach() * 1.5 + 0.1)
     dense.save_pretrained(tmp_path / "dense")
     dense = T5ForConditionalGeneration.from_pretrained(tmp_path / "dense")
@@ -266,7 +276,7 @@ def test_seed_and_noise_decide_the_draws():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_from_scratch_has_matrices_of_the_host_size(kind):
+def test_a_model_from_scratch_has_matrices_of_the_dense_scale(kind):
     config = make(kind).config
     torch.manual_seed(0)
     for network in CLASSES[kind](config).networks().values():

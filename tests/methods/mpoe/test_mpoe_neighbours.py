@@ -63,6 +63,7 @@ def test_an_optimised_bert_computes_the_same(asks):
         torch.testing.assert_close(dict(revert_optimizations(model)(**batch)), dict(expected))
 
 
+@pytest.mark.process
 def test_a_compiled_network_is_not_compiled_for_every_expert():
     network = next(iter(separate_experts(randomise_routers(make("bert", num_experts=8))).networks().values()))
     graphs = []
