@@ -1,5 +1,7 @@
 """What all tests share: this folder is importable from its subfolders, the host suite's marks, and a tiny world."""
 
+import gc
+
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -10,6 +12,13 @@ from transformers_suite import MARKERS
 def pytest_configure(config):
     for name in MARKERS:
         config.addinivalue_line("markers", f"{name}: used by the host's own suite")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap():
+    """Exempt everything imported so far from garbage collections: each run of a Trainer forces one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

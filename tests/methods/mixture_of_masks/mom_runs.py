@@ -1,4 +1,4 @@
-"""What the training tests share: tiny models with masks, tiny data, and a Trainer that leaves no traces."""
+"""Tiny models with masks, tiny data, and a Trainer that leaves no traces."""
 
 import torch
 from datasets import Dataset
@@ -10,6 +10,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -106,3 +107,21 @@ def assert_same(ours, theirs):
 
 def logged(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry and "loss" in entry]
+
+
+def scores_of(model):
+    return torch.stack([network.masks.learned.detach() for network in model.masked_networks().values()])
+
+
+def without_opinion(model):
+    """A language model whose loss is always the same, whatever its masks."""
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    return model
+
+
+class Spy(TrainerCallback):
+    """Calls a function with the state and the callback's arguments at one event."""
+
+    def __init__(self, event, function):
+        setattr(self, event, lambda args, state, control, **kwargs: function(state, **kwargs))

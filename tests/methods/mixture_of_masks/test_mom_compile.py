@@ -8,6 +8,9 @@ from torch._dynamo.testing import CompileCounter
 from hf_moebert.methods.mixture_of_masks import shrink
 
 
+pytestmark = pytest.mark.process
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()

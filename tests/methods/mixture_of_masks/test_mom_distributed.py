@@ -10,6 +10,9 @@ from transformers import Trainer
 from two_processes import leave, read_both, run_in_two
 
 
+pytestmark = pytest.mark.process
+
+
 RUNS = ("llama", "bert", "fixed")
 
 

@@ -95,46 +95,37 @@ def test_generation_options_come_along(tmp_path):
     assert back.generation_config.max_new_tokens == small.generation_config.max_new_tokens == 3
 
 
-RELOAD = """
-import pathlib, sys
-import torch, transformers
-from safetensors.torch import load_file
-import hf_moebert
-for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
-    auto = getattr(transformers, folder.name.split("-")[0])
-    model = auto.from_pretrained(folder)
-    batch = load_file(folder / "expected")
-    logits = batch.pop("logits")
-    with torch.no_grad():
-        found = model(**batch).logits
-    assert (found - logits).abs().max() < 1e-6 * logits.abs().max(), folder
-    folder.joinpath("done").touch()
-"""
-
-
 def run(code, *arguments, **variables):
+    """Run code in a new process; return what its last line holds."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | variables)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_all_stages_come_back_in_a_new_process(tmp_path):
-    for kind in KINDS:
-        for stage, make in STAGES.items():
-            model, folder = make(kind), tmp_path / f"{auto_of(kind).__name__}-{kind}-{stage}"
-            model.save_pretrained(folder)
-            save_file(make_batch(kind) | {"logits": logits_of(model, kind)}, folder / "expected")
-    run(RELOAD, tmp_path)
-    assert len(list(tmp_path.glob("*/done"))) == len(KINDS) * len(STAGES)
-
-
-PUBLISH = """
-import sys
+REPRESENTATIVES = [
+    ("llama", "learned"),
+    ("llama", "compact"),
+    ("gpt2", "narrow"),
+    ("t5-gated", "compact"),
+    ("bert", "fixed"),
+]
+WITH_PACKAGE = """
+import json, pathlib, sys
+import torch, transformers
 import hf_moebert
-from transformers import AutoModelForCausalLM
-AutoModelForCausalLM.from_pretrained(sys.argv[1]).push_to_hub("small")
-assert type(AutoModelForCausalLM.from_pretrained("tester/small")) is hf_moebert.MoMLlamaForCausalLM
+torch.set_grad_enabled(False)
+ids = torch.tensor(json.loads(sys.argv[2]))
+found = {}
+for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    model = getattr(transformers, folder.name.split("-")[0]).from_pretrained(folder)
+    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    found[folder.name] = model(input_ids=ids, **more).logits.tolist()
+    if folder.name.endswith("llama-compact"):
+        model.push_to_hub("small")
+again = transformers.AutoModelForCausalLM.from_pretrained("tester/small")
+assert type(again) is hf_moebert.MoMLlamaForCausalLM
+print(json.dumps(found))
 """
 WITHOUT_PACKAGE = """
 import json, pathlib, sys
@@ -161,27 +152,27 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.process
 @torch.no_grad()
-def test_models_load_without_the_package_by_the_code_that_travels(loopback_hub, tmp_path):  # noqa: F811
+def test_models_load_in_new_processes_with_and_without_the_package(loopback_hub, tmp_path):  # noqa: F811
     models, ids = {}, make_batch("llama")["input_ids"]
-    for kind, stage in (("llama", "learned"), ("llama", "compact"), ("gpt2", "narrow"), ("t5-gated", "compact")):
+    for kind, stage in REPRESENTATIVES:
         name = f"{auto_of(kind).__name__}-{kind}-{stage}"
         models[name] = STAGES[stage](kind)
         models[name].save_pretrained(tmp_path / "models" / name)
-    small = models["AutoModelForCausalLM-llama-compact"]
-    run(
-        PUBLISH, tmp_path / "models" / "AutoModelForCausalLM-llama-compact", **loopback_hub.environment(tmp_path / "a")
-    )
+    arguments, small = (tmp_path / "models", ids.tolist()), models["AutoModelForCausalLM-llama-compact"]
+    with_package = run(WITH_PACKAGE, *arguments, **loopback_hub.environment(tmp_path / "a"))
     assert {name for name in loopback_hub.files("tester/small") if name.endswith(".py")} == CODE
-    environment = loopback_hub.environment(tmp_path / "b")
-    found = json.loads(run(WITHOUT_PACKAGE, tmp_path / "models", ids.tolist(), **environment).splitlines()[-1])
+    without = run(WITHOUT_PACKAGE, *arguments, **loopback_hub.environment(tmp_path / "b"))
     for name, model in models.items():
         more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-        assert_near(torch.tensor(found[name]), model(input_ids=ids, **more).logits, 1e-5)
-        assert "trust_remote_code=True" in found[f"{name} refused"]
-    assert_near(torch.tensor(found["hub"]), small(ids).logits, 1e-5)
-    assert found["implementation"] == "sliced_mm"
-    assert found["generated"] == small.generate(ids, max_new_tokens=4, do_sample=False).tolist()
+        wanted = model(input_ids=ids, **more).logits
+        assert_near(torch.tensor(with_package[name]), wanted, 1e-5)
+        assert_near(torch.tensor(without[name]), wanted, 1e-5)
+        assert "trust_remote_code=True" in without[f"{name} refused"]
+    assert_near(torch.tensor(without["hub"]), small(ids).logits, 1e-5)
+    assert without["implementation"] == "sliced_mm"
+    assert without["generated"] == small.generate(ids, max_new_tokens=4, do_sample=False).tolist()
     assert_near(AutoModelForCausalLM.from_pretrained(tmp_path / "again")(ids).logits, small(ids).logits, 1e-5)
 
 

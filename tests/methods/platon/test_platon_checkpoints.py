@@ -1,4 +1,4 @@
-"""Resuming, bit for bit, and checkpoints that are missing, broken, foreign or half written; as a script, a crash."""
+"""Resuming, bit for bit, and checkpoints that are missing, broken, foreign or half written."""
 
 import json
 import os
@@ -6,20 +6,15 @@ import pickle
 import random
 import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
+import platon_runs
 import pytest
 import torch
+from platon_runs import StopAt, assert_same_weights, callback_of, count_all_zeros, gather_state, pruner_of
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from test_platon_faults import gather_state, make_bert, make_examples
-from test_platon_training import assert_same_weights, callback_of, count_all_zeros, pruner_of
-from transformers import Trainer, TrainingArguments
 
 from hf_moebert import DistillationTrainer, PlatonConfig, PlatonPruningCallback
 from hf_moebert.checkpoints.resuming import last_complete_checkpoint
@@ -39,6 +34,27 @@ def saving(**arguments):
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The Trainer of an uninterrupted run, with a checkpoint of every step."""
+    trainer = platon_runs.make_trainer(tmp_path_factory.mktemp("whole"), platon_runs.make_bert(), **saving())
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture
+def copy_checkpoints(whole, folder):
+    """A function that copies checkpoints of the uninterrupted run, and returns the last."""
+
+    def copy(*steps):
+        for step in steps:
+            name = f"checkpoint-{step}"
+            copied = shutil.copytree(Path(whole.args.output_dir) / name, folder / name)
+        return copied
+
+    return copy
 
 
 def logs_of(trainer):
@@ -80,10 +96,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny_bert, make_trainer, folder,
         assert logs_of(resumed) == logs_of(whole)
 
 
-def test_a_resumed_run_is_not_a_new_one(tiny_bert, make_trainer, folder):
-    """What the test above would not see: without the state, the end is another."""
-    whole = make_trainer(tiny_bert(), **saving(save_steps=8))
-    whole.train()
+def test_a_resumed_run_is_not_a_new_one(tiny_bert, make_trainer, whole, copy_checkpoints):
+    """The test above would not notice: without the state, the end is another."""
     resumed = make_trainer(tiny_bert())
     callback = callback_of(resumed)
     on_train_begin = callback.on_train_begin
@@ -92,17 +106,14 @@ def test_a_resumed_run_is_not_a_new_one(tiny_bert, make_trainer, folder):
         on_train_begin(args, replace(state, global_step=0), control, **kwargs)
 
     callback.on_train_begin = forget
-    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-8"))
+    resumed.train(resume_from_checkpoint=str(copy_checkpoints(8)))
     with pytest.raises(AssertionError):
         assert_same_weights(resumed.model, whole.model)
 
 
 @pytest.mark.parametrize("changes", [{}, {"moved": True}])
-def test_resume_from_a_moved_checkpoint(tiny_bert, make_trainer, folder, tmp_path, changes):
-    whole = make_trainer(tiny_bert(), **saving(save_steps=7))
-    whole.train()
-    moved = tmp_path / "elsewhere é"
-    shutil.move(folder / "checkpoint-7", moved)
+def test_resume_from_a_moved_checkpoint(tiny_bert, make_trainer, whole, copy_checkpoints, tmp_path, changes):
+    moved = copy_checkpoints(7).rename(tmp_path / "elsewhere é")
     resumed = make_trainer(tiny_bert(), output_dir=str(tmp_path / "another run"))
     if not changes:
         with pytest.raises(ValueError, match=r"checkpoint-7.* does not exist: .*`resume_from`"):
@@ -113,14 +124,24 @@ def test_resume_from_a_moved_checkpoint(tiny_bert, make_trainer, folder, tmp_pat
     assert_same_weights(resumed.model, whole.model)
 
 
+def test_states_of_0_1_0_are_read(tiny_bert, make_trainer, whole, interrupted):
+    """They call `keep_ratio` `final_ratio`."""
+    with safe_open(interrupted / STATE_FILE, framework="pt") as opened:
+        config = json.loads(opened.metadata()["platon"])["config"]
+    config["final_ratio"] = config.pop("keep_ratio")
+    rewrite(interrupted / STATE_FILE, config=config)
+    resumed = make_trainer(tiny_bert())
+    resumed.train(resume_from_checkpoint=str(interrupted))
+    assert_same_weights(resumed.model, whole.model)
+
+
 # What cannot be resumed
 
 
 @pytest.fixture
-def interrupted(tiny_bert, make_trainer, folder):
-    """The checkpoint of step 10, and the states of the model and the pruner that must stay as they are on refusal."""
-    make_trainer(tiny_bert(), **saving(save_steps=10)).train()
-    return folder / "checkpoint-10"
+def interrupted(copy_checkpoints):
+    """The checkpoint of step 10, which a test may damage."""
+    return copy_checkpoints(10)
 
 
 def truncate(file):
@@ -189,9 +210,9 @@ def test_a_broken_state_is_refused(tiny_bert, make_trainer, interrupted, kind):
 
 
 def test_a_checkpoint_of_a_run_without_pruning_is_refused(tiny_bert, make_trainer, folder):
-    make_trainer(tiny_bert(), False, **saving(save_steps=10)).train()
+    make_trainer(tiny_bert(), False, **saving(max_steps=2)).train()
     with pytest.raises(ValueError, match=r"platon_state.safetensors, but .* or nothing was pruned in that run"):
-        make_trainer(tiny_bert()).train(resume_from_checkpoint=str(folder / "checkpoint-10"))
+        make_trainer(tiny_bert()).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
 
 
 CHANGES = [
@@ -241,25 +262,39 @@ def test_the_state_of_another_model_is_refused(tiny_bert, interrupted, sizes, re
     assert all(keep.all() for keep in pruner.keep.values())
 
 
+def test_the_state_of_another_step_is_refused(tiny_bert, make_trainer, copy_checkpoints):
+    trainer = make_trainer(tiny_bert())
+    callback_of(trainer).resume_from = copy_checkpoints(15)
+    with pytest.raises(ValueError, match=r"must be of the step the Trainer resumes from, 5, but it is of step 15"):
+        trainer.train(resume_from_checkpoint=str(copy_checkpoints(5)))
+
+
+def test_the_state_of_another_run_is_refused(tiny_bert, make_trainer, copy_checkpoints, tmp_path):
+    """Its step is right, its weights are not: an `output_dir` that was used before."""
+    other = {"output_dir": str(tmp_path / "other")}
+    make_trainer(tiny_bert(), callbacks=[StopAt(5)], learning_rate=1e-3, **other, **saving(save_steps=5)).train()
+    trainer = make_trainer(tiny_bert(), **other)
+    with pytest.raises(ValueError, match=r"but it was saved beside other weights. Pass the folder of that checkpoint"):
+        trainer.train(resume_from_checkpoint=str(copy_checkpoints(5)))
+
+
 # What is on disk
 
 
 def test_models_alone_have_no_state(tiny_bert, make_trainer, folder):
-    make_trainer(tiny_bert(), **saving(save_steps=20, save_only_model=True)).train()
-    assert (folder / "checkpoint-20" / "model.safetensors").exists()
-    assert not (folder / "checkpoint-20" / STATE_FILE).exists()
+    make_trainer(tiny_bert(), callbacks=[StopAt(2)], **saving(save_steps=2, save_only_model=True)).train()
+    assert (folder / "checkpoint-2" / "model.safetensors").exists()
+    assert not (folder / "checkpoint-2" / STATE_FILE).exists()
 
 
-def test_every_checkpoint_of_the_final_phase_is_exactly_sparse(tiny_bert, make_trainer, folder):
-    trainer = make_trainer(tiny_bert(), **saving())
-    trainer.train()
-    names = pruner_of(trainer).parameters
+def test_every_checkpoint_of_the_final_phase_is_exactly_sparse(whole):
+    names, folder = pruner_of(whole).parameters, Path(whole.args.output_dir)
     for step in range(1, 21):
         weights = load_file(folder / f"checkpoint-{step}" / "model.safetensors")
         zeros = sum(int((weights[name] == 0).sum()) for name in names)
         state = load_file(folder / f"checkpoint-{step}" / STATE_FILE)
         if step >= 15:
-            assert zeros == round(0.7 * pruner_of(trainer).numel)
+            assert zeros == round(0.7 * pruner_of(whole).numel)
             assert all(torch.equal(state[f"keep.{name}"], weights[name].flatten() != 0) for name in names)
         assert sorted(file.name for file in (folder / f"checkpoint-{step}").glob(".*")) == []
     assert zeros > 0
@@ -285,27 +320,25 @@ def test_a_folder_that_is_elsewhere_is_warned_of(tiny_bert, make_trainer, tmp_pa
 
 @pytest.mark.parametrize("error", [OSError("No space left on device"), SafetensorError("I/O error: File too large")])
 @pytest.mark.parametrize("part", [b"", b"half of it"])
-def test_a_full_disk_leaves_the_old_file(tiny_bert, make_trainer, folder, monkeypatch, error, part):
+def test_a_full_disk_leaves_the_old_file(tiny_bert, make_trainer, interrupted, monkeypatch, error, part):
     def fail(tensors, file, metadata):
         Path(file).write_bytes(part)
         raise error
 
-    make_trainer(tiny_bert(), **saving(save_steps=10)).train()
-    before = (folder / "checkpoint-10" / STATE_FILE).read_bytes()
+    before = (interrupted / STATE_FILE).read_bytes()
     monkeypatch.setattr(training_state, "save_file", fail)
     with pytest.raises(
         OSError, match=r"cannot be written to .*checkpoint-10/platon_state.safetensors: .*Free some space"
     ):
         make_trainer(tiny_bert(), **saving(save_steps=10)).train()
-    assert (folder / "checkpoint-10" / STATE_FILE).read_bytes() == before
-    assert list((folder / "checkpoint-10").glob(".*")) == []
+    assert (interrupted / STATE_FILE).read_bytes() == before
+    assert list(interrupted.glob(".*")) == []
 
 
-def test_a_real_limit_of_the_file_system(tiny_bert, make_trainer, tmp_path):
+@pytest.mark.process
+def test_a_real_limit_of_the_file_system(whole, tmp_path):
     """In a process of its own, since the limit holds for all files from then on."""
-    trainer = make_trainer(tiny_bert())
-    trainer.train()
-    pruner = pruner_of(trainer)
+    pruner = pruner_of(whole)
     pruner.save(tmp_path, 5)
     before = (tmp_path / STATE_FILE).read_bytes()
     process = os.fork()
@@ -328,14 +361,9 @@ def test_a_real_limit_of_the_file_system(tiny_bert, make_trainer, tmp_path):
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "header", "garbage", "pickle", "empty"])
 def test_a_checkpoint_without_its_state_is_skipped(
-    tiny_bert,
-    make_trainer,
-    folder,
-    caplog_of_transformers,
-    damage,
+    tiny_bert, make_trainer, whole, copy_checkpoints, folder, caplog_of_transformers, damage
 ):
-    whole = make_trainer(tiny_bert(), **saving(save_steps=5))
-    whole.train()
+    copy_checkpoints(10, 15, 20)
     BROKEN[damage][0](folder / "checkpoint-20" / STATE_FILE)
     BROKEN[damage][0](folder / "checkpoint-15" / STATE_FILE)
     found = last_complete_checkpoint(str(folder), files=FILES)
@@ -348,8 +376,8 @@ def test_a_checkpoint_without_its_state_is_skipped(
     assert_same_weights(resumed.model, whole.model)
 
 
-def test_no_complete_checkpoint_is_said(tiny_bert, make_trainer, folder, tmp_path):
-    make_trainer(tiny_bert(), **saving(save_steps=10)).train()
+def test_no_complete_checkpoint_is_refused(copy_checkpoints, folder, tmp_path):
+    copy_checkpoints(10, 20)
     for step in (10, 20):
         (folder / f"checkpoint-{step}" / STATE_FILE).unlink()
     for where in (folder, tmp_path / "nowhere"):
@@ -378,104 +406,3 @@ def test_a_student_resumes_from_the_last_complete_checkpoint(tiny_bert, make_tra
     resumed.train(resume_from_checkpoint=True)
     assert begun == [10]
     assert_same_weights(resumed.model, whole.model)
-
-
-# Crashes: run as a script, this file trains in processes that are killed.
-
-
-def make_run(folder):
-    options = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "seed": 0, "save_steps": 1}
-    options |= {"max_steps": 20, "logging_steps": 1, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
-    recipe = PlatonConfig(keep_ratio=0.3, initial_warmup=2, final_warmup=6, window=3)
-    args = TrainingArguments(str(folder), save_strategy="steps", **options)
-    return Trainer(make_bert(), args, train_dataset=make_examples(), callbacks=[PlatonPruningCallback(recipe)])
-
-
-def die_at(place, step):
-    """Kill this very process in the middle of saving the checkpoint of a step."""
-
-    def dying(function):
-        def call(*args, **kwargs):
-            made = Path(run).glob("checkpoint-*")
-            if max((int(path.name.split("-")[1]) for path in made), default=0) >= step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return call
-
-    run = sys.argv[1]
-    if place == "before the state":
-        Pruner.save = dying(Pruner.save)
-    elif place == "before the state has its name":
-        training_state.os.fsync = dying(training_state.os.fsync)
-    else:
-        Trainer._save_optimizer_and_scheduler = dying(Trainer._save_optimizer_and_scheduler)
-
-
-def crash_again_and_again(folder):
-    """Train in one child after the other, each killed and the next resumed; then once without a crash."""
-    chance = random.Random(0)
-    begun, ends = [], []
-    places = ["before the state", None, "before the state has its name", "before the optimizer", None]
-    for number, place in enumerate([*places, "no crash"]):
-        checkpoint = last_complete_checkpoint(str(folder), files=FILES) if number else None
-        begun.append(int(checkpoint.rpartition("-")[2]) if checkpoint else 0)
-        child = os.fork()  # of a process that has imported everything
-        if not child:
-            if place not in (None, "no crash"):
-                die_at(place, begun[-1] + 3)
-            trainer = make_run(folder)
-            trainer.train(resume_from_checkpoint=checkpoint)
-            save_file(gather_state(trainer), folder / "end.safetensors")
-            os._exit(0)
-        if place is None:
-            while not (folder / f"checkpoint-{begun[-1] + 2}").exists():
-                time.sleep(0.001)
-            time.sleep(chance.random() / 10)
-            os.kill(child, signal.SIGKILL)
-        ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    whole = make_run(folder.with_name("whole"))
-    whole.train()
-    save_file(gather_state(whole), folder / "whole.safetensors")
-    print(json.dumps({"begun": begun, "ends": ends}))
-
-
-def test_a_run_that_is_killed_while_it_saves_ends_like_any_other(folder):
-    folder.mkdir()
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert report["ends"] == [-signal.SIGKILL] * 5 + [0]
-    assert report["begun"] == sorted(report["begun"])
-    assert report["begun"][1] == 2  # checkpoint 3 has no state, so it does not count
-    end, whole = (load_file(folder / f"{name}.safetensors") for name in ("end", "whole"))
-    assert [name for name in whole if not torch.equal(end[name], whole[name])] == []
-    assert any(name.startswith("keep") and not tensor.all() for name, tensor in end.items())
-
-
-if __name__ == "__main__":
-    crash_again_and_again(Path(sys.argv[1]))
-
-
-def test_the_state_of_another_step_is_refused(tiny_bert, make_trainer, tmp_path):
-    make_trainer(tiny_bert(), save_strategy="steps", save_steps=5).train()
-    trainer = make_trainer(tiny_bert())
-    callback_of(trainer).resume_from = tmp_path / "run" / "checkpoint-15"
-    with pytest.raises(ValueError, match=r"must be of the step the Trainer resumes from, 5, but it is of step 15"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
-
-
-def test_the_state_of_another_run_is_refused(tiny_bert, make_trainer, tmp_path):
-    """Its step is right, its weights are not: an `output_dir` that was used before."""
-    make_trainer(tiny_bert(), output_dir=str(tmp_path / "other"), learning_rate=1e-3, **saving(save_steps=5)).train()
-    make_trainer(tiny_bert(), **saving(save_steps=5)).train()
-    trainer = make_trainer(tiny_bert(), output_dir=str(tmp_path / "other"))
-    with pytest.raises(ValueError, match=r"but it was saved beside other weights. Pass the folder of that checkpoint"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))

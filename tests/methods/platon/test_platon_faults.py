@@ -1,26 +1,29 @@
-"""Overflows, bad gradients, sharded models, several processes; run as a script, this file is one of two."""
+"""Overflows, bad gradients, and models that cannot be pruned."""
 
 import math
-import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file, save_file
-from test_platon_training import StopAt, assert_same_weights, callback_of, count_all_zeros, pruner_of
+from platon_runs import (
+    RECIPE,
+    StopAt,
+    assert_same_weights,
+    callback_of,
+    count_all_zeros,
+    pruner_of,
+    same_snapshots,
+    snapshot,
+)
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
-from two_processes import run_in_two
+from transformers import TrainerCallback
 
 from hf_moebert import PlatonConfig, PlatonPruningCallback
 from hf_moebert.methods.platon.training_pruner import Pruner
-from hf_moebert.methods.platon.training_selection import WeightSelector
 
 
 # Overflow in half precision
@@ -58,17 +61,6 @@ class Scaled(TrainerCallback):
             self.same.append(same_snapshots(self.before, snapshot(pruner_of(self.trainer))))
         else:
             self.counted += 1
-
-
-def snapshot(pruner):
-    tensors = {f"{kind} {n}": t.clone() for kind, named in pruner.statistics.tensors.items() for n, t in named.items()}
-    tensors |= {f"keep {name}": keep.clone() for name, keep in pruner.keep.items()}
-    tensors |= {f"weight {name}": parameter.detach().clone() for name, parameter in pruner.parameters.items()}
-    return tensors, (pruner.clock, pruner.ratio, pruner.threshold, pruner.revived, pruner.dropped)
-
-
-def same_snapshots(one, other):
-    return one[1] == other[1] and all(torch.equal(tensor, other[0][name]) for name, tensor in one[0].items())
 
 
 OVERFLOWS = [1, 2, 6, 13, 17]  # at once, on what would be a mask step, on that of the final phase
@@ -136,8 +128,7 @@ def test_the_end_comes_late_after_an_overflow(tiny_bert, make_trainer, monkeypat
 
 
 def make_pruner(model, **changes):
-    recipe = {"keep_ratio": 0.3, "initial_warmup": 2, "final_warmup": 6, "window": 3}
-    return Pruner(model, PlatonConfig(**recipe | changes), 30)
+    return Pruner(model, PlatonConfig(**RECIPE | changes), 30)
 
 
 @torch.no_grad()
@@ -354,98 +345,3 @@ def test_stopping_too_early_says_how_dense_the_model_is(tiny_bert, make_trainer,
     zeros, numel = count_all_zeros(trainer.model)
     assert 0 < zeros < numel
     assert f"{1 - zeros / numel:.1%} of the weights are not zero" in caplog_of_transformers.text
-
-
-# Two processes
-
-
-def make_bert():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = BertForSequenceClassification(BertConfig(vocab_size=20, max_position_embeddings=16, **sizes, **dropout))
-    model.accepts_loss_kwargs = False
-    return model
-
-
-def make_examples():
-    ids = torch.randint(20, (64, 6), generator=torch.Generator().manual_seed(0))
-    return [{"input_ids": row, "labels": int(row[0] < 10)} for row in ids]
-
-
-def prune(folder, batch_size, **recipe):
-    config = PlatonConfig(**{"keep_ratio": 0.3, "initial_warmup": 2, "final_warmup": 6, "window": 3} | recipe)
-    options = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": 0}
-    options |= {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 1e-2, "max_steps": 20}
-    args = TrainingArguments(str(folder), per_device_train_batch_size=batch_size, **options)
-    trainer = Trainer(make_bert(), args, train_dataset=make_examples(), callbacks=[PlatonPruningCallback(config)])
-    trainer.train()
-    return trainer
-
-
-def gather_state(trainer):
-    tensors, _ = snapshot(pruner_of(trainer))
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith("weight")} | {
-        f"weight {name}": tensor for name, tensor in trainer.model.state_dict().items()
-    }
-
-
-def be_one_of_two(folder):
-    found = {}
-    for granularity in ("unstructured", "structured"):
-        trainer = prune(folder / "run", 4, granularity=granularity)
-        found |= {f"{granularity} {name}": tensor for name, tensor in gather_state(trainer).items()}
-    rank = trainer.args.process_index
-    assert trainer.args.world_size == 2
-    save_file(found, folder / f"{rank}.safetensors")
-    if rank == 1:
-        update_masks_ = WeightSelector.update_masks_
-
-        def keep_another_(self, masks, ratio):
-            selection = update_masks_(self, masks, ratio)
-            if ratio < 0.6:  # only after a while
-                mask = next(iter(masks.values()))
-                mask[5] = ~mask[5]
-            return selection
-
-        WeightSelector.update_masks_ = keep_another_
-    try:
-        prune(folder / "run", 4)
-    except RuntimeError as error:
-        (folder / f"{rank}.txt").write_text(str(error), encoding="utf-8")
-    os._exit(0)  # taking down the group of a broken run in order may wait for the other process for ever
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """The folder in which each of two processes left what it ended with."""
-    folder = tmp_path_factory.mktemp("ranks")
-    run_in_two(__file__, folder, timeout=120)
-    return folder
-
-
-@pytest.mark.parametrize("granularity", ["unstructured", "structured"])
-def test_two_processes_prune_what_one_does_on_both_batches(ranks, tmp_path, granularity):
-    first, second = (
-        {name: t for name, t in load_file(ranks / f"{rank}.safetensors").items() if name.startswith(granularity)}
-        for rank in range(2)
-    )
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
-    alone = gather_state(prune(tmp_path, 8, granularity=granularity))
-    assert first.keys() == {f"{granularity} {name}" for name in alone}
-    for name, tensor in alone.items():
-        kind = name.split()[0]
-        if kind == "keep":
-            assert torch.equal(first[f"{granularity} {name}"], tensor), name
-        elif kind != "weight":  # what is zero but for rounding differs: the gradient of the keys' biases
-            largest = max(float(other.max()) for key, other in alone.items() if key.startswith(kind))
-            torch.testing.assert_close(first[f"{granularity} {name}"], tensor, rtol=1e-3, atol=largest * 1e-5)
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_processes_whose_masks_differ_all_stop(ranks, rank):
-    assert "All processes must have the same mask, but at step" in (ranks / f"{rank}.txt").read_text(encoding="utf-8")
-
-
-if __name__ == "__main__":
-    be_one_of_two(Path(sys.argv[1]))

@@ -6,91 +6,23 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_platon_training import assert_same_weights, callback_of, pruner_of
+from platon_families import BERT_SIZES, MODELS, VOCAB, build, count_zeros_of
+from platon_runs import assert_same_weights, callback_of, pruner_of
 from transformers import (
-    AlbertConfig,
-    AlbertForSequenceClassification,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
-    BertForSequenceClassification,
-    DebertaV2Config,
-    DebertaV2ForSequenceClassification,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    MixtralConfig,
-    MixtralForSequenceClassification,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-    T5Config,
-    T5ForSequenceClassification,
-    ViTConfig,
-    ViTForImageClassification,
 )
 
 from hf_moebert import (
     DistillationTrainer,
-    MoEBertConfig,
-    MoEBertForSequenceClassification,
     PlatonConfig,
     save_packed,
-    shrink,
 )
-from hf_moebert.methods.platon.modeling_units import find_unit_groups
 from hf_moebert.methods.platon.training_parameters import find_prunable
 from hf_moebert.methods.platon.training_pruner import Pruner
 
-
-VOCAB, END = 20, 19
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
-BERT_SIZES = SIZES | {"vocab_size": VOCAB, "max_position_embeddings": 16}
-EXPERTS = {"num_experts": 4, "expert_size": 8, "num_shared_neurons": 4}
-
-
-def moebert(routing):
-    return MoEBertForSequenceClassification(MoEBertConfig(**BERT_SIZES, **EXPERTS, routing=routing))
-
-
-MODELS = {
-    "bert": lambda: BertForSequenceClassification(BertConfig(**BERT_SIZES)),
-    "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**BERT_SIZES)),
-    "distilbert": lambda: DistilBertForSequenceClassification(
-        DistilBertConfig(vocab_size=VOCAB, dim=16, n_layers=2, n_heads=4, hidden_dim=32)
-    ),
-    "deberta-v2": lambda: DebertaV2ForSequenceClassification(
-        DebertaV2Config(**BERT_SIZES, relative_attention=True, pos_att_type=["c2p", "p2c"])
-    ),
-    "vit": lambda: ViTForImageClassification(ViTConfig(**SIZES, image_size=8, patch_size=4)),
-    "gpt2": lambda: GPT2ForSequenceClassification(
-        GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=4, pad_token_id=0, bos_token_id=1, eos_token_id=END)
-    ),
-    "llama": lambda: LlamaForSequenceClassification(
-        LlamaConfig(**BERT_SIZES, num_key_value_heads=2, pad_token_id=0, eos_token_id=END)
-    ),
-    "t5": lambda: T5ForSequenceClassification(
-        T5Config(
-            vocab_size=VOCAB,
-            d_model=16,
-            d_kv=4,
-            d_ff=32,
-            num_layers=2,
-            num_heads=4,
-            eos_token_id=END,
-            decoder_start_token_id=0,
-        )
-    ),
-    "albert": lambda: AlbertForSequenceClassification(AlbertConfig(embedding_size=8, **BERT_SIZES)),
-    "mixtral": lambda: MixtralForSequenceClassification(
-        MixtralConfig(**BERT_SIZES, num_key_value_heads=2, num_local_experts=4, pad_token_id=0, eos_token_id=END)
-    ),
-    "hash": lambda: moebert("hash-random"),
-    "gate": lambda: moebert("gate-token"),
-}
 
 ATTENTION = [f"attention.{name}" for name in ("self.query", "self.key", "self.value", "output.dense")]
 DISENTANGLED = [f"attention.self.{name}_proj" for name in ("query", "key", "value", "pos_key", "pos_query")]
@@ -140,44 +72,6 @@ CHOSEN = {
     "hash": [("bert.encoder.layer.{}.", MOE_LAYER)],
     "gate": [("bert.encoder.layer.{}.", MOE_LAYER)],
 }
-
-
-def build(family):
-    """A model without a single zero, so that every zero at the end was put there."""
-    torch.manual_seed(0)
-    model = MODELS[family]()
-    model.accepts_loss_kwargs = False
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.masked_fill_(parameter == 0, 0.01)
-    return model
-
-
-def make_data(family, count=64):
-    generator = torch.Generator().manual_seed(0)
-    if family == "vit":
-        images = torch.randn(count, 3, 8, 8, generator=generator)
-        return [{"pixel_values": image, "labels": int(image.mean() > 0)} for image in images]
-    ids = torch.randint(1, END, (count, 6), generator=generator)
-    ids[:, -1] = END
-    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 0] < 10).long().tolist()})
-
-
-@pytest.fixture
-def prune(make_trainer):
-    """Prune a model with data that suit it, and return the trainer."""
-
-    def prune(model, recipe=None, *, data="text", **options):
-        trainer = make_trainer(model, recipe, **options)
-        trainer.train_dataset = make_data(data) if isinstance(data, str) else data
-        trainer.train()
-        return trainer
-
-    return prune
-
-
-def count_zeros_of(parameters):
-    return sum(int((parameter == 0).sum()) for parameter in parameters)
 
 
 # What is chosen
@@ -394,84 +288,6 @@ def test_experts_without_gradient_are_no_trouble():
     assert sum(int((~keep).sum()) for keep in pruner.keep.values()) == round(0.7 * pruner.numel)
     stacks = [keep for name, keep in pruner.keep.items() if "experts" in name]
     assert all(keep.any() for keep in stacks)
-
-
-# Whole units
-
-
-STRUCTURED = ["bert", "roberta", "distilbert", "vit"]
-
-
-@pytest.mark.parametrize("family", STRUCTURED)
-@pytest.mark.parametrize("criterion", ["platon", "movement", "magnitude"])
-def test_what_is_pruned_whole_shrinks(prune, tmp_path, family, criterion):
-    model = build(family)
-    trainer = prune(model, {"granularity": "structured", "keep_ratio": 0.5, "criterion": criterion}, data=family)
-    members = pruner_of(trainer).parameters
-    before = sum(parameter.numel() for parameter in members.values())
-    smaller = shrink(model.eval())
-    groups = find_unit_groups(smaller)
-    assert min(group.num_units for group in groups) >= 1
-    left = sum(p.numel() for group in groups for reader in group.readers for p in reader.parameters())
-    left += sum(group.writer.weight.numel() for group in groups)
-    largest = 4 * (3 * 17 + 16)  # a head: rows and biases of query, key and value, and columns of the output
-    assert abs(left - 0.5 * before) <= largest / 2
-    assert smaller.num_parameters() == model.num_parameters() - (before - left)
-    inputs = {key: torch.as_tensor(value)[None] for key, value in make_data(family)[0].items() if key != "labels"}
-    expected = in_float64(model, inputs)
-    torch.testing.assert_close(in_float64(smaller, inputs), expected, atol=1e-6, rtol=1e-6)
-    rounded = shrink(model, multiple_of=8)
-    assert all(group.num_units % 8 == 0 for group in find_unit_groups(rounded) if group.kind == "neurons")
-    torch.testing.assert_close(in_float64(rounded, inputs), expected, atol=1e-6, rtol=1e-6)
-    rounded.save_pretrained(tmp_path / "smaller")
-    auto = AutoModelForImageClassification if family == "vit" else AutoModelForSequenceClassification
-    loaded = auto.from_pretrained(tmp_path / "smaller")
-    assert_same_weights(loaded, rounded)
-    torch.testing.assert_close(in_float64(loaded, inputs), in_float64(rounded, inputs), atol=1e-12, rtol=1e-12)
-
-
-def in_float64(model, inputs):
-    """The logits, without the rounding that depends on the shapes of products and on where weights lie."""
-    inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
-    return copy.deepcopy(model).double()(**inputs).logits
-
-
-@pytest.mark.parametrize("family", STRUCTURED)
-def test_every_layer_keeps_a_neuron_and_a_head(prune, family):
-    model = build(family)
-    prune(model, {"granularity": "structured", "keep_ratio": 0.001}, data=family)
-    groups = find_unit_groups(shrink(model))
-    assert [group.num_units for group in groups] == [1] * 4
-
-
-@pytest.mark.parametrize("family", ["gpt2", "hash", "gate", "t5", "albert"])
-def test_families_without_known_units_are_refused(make_trainer, family):
-    with pytest.raises(ValueError, match="Prune and shrink the dense model before you convert it, or prune single"):
-        make_trainer(build(family), {"granularity": "structured"}).train()
-
-
-# Two of every four
-
-
-@pytest.mark.parametrize("family", ["bert", "mixtral", "hash"])
-def test_two_of_every_four_inputs(prune, family):
-    model = build(family)
-    prune(model, {"granularity": "2:4", "keep_ratio": 0.5})
-    for name, parameter in find_prunable(model, PlatonConfig()).items():
-        assert ((parameter != 0).unflatten(-1, (-1, 4)).sum(-1) == 2).all(), name
-
-
-def test_two_of_every_four_outputs_are_refused(make_trainer):
-    with pytest.raises(
-        ValueError, match=r"inputs must be the last .* but `transformer.h.0.attn.c_attn.weight` of a Conv"
-    ):
-        make_trainer(build("gpt2"), {"granularity": "2:4", "keep_ratio": 0.5}).train()
-
-
-def test_widths_that_are_no_multiple_of_four_are_refused(tiny_bert, make_trainer):
-    model = tiny_bert(intermediate_size=30)
-    with pytest.raises(ValueError, match=r"must be a multiple of 4, `bert.encoder.layer.0.output.dense.weight` is"):
-        make_trainer(model, {"granularity": "2:4", "keep_ratio": 0.5}).train()
 
 
 # With a teacher

@@ -1,34 +1,16 @@
 """The callback with the stock Trainer: identity, an oracle loop, exact counts, and everything a Trainer can do."""
 
 import copy
-import math
 
 import pytest
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
+from platon_runs import assert_same_weights, callback_of, count_all_zeros, pruner_of
+from transformers import TrainerCallback, set_seed
 
 from hf_moebert import PlatonConfig, PlatonPruningCallback
 from hf_moebert.methods.platon.training_parameters import find_prunable
 from hf_moebert.methods.platon.training_pruner import Pruner
 from hf_moebert.training.schedules import cubic_decay
-
-
-def callback_of(trainer):
-    return next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, PlatonPruningCallback))
-
-
-def pruner_of(trainer):
-    return callback_of(trainer).pruner
-
-
-def count_all_zeros(model, config=None):
-    parameters = find_prunable(model, config or PlatonConfig()).values()
-    return sum(int((p == 0).sum()) for p in parameters), sum(p.numel() for p in parameters)
-
-
-def assert_same_weights(ours, theirs):
-    for (name, mine), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
-        assert torch.equal(mine, other), name
 
 
 class Spy(TrainerCallback):
@@ -128,9 +110,8 @@ def record_batches(trainer):
 @pytest.mark.parametrize("changes", [{}, {"include_bias": True}, {"min_keep": 0.2}])
 def test_exactly_as_sparse_as_asked_for(tiny_bert, make_trainer, criterion, changes):
     spy = Spy()
-    trainer = make_trainer(
-        tiny_bert(), {"criterion": criterion} | changes, callbacks=[spy], eval_strategy="steps", eval_steps=1
-    )
+    evaluation = {} if changes else {"eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_trainer(tiny_bert(), {"criterion": criterion} | changes, callbacks=[spy], **evaluation)
     trainer.train()
     pruner = pruner_of(trainer)
     config = callback_of(trainer).config
@@ -277,7 +258,7 @@ def test_gradient_accumulation_sees_steps_not_batches(tiny_bert, make_trainer):
         {"gradient_checkpointing": True},
         {"optim": "sgd"},
         {"optim": "adafactor"},
-        {"torch_compile": True, "torch_compile_backend": "eager"},
+        pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.process),
         {"gradient_accumulation_steps": 3},  # the last window of an epoch is incomplete
     ],
     ids=lambda arguments: next(iter(arguments)) + str(next(iter(arguments.values()))),
@@ -332,118 +313,6 @@ def test_the_state_is_three_tensors_and_a_mask(tiny_bert, make_trainer):
     stored = sum(t.nbytes for tensors in pruner.statistics.tensors.values() for t in tensors.values())
     assert stored == 3 * 4 * pruner.numel
     assert sum(keep.nbytes for keep in pruner.keep.values()) == pruner.numel
-
-
-# The best model
-
-
-class Metric:
-    """Falls with every evaluation: the first one, dense, is always the best."""
-
-    def __init__(self):
-        self.value = 1.0
-
-    def __call__(self, predictions):
-        self.value -= 0.01
-        return {"score": self.value}
-
-
-BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_strategy": "steps", "logging_steps": 5}
-BEST |= {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": True}
-
-
-def test_the_best_model_is_a_sparse_one(tiny_bert, make_trainer):
-    trainer = make_trainer(tiny_bert(), extra={"compute_metrics": Metric()}, **BEST)
-    trainer.train()
-    assert trainer.state.best_global_step == 15  # the first of the final phase
-    zeros, numel = count_all_zeros(trainer.model)
-    assert zeros == round(0.7 * numel)
-
-
-def test_a_ratio_of_one_leaves_the_choice_of_the_best_alone(tiny_bert, make_trainer):
-    trainer = make_trainer(tiny_bert(), {"keep_ratio": 1.0}, extra={"compute_metrics": Metric()}, **BEST)
-    trainer.train()
-    assert trainer.state.best_global_step == 1
-
-
-def test_early_stopping_waits_for_the_final_phase(tiny_bert, make_trainer):
-    stop = EarlyStoppingCallback(early_stopping_patience=2)
-    trainer = make_trainer(tiny_bert(), extra={"compute_metrics": Metric()}, callbacks=[stop], **BEST)
-    trainer.train()
-    assert trainer.state.global_step == 17
-    zeros, numel = count_all_zeros(trainer.model)
-    assert zeros == round(0.7 * numel)
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_training_stop = True
-
-
-def test_stopping_too_early_is_said(tiny_bert, make_trainer, monkeypatch):
-    trainer = make_trainer(tiny_bert(), callbacks=[StopAt(9)])
-    messages = []
-    monkeypatch.setattr("hf_moebert.methods.platon.training.logger.warning", messages.append)
-    trainer.train()
-    assert any("before the final ratio 0.3 was reached" in message for message in messages)
-
-
-# Logs
-
-
-def test_logs(tiny_bert, make_trainer):
-    class Reporter(TrainerCallback):
-        seen = []
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            self.seen.append(dict(logs))
-
-    trainer = make_trainer(tiny_bert(), callbacks=[Reporter()])
-    trainer.train()
-    for logs in (Reporter.seen[-2], trainer.state.log_history[-2]):
-        assert logs["platon_ratio"] == pytest.approx(0.3)
-        assert logs["platon_sparsity"] == pytest.approx(0.7, abs=1e-3)
-        assert logs["platon_threshold"] > 0
-        assert 0 <= logs["platon_revived"] < 0.5
-    assert "platon_threshold" not in Reporter.seen[0]
-    assert all(math.isfinite(v) for logs in Reporter.seen for v in logs.values() if isinstance(v, float))
-    shares = {k: v for k, v in trainer.state.log_history[-2].items() if k.startswith("platon_sparsity/")}
-    assert len(shares) == 12
-    query = dict(trainer.model.named_parameters())["bert.encoder.layer.0.attention.self.query.weight"]
-    assert shares["platon_sparsity/bert.encoder.layer.0.attention.self.query.weight"] == float(
-        (query == 0).double().mean()
-    )
-
-
-def test_reporters_see_the_figures_of_a_callback_that_comes_first(tiny_bert, make_trainer):
-    """The line of the README; the Trainer puts its reporters before the user's callbacks."""
-    seen = []
-
-    class Reporter(TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            seen.append(dict(logs))
-
-    trainer = make_trainer(tiny_bert())
-    trainer.callback_handler.callbacks.insert(1, Reporter())
-    trainer.callback_handler.callbacks.insert(0, trainer.pop_callback(PlatonPruningCallback))
-    trainer.train()
-    assert all("platon_sparsity" in logs for logs in seen)
-
-
-def test_metrics_are_those_of_the_evaluation(tiny_bert, make_trainer):
-    """What a search would optimise and a card would print is left alone."""
-    trainer = make_trainer(tiny_bert(), eval_strategy="steps", eval_steps=5)
-    trainer.train()
-    assert not any(key.startswith("platon") for key in trainer.evaluate())
-    for entry in trainer.state.log_history:
-        assert "eval_loss" not in entry or not any(key.startswith("platon") for key in entry)
-
-
-# With a teacher, and on our own model: see test_platon_models.py
 
 
 def test_a_seed_fixes_everything(tiny_bert, make_trainer):
