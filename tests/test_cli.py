@@ -69,8 +69,10 @@ def test_every_option_has_help_and_is_written_with_dashes(name):
 
 
 def test_the_limits_of_the_server_are_those_of_the_library():
-    defaults = {parameter.name: parameter.default for parameter in COMMANDS["serve"].params}
-    assert {field.name: defaults[field.name] for field in fields(ServingLimits)} == vars(ServingLimits())
+    options = {parameter.name: parameter for parameter in COMMANDS["serve"].params}
+    for field in fields(ServingLimits):
+        option = options[field.name]
+        assert (option.default, option.help) == (field.default, field.metadata["help"])
     helps = {parameter.name: parameter.help for parameter in COMMANDS["serve"].params}
     assert all(helps[field.name] == field.metadata["help"] for field in fields(ServingLimits))
 

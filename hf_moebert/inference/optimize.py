@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_moebert.architectures.families import find_bert_like_classes
+from hf_moebert.architectures.protocols import SortedExperts
 
 from .caching import Derived
 from .linears import PRECISIONS, InferenceLinear, Precision, make_linear, unsupported_reason
@@ -146,7 +147,7 @@ def find_optimized_class(module: nn.Module) -> type[OptimizedModule] | None:
         return OptimizedAttention
     if class_name(module) in LAYERS and has_own_network(module):
         return OptimizedFeedForward
-    if hasattr(module, "run_sorted"):
+    if isinstance(module, SortedExperts):
         return OptimizedExperts
     return OptimizedLinear if is_plain_linear(module) else None
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
+from hf_moebert.architectures.protocols import PartlyActive
 from hf_moebert.inference.optimized import OptimizedModule
 
 
@@ -39,7 +40,7 @@ def measure_footprint(model: nn.Module, *, seq_len: int = 128, folder: str | Pat
     """Count the parameters, bytes and operations of a model.
 
     A module that uses only a part of its own parameters for one token has a float attribute `active_fraction`, in
-    (0, 1]: see `hf_moebert.architectures.protocols.PartlyActive`. The parameters of all other modules count fully.
+    (0, 1] (`PartlyActive`); the parameters of all other modules count fully.
 
     Args:
         model: The model, on any device; one on the meta device is counted without its values.
@@ -73,7 +74,7 @@ def measure_footprint(model: nn.Module, *, seq_len: int = 128, folder: str | Pat
 def _count_active(model: nn.Module) -> int:
     fractions: dict[nn.Parameter, float] = {}
     for module in model.modules():
-        fraction = getattr(module, "active_fraction", 1.0)
+        fraction = module.active_fraction if isinstance(module, PartlyActive) else 1.0
         for parameter in module.parameters(recurse=False):
             # A parameter tied to two modules is used as often as the busier one uses it.
             fractions[parameter] = max(fraction, fractions.get(parameter, 0.0))

@@ -4,16 +4,18 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from hf_moebert.architectures.protocols import Predictor
 
 from .batching import BatcherClosed, DynamicBatcher, QueueFull
 from .limits import ServingLimits
@@ -22,28 +24,6 @@ from .requests import PredictRequest, UpdateRequest, count_characters, folder_in
 
 
 logger = logging.getLogger(__name__)
-
-
-class Predictor(Protocol):
-    """A model that can be served. One thread calls `answer`, `put_task` and `remove_task`, one at a time."""
-
-    def describe_tasks(self) -> Mapping[str, Mapping[str, Any]]:
-        """Return a description of each task."""
-
-    def check(self, inputs: Any, tasks: Sequence[str] | None) -> None:
-        """Raise a ValueError for an input that cannot be answered; must be quick."""
-
-    def answer(self, requests: Sequence[tuple[Any, Sequence[str] | None]]) -> Sequence[Any]:
-        """Answer inputs, each with its own tasks."""
-
-    def load_task(self, folder: Path) -> Any:
-        """Load a task for `put_task`; may be slow."""
-
-    def put_task(self, name: str, task: Any) -> None:
-        """Add or replace a task, or raise a ValueError and change nothing."""
-
-    def remove_task(self, name: str) -> None:
-        """Remove a task."""
 
 
 class Service:

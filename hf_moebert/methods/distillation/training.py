@@ -13,6 +13,7 @@ from transformers.trainer_utils import TrainOutput, unwrap_peft_model
 from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
+from hf_moebert.architectures.protocols import SavesWithCheckpoints
 from hf_moebert.checkpoints.resuming import last_complete_checkpoint
 
 from .functional import classification_loss, hidden_state_loss, multi_label_loss, regression_loss, span_loss
@@ -88,7 +89,8 @@ class DistillationTrainer(Trainer):
         if resume_from_checkpoint is True:
             files: list[str] = []  # what callbacks add to every checkpoint
             for callback in self.callback_handler.callbacks:
-                files += getattr(callback, "checkpoint_files", ())
+                if isinstance(callback, SavesWithCheckpoints):
+                    files += callback.checkpoint_files
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, files=files)
         if resume_from_checkpoint:
             refuse_foreign_checkpoint(Path(resume_from_checkpoint), self.model.config, self.teacher.config)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_moebert.architectures.protocols import OptimizedForInference
+
 from .configuration_mpo import MPOCompressionConfig
 from .functional_bonds import choose_bonds
 from .functional_decomposition import GAUGES, check_option, decompose, round_cores
@@ -288,7 +290,11 @@ def _check_model(model: PreTrainedModel) -> None:
         (not isinstance(model, PreTrainedModel), "no model of transformers", "Merge an adapter: `merge_and_unload`"),
         (method is not None, f"already compressed by {method!r}", "Take the dense model, or call `to_dense(model)`"),
         (any(hasattr(m, "base_layer") for m in model.modules()), "one with a PEFT adapter", "Merge or remove it"),
-        (any(hasattr(m, "make_linear") for m in model.modules()), "optimised", "Call `revert_optimizations`"),
+        (
+            any(isinstance(m, OptimizedForInference) for m in model.modules()),
+            "optimised",
+            "Call `revert_optimizations`",
+        ),
         (any(p.is_meta for p in model.parameters()), "partly on the meta device", "Load it without offloading"),
     ):
         if wrong:

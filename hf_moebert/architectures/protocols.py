@@ -1,0 +1,105 @@
+"""Protocols between packages: the members that one package reads from the modules and callbacks of another.
+
+Methods whose code travels with a checkpoint do not import them. They have the members by name, and a test compares.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@runtime_checkable
+class PartlyActive(Protocol):
+    """A module that uses only a part of its own parameters for one token; `measure_footprint` reads it.
+
+    Attributes:
+        active_fraction: Share of its own parameters used for one token, in (0, 1].
+    """
+
+    active_fraction: float
+
+
+@runtime_checkable
+class SortedExperts(Protocol):
+    """Stacked experts that multiply slices of tokens sorted by expert; `optimize_for_inference` replaces the products.
+
+    Attributes:
+        prefers_slices: Whether slices are multiplied on any device.
+        up_proj: Shape `(experts, expert_size, hidden)`.
+        up_proj_bias: Shape `(experts, expert_size)`.
+        down_proj: Shape `(experts, hidden, expert_size)`.
+        down_proj_bias: Shape `(experts, hidden)`.
+    """
+
+    prefers_slices: bool
+    up_proj: "Tensor"
+    up_proj_bias: "Tensor"
+    down_proj: "Tensor"
+    down_proj_bias: "Tensor"
+    act_fn: "Callable[[Tensor], Tensor]"
+
+    def run_sorted(self, slots: "Tensor", counts: list[int]) -> "Tensor":
+        """Apply each expert to its slice, of `counts` rows: `(slots, hidden)` to `(slots, hidden)`."""
+
+
+@runtime_checkable
+class PackedSentences(Protocol):
+    """The argument `sentences` of a layer's `forward`: the sentences of a batch without padding, in one row of tokens.
+
+    Attributes:
+        lengths: Real tokens of each sentence, one for each row of the batch.
+    """
+
+    lengths: list[int]
+
+
+@runtime_checkable
+class OptimizedForInference(Protocol):
+    """A module changed by `optimize_for_inference`; what rewrites weights refuses it.
+
+    Attributes:
+        make_linear: Builds a linear layer for inference from a weight, a bias and an activation.
+    """
+
+    make_linear: Callable[..., Any]
+
+
+@runtime_checkable
+class SavesWithCheckpoints(Protocol):
+    """A callback that adds files to every checkpoint; `DistillationTrainer` looks for them before it resumes.
+
+    Attributes:
+        checkpoint_files: Names of its safetensors files.
+    """
+
+    checkpoint_files: Sequence[str]
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """A model that `hf_moebert.serving` can serve.
+
+    One thread calls `answer`, `put_task` and `remove_task`, one at a time.
+    """
+
+    def describe_tasks(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return a description of each task."""
+
+    def check(self, inputs: Any, tasks: Sequence[str] | None) -> None:
+        """Raise a ValueError for an input that cannot be answered; must be quick."""
+
+    def answer(self, requests: Sequence[tuple[Any, Sequence[str] | None]]) -> Sequence[Any]:
+        """Answer inputs, each with its own tasks."""
+
+    def load_task(self, folder: Path) -> Any:
+        """Load a task for `put_task`; may be slow."""
+
+    def put_task(self, name: str, task: Any) -> None:
+        """Add or replace a task, or raise a ValueError and change nothing."""
+
+    def remove_task(self, name: str) -> None:
+        """Remove a task."""
