@@ -16,6 +16,14 @@ COPIES = {
         f"{METHODS}/mixture_of_masks/modeling_surgery.py",
         f"{METHODS}/platon/modeling_surgery.py",
     ),
+    "hf_moebert/architectures/functional_routing.py": (
+        f"{METHODS}/mixture_of_masks/functional_routing.py",
+        f"{METHODS}/moebert/functional_routing.py",
+    ),
+    "hf_moebert/architectures/routing.py": (
+        f"{METHODS}/mixture_of_masks/modeling_routing.py",
+        f"{METHODS}/moebert/modeling_routing.py",
+    ),
     "hf_moebert/architectures/units.py": (f"{METHODS}/platon/modeling_units.py",),
 }
 TARGETS = {target: source for source, targets in COPIES.items() for target in targets}

@@ -32,7 +32,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_moebert.methods.mpoe.functional import expert_load
+from hf_moebert.architectures.functional_routing import expert_load
 
 
 END = "<|endoftext|>"
@@ -163,7 +163,10 @@ class LanguageTask:
         for batch in self.batches(model, blocks):
             logits = [x.flatten(0, 1) for x in model(**batch, output_router_logits=True).router_logits]
             load = load + torch.stack(
-                [expert_load(x.argmax(-1), torch.ones_like(x[:, 0], dtype=torch.bool), x.shape[-1]) for x in logits]
+                [
+                    expert_load(x.argmax(-1, keepdim=True), torch.ones_like(x[:, 0], dtype=torch.bool), x.shape[-1])
+                    for x in logits
+                ]
             )
         return (load / load.sum(dim=1, keepdim=True)).tolist()
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 
-from hf_moebert.methods.mixture_of_masks.functional import active_share, chosen_experts
+from hf_moebert.architectures.functional_routing import expert_load
+from hf_moebert.methods.mixture_of_masks.functional import active_share
 from hf_moebert.methods.mixture_of_masks.functional_plans import (
     clustered_masks,
     dealt_masks,
@@ -20,7 +21,7 @@ from hf_moebert.methods.mixture_of_masks.functional_plans import (
     random_masks,
     unit_magnitude,
 )
-from hf_moebert.methods.mixture_of_masks.modeling_masks import recording
+from hf_moebert.methods.mixture_of_masks.modeling_routing import recording
 from hf_moebert.methods.mixture_of_masks.modeling_surgery import find_feed_forwards, matrix_of
 from hf_moebert.methods.mixture_of_masks.training_importance import measure_unit_importance
 from hf_moebert.reporting.pictures import plot_curves, plot_stacks
@@ -194,7 +195,7 @@ def measure_use(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) ->
         nothing = torch.zeros(1, 1, dtype=torch.long, device=masks.device)  # to decide, with one expert
         index = nothing if network.router is None else torch.cat(chosen[network.block])  # (tokens, top_k)
         real = torch.ones_like(index[:, 0], dtype=torch.bool)
-        counts = chosen_experts(index, real, len(masks)).sum(dim=0)
+        counts = expert_load(index, real, len(masks))
         load.append((counts / counts.sum()).tolist())
         used.append(float(active_share(masks, index, real)))
     return {"units": list(model.count_units().values()), "load": load, "used": used}

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from .functional_routing import expert_load
+
 
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1  # of the hard concrete distribution, as in its paper
 SHIFT = TEMPERATURE * math.log(-LOW / HIGH)  # the score at which a mask is open with probability 1/2
@@ -105,27 +107,12 @@ def active_share(open_masks: Tensor, index: Tensor, real: Tensor) -> Tensor:
     """
     real = real | ~real.any()  # a batch of padding alone must not count as sparse
     if index.shape[1] == 1:
-        chosen = chosen_experts(index, real, len(open_masks)).sum(dim=0)  # (experts,)
+        load = expert_load(index, real, len(open_masks))  # (experts,)
         # Not `@`, which autocast computes in half precision
-        return (chosen / real.sum().clamp(min=1) * open_masks.mean(dim=1)).sum()
+        return (load / real.sum().clamp(min=1) * open_masks.mean(dim=1)).sum()
     sets, counts = index[real].sort(dim=1).values.unique(dim=0, return_counts=True)  # few distinct sets
     closed = (1 - open_masks)[sets].prod(dim=1)  # (sets, units)
     return (counts / counts.sum().clamp(min=1) * (1 - closed).mean(dim=1)).sum()
-
-
-def chosen_experts(index: Tensor, real: Tensor, num_experts: int) -> Tensor:
-    """Mark the experts of each token; a token that does not count has none.
-
-    Args:
-        index: Shape `(tokens, top_k)`.
-        real: True at tokens that count. Shape `(tokens,)`.
-        num_experts: Number of experts.
-
-    Returns:
-        1.0 or 0.0. Shape `(tokens, experts)`.
-    """
-    chosen = torch.zeros(len(index), num_experts, device=index.device)
-    return chosen.scatter(1, index, 1.0) * real[:, None]
 
 
 def sparsity_penalty(sparsity: Tensor, target: float | Tensor, multipliers: Tensor) -> Tensor:
@@ -143,26 +130,6 @@ def sparsity_penalty(sparsity: Tensor, target: float | Tensor, multipliers: Tens
     """
     gap = sparsity - target
     return (multipliers[0] * gap + multipliers[1] * gap.square()).sum()
-
-
-def balance_loss(logits: Tensor, index: Tensor, real: Tensor) -> Tensor:
-    """Penalise a router for using its experts unevenly.
-
-    Args:
-        logits: Shape `(tokens, experts)`.
-        index: Experts of each token. Shape `(tokens, top_k)`.
-        real: True at tokens that count. Shape `(tokens,)`.
-
-    Returns:
-        `experts * sum(share of choices * mean probability)`: 1 if both are uniform. Scalar.
-
-    Source: Fedus et al. 2021, https://arxiv.org/abs/2101.03961, section 2.2.
-    """
-    experts = logits.shape[-1]
-    total = real.sum().clamp(min=1)
-    probabilities = (logits.float().softmax(dim=-1) * real[:, None]).sum(dim=0) / total  # (experts,)
-    shares = chosen_experts(index, real, experts).sum(dim=0) / (total * index.shape[1])  # (experts,)
-    return experts * (shares * probabilities).sum()
 
 
 def choose_masks(scores: Tensor, keep_ratio: float | None, *, by_layer: bool = False) -> Tensor:
@@ -227,23 +194,3 @@ def classify_units(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     shared, inactive = masks.all(dim=-2), ~masks.any(dim=-2)
     return shared, ~(shared | inactive), inactive
-
-
-def real_tokens(mask: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
-    """Mark the newest tokens that are not padding.
-
-    Args:
-        mask: `None`, or `(batch, past + seq)` of any dtype, or boolean or additive `(batch, 1, seq, past + seq)`,
-            where a real token is one that another token attends to.
-        shape: `(batch, seq)`.
-        device: Device of the tokens.
-
-    Returns:
-        True at real tokens. Shape `(batch * seq,)`.
-    """
-    if mask is None:
-        return torch.ones(shape.numel(), dtype=torch.bool, device=device)
-    if mask.dim() > 2:
-        allowed = mask if mask.dtype == torch.bool else mask >= 0  # 0, or very negative
-        mask = allowed.flatten(1, -2).any(dim=1)
-    return mask.to(device, torch.bool)[:, -shape[1] :].flatten()

@@ -14,13 +14,12 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_mixture_of_masks import MoMFields
 from .functional import (
     active_share,
-    balance_loss,
-    chosen_experts,
     open_probability,
-    real_tokens,
     sparsity_penalty,
 )
-from .modeling_masks import MaskedFeedForward, RoutedFeedForward, Routing, recording
+from .functional_routing import balance_loss, expert_load, real_tokens
+from .modeling_masks import MaskedFeedForward, RoutedFeedForward
+from .modeling_routing import Routing, recording
 
 
 logger = logging.get_logger(__name__)
@@ -106,7 +105,7 @@ class ConstrainedModel(PreTrainedModel):
     def _count_load(self, records: list[Routing], real: list[Tensor]) -> None:
         """Add the tokens of each expert to the load of its network."""
         for record, of_record in zip(records, real, strict=True):
-            counts = chosen_experts(record.chosen, of_record, record.logits.shape[-1]).sum(dim=0)
+            counts = expert_load(record.chosen, of_record, record.logits.shape[-1])
             record.network.load = counts if record.network.load is None else record.network.load + counts
 
     def _balance_terms(self, records: list[Routing], real: list[Tensor]) -> dict[str, Tensor]:
@@ -114,7 +113,9 @@ class ConstrainedModel(PreTrainedModel):
         if not records or not self.config.router_aux_loss_coef:
             return {}
         self._check_checkpointing(records[-1])
-        losses = [balance_loss(x.logits, x.chosen, place) for x, place in zip(records, real, strict=True)]
+        losses = [
+            balance_loss(x.logits.flatten(0, -2), x.chosen, place) for x, place in zip(records, real, strict=True)
+        ]
         return {"aux_loss": torch.stack(losses).mean()}
 
     def _sparsity_terms(self, records: list[Routing], real: list[Tensor]) -> dict[str, Tensor]:
@@ -144,7 +145,8 @@ class ConstrainedModel(PreTrainedModel):
     def _real_tokens(self, record: Routing, inputs: dict[str, Any]) -> Tensor:
         """Mark the tokens seen by a router that are not padding, `(tokens,)`."""
         mask = self._token_mask(record.network, inputs)
-        return real_tokens(mask if torch.is_tensor(mask) else None, record.shape, record.logits.device)
+        real = real_tokens(mask if torch.is_tensor(mask) else None, record.logits.shape[:-1])
+        return real.flatten().to(record.logits.device)
 
     def _token_mask(self, network: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
         return inputs.get("attention_mask")

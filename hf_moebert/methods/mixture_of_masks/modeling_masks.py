@@ -1,9 +1,6 @@
 """Feed-forward networks whose experts are masks on their activations."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
-from typing import NamedTuple
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +8,7 @@ from torch.nn import functional as F
 
 from .configuration_mixture_of_masks import MoMFields
 from .functional import choose_experts, draw_masks, mix_masks, settle_masks
+from .modeling_routing import Routing, record
 from .modeling_surgery import FeedForward, matrix_of
 
 
@@ -18,30 +16,6 @@ ROUTER_STD = 0.02
 IMPORTANCE_SPREAD = 10.0  # initial score of the most important unit, minus that of the least important one
 LOWEST_SCORE, HIGHEST_SCORE = 2.4, 14.0  # masks are open without noise, and float32 still has a gradient
 INITIAL_SCORE, SCORE_STD = 3.0, 0.01  # without noise, all masks are 1: the dense model
-
-
-class Routing(NamedTuple):
-    """The routing decision of one network in one forward pass."""
-
-    network: "RoutedFeedForward"
-    logits: Tensor  # (tokens, experts)
-    chosen: Tensor  # indices of experts, (tokens, top_k)
-    shape: torch.Size  # (batch, seq)
-
-
-# Decisions of the networks in the forward pass of this thread; None where nobody records them
-_records: ContextVar[list[Routing] | None] = ContextVar("mixture_of_masks_routing", default=None)
-
-
-@contextmanager
-def recording() -> Iterator[list[Routing]]:
-    """Collect the routing decisions of all networks that run in this context, in order."""
-    records: list[Routing] = []
-    token = _records.set(records)
-    try:
-        yield records
-    finally:
-        _records.reset(token)
 
 
 class MaskRouter(nn.Linear):
@@ -64,12 +38,11 @@ class MaskRouter(nn.Linear):
 
     def route(self, network: "RoutedFeedForward", hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Choose experts for each token, and record the decision: indices and weights, `(tokens, top_k)`."""
-        logits = self(hidden_states).flatten(0, -2)  # (tokens, experts)
-        index, weights = choose_experts(logits, self.top_k)
+        logits = self(hidden_states)  # (batch, seq, experts)
+        index, weights = choose_experts(logits.flatten(0, -2), self.top_k)
         # Compilers cannot read a context variable: training breaks the graph here, inference skips the record
-        records = None if torch.compiler.is_compiling() and not self.training else _records.get()
-        if records is not None:
-            records.append(Routing(network, logits, index, hidden_states.shape[:-1]))
+        if self.training or not torch.compiler.is_compiling():
+            record(Routing(network, logits, index))
         return index, weights
 
 

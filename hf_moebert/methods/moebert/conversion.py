@@ -32,10 +32,10 @@ from .functional import (
     infer_problem_type,
     neuron_importance,
     per_example_loss,
-    real_tokens,
     span_loss,
     token_loss,
 )
+from .functional_routing import real_tokens
 from .modeling_heads import (
     MoEBertForQuestionAnswering,
     MoEBertForSequenceClassification,

@@ -153,25 +153,6 @@ def choose_experts(logits: Tensor, top_k: int, scaling: str) -> tuple[Tensor, Te
     return index, weights / weights.detach().sum(dim=-1, keepdim=True)
 
 
-def real_tokens(attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor:
-    """Find the tokens that are not padding, from any kind of attention mask.
-
-    Args:
-        attention_mask: `None`, or of any dtype and shape `(batch, seq)`, or boolean or additive of shape
-            `(batch, 1, seq, seq)`, where a real token is one that some other may look at.
-        shape: `(batch, seq)`.
-
-    Returns:
-        True at real tokens. Shape `(batch, seq)`.
-    """
-    if attention_mask is None:
-        return torch.ones(shape, dtype=torch.bool)
-    if attention_mask.dim() == 2:
-        return attention_mask.to(torch.bool)
-    allowed = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0  # 0, or very negative
-    return allowed.flatten(1, 2).any(dim=1)
-
-
 def masked_mean(hidden_states: Tensor, mask: Tensor) -> Tensor:
     """Average the real tokens of each sentence, in float32; a sentence of padding alone gives zeros.
 
@@ -217,43 +198,6 @@ def weigh_experts(outputs: Tensor, weights: Tensor) -> Tensor:
     if weights.shape[1] == 1:
         return outputs * weights
     return (outputs.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
-
-
-def load_balancing_loss(logits: Tensor, mask: Tensor, top_k: int) -> Tensor:
-    """Penalise one layer's gate for using its experts unevenly; 1 when probabilities and choices are uniform.
-
-    Args:
-        logits: Gate logits of the routed items (tokens or sentences). Shape `(items, experts)`.
-        mask: True at the items that count. Shape `(items,)`.
-        top_k: Experts per item.
-
-    Returns:
-        `experts * sum_i(mean probability of i * share of choices that fell on i)`. Scalar; the shares carry no
-        gradient.
-
-    Source: the Switch Transformer's form, https://arxiv.org/abs/2101.03961, section 2.2.
-    """
-    num_experts = logits.shape[-1]
-    probabilities = logits.float().softmax(dim=-1)
-    chosen = probabilities.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    weight = mask.to(probabilities.dtype) / mask.sum().clamp(min=1)  # (items,)
-    mean_probability = (probabilities * weight[:, None]).sum(dim=0)  # (experts,)
-    share = (F.one_hot(chosen, num_experts).sum(dim=1) * weight[:, None] / top_k).sum(dim=0)  # (experts,)
-    return num_experts * (mean_probability * share).sum()
-
-
-def expert_load(expert_index: Tensor, mask: Tensor, num_experts: int) -> Tensor:
-    """Count the real tokens that each expert processes.
-
-    Args:
-        expert_index: Experts of each token. Shape `(tokens, top_k)`.
-        mask: True at real tokens. Shape `(tokens,)`.
-        num_experts: Number of experts.
-
-    Returns:
-        Shape `(experts,)`, int64.
-    """
-    return (F.one_hot(expert_index, num_experts).sum(dim=1) * mask[:, None]).sum(dim=0)
 
 
 def infer_problem_type(num_labels: int, labels: Tensor) -> str:

@@ -15,21 +15,21 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_moebert import MoEBertConfig
 from .functional import infer_problem_type, mean_cross_entropy, per_example_loss, span_loss
-from .modeling_moebert import MoEBertModel, MoEBertPreTrainedModel, RoutingOutput
+from .modeling_moebert import MoEBertModel, MoEBertOutput, MoEBertPreTrainedModel
 
 
 @dataclass
-class MoEBertSequenceClassifierOutput(RoutingOutput, SequenceClassifierOutput):
+class MoEBertSequenceClassifierOutput(MoEBertOutput, SequenceClassifierOutput):
     """Output of `MoEBertForSequenceClassification`."""
 
 
 @dataclass
-class MoEBertTokenClassifierOutput(RoutingOutput, TokenClassifierOutput):
+class MoEBertTokenClassifierOutput(MoEBertOutput, TokenClassifierOutput):
     """Output of `MoEBertForTokenClassification`."""
 
 
 @dataclass
-class MoEBertQuestionAnsweringOutput(RoutingOutput, QuestionAnsweringModelOutput):
+class MoEBertQuestionAnsweringOutput(MoEBertOutput, QuestionAnsweringModelOutput):
     """Output of `MoEBertForQuestionAnswering`."""
 
 

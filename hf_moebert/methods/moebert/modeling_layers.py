@@ -10,7 +10,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.bert.modeling_bert import BertAttention, BertLayer
 
 from .configuration_moebert import MoEBertConfig
-from .functional import balanced_table, choose_experts, expert_load, masked_mean, random_table, sentence_means
+from .functional import balanced_table, choose_experts, masked_mean, random_table, sentence_means
+from .functional_routing import expert_load
 from .modeling_experts import Dispatch, MoEBertExperts, plan_dispatch, should_slice
 
 

@@ -15,14 +15,16 @@ from transformers.models.bert.modeling_bert import (
     BertPreTrainedModel,
     BertSelfAttention,
 )
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_moebert import MoEBertConfig
-from .functional import choose_experts, expert_load, load_balancing_loss, real_tokens
+from .functional import choose_experts
+from .functional_routing import balance_loss, expert_load, real_tokens
 from .modeling_dense import check_dense, check_importance, check_token_counts, load_experts
 from .modeling_experts import MoEBertExperts
 from .modeling_layers import MoEBertEncoder, MoEBertHashRouter, MoEBertLayer, Route
+from .modeling_routing import RoutingOutput
 
 
 logger = logging.get_logger(__name__)
@@ -30,22 +32,18 @@ MAX_IDLE_STEPS = 100  # training steps without a token after which an expert cou
 
 
 @dataclass
-class RoutingOutput(ModelOutput):
-    """The records of routing that every MoEBERT output has besides the fields of the base class.
+class MoEBertOutput(RoutingOutput):
+    """The fields that every MoEBERT output has besides those of the base class.
 
     Args:
-        aux_loss: Load-balancing loss summed over layers, unweighted; only with gates and `router_aux_loss_coef > 0`.
-        router_logits: Gate logits of each converted layer, `(batch, seq, experts)` or `(batch, experts)`.
         expert_load: Real tokens that each expert of each converted layer processed, `(experts,)`.
     """
 
-    aux_loss: Tensor | None = None
-    router_logits: tuple[Tensor, ...] | None = None
     expert_load: tuple[Tensor, ...] | None = None
 
 
 @dataclass
-class MoEBertModelOutput(RoutingOutput, BaseModelOutputWithPooling):
+class MoEBertModelOutput(MoEBertOutput, BaseModelOutputWithPooling):
     """Output of `MoEBertModel`."""
 
 
@@ -272,7 +270,11 @@ class MoEBertModel(MoEBertPreTrainedModel):
         mask = token_mask
         if self.config.routing == "gate-sentence":
             mask = token_mask.any(dim=1) if sentences is None else torch.tensor(sentences.lengths) > 0
-        losses = [load_balancing_loss(x.flatten(0, -2), mask.flatten(), self.config.top_k) for x in router_logits]
+        losses = []
+        for logits in router_logits:
+            logits = logits.flatten(0, -2)  # (tokens, experts)
+            chosen, _ = choose_experts(logits.detach(), self.config.top_k, "probability")
+            losses.append(balance_loss(logits, chosen, mask.flatten()))
         return torch.stack(losses).sum()
 
     def _check_inputs(

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def choose_expert(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,60 +24,6 @@ def choose_expert(logits: Tensor) -> tuple[Tensor, Tensor]:
     """
     probability, index = logits.softmax(dim=-1).max(dim=-1, keepdim=True)
     return index.squeeze(-1), probability / probability.detach()
-
-
-def balance_loss(logits: Tensor, index: Tensor, mask: Tensor) -> Tensor:
-    """Compute the balance loss of one layer's router, which penalises an uneven use of experts.
-
-    Args:
-        logits: Shape `(tokens, experts)`.
-        index: Of each token's expert, from `choose_expert`. Shape `(tokens,)`.
-        mask: True at the tokens that count. Shape `(tokens,)`.
-
-    Returns:
-        `experts * sum(share of tokens * mean probability)`: 1 if both are uniform, the number of experts if one gets
-        all. Scalar; the shares carry no gradient.
-
-    Source: Fedus et al. 2021, https://arxiv.org/abs/2101.03961, section 2.2.
-    """
-    probabilities = logits.float().softmax(dim=-1)
-    weight = mask.to(probabilities.dtype) / mask.sum().clamp(min=1)  # (tokens,)
-    share = expert_load(index, mask, logits.shape[-1]) / mask.sum().clamp(min=1)  # (experts,)
-    return logits.shape[-1] * (share * (probabilities * weight[:, None]).sum(dim=0)).sum()
-
-
-def expert_load(index: Tensor, mask: Tensor, num_experts: int) -> Tensor:
-    """Count the tokens that each expert gets.
-
-    Args:
-        index: Of each token's expert. Shape `(tokens,)`.
-        mask: True at the tokens that count. Shape `(tokens,)`.
-        num_experts: Number of experts.
-
-    Returns:
-        Shape `(experts,)`, int64.
-    """
-    chosen = F.one_hot(index, num_experts)  # (tokens, experts)
-    return (chosen * mask[:, None]).sum(dim=0)
-
-
-def real_tokens(attention_mask: Tensor | None, shape: Sequence[int]) -> Tensor:
-    """Return which of the newest tokens are not padding, from any kind of attention mask.
-
-    Args:
-        attention_mask: `None`, or of any dtype and shape `(batch, past + seq)`, or boolean or additive of shape
-            `(batch, 1, seq, past + seq)`, where a real token is one that some other may look at.
-        shape: `(batch, seq)`.
-
-    Returns:
-        True at real tokens. Shape `(batch, seq)`.
-    """
-    if attention_mask is None:
-        return torch.ones(tuple(shape), dtype=torch.bool)
-    if attention_mask.dim() == 2:
-        return attention_mask.to(torch.bool)[:, -shape[1] :]
-    allowed = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0  # 0, or very negative
-    return allowed.flatten(1, 2).any(dim=1)[:, -shape[1] :]
 
 
 def copy_to_experts(core: Tensor, num_experts: int, *, noise: float, generator: torch.Generator) -> Tensor:

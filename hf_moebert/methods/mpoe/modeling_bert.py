@@ -8,10 +8,12 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.bert.modeling_bert import BertForSequenceClassification
 from transformers.utils.generic import can_return_tuple
 
+from hf_moebert.architectures.functional_routing import real_tokens
+from hf_moebert.architectures.routing import RoutingOutput, recording
+
 from .configuration_mpoe import MPOEBertConfig
-from .functional import real_tokens
-from .modeling_experts import MPOEFeedForward, recording
-from .modeling_mpoe import MPOEMixin, RoutingOutput, with_shapes
+from .modeling_experts import MPOEFeedForward
+from .modeling_mpoe import MPOEMixin, with_shapes
 
 
 SINGLE_LABEL = (None, "single_label_classification")  # None: the base class infers the kind of problem from the labels

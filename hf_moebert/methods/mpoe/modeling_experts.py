@@ -1,15 +1,13 @@
 """A feed-forward network of experts whose matrices are chains that share the central tensor."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from hf_moebert.architectures.routing import Routing, record
 from hf_moebert.inference.caching import Derived
 from hf_moebert.methods.mpo.functional import contract, pad_core
 from hf_moebert.methods.mpo.functional_decomposition import decompose
@@ -19,30 +17,6 @@ from .functional import choose_expert, copy_to_experts
 
 
 ROUTER_STD = 0.02
-
-
-class Routing(NamedTuple):
-    """The decisions of one network in one forward: its logits `(..., experts)`, and the expert of each token."""
-
-    network: "MPOEFeedForward"
-    logits: Tensor
-    chosen: Tensor  # (tokens,)
-
-
-# Decisions in the forward that runs in this thread; None outside of one, as when a checkpointed block is recomputed in
-# the backward
-_records: ContextVar[list[Routing] | None] = ContextVar("mpoe_routing", default=None)
-
-
-@contextmanager
-def recording() -> Iterator[list[Routing]]:
-    """Collect the decisions of all networks that run inside, in order."""
-    records: list[Routing] = []
-    token = _records.set(records)
-    try:
-        yield records
-    finally:
-        _records.reset(token)
 
 
 class Router(nn.Linear):
@@ -134,9 +108,7 @@ class MPOEFeedForward(nn.Module):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (tokens, hidden)
         logits = self.score(tokens)  # (tokens, experts)
         index, gate = choose_expert(logits)
-        records = _records.get()
-        if records is not None:
-            records.append(Routing(self, logits.view(*hidden_states.shape[:-1], -1), index))
+        record(Routing(self, logits.view(*hidden_states.shape[:-1], -1), index[:, None]))
         gate = gate.to(tokens.dtype)
         output = self.run(tokens * gate, index) if self.gates_input else self.run(tokens, index) * gate
         return self.outer_dropout(output).view_as(hidden_states)

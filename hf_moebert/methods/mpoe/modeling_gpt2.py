@@ -10,10 +10,12 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
 from transformers.utils.generic import can_return_tuple
 
+from hf_moebert.architectures.functional_routing import real_tokens
+from hf_moebert.architectures.routing import RoutingOutput, recording
+
 from .configuration_mpoe import MPOEGPT2Config
-from .functional import real_tokens
-from .modeling_experts import MPOEFeedForward, recording
-from .modeling_mpoe import MPOEMixin, RoutingOutput, with_shapes
+from .modeling_experts import MPOEFeedForward
+from .modeling_mpoe import MPOEMixin, with_shapes
 
 
 @dataclass

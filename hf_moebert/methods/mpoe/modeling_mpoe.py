@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 import torch
@@ -10,28 +9,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
+from hf_moebert.architectures.functional_routing import balance_loss, expert_load
+from hf_moebert.architectures.routing import Routing
+
 from .configuration_mpoe import MPOEFields
-from .functional import balance_loss, expert_load
-from .modeling_experts import ROUTER_STD, MPOEFeedForward, Routing
+from .modeling_experts import ROUTER_STD, MPOEFeedForward
 
 
 logger = logging.get_logger(__name__)
 WATCH_FORWARDS = 100  # training forwards without a token after which an expert counts as dead
 
 Config = TypeVar("Config", bound=MPOEFields)
-
-
-@dataclass
-class RoutingOutput(ModelOutput):
-    """The fields that every output here adds to that of the base class.
-
-    Args:
-        aux_loss: Balance loss summed over blocks, unweighted; only with `balance_coef > 0`.
-        router_logits: Logits of each converted block, `(batch, seq, experts)`; in T5 those of the encoder first.
-    """
-
-    aux_loss: Tensor | None = None
-    router_logits: tuple[Tensor, ...] | None = None
 
 
 class MPOEMixin(PreTrainedModel):

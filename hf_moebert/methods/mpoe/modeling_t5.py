@@ -9,10 +9,12 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.models.t5.modeling_t5 import T5ForConditionalGeneration
 from transformers.utils.generic import can_return_tuple
 
+from hf_moebert.architectures.functional_routing import real_tokens
+from hf_moebert.architectures.routing import RoutingOutput, recording
+
 from .configuration_mpoe import MPOET5Config
-from .functional import real_tokens
-from .modeling_experts import MPOEFeedForward, recording
-from .modeling_mpoe import MPOEMixin, RoutingOutput, with_shapes
+from .modeling_experts import MPOEFeedForward
+from .modeling_mpoe import MPOEMixin, with_shapes
 
 
 @dataclass

@@ -52,7 +52,9 @@ def test_what_cannot_be_masked_is_refused():
         from_dense(broken)
     other = make_dense("llama")
     other.model.layers[0].mlp.up_proj = torch.nn.Bilinear(16, 16, 32)
-    with pytest.raises(ValueError, match=r"`model.layers.0.mlp.up_proj` must be a plain linear .* got Bilinear"):
+    with pytest.raises(
+        ValueError, match="`mlp.up_proj` of LlamaDecoderLayer must be a plain Linear or Conv1D, got Bilinear"
+    ):
         from_dense(other)
 
 

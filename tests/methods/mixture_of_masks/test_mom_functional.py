@@ -10,15 +10,12 @@ from tiny_masks import seeded
 from hf_moebert.methods.mixture_of_masks.functional import (
     SHIFT,
     active_share,
-    balance_loss,
     choose_experts,
     choose_masks,
-    chosen_experts,
     classify_units,
     draw_masks,
     mix_masks,
     open_probability,
-    real_tokens,
     settle_masks,
     sparsity_penalty,
 )
@@ -152,27 +149,6 @@ def test_padding_alone_does_not_look_like_sparsity(top_k):
     assert share == 1
 
 
-def test_the_balance_is_one_when_even_and_the_number_of_experts_when_one_has_all():
-    logits = 50 * torch.eye(4).repeat(3, 1)
-    real = torch.ones(12, dtype=torch.bool)
-    assert balance_loss(logits, logits.argmax(1, keepdim=True), real).item() == pytest.approx(1)
-    logits = 50 * torch.eye(4)[:1].repeat(12, 1)
-    assert balance_loss(logits, logits.argmax(1, keepdim=True), real).item() == pytest.approx(4)
-
-
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_the_balance_leaves_padding_out(top_k):
-    logits = torch.randn(12, 4, generator=seeded(1))
-    real = torch.arange(12) < 8
-    index, _ = choose_experts(logits, top_k)
-    assert chosen_experts(index, real, 4)[8:].sum() == 0
-    assert chosen_experts(index, real, 4).sum() == 8 * top_k
-    shares = index[:8].flatten().bincount(minlength=4) / (8 * top_k)
-    wanted = 4 * (shares * logits[:8].softmax(1).mean(0)).sum()
-    torch.testing.assert_close(balance_loss(logits, index, real), wanted)
-    assert balance_loss(logits, index, torch.zeros(12, dtype=torch.bool)) == 0
-
-
 def test_the_penalty_is_the_augmented_lagrangian_of_all_budgets():
     sparsity, multipliers = torch.tensor([0.2, 0.6]), torch.tensor([[1.0, 2], [3, 4]])
     wanted = (1 * -0.3 + 3 * 0.09) + (2 * 0.1 + 4 * 0.01)
@@ -225,18 +201,6 @@ def test_every_unit_is_of_exactly_one_kind():
     assert torch.equal(inactive, masks.sum(0) == 0)
     one = classify_units(torch.tensor([[True, False]]))
     assert [kind.tolist() for kind in one] == [[True, False], [False, False], [False, True]]
-
-
-def test_every_form_of_a_mask_tells_the_same_tokens():
-    rows, device = torch.tensor([[1, 1, 0], [1, 1, 1]]), torch.device("cpu")
-    wanted = rows.bool().flatten()
-    causal = torch.ones(3, 3, dtype=torch.bool).tril() & rows.bool()[:, None, None]  # (batch, 1, seq, seq)
-    additive = torch.zeros(2, 1, 3, 3).masked_fill(~causal, torch.finfo(torch.float32).min)
-    for mask in (rows, rows.bool(), rows.float(), causal, additive):
-        assert torch.equal(real_tokens(mask, torch.Size((2, 3)), device), wanted)
-    assert real_tokens(None, torch.Size((2, 3)), device).tolist() == [True] * 6
-    grown = torch.cat([torch.zeros(2, 4, dtype=torch.long), rows], dim=1)  # with what a cache holds
-    assert torch.equal(real_tokens(grown, torch.Size((2, 3)), device), wanted)
 
 
 # refusals

@@ -20,10 +20,10 @@ from tiny_masks import (
     seeded,
 )
 
+from hf_moebert.architectures.functional_routing import balance_loss
 from hf_moebert.methods.mixture_of_masks import from_dense
 from hf_moebert.methods.mixture_of_masks.functional import (
     active_share,
-    balance_loss,
     choose_experts,
     choose_masks,
     draw_masks,

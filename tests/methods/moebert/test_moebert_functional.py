@@ -117,45 +117,6 @@ def test_gate_weights():
     torch.testing.assert_close(gradient[0], torch.tensor([0.0, 1.0, 0.0]) - p)  # of log p of the chosen
 
 
-def test_balance_loss():
-    ones = torch.ones(2, dtype=torch.bool)
-    two = torch.tensor([[0.7, 0.3]]).log().repeat(2, 1)
-    assert functional.load_balancing_loss(two, ones, 1).item() == pytest.approx(1.4)
-    uniform = torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log() + torch.tensor([[1e-6, 0], [0, 1e-6]])
-    assert functional.load_balancing_loss(uniform, ones, 1).item() == pytest.approx(1.0)
-    logits = torch.randn(6, 4, generator=seeded())
-    assert functional.load_balancing_loss(logits, torch.ones(6, dtype=torch.bool), 4).item() == pytest.approx(1.0)
-
-
-def test_balance_loss_does_not_see_padding():
-    logits = torch.randn(6, 4, generator=seeded())
-    mask = torch.tensor([True, True, False, True, False, False])
-    real = functional.load_balancing_loss(logits[mask], mask[mask], 1)
-    torch.testing.assert_close(functional.load_balancing_loss(logits, mask, 1), real)
-    nothing = functional.load_balancing_loss(logits, torch.zeros(6, dtype=torch.bool), 1)
-    assert nothing.item() == 0
-
-
-def test_balance_loss_gradient():
-    logits = torch.randn(5, 3, dtype=torch.float64, generator=seeded(), requires_grad=True)
-    mask = torch.tensor([True, True, True, False, True])
-    p = logits.softmax(-1)
-    share = F.one_hot(p.argmax(-1), 3)[mask].double().mean(0)
-    expected = 3 * (p[mask].mean(0) * share).sum()
-    torch.testing.assert_close(functional.load_balancing_loss(logits.double(), mask, 1).double(), expected)
-    (gradient,) = torch.autograd.grad(functional.load_balancing_loss(logits, mask, 1), logits)
-    (wanted,) = torch.autograd.grad(expected, logits)
-    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-7)  # the loss is computed in float32
-
-
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_expert_load_counts_real_tokens(top_k):
-    index = torch.randint(4, (9, top_k), generator=seeded())
-    mask = torch.tensor([True, False, True, True, True, False, True, True, True])
-    counted = [sum(int(e) == expert for e in index[mask].flatten()) for expert in range(4)]
-    assert functional.expert_load(index, mask, 4).tolist() == counted
-
-
 def test_masked_mean():
     states = torch.randn(3, 4, 2, generator=seeded())
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
@@ -163,16 +124,6 @@ def test_masked_mean():
     torch.testing.assert_close(mean[0], states[0, :3].mean(0))
     torch.testing.assert_close(mean[1], states[1, 0])
     assert mean[2].tolist() == [0, 0]
-
-
-def test_real_tokens_from_any_mask():
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    wanted = mask.bool()
-    square = wanted[:, None, None, :].expand(2, 1, 3, 3)
-    additive = torch.zeros(2, 1, 3, 3).masked_fill(~square, torch.finfo(torch.float32).min)
-    for form in (mask, mask.bool(), mask.float(), square, additive):
-        assert torch.equal(functional.real_tokens(form, (2, 3)), wanted)
-    assert functional.real_tokens(None, (2, 3)).all()
 
 
 def test_sorted_slots():
