@@ -154,7 +154,7 @@ def find_linear(layer: nn.Module, path: str, kinds: tuple[type[nn.Module], ...] 
         names = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(
             f"`{path}` of {type(layer).__name__} must be a plain {names}, got "
-            f"{'nothing' if module is None else type(module)}. Merge adapters, and undo quantization, "
+            f"{'nothing' if module is None else type(module).__name__}. Merge adapters, and undo quantization, "
             "parametrizations and other compressions, or use the dense model."
         )
     return module
