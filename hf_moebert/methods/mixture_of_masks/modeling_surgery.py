@@ -152,10 +152,10 @@ def find_linear(layer: nn.Module, path: str, kinds: tuple[type[nn.Module], ...] 
     module = get_part(layer, path)
     if type(module) not in kinds:
         names = " or ".join(kind.__name__ for kind in kinds)
+        found = "nothing" if module is None else f"{type(module).__module__}.{type(module).__qualname__}"
         raise ValueError(
-            f"`{path}` of {type(layer).__name__} must be a plain {names}, got "
-            f"{'nothing' if module is None else type(module).__name__}. Merge adapters, and undo quantization, "
-            "parametrizations and other compressions, or use the dense model."
+            f"`{path}` of {type(layer).__name__} must be a plain {names}, got {found}. Merge adapters, and undo "
+            "quantization, parametrizations and other compressions, or use the dense model."
         )
     return module
 
