@@ -3,7 +3,7 @@
     python benchmarks/moebert_queue.py --texts train.jsonl --tokenizer folder --output build/queue
     python benchmarks/moebert_queue.py --texts train.jsonl --tokenizer folder --sentences 10000 --slices 10 --rounds 3
 
-All models have random weights: nothing here speaks of quality. `dense, plain` is the host's BERT as it comes; the
+All models have random weights: nothing here speaks of quality. `dense, plain` is transformers' BERT as it comes; the
 others went through `optimize_for_inference` in the precision they are named after. MoEBERT has four experts of a
 quarter of the feed-forward network, and hash-random routing.
 
@@ -76,7 +76,7 @@ class QueueArguments:
 
 
 def model_names(precisions: list[str]) -> list[str]:
-    """Name the host's model, and what is compared with it."""
+    """Name transformers' model, and what is compared with it."""
     return [PLAIN, *(f"{kind}, {precision}" for precision in precisions for kind in ("dense", "moebert"))]
 
 

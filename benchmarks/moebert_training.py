@@ -96,7 +96,7 @@ def time_layers(tokens: int, rounds: int) -> list[dict[str, str]]:
 
 
 def one_backward_per_example_and_layer(model: BertForSequenceClassification, examples: list[dict]) -> Tensor:
-    """The peer for importance: two partial backward passes for each example and layer, as in the paper's code."""
+    """Measure importance as the paper's code does: two partial backward passes for each example and layer."""
     model.eval()
     layers = model.bert.encoder.layer
     scores = torch.zeros(len(layers), model.config.intermediate_size)

@@ -113,7 +113,7 @@ def sample(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export_stock(model: PreTrainedModel, batch: dict[str, Tensor], graph: Path) -> None:
-    """Export with the host's tool, as any user would."""
+    """Export with transformers' tool, as any user would."""
     OnnxExporter().export(model, batch, OnnxConfig(dynamic=True)).save_pretrained(graph.parent)
 
 

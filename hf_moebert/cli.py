@@ -95,8 +95,7 @@ def measure(
         raise typer.BadParameter("give exactly one of --validation-file and --dataset-name.")
     if output is not None and not output.parent.is_dir():
         raise typer.BadParameter(f"the folder of --output must exist, got {str(output)!r}.")
-    from hf_moebert.measuring.comparison import Latency, TextColumns
-    from hf_moebert.measuring.comparison import measure as measure_models
+    from hf_moebert.measuring.comparison import Latency, TextColumns, measure as measure_models
     from hf_moebert.reporting.tables import measurement_rows, rich_table
 
     _hide_progress()

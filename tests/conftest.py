@@ -1,4 +1,4 @@
-"""What all tests share: this folder is importable from its subfolders, the host suite's marks, and a tiny world."""
+"""Shared by all tests: this folder on the path, the marks of transformers' own tests, and a tiny world."""
 
 import gc
 
@@ -11,7 +11,7 @@ from transformers_suite import MARKERS
 
 def pytest_configure(config):
     for name in MARKERS:
-        config.addinivalue_line("markers", f"{name}: used by the host's own suite")
+        config.addinivalue_line("markers", f"{name}: used by transformers' own suite")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -148,6 +148,11 @@ def test_nothing_unsafe_and_nothing_left_behind(path):
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_english_is_that_of_the_field(path):
+    assert not re.search(r'[Tt]he host\b|"""(Say|What|Whether) ', path.read_text()), path
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_files_can_be_read_in_a_sitting(path):
     assert len(path.read_text().splitlines()) <= 400, path
 

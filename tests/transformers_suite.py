@@ -1,4 +1,4 @@
-"""The host's own test suite, which its wheel leaves out: fetched from the source archive of the installed version.
+"""Transformers' own test suite, which its wheel leaves out: fetched from the source archive of the installed version.
 
 Nothing of it is kept in this repository. `python tests/transformers_suite.py` fetches it ahead of the tests.
 """

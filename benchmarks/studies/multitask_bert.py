@@ -276,7 +276,7 @@ def main() -> None:
     """Make the runs that are missing, then the tables."""
     parser = HfArgumentParser((ExampleArguments, MultiTaskSweepConfig, TrainingArguments))
     example, config, args = parser.parse_args_into_dataclasses()
-    logging.set_verbosity_error()  # each run puts a new head on the encoder, and the host tells of every one
+    logging.set_verbosity_error()  # each run puts a new head on the encoder, and transformers tells of every one
     logging.disable_progress_bar()
     if example.smoke:
         example.model_name_or_path, example.tasks = make_smoke_tasks(Path(args.output_dir) / "inputs")

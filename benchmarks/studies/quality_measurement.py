@@ -131,7 +131,7 @@ class Measurement:
         return rows
 
     def points(self, measured: Sequence[dict]) -> list[dict[str, Any]]:
-        """The same as numbers, for the picture: the first metric of the task."""
+        """Return the rows as numbers, for the picture: the first metric of the task."""
         score, gold = next(iter(self.study.task.metrics.values())), self.study.task.references
         predictions, ratios = self.predictions(measured), self.speed_ups(measured)
         return [

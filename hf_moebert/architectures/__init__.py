@@ -1,1 +1,1 @@
-"""What is true of a family of models, and the surgery on it."""
+"""Architectures: one row for each family of models, and the surgery that reads it."""

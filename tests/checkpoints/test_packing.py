@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from peft import LoraConfig, get_peft_model
 from pruned_models import SIZES, make_bert, make_gpt2, make_mixtral, make_moebert
 from safetensors.torch import load_file, save_file

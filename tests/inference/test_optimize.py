@@ -25,9 +25,9 @@ from transformers import (
     RobertaForSequenceClassification,
     XLMRobertaConfig,
     XLMRobertaModel,
+    logging as transformers_logging,
     pipeline,
 )
-from transformers import logging as transformers_logging
 
 from hf_moebert import optimize_for_inference, revert_optimizations
 from hf_moebert.inference import optimize

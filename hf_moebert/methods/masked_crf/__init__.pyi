@@ -2,8 +2,6 @@ from .conversion import from_dense as from_dense
 from .modeling_crf import MaskedCRF as MaskedCRF
 from .modeling_masked_crf import (
     BertCrfForTokenClassification as BertCrfForTokenClassification,
-)
-from .modeling_masked_crf import (
     CrfForTokenClassification as CrfForTokenClassification,
 )
 from .pipeline import CrfTokenClassificationPipeline as CrfTokenClassificationPipeline

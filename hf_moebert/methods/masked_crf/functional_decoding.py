@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from .functional_numpy import EMISSION_LIMIT
-from .functional_numpy import viterbi as numpy_viterbi
+from .functional_numpy import EMISSION_LIMIT, viterbi as numpy_viterbi
 from .functional_passes import Scores, at_last_word
 
 

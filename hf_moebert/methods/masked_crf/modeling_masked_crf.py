@@ -7,8 +7,12 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForTokenClassification, BertForTokenClassification, PreTrainedModel
-from transformers import initialization as init
+from transformers import (
+    AutoModelForTokenClassification,
+    BertForTokenClassification,
+    PreTrainedModel,
+    initialization as init,
+)
 from transformers.modeling_outputs import TokenClassifierOutput
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple

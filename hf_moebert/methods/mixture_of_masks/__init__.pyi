@@ -1,4 +1,3 @@
-from .conversion import from_dense as from_dense
-from .conversion import shrink as shrink
+from .conversion import from_dense as from_dense, shrink as shrink
 from .recipe import MaskSparsityConfig as MaskSparsityConfig
 from .training import MaskSparsityCallback as MaskSparsityCallback

@@ -91,7 +91,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is true of all models of a family.
+    """A row of the table: where all models of a family keep their parts.
 
     Attributes:
         stacks: Its lists of layers, in the order in which they are counted.

@@ -1,4 +1,4 @@
-"""What a one-shot split by importance is made from: the effect of each unit on the loss."""
+"""Importance of units for a one-shot split: the effect of each on the loss."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,10 +1,6 @@
 from .configuration_mpoe import (
     MPOEBertConfig as MPOEBertConfig,
-)
-from .configuration_mpoe import (
     MPOEGPT2Config as MPOEGPT2Config,
-)
-from .configuration_mpoe import (
     MPOET5Config as MPOET5Config,
 )
 from .conversion import from_dense as from_dense

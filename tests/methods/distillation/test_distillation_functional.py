@@ -2,8 +2,7 @@ import math
 
 import pytest
 import torch
-from scipy.special import log_softmax as scipy_log_softmax
-from scipy.special import softmax as scipy_softmax
+from scipy.special import log_softmax as scipy_log_softmax, softmax as scipy_softmax
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss
 
 from hf_moebert.methods.distillation.functional import (

@@ -133,7 +133,7 @@ def test_without_weight_it_is_the_stock_trainer_bit_for_bit(tmp_path, accumulati
     options = {"max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulation}
     students = [bert(dropout=0.2), bert(dropout=0.2)]
     for student in students:
-        student.accepts_loss_kwargs = False  # without it, the host forgets to divide by the accumulation steps
+        student.accepts_loss_kwargs = False  # without it, transformers forgets to divide by the accumulation steps
     distil(tmp_path, students[0], bert(1), DistillationConfig(weight=0.0), **options).train()
     Trainer(students[1], arguments(tmp_path, **options), data_collator=collate, train_dataset=rows()).train()
     assert_equal_states(*students)

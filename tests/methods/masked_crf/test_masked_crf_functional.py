@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torchcrf
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from hf_moebert.methods.masked_crf.functional import log_partition, marginals, sequence_score
 from hf_moebert.methods.masked_crf.functional_decoding import best_sequences, make_finite, viterbi

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from hf_moebert.methods.masked_crf import MaskedCRF
 from hf_moebert.methods.masked_crf.functional_tags import PREFIXES, count_breaks

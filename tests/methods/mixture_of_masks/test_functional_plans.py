@@ -2,8 +2,7 @@ from itertools import permutations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from hf_moebert.methods.mixture_of_masks.functional_plans import (
     _fill_clusters,

@@ -4,8 +4,7 @@ import json
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from transformers import AutoConfig, BertConfig, RobertaConfig
 
 from hf_moebert import MoEBertConfig

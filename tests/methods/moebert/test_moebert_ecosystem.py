@@ -1,4 +1,4 @@
-"""Everything the host's tools do with a model, they do with a MoEBERT."""
+"""Everything transformers' tools do with a model, they do with a MoEBERT."""
 
 import copy
 import json
@@ -142,7 +142,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 torch.manual_seed(99)
 torch.set_grad_enabled(False)
 sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-for stock in (BertModel, BertForSequenceClassification):  # what the host remembers of them must not reach our models
+for stock in (BertModel, BertForSequenceClassification):  # what is remembered of them must not reach our models
     stock(BertConfig(vocab_size=9, **sizes))
 
 import hf_moebert
@@ -259,7 +259,7 @@ def test_compiled_training_with_records(fresh_compiler, one_layer, batch, routin
     model = one_layer(routing, router_aux_loss_coef=0.1)
     model.config.problem_type = "single_label_classification"  # or it is inferred, and compiled again
     records = {"output_expert_load": True, "output_router_logits": routing == "gate-token"}
-    model(**batch, **records)  # the host hangs its recorders in at the first call, and cannot while it compiles
+    model(**batch, **records)  # transformers hangs its recorders in at the first call, and cannot while it compiles
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     for inputs in (batch, make_inputs(3, 9) | {"labels": torch.tensor([2, 0, 1])}):
         got, wanted = compiled(**inputs, **records), model(**inputs, **records)
@@ -318,7 +318,7 @@ def test_autocast(convert, batch, routing):
             assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
 
 
-# ------------------------------------------------------------------------------------------- the host's switches
+# ------------------------------------------------------------------------------------------- transformers' switches
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)

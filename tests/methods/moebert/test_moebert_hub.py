@@ -31,7 +31,7 @@ folder, told = pathlib.Path(sys.argv[1]), {}
 ids = torch.tensor(json.loads(sys.argv[2]))
 """
 END = """
-print()  # the host's question whether to trust stands on this line
+print()  # transformers' question whether to trust stands on this line
 print(json.dumps(told))
 """
 PUBLISH = """

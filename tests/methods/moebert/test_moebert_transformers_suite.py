@@ -1,4 +1,4 @@
-"""MoEBERT under the host's own model tests, the ones that every architecture inside transformers has to pass."""
+"""MoEBERT under transformers' own model tests, the ones that every architecture inside transformers has to pass."""
 
 import unittest
 from unittest.mock import patch
@@ -70,7 +70,7 @@ class MoEBertModelTester:
 
 
 def host_loading():
-    """Load with the host's `from_pretrained`: two tests load empty checkpoints, which ours refuses by design."""
+    """Load with transformers' `from_pretrained`: two tests load empty checkpoints, which ours refuses by design."""
     return patch.object(MoEBertPreTrainedModel, "from_pretrained", PreTrainedModel.__dict__["from_pretrained"])
 
 

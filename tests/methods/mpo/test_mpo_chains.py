@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from hf_moebert.methods.mpo.functional import contract, contract_activation, gather_rows, merge
 from hf_moebert.methods.mpo.functional_bonds import error_bound

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import tensorly
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from tensorly.decomposition import tensor_train_matrix
 
 from hf_moebert.methods.mpo.functional import contract, merge

@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fastapi.testclient import TestClient
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tiny_tasks import KINDS, TAGS, make_task, make_tasks, make_tokenizer, save_merged
 from transformers import BertForSequenceClassification, TextClassificationPipeline, pipeline
 

@@ -27,8 +27,8 @@ from transformers import (
     Trainer,
     TrainingArguments,
     ViTForImageClassification,
+    logging as transformers_logging,
 )
-from transformers import logging as transformers_logging
 
 from hf_moebert.measuring.footprint import measure_footprint
 from hf_moebert.methods.platon.configuration_shrunk import ShrunkBertConfig
