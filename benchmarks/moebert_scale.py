@@ -7,8 +7,9 @@ Models are those of `moebert_queue.py`: random weights, four experts of a quarte
 their number is not what grows, hash-random routing. Every token is real.
 
 CPU: one thread, timed by its own CPU time; all models and sizes of a table run in turns. Cost is a ratio to the
-dense model of transformers at the smallest size, or where experts grow to one expert. GPU: bfloat16, elapsed time until the device is
-done, in turns for each batch size; the dense model is there compiled too, for a fair comparison with compiled MoEBERT.
+dense model of transformers at the smallest size, or where experts grow to one expert. GPU: bfloat16,
+elapsed time until the device is done, in turns for each batch size; the dense model is there compiled too, for a fair
+comparison with compiled MoEBERT.
 """
 
 import json
