@@ -23,7 +23,7 @@ STAGES = {
     "narrow": lambda kind: shrink(make_fixed(kind, num_experts=1)),
 }
 CODE = {"configuration_mixture_of_masks.py", "functional.py", "modeling_mixture_of_masks.py"}
-CODE |= {f"modeling_{name}.py" for name in ("compact", "constraint", "feed_forward", "masked", "masks")}
+CODE |= {f"modeling_{name}.py" for name in ("compact", "constraint", "families", "masked", "masks", "surgery")}
 
 
 def auto_of(kind):
@@ -124,7 +124,7 @@ for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     if folder.name.endswith("llama-compact"):
         model.push_to_hub("small")
 again = transformers.AutoModelForCausalLM.from_pretrained("tester/small")
-assert type(again) is hf_moebert.MoMLlamaForCausalLM
+assert again.__module__.startswith("hf_moebert."), again.__module__
 print(json.dumps(found))
 """
 WITHOUT_PACKAGE = """

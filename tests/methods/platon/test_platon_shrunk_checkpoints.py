@@ -65,12 +65,13 @@ def test_saved_and_loaded(tmp_path, family, cls):
 def test_the_code_of_all_classes_travels(tmp_path, family, cls):
     shrunk = shrink(build(family, cls, num_hidden_layers=1))
     shrunk.save_pretrained(tmp_path)
-    files = {"configuration_shrunk.py", "modeling_shrunk.py", "modeling_units.py"}
+    names = ("families", "shrunk", "surgery", "units")
+    files = {"configuration_shrunk.py", *(f"modeling_{name}.py" for name in names)}
     assert {file.name for file in tmp_path.glob("*.py")} == files
-    names = {f"modeling_shrunk.Shrunk{sibling.__name__}" for sibling in CLASSES[family]}
+    classes = {f"modeling_shrunk.Shrunk{sibling.__name__}" for sibling in CLASSES[family]}
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map.pop("AutoConfig") == f"configuration_shrunk.{type(shrunk.config).__name__}"
-    assert set(auto_map.values()) == names
+    assert set(auto_map.values()) == classes
 
 
 def test_a_fresh_model_has_the_widths_its_config_names():
