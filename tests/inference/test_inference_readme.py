@@ -1,0 +1,41 @@
+"""The lines of the README run: a MoEBERT in int8, in torch and in ONNX Runtime."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertTokenizer
+
+from hf_moebert import MoEBertConfig, MoEBertForSequenceClassification, inference
+
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(inference.__path__[0]) / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.process
+@pytest.mark.filterwarnings("ignore")  # of the exporter
+def test_a_moebert_runs_as_int8_in_both_engines(tmp_path, monkeypatch):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "film", "bad"]
+    BertTokenizer(vocab={word: index for index, word in enumerate(words)}).save_pretrained(tmp_path / "student")
+    torch.manual_seed(0)
+    config = MoEBertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        num_experts=4,
+        expert_size=16,
+        num_shared_neurons=4,
+        initializer_range=0.2,
+    )
+    MoEBertForSequenceClassification(config).save_pretrained(tmp_path / "student")
+    monkeypatch.chdir(tmp_path)
+    in_torch, in_onnx = {}, {}
+    exec(BLOCKS[0], in_torch)
+    exec(BLOCKS[1], in_onnx)
+    assert in_onnx["logits"].shape == (1, 2)
+    np.testing.assert_allclose(in_onnx["logits"][0], in_torch["logits"][0], atol=0.1 * np.abs(in_onnx["logits"]).max())
