@@ -16,7 +16,7 @@ from hf_moebert.methods.multitask.modeling_multitask import MultiTaskBertModel
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = ["good", "bad", "film", "book", "by", "ann", "##a", "lee", "in", "rome", "what", "is", "?", ".", "not", "a"]
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
-KINDS = {  # class, frozen layers, labels, what else the config says
+KINDS = {  # class, frozen layers, labels, other fields of the configuration
     "sentiment": (BertForSequenceClassification, 1, ["negative", "positive"], {}),
     "topics": (BertForSequenceClassification, 2, ["a", "b", "c"], {"problem_type": "multi_label_classification"}),
     "stars": (BertForSequenceClassification, 0, ["stars"], {"problem_type": "regression"}),
@@ -32,7 +32,7 @@ def make_tokenizer():
 
 
 def make_task(name, seed=0, trunk_seed=0):
-    """A single-task model; those of one `trunk_seed` share their first two layers."""
+    """Return a single-task model; those of one `trunk_seed` share their first two layers."""
     cls, frozen, labels, options = KINDS[name]
     config = cls.config_class(
         vocab_size=len(SPECIAL + WORDS),
