@@ -1,5 +1,6 @@
 __version__: str
 
+from .architectures.importance import measure_importance as measure_importance
 from .checkpoints.packing import save_packed as save_packed
 from .compress.stages import shrink as shrink
 from .inference.optimize import (
@@ -22,7 +23,6 @@ from .methods.moebert import (
     MoEBertForTokenClassification as MoEBertForTokenClassification,
     MoEBertModel as MoEBertModel,
     count_tokens as count_tokens,
-    measure_importance as measure_importance,
 )
 from .methods.mpo import (
     MPOConfig as MPOConfig,

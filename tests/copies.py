@@ -8,6 +8,7 @@ ROOT = Path(__file__).parents[1]
 METHODS = "hf_moebert/methods"
 # Where each shared file is copied to. Imports of its neighbours are rewritten to the names that these have there.
 COPIES = {
+    "hf_moebert/architectures/functional_losses.py": (f"{METHODS}/moebert/functional_losses.py",),
     "hf_moebert/architectures/families.py": (
         f"{METHODS}/mixture_of_masks/modeling_families.py",
         f"{METHODS}/platon/modeling_families.py",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 
+from hf_moebert import measure_importance
 from hf_moebert.architectures.functional_routing import expert_load
 from hf_moebert.methods.mixture_of_masks.functional import active_share
 from hf_moebert.methods.mixture_of_masks.functional_plans import (
@@ -23,7 +25,6 @@ from hf_moebert.methods.mixture_of_masks.functional_plans import (
 )
 from hf_moebert.methods.mixture_of_masks.modeling_routing import recording
 from hf_moebert.methods.mixture_of_masks.modeling_surgery import find_feed_forwards, matrix_of
-from hf_moebert.methods.mixture_of_masks.training_importance import measure_unit_importance
 from hf_moebert.reporting.pictures import plot_curves, plot_stacks
 
 
@@ -93,8 +94,9 @@ def plan_stages(kind: str, active: float, *, steps: int, sparsify_steps: int) ->
 def plan_masks(
     kind: str,
     model: PreTrainedModel,
-    batches: Iterable[dict[str, Tensor]],
+    examples: list[Any],
     *,
+    data_collator: Callable | None = None,
     num_experts: int,
     active: float,
     seed: int,
@@ -104,7 +106,8 @@ def plan_masks(
     Args:
         kind: One of `ONE_SHOT`.
         model: Dense.
-        batches: Training data, on its device, from which the importance of units is measured if the kind needs it.
+        examples: Training data on which the importance of units is measured, if the kind needs it.
+        data_collator: Makes a batch of examples.
         num_experts: Of each network; one if the kind has no router.
         active: Share of the units of each expert.
         seed: Of what is random.
@@ -113,7 +116,9 @@ def plan_masks(
         Shape `(layers, experts, units)`, bool, on the CPU.
     """
     generator = torch.Generator().manual_seed(seed)
-    importance = measure_unit_importance(model, batches) if kind == "importance" else None  # (layers, units)
+    importance = (
+        measure_importance(model, examples, data_collator) if kind == "importance" else None
+    )  # (layers, units)
     masks = []
     for layer, network in enumerate(find_feed_forwards(model)):
         parts = [network.part(name) for name in ("gate", "up") if network.part(name) is not None]

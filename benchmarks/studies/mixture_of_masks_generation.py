@@ -25,7 +25,6 @@ not repeated when the command is run again.
 """
 
 import copy
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -50,14 +49,18 @@ from mask_runs import (
     reading,
 )
 from pruning_study import PruningStudy, mean_over_seeds, show
-from torch import Tensor
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from hf_moebert import DistillationConfig, DistillationTrainer, MaskSparsityCallback, MaskSparsityConfig
+from hf_moebert import (
+    DistillationConfig,
+    DistillationTrainer,
+    MaskSparsityCallback,
+    MaskSparsityConfig,
+    measure_importance,
+)
 from hf_moebert.measuring.footprint import measure_footprint
 from hf_moebert.measuring.scores import Score, bootstrap_interval, paired_bootstrap
 from hf_moebert.methods.mixture_of_masks import from_dense, shrink
-from hf_moebert.methods.mixture_of_masks.training_importance import measure_unit_importance
 from hf_moebert.reporting.pictures import plot_curves
 
 
@@ -136,19 +139,17 @@ class MaskStudy(PruningStudy):
         if run.sparsifies:
             options |= {name: getattr(example, name) for name in ("group_size", "budget", "initial_score")}
             if run.kind == "guided":
-                options["importance"] = measure_unit_importance(model, self.first_batches(seed))
+                options["importance"] = measure_importance(model, self.first_rows(seed), self.task.collator)
         else:
             shape = {"num_experts": options["num_experts"], "active": run.active}
-            options["masks"] = plan_masks(run.kind, model, self.first_batches(seed), **shape, seed=seed)
+            shape["data_collator"] = self.task.collator
+            options["masks"] = plan_masks(run.kind, model, self.first_rows(seed), **shape, seed=seed)
         return from_dense(model, **options)
 
-    def first_batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
-        """Yield the batches with which training begins."""
+    def first_rows(self, seed: int) -> list[Any]:
+        """Return the examples with which training begins."""
         size, count = self.args.per_device_train_batch_size, self.example.importance_batches
-        rows = list(reading(self.blocks, size * count, seed=[seed]))
-        for n in range(0, size * count, size):
-            batch = self.task.collator(rows[n : n + size])
-            yield {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+        return list(reading(self.blocks, size * count, seed=[seed]))
 
     def train(self, run: MaskRun, seed: int) -> Trainer:
         """Train with the stock Trainer, or with its one subclass if there is a teacher."""

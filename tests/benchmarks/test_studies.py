@@ -456,10 +456,10 @@ def test_one_shot_splits_read_the_matrices_that_they_should(monkeypatch):
             layer.mlp.gate_proj.weight[4:, 0] -= 9
             layer.mlp.down_proj.weight[:, [1, 6]] = 0  # units without effect
     ids = torch.arange(20).view(2, 10)
-    batches = [{"input_ids": ids, "labels": ids}]
+    examples = [{"input_ids": row, "labels": row} for row in ids]
 
     def plan(kind, experts, active):
-        return plan_masks(kind, model, batches, num_experts=experts, active=active, seed=0).int()  # (2, experts, 8)
+        return plan_masks(kind, model, examples, num_experts=experts, active=active, seed=0).int()  # (2, experts, 8)
 
     for clusters in plan("clustered", 2, 0.5):
         assert sorted(clusters.tolist()) == [[0, 0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0, 0]]

@@ -56,7 +56,7 @@ def from_dense(
         initial_score: Initial score of the masks. From 2.4 on, all masks are 1 without noise. With noise, a mask of
             score 3 is open with a probability of 0.990 and exactly 1 with 0.80; a mask of score 10 with 0.99999 and
             0.9998, but it takes longer to close.
-        importance: Score of each unit, from `measure_unit_importance`. The masks of the least important units start at
+        importance: Score of each unit, from `measure_importance`. The masks of the least important units start at
             `initial_score` and those of the others above it, in order, so that the least important ones close first,
             unless training overrules it. `(layers, units)`.
         masks: Masks that are fixed from the start instead of learned, such as those of `functional_plans`. Bool,

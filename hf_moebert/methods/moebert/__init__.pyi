@@ -4,7 +4,6 @@ from .conversion import (
     from_dense as from_dense,
     load_importance as load_importance,
     measure_expert_load as measure_expert_load,
-    measure_importance as measure_importance,
     save_importance as save_importance,
 )
 from .modeling_heads import (

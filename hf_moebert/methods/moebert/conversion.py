@@ -1,41 +1,26 @@
-"""The way from a dense BERT to a MoEBERT, and what it needs: neuron importance and token counts."""
+"""The way from a dense BERT to a MoEBERT, and what it needs: token counts, and files of importance."""
 
-import copy
 import hashlib
-import inspect
 import itertools
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env, reduce
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
 from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
     PreTrainedModel,
-    default_data_collator,
 )
-from transformers.trainer_utils import RemoveColumnsCollator
 
-from .functional import (
-    infer_problem_type,
-    neuron_importance,
-    per_example_loss,
-    span_loss,
-    token_loss,
-)
-from .functional_routing import real_tokens
+from hf_moebert.architectures.importance import LABELS, load_batches
+
 from .modeling_heads import (
     MoEBertForQuestionAnswering,
     MoEBertForSequenceClassification,
@@ -45,144 +30,6 @@ from .modeling_moebert import MoEBertModel, MoEBertPreTrainedModel
 
 
 FORMAT_VERSION = "1"
-LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
-
-
-def measure_importance(
-    model: PreTrainedModel,
-    dataset: Any,
-    data_collator: Callable | None = None,
-    *,
-    batch_size: int = 32,
-    max_examples: int | None = None,
-    seed: int = 0,
-) -> Tensor:
-    """Score every feed-forward neuron of a fine-tuned dense BERT by its effect on the task loss of each example.
-
-    One forward and one backward per batch serve all layers; no weight gradient is computed. The model runs in eval
-    mode and at least float32, whatever its dtype or autocast, and is left as it was. Under `accelerate launch` each
-    process takes its share of the examples, each example exactly once.
-
-    Args:
-        model: A BERT with a head for sequence classification, token classification or question answering.
-        dataset: Labelled examples, as given to a `Trainer`. Use the training set: scores that have seen the
-            evaluation set leak it into the student.
-        data_collator: Makes a batch of examples; by default they are stacked, so they must have one length.
-        batch_size: Examples per forward; it does not change the result.
-        max_examples: Use this many examples, drawn with `seed`; by default all. 2,048 are plenty.
-        seed: Seed of the draw.
-
-    Returns:
-        Sum of the scores over the examples, in float32 (float64 for a float64 model). Shape `(layers, intermediate)`.
-
-    Raises:
-        ValueError: If the model is no dense BERT, the data set is empty or has no labels, or a score is not finite.
-
-    Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, eq. 4.
-    """
-    if model.config.model_type != "bert":
-        raise ValueError(
-            f'`model` must be a dense BERT (`model_type` "bert"), got {model.config.model_type!r}. Give the '
-            "fine-tuned model, not its student."
-        )
-    if max_examples is not None and max_examples < 1:
-        raise ValueError(f"`max_examples` must be at least 1, got {max_examples}. Leave it out to use all.")
-    if len(dataset) == 0:
-        raise ValueError("`dataset` is empty. Give the labelled examples the model was trained on.")
-    # as an `Accelerator` would, or the processes of `accelerate launch --cpu` never meet
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:max_examples]
-    mine = order[state.process_index :: state.num_processes].tolist()
-    if model.dtype not in (torch.float32, torch.float64):
-        model = copy.deepcopy(model).float()
-    scores = torch.zeros(
-        model.config.num_hidden_layers, model.config.intermediate_size, dtype=torch.float64, device=model.device
-    )
-    batches = load_batches(model, Subset(dataset, mine), data_collator, batch_size)
-    with scoring(model, scores), torch.enable_grad(), torch.autocast(model.device.type, enabled=False):
-        total = -(-len(mine) // batch_size)
-        for batch in tqdm(batches, "Measuring importance", total, disable=not state.is_local_main_process):
-            example_losses(model, batch).sum().backward()
-    if state.num_processes > 1:
-        scores = reduce(scores.to(state.device), reduction="sum")  # the model may still be elsewhere
-    scores = scores.to("cpu", model.dtype)
-    if not scores.isfinite().all():
-        layers = (~scores.isfinite()).any(dim=1).nonzero().flatten().tolist()
-        raise ValueError(f"The importance of layers {layers} is not finite. Check the model's weights and the labels.")
-    return scores
-
-
-@contextmanager
-def scoring(model: PreTrainedModel, scores: Tensor) -> Iterator[None]:
-    """Add the importance of every batch that is run backward to `scores`, `(layers, intermediate)`."""
-    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
-    handles = []
-    for index, layer in enumerate(model.base_model.encoder.layer):
-        watch = watch_layer(scores[index], layer.intermediate.dense.bias, first=index == 0)
-        handles.append(layer.intermediate.dense.register_forward_hook(watch["up"]))
-        handles.append(layer.output.dense.register_forward_pre_hook(watch["down"]))
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        model.train(training)
-
-
-def watch_layer(score: Tensor, bias: Tensor, *, first: bool) -> dict[str, Callable]:
-    """Make the forward hooks of one feed-forward layer; what they keep of a batch is freed in its backward."""
-    kept: dict[str, Tensor] = {}
-
-    def up(module: Any, args: Any, z: Tensor) -> Tensor:  # z: (batch, seq, intermediate)
-        if first:  # the graph starts here: nothing below needs a gradient
-            z = z.detach().requires_grad_()
-        kept["z"] = z.detach()
-        z.register_hook(add_score)
-        return z
-
-    def down(module: Any, args: tuple[Tensor]) -> None:  # h: (batch, seq, intermediate)
-        kept["h"] = args[0].detach()
-        args[0].register_hook(lambda grad: kept.update(grad_h=grad))
-
-    def add_score(grad_z: Tensor) -> None:  # runs after the gradient of `h` is known
-        score.add_(neuron_importance(kept.pop("z"), grad_z, kept.pop("h"), kept.pop("grad_h"), bias))
-
-    return {"up": up, "down": down}
-
-
-def example_losses(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Task loss of each example as if it were alone, `(batch,)`: padding has no part in it."""
-    batch = dict(batch)
-    targets = {name: batch.pop(name) for name in LABELS if name in batch}
-    if not targets:
-        raise ValueError(
-            f"`dataset` must have labels, got the columns {sorted(batch)}. Importance needs the task loss."
-        )
-    outputs = model(**batch)
-    if "start_logits" in outputs:
-        real = real_tokens(batch.get("attention_mask"), outputs.start_logits.shape).to(outputs.start_logits.device)
-        lowest = torch.finfo(outputs.start_logits.dtype).min
-        start, end = (x.masked_fill(~real, lowest) for x in (outputs.start_logits, outputs.end_logits))
-        return span_loss(start, end, targets["start_positions"], targets["end_positions"])
-    labels = next(iter(targets.values()))
-    if outputs.logits.dim() == 3:
-        count = (labels != -100).sum(dim=1).clamp(min=1)
-        return token_loss(outputs.logits, labels).sum(dim=1) / count
-    kind = model.config.problem_type or infer_problem_type(model.config.num_labels, labels)
-    return per_example_loss(outputs.logits, labels, kind)
-
-
-def load_batches(
-    model: PreTrainedModel, dataset: Any, data_collator: Callable | None, batch_size: int
-) -> Iterator[dict[str, Tensor]]:
-    """Yield batches on the model's device, without the columns that its forward does not know."""
-    known = [*inspect.signature(model.forward).parameters, "label", "label_ids"]
-    collator = RemoveColumnsCollator(data_collator or default_data_collator, known)
-    for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collator):
-        yield {name: value.to(model.device) for name, value in batch.items()}
 
 
 def count_tokens(dataset: Any, vocab_size: int) -> Tensor:

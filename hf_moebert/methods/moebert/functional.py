@@ -8,29 +8,6 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 
-def neuron_importance(z: Tensor, grad_z: Tensor, h: Tensor, grad_h: Tensor, bias: Tensor) -> Tensor:
-    """Score each neuron of a feed-forward layer by how much the loss of each example would change without it.
-
-    With `w1_j`, `w2_j` the neuron's row and column, `|w1_j . dL/dw1_j + w2_j . dL/dw2_j|` is the first-order change
-    of one example's loss. Both products are sums over the example's tokens of activations times their gradients, so
-    one backward of the summed loss serves the whole batch.
-
-    Args:
-        z: Values before the activation, `up(x)`. Shape `(batch, seq, intermediate)`.
-        grad_z: Gradient of the summed loss with respect to `z`. Same shape.
-        h: Values after the activation. Same shape.
-        grad_h: Gradient of the summed loss with respect to `h`. Same shape.
-        bias: Bias of the up-projection, which is not part of the score. Shape `(intermediate,)`.
-
-    Returns:
-        Sum over the examples. Shape `(intermediate,)`.
-
-    Source: eq. 4; the form through activations is our own, and equal to it.
-    """
-    per_example = (grad_z * (z - bias) + grad_h * h).sum(dim=1)  # (batch, intermediate)
-    return per_example.abs().sum(dim=0)
-
-
 def assign_neurons(importance: Tensor, num_experts: int, expert_size: int, num_shared: int) -> Tensor:
     """Deal the neurons of one dense feed-forward layer out to its experts.
 
@@ -200,79 +177,6 @@ def weigh_experts(outputs: Tensor, weights: Tensor) -> Tensor:
     return (outputs.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
 
 
-def infer_problem_type(num_labels: int, labels: Tensor) -> str:
-    """Infer the kind of sequence classification from the labels, by the rule of transformers."""
-    if num_labels == 1:
-        return "regression"
-    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-
-
-def per_example_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
-    """Compute the task loss of each example of a sequence classifier.
-
-    Args:
-        logits: Shape `(batch, labels)`.
-        labels: Class of each example, -100 where there is none (loss 0), shape `(batch,)`; for regression and
-            multi-label classification targets of the shape of `logits`, or `(batch,)` for one output.
-        problem_type: `single_label_classification` (cross entropy), `multi_label_classification` (binary cross
-            entropy, mean over labels) or `regression` (squared error, mean over outputs).
-
-    Returns:
-        Shape `(batch,)`.
-    """
-    if problem_type == "single_label_classification":
-        return F.cross_entropy(logits, labels.reshape(-1), reduction="none")
-    labels = labels.reshape(logits.shape).to(logits.dtype)
-    if problem_type == "regression":
-        return F.mse_loss(logits, labels, reduction="none").mean(dim=-1)
-    return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(dim=-1)
-
-
-def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Average the cross entropy over the items that have a label; 0 where none has.
-
-    Args:
-        logits: Shape `(items, labels)`.
-        labels: Classes, -100 where there is none. Shape `(items,)`.
-
-    Returns:
-        Scalar; the same number, bit for bit, as the stock loss where that is defined.
-    """
-    return F.cross_entropy(logits, labels, reduction="sum") / (labels != -100).sum().clamp(min=1)
-
-
-def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Compute the cross entropy of each token; 0 where the label is -100.
-
-    Args:
-        logits: Shape `(batch, seq, labels)`.
-        labels: Shape `(batch, seq)`.
-
-    Returns:
-        Shape `(batch, seq)`.
-    """
-    return F.cross_entropy(logits.flatten(0, 1), labels.reshape(-1), reduction="none").view(labels.shape)
-
-
-def span_loss(start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Average the cross entropies of a span's two ends; an end outside the sequence adds 0.
-
-    Args:
-        start_logits: Shape `(batch, seq)`.
-        end_logits: Shape `(batch, seq)`.
-        start: First token of each answer. Shape `(batch,)`.
-        end: Last token of each answer. Shape `(batch,)`.
-
-    Returns:
-        Shape `(batch,)`.
-    """
-    outside = start_logits.shape[1]
-
-    def one_end(logits: Tensor, position: Tensor) -> Tensor:
-        position = position.reshape(-1).clamp(0, outside)  # transformers' convention: `outside` means "not in here"
-        return F.cross_entropy(logits, position, ignore_index=outside, reduction="none")
-
-    return (one_end(start_logits, start) + one_end(end_logits, end)) / 2
 
 
 def sort_by_expert(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

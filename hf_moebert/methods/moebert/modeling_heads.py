@@ -14,7 +14,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_moebert import MoEBertConfig
-from .functional import infer_problem_type, mean_cross_entropy, per_example_loss, span_loss
+from .functional_losses import infer_problem_type, mean_cross_entropy, per_example_loss, span_loss
 from .modeling_moebert import MoEBertModel, MoEBertOutput, MoEBertPreTrainedModel
 
 

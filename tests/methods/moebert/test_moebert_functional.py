@@ -12,17 +12,6 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_importance_of_the_closed_form_example():
-    # One input x=2, two neurons, identity activation: h=(2.5, -2), y=-3.5, L=y^2/2, so the scores are |7.5y+...|.
-    w1, b1, w2 = (torch.tensor(v, dtype=torch.float64) for v in ([1.0, -1.0], [0.5, 0.0], [1.0, 3.0]))
-    z = (2 * w1 + b1).view(1, 1, 2).requires_grad_()
-    h = z * 1
-    loss = (h @ w2).square().sum() / 2
-    grad_z, grad_h = torch.autograd.grad(loss, (z, h))
-    score = functional.neuron_importance(z, grad_z, h, grad_h, b1)
-    torch.testing.assert_close(score, torch.tensor([15.75, 42.0], dtype=torch.float64), rtol=0, atol=0)
-
-
 def test_neurons_are_dealt_like_cards():
     importance = torch.arange(12.0, 0, -1)  # order of importance: 0, 1, ..., 11
     dealt = functional.assign_neurons(importance, num_experts=3, expert_size=6, num_shared=3)
@@ -131,31 +120,3 @@ def test_sorted_slots():
     assert order.tolist() == [[1, 4, 3, 0, 2], [0, 1, 2, 3, 4]]  # stable
     assert counts.tolist() == [[2, 1, 2, 0], [0, 0, 0, 5]]
     assert torch.equal(order.gather(1, inverse), torch.arange(5).expand(2, 5))
-
-
-@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification", "regression"])
-def test_per_example_losses_average_to_the_hosts_loss(problem_type):
-    logits = torch.randn(5, 3, generator=seeded())
-    if problem_type == "single_label_classification":
-        labels, wanted = torch.tensor([0, 2, 1, 1, 0]), F.cross_entropy
-    elif problem_type == "multi_label_classification":
-        labels, wanted = torch.randint(2, (5, 3), generator=seeded()).float(), F.binary_cross_entropy_with_logits
-    else:
-        labels, wanted = torch.randn(5, 3, generator=seeded(1)), F.mse_loss
-    losses = functional.per_example_loss(logits, labels, problem_type)
-    assert losses.shape == (5,)
-    torch.testing.assert_close(losses.mean(), wanted(logits, labels))
-
-
-def test_token_and_span_losses():
-    logits = torch.randn(2, 4, 3, generator=seeded())
-    labels = torch.tensor([[0, 1, -100, 2], [-100, -100, 1, -100]])
-    losses = functional.token_loss(logits, labels)
-    assert losses[labels == -100].eq(0).all()
-    torch.testing.assert_close(losses.sum() / 4, F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
-
-    start, end = torch.randn(2, 4, generator=seeded()), torch.randn(2, 4, generator=seeded(1))
-    spans = functional.span_loss(start, end, torch.tensor([1, 9]), torch.tensor([[2], [9]]))
-    wanted = (F.cross_entropy(start[:1], torch.tensor([1])) + F.cross_entropy(end[:1], torch.tensor([2]))) / 2
-    torch.testing.assert_close(spans[0], wanted)
-    assert spans[1] == 0  # the answer is elsewhere

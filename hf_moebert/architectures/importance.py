@@ -1,0 +1,203 @@
+"""The importance of feed-forward neurons, measured on labelled examples."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env, reduce
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, default_data_collator
+from transformers.trainer_utils import RemoveColumnsCollator
+
+from .functional_importance import neuron_importance, weights_times_gradients
+from .functional_losses import infer_problem_type, per_example_loss, span_loss, token_loss
+from .functional_routing import real_tokens
+from .surgery import FeedForward, find_feed_forwards
+
+
+LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
+
+
+def measure_importance(
+    model: PreTrainedModel,
+    dataset: Any,
+    data_collator: Callable | None = None,
+    *,
+    batch_size: int = 32,
+    max_examples: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Score every feed-forward neuron of a fine-tuned dense model by its effect on the task loss of each example.
+
+    One forward and one backward per batch serve all layers; no weight gradient is computed. The model runs in eval
+    mode and at least float32, whatever its dtype or autocast, and is left as it was. Under `accelerate launch` each
+    process takes its share of the examples, each example exactly once.
+
+    Args:
+        model: A stock model of a known family with a head for classification of sequences, tokens or images, question
+            answering, or (causal, masked, sequence-to-sequence) language modelling.
+        dataset: Labelled examples, as given to a `Trainer`. Use the training set: scores that have seen the
+            evaluation set leak it into the compressed model.
+        data_collator: Makes a batch of examples; by default they are stacked, so they must have one length.
+        batch_size: Examples per forward; it does not change the result.
+        max_examples: Use this many examples, drawn with `seed`; by default all. 2,048 are plenty.
+        seed: Seed of the draw.
+
+    Returns:
+        Sum of the scores over the examples, in float32 (float64 for a float64 model); the layers of an encoder before
+        those of a decoder. Shape `(layers, intermediate)`.
+
+    Raises:
+        ValueError: If the model's family is not known or it is not dense, the data set is empty or has no labels, or a
+            score is not finite.
+
+    Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, eq. 4. That a gated neuron's score is over its gate, up-
+    and down-projection, and that layers shared by name are scored once, is our own choice.
+    """
+    if max_examples is not None and max_examples < 1:
+        raise ValueError(f"`max_examples` must be at least 1, got {max_examples}. Leave it out to use all.")
+    if len(dataset) == 0:
+        raise ValueError("`dataset` is empty. Give the labelled examples the model was trained on.")
+    if model.dtype not in (torch.float32, torch.float64):
+        model = copy.deepcopy(model).float()
+    networks = find_feed_forwards(model)
+    if len(widths := {network.num_units for network in networks}) > 1:
+        raise ValueError(f"`model` must have layers of one width, got {sorted(widths)}. Give the dense model.")
+    # as an `Accelerator` would, or the processes of `accelerate launch --cpu` never meet
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:max_examples]
+    mine = order[state.process_index :: state.num_processes].tolist()
+    batches = load_batches(model, Subset(dataset, mine), data_collator, batch_size)
+    scores = torch.zeros(len(networks), networks[0].num_units, dtype=torch.float64, device=model.device)
+    with frozen(model), ImportanceHooks(networks) as hooks, torch.autocast(model.device.type, enabled=False):
+        total = -(-len(mine) // batch_size)
+        for batch in tqdm(batches, "Measuring importance", total, disable=not state.is_local_main_process):
+            hooks.num_examples = len(next(iter(batch.values())))
+            with torch.enable_grad():
+                example_losses(model, batch).sum().backward()
+            scores += hooks.pop_scores().to(scores.device)
+    if state.num_processes > 1:
+        scores = reduce(scores.to(state.device), reduction="sum")  # the model may still be elsewhere
+    scores = scores.to("cpu", model.dtype)
+    if not scores.isfinite().all():
+        layers = (~scores.isfinite()).any(dim=1).nonzero().flatten().tolist()
+        raise ValueError(f"The importance of layers {layers} is not finite. Check the model's weights and the labels.")
+    return scores
+
+
+@contextmanager
+def frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model in eval mode without trainable parameters, and afterwards back as it was."""
+    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        model.train(training)
+
+
+class ImportanceHooks:
+    """Hooks on feed-forward networks that collect weights times gradients in every backward, as a context manager.
+
+    Args:
+        networks: The networks.
+
+    Attributes:
+        num_examples: Size of the batch; set it before each forward.
+    """
+
+    def __init__(self, networks: list[FeedForward]) -> None:
+        self.networks, self.num_examples = networks, 0
+        self.products: list[list[Tensor]] = [[] for _ in networks]  # (batch, blocks * intermediate) each
+
+    def __enter__(self) -> Self:
+        self.handles = []
+        for network, products in zip(self.networks, self.products, strict=True):
+            for part in network.paths.matrices:
+                module = network.part(part)
+                if part == "down":
+                    self.handles.append(module.register_forward_pre_hook(self._watch_input(products)))
+                else:
+                    self.handles.append(module.register_forward_hook(self._watch_output(products)))
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def pop_scores(self) -> Tensor:
+        """Score the neurons on the last batch, and free what was kept of it. Shape `(layers, intermediate)`."""
+        scores = []
+        for network, products in zip(self.networks, self.products, strict=True):
+            scores.append(neuron_importance(products, network.num_units))
+            products.clear()
+        return torch.stack(scores)
+
+    def _watch_output(self, products: list[Tensor]) -> Callable:
+        def hook(module: nn.Module, args: Any, z: Tensor) -> Tensor:  # z: (batch, seq, intermediate)
+            if not z.requires_grad:  # the graph starts here: nothing below needs a gradient
+                z = z.detach().requires_grad_()
+            self._collect(z, module.bias, products)
+            return z
+
+        return hook
+
+    def _watch_input(self, products: list[Tensor]) -> Callable:
+        def hook(module: nn.Module, args: tuple[Tensor]) -> None:  # (batch, seq, intermediate)
+            self._collect(args[0], None, products)
+
+        return hook
+
+    def _collect(self, tensor: Tensor, bias: Any, products: list[Tensor]) -> None:
+        values, num_examples = tensor.detach(), self.num_examples
+
+        def collect(gradient: Tensor) -> None:
+            products.append(weights_times_gradients(values, gradient, bias, num_examples))
+
+        tensor.register_hook(collect)
+
+
+def example_losses(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """Compute the task loss of each example as if it were alone, `(batch,)`: padding has no part in it."""
+    batch = dict(batch)
+    targets = {name: batch.pop(name) for name in LABELS if name in batch}
+    if not targets:
+        raise ValueError(
+            f"`dataset` must have labels, got the columns {sorted(batch)}. Importance needs the task loss."
+        )
+    labels = next(iter(targets.values()))
+    generates: Any = model.can_generate()
+    if generates and model.config.is_encoder_decoder and "decoder_input_ids" not in batch:
+        batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+    outputs = model(**batch)
+    if "start_logits" in outputs:
+        real = real_tokens(batch.get("attention_mask"), outputs.start_logits.shape).to(outputs.start_logits.device)
+        lowest = torch.finfo(outputs.start_logits.dtype).min
+        start, end = (x.masked_fill(~real, lowest) for x in (outputs.start_logits, outputs.end_logits))
+        return span_loss(start, end, targets["start_positions"], targets["end_positions"])
+    logits = outputs.logits
+    if logits.dim() == 2:
+        kind = model.config.problem_type or infer_problem_type(model.config.num_labels, labels)
+        return per_example_loss(logits, labels, kind)
+    if generates and not model.config.is_encoder_decoder:  # each token predicts the next one
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    count = (labels != -100).sum(dim=1).clamp(min=1)
+    return token_loss(logits, labels).sum(dim=1) / count
+
+
+def load_batches(
+    model: PreTrainedModel, dataset: Any, data_collator: Callable | None, batch_size: int
+) -> Iterator[dict[str, Tensor]]:
+    """Yield batches on the model's device, without the columns that its forward does not know."""
+    known = [*inspect.signature(model.forward).parameters, "label", "label_ids"]
+    collator = RemoveColumnsCollator(data_collator or default_data_collator, known)
+    for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collator):
+        yield {name: value.to(model.device) for name, value in batch.items()}
