@@ -107,7 +107,7 @@ def find_layers(model: PreTrainedModel) -> list[Layer]:
     if not found:
         raise ValueError(
             f"`model` must keep its layers in {[stack.path for stack in architecture.stacks]}, but "
-            f"{type(model.base_model).__name__} does not. Use a model as transformers builds it."
+            f"{type(model.base_model).__name__} does not. Merge adapters first."
         )
     return found
 
