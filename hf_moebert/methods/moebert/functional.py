@@ -177,8 +177,6 @@ def weigh_experts(outputs: Tensor, weights: Tensor) -> Tensor:
     return (outputs.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
 
 
-
-
 def sort_by_expert(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Order the slots of each layer by expert, keeping the order within an expert.
 
