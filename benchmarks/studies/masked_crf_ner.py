@@ -26,13 +26,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from pruning_study import PruningStudy, Run, mean_over_seeds, show
-from tagging_task import TaggingArguments, TaggingTask, make_smoke_tags, tag
-from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from smoke import make_smoke_tags
+from study import Run, Study, StudyOptions, make_optimizer, mean_over_seeds, with_interval
+from tasks import TaggingArguments, TaggingTask, tag
+from timing import shape_of, timing_rows
+from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
 
 from hf_moebert import BertCrfForTokenClassification, CrfForTokenClassification
 from hf_moebert.measuring.footprint import count_bytes
-from hf_moebert.measuring.latency import compare_latency
 from hf_moebert.measuring.metrics.seqeval.seqeval import (
     SCHEMES,
     count_illegal,
@@ -42,7 +43,6 @@ from hf_moebert.measuring.metrics.seqeval.seqeval import (
     micro_recall,
     span_f1,
 )
-from hf_moebert.measuring.scores import bootstrap_interval, paired_bootstrap
 from hf_moebert.methods.masked_crf.functional_tags import infer_scheme
 from hf_moebert.reporting.pictures import plot_transitions
 
@@ -57,10 +57,9 @@ that a model gives to the tags it chose, to be compared with the share of right 
 
 
 @dataclass
-class ExampleArguments:
-    """Which runs to make."""
+class TaggingOptions(StudyOptions):
+    """Runs of the study."""
 
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Runs of everything."})
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Rows of the table."})
     learning_rates: list[float] = field(
         default_factory=lambda: [5e-5, 2e-4], metadata={"help": "Tried by each method."}
@@ -88,33 +87,34 @@ class Method(Run):
     learning_rate: float = 0.0
 
 
-class TaggingStudy(PruningStudy):
+class TaggingStudy(Study):
     """Runs that differ in what chooses the tags."""
 
-    def __init__(self, task: TaggingTask, args: TrainingArguments, example: ExampleArguments) -> None:
-        super().__init__(task, args)
-        self.example = example
-        self.scheme = infer_scheme(task.names) if example.tag_scheme == "auto" else example.tag_scheme
+    def __init__(self, task: TaggingTask, args: TrainingArguments, options: TaggingOptions) -> None:
+        super().__init__(task, args, options)
+        self.scheme = infer_scheme(task.names) if options.tag_scheme == "auto" else options.tag_scheme
         if self.scheme not in SCHEMES:
             raise SystemExit(f"The tags must be of {', '.join(SCHEMES)}, to be scored strictly; got {self.scheme}.")
 
     def arguments(self, run: Method) -> TrainingArguments:
-        """Train every method with its own learning rate."""
+        """Train every method with its own learning rate; masked decoding takes what another run trained."""
         args = copy.deepcopy(self.args)
         args.learning_rate = run.learning_rate
+        if run.kind == "masked-decoding":
+            args.max_steps, args.num_train_epochs = -1, 0
         return args
 
     def settings(self, run: Method) -> dict:
-        """Say what decides how a run ends."""
+        """Add the method, and how its CRF is trained."""
         settings = super().settings(run) | {"kind": run.kind, "start": run.start}
         if run.kind != "softmax":
             names = ("crf_learning_rate", "tag_scheme", "illegal_labels")
-            settings |= {name: getattr(self.example, name) for name in names}
+            settings |= {name: getattr(self.options, name) for name in names}
         return settings
 
     def start(self, run: Method, seed: int) -> PreTrainedModel:
         """Make the model that a run trains, or the one that another run trained, masked."""
-        fields = {"tag_scheme": self.example.tag_scheme, "illegal_labels": self.example.illegal_labels}
+        fields = {"tag_scheme": self.options.tag_scheme, "illegal_labels": self.options.illegal_labels}
         if run.kind == "masked-decoding":
             return self.task.auto_class.from_pretrained(self.folder(run.start, seed), mask_transitions="decoding")
         model = self.task.new_model()
@@ -123,29 +123,16 @@ class TaggingStudy(PruningStudy):
         tagger = BertCrfForTokenClassification if model.config.model_type == "bert" else CrfForTokenClassification
         return tagger.from_dense(model, mask_transitions="off" if run.kind == "crf" else "training", **fields)
 
-    def train(self, run: Method, seed: int) -> Trainer:
-        """Train with the stock Trainer, the scores of the CRF at a rate of their own."""
-        set_seed(seed)
-        args = self.arguments(run)
-        args.seed, args.output_dir = seed, str(self.folder("checkpoints", seed))
-        model = self.start(run, seed)
-        trainer = Trainer(
-            model=model,
-            args=args,
-            train_dataset=self.task.train_dataset,
-            data_collator=self.task.collator,
-            processing_class=self.task.tokenizer,
-            optimizers=(make_optimizer(model, args, crf_learning_rate=self.example.crf_learning_rate), None),
-        )
-        if run.kind != "masked-decoding":
-            trainer.train()
-        return trainer
+    def extras(self, run: Method, seed: int, model: PreTrainedModel, args: TrainingArguments) -> dict[str, Any]:
+        """Give the scores of the CRF a learning rate of their own."""
+        optimizer = make_optimizer(model, args, part="crf.", rate=self.options.crf_learning_rate)
+        return {"optimizers": (optimizer, None)}
 
-    def save(self, model: PreTrainedModel, run: Method, folder: Path) -> None:
+    def save(self, trainer: Trainer, run: Method, folder: Path) -> None:
         """Save what was trained, and a picture of what the CRF learned."""
-        super().save(model, run, folder)
+        super().save(trainer, run, folder)
         if run.kind != "softmax":
-            draw_transitions(model, folder / "transitions.png")
+            draw_transitions(trainer.model, folder / "transitions.png")
 
     def sizes(self, model: PreTrainedModel, run: Method, seed: int) -> dict[str, int]:
         """Count the weights, and the bytes on disk."""
@@ -154,21 +141,17 @@ class TaggingStudy(PruningStudy):
     def findings(self, trainer: Trainer, run: Method) -> dict[str, Any]:
         """Keep the score that chooses, and how long the training took."""
         guesses = [sentence["tags"] for sentence in self.task.predict(trainer.model, self.task.held_out)]
-        logged = [entry for entry in trainer.state.log_history if "train_runtime" in entry]
-        seconds = logged[-1]["train_runtime"] if logged else 0.0
+        (seconds,) = (entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry)
         return {"held_out_f1": span_f1(guesses, self.task.true_tags(self.task.held_out)), "seconds": seconds}
 
     def choose_rate(self, kind: str) -> Method:
-        """Run a method with every learning rate at the first seed, and return the best."""
-        seed, rates = self.example.seeds[0], self.example.learning_rates
+        """Return the run of a method with its best learning rate at the first seed."""
+        seed = self.options.seeds[0]
+        rates = self.options.learning_rates
         runs = [Method(f"{kind}-{rate:g}", kind=kind, learning_rate=rate) for rate in rates]
-        for run in runs:
-            if self.example.stage == "report" and not (self.folder(run.name, seed) / "result.json").exists():
-                raise SystemExit(f"{self.folder(run.name, seed)} holds no run yet. Leave out `--stage report`.")
-            self.make(run, seed)
-        scores = [self.result(run.name, seed)["held_out_f1"] for run in runs]
-        print(f"{kind}: {dict(zip(rates, scores, strict=True))}", flush=True)
-        return runs[int(np.argmax(scores))]
+        if self.options.stage == "report":
+            self.refuse_missing(runs, [seed])
+        return self.choose(runs, seed, lambda run: self.result(run.name, seed)["held_out_f1"])
 
     def rows(self, runs: list[Method], seeds: list[int]) -> list[dict[str, str]]:
         """One row for each run: means over the seeds, with intervals over the sentences."""
@@ -196,50 +179,31 @@ class TaggingStudy(PruningStudy):
             name: np.stack([f for f, _ in of_run], axis=1) for name, of_run in counts.items()
         }  # (examples, seeds)
         true = counts[runs[0].name][0][1]  # (examples,)
-        f1, name = partial(mean_over_seeds, micro_f1), f"F1 {mode}"
+        name = f"F1 {mode}"
         for row, run in zip(rows, runs, strict=True):
             mine = found[run.name]
-            row[name] = show(bootstrap_interval(f1, mine, true), ".4f")
+            row[name] = with_interval(self.interval(micro_f1, mine, true), ".4f")
             if mine.shape[1] > 1:
                 row[f"{name} of each seed"] = " ".join(f"{micro_f1(column, true):.4f}" for column in mine.T)
             peer = found.get(run.peer)
-            row[f"{name} difference"] = "–" if peer is None else show(paired_bootstrap(f1, mine, peer, true), "+.4f")
+            row[f"{name} difference"] = "–"
+            if peer is not None:
+                row[f"{name} difference"] = with_interval(self.difference(micro_f1, mine, peer, true), "+.4f")
             if mode == "lenient":
                 row["precision"] = f"{mean_over_seeds(micro_precision, mine, true):.4f}"
                 row["recall"] = f"{mean_over_seeds(micro_recall, mine, true):.4f}"
 
     def latency_rows(self, runs: list[Method], seed: int) -> list[dict[str, str]]:
-        """Time the tagging of one batch, the choice of tags included, on one thread of the processor."""
-        torch.set_num_threads(1)
+        """Time the tagging of one batch, the choice of tags included."""
         batch = next(self.task.batches(self.task.validation))
         calls = {run.name: partial(tag, self.load(run.name, seed).eval(), batch) for run in runs}
-        ratios = compare_latency(calls, baseline=runs[0].name, rounds=self.example.rounds, clock="cpu")
-        column = f"time over {runs[0].name} at {'x'.join(map(str, batch['input_ids'].shape))}"
-        return [
-            {"run": name, column: f"{1 / r.median:.2f}x [{1 / r.high:.2f}, {1 / r.low:.2f}]"}
-            for name, r in ratios.items()
-        ]
+        column = f"time over {runs[0].name} at {shape_of(batch)}"
+        return timing_rows(calls, column, as_cost=True, rounds=self.options.rounds)
 
     def pictures(self, runs: list[Method], seeds: list[int]) -> list[tuple[str, Path]]:
         """Return the transition scores of the first seed's CRFs."""
         drawn = [run for run in runs if run.kind != "softmax"]
         return [(f"{run.name}: transitions", self.folder(run.name, seeds[0]) / "transitions.png") for run in drawn]
-
-
-def make_optimizer(
-    model: PreTrainedModel, args: TrainingArguments, *, crf_learning_rate: float
-) -> torch.optim.Optimizer:
-    """Make AdamW with a rate of their own for the scores of the CRF; only matrices of the encoder decay."""
-    named = list(model.named_parameters())
-    encoder = [p for name, p in named if not name.startswith("crf.")]
-    groups = [
-        {"params": [p for p in encoder if p.dim() > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p in encoder if p.dim() <= 1], "weight_decay": 0.0},
-        {"params": [p for name, p in named if name.startswith("crf.")], "weight_decay": 0.0, "lr": crf_learning_rate},
-    ]
-    betas = (args.adam_beta1, args.adam_beta2)
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
 
 
 def draw_transitions(model: PreTrainedModel, path: Path) -> None:
@@ -256,29 +220,31 @@ def draw_transitions(model: PreTrainedModel, path: Path) -> None:
 
 def main() -> None:
     """Make the runs that are missing, then the tables."""
-    parser = HfArgumentParser((TaggingArguments, ExampleArguments, TrainingArguments))
-    arguments, example, args = parser.parse_args_into_dataclasses()
+    parser = HfArgumentParser((TaggingArguments, TaggingOptions, TrainingArguments))
+    arguments, options, args = parser.parse_args_into_dataclasses()
     if arguments.smoke:
         make_smoke_tags(arguments, Path(args.output_dir) / "inputs")
-        args.logging_steps, args.save_strategy, args.max_steps, example.rounds = 1, "no", 20, 3
-    study = TaggingStudy(TaggingTask(arguments, seed=args.seed), args, example)
+        args.logging_steps, args.save_strategy, args.max_steps = 1, "no", 20
+        options.rounds, options.samples = 3, 50
+    study = TaggingStudy(TaggingTask(arguments, seed=args.seed), args, options)
 
     runs: dict[str, Method] = {}
-    for kind in example.methods:
+    for kind in options.methods:
         if kind == "masked-decoding":
             name = runs["crf"].name.replace("crf", kind)
             runs[kind] = replace(runs["crf"], name=name, kind=kind, start=runs["crf"].name)
         else:
             runs[kind] = study.choose_rate(kind)
-        for seed in example.seeds if example.stage != "report" else []:
-            study.make(runs[kind], seed)
-    if example.stage == "train":
+        if options.stage == "report":
+            study.refuse_missing([runs[kind]], options.seeds)
+        study.make_all([runs[kind]], options.seeds)
+    if options.stage == "train":
         return
 
     first = next(iter(runs.values())).name
     table = [replace(run, peer=None if run.name == first else first) for run in runs.values()]
-    speed = study.latency_rows(table, example.seeds[0])
-    study.report("Tags chosen one by one, together, and legally", ABOUT, table, example.seeds, speed=speed)
+    speed = study.latency_rows(table, options.seeds[0])
+    study.report("Tags chosen one by one, together, and legally", ABOUT, table, options.seeds, speed=speed)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@
         --train_file train.txt --validation_file test.txt --max_steps 1000 --learning_rate 3e-4 \
         --output_dir build/masks-t5
 
-Every argument of `TrainingArguments` and `MaskSparsityConfig` may be given, but that `--active` takes the place of
-`keep_ratio`; the others are below. All kinds start from one dense model, `start`, one for all seeds: the one that
+Every argument of `TrainingArguments` and `MaskSparsityConfig` may be given, but that `--keep_ratios` takes the place
+of `keep_ratio`; the others are below. All kinds start from one dense model, `start`, one for all seeds: the one that
 is named, or a small one that is first trained from scratch on the training text. `dense` goes on as it is. The others
 are made for each active share, and what is saved and scored is the compact model:
 
@@ -37,29 +37,22 @@ from mask_runs import (
     LEARNED,
     ONE_SHOT,
     UNROUTED,
-    MaskArguments,
+    MaskOptions,
     MaskRun,
     collate_for_both,
     draw_learning,
-    make_optimizer,
     make_scheduler,
     measure_use,
     plan_masks,
     plan_stages,
-    reading,
+    read_rows,
 )
-from pruning_study import PruningStudy, mean_over_seeds, show
-from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from study import Study, make_optimizer, mean_over_seeds, with_interval
+from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
 
-from hf_moebert import (
-    DistillationConfig,
-    DistillationTrainer,
-    MaskSparsityCallback,
-    MaskSparsityConfig,
-    measure_importance,
-)
+from hf_moebert import DistillationConfig, MaskSparsityCallback, MaskSparsityConfig, measure_importance
 from hf_moebert.measuring.footprint import measure_footprint
-from hf_moebert.measuring.scores import Score, bootstrap_interval, paired_bootstrap
+from hf_moebert.measuring.scores import Score, bootstrap_interval
 from hf_moebert.methods.mixture_of_masks import from_dense, shrink
 from hf_moebert.reporting.pictures import plot_curves
 
@@ -74,120 +67,105 @@ share one start.\
 """
 
 
-class MaskStudy(PruningStudy):
+class MaskStudy(Study):
     """Runs that differ in which units of the feed-forward networks a token uses."""
 
     def __init__(
-        self, task: LanguageTask, args: TrainingArguments, example: MaskArguments, recipe: MaskSparsityConfig
+        self, task: LanguageTask, args: TrainingArguments, options: MaskOptions, recipe: MaskSparsityConfig
     ) -> None:
-        super().__init__(task, args)
-        self.example, self.recipe, self.blocks = example, recipe, task.train_dataset
-        self.sparsify_steps = round(example.sparsify_share * args.max_steps)
+        super().__init__(task, args, options, DistillationConfig(hidden_states=False))
+        self.recipe, self.blocks = recipe, task.train_dataset
+        self.sparsify_steps = round(options.sparsify_share * args.max_steps)
         if not 0 < self.sparsify_steps < args.max_steps:
             raise SystemExit(f"--max_steps must leave steps for two stages, got {args.max_steps}.")
-        if task.arguments.from_scratch and not example.pretrain_steps:
+        if task.arguments.from_scratch and not options.pretrain_steps:
             raise SystemExit("--pretrain_steps must be above 0 for a model from scratch. Use 2000.")
-        self.first = MaskRun("start", steps=example.pretrain_steps)
+        self.first = MaskRun("start", steps=options.pretrain_steps)
         self.dense = MaskRun("dense", start="start", peer="start", steps=args.max_steps)
 
     def folder(self, name: str, seed: int) -> Path:
         """Make one start for all seeds."""
         return self.output / name if name == "start" else super().folder(name, seed)
 
-    def plan(self, kind: str, active: float) -> list[MaskRun]:
+    def plan(self, kind: str, keep_ratio: float) -> list[MaskRun]:
         """Return the stages of one row."""
-        return plan_stages(kind, active, steps=self.args.max_steps, sparsify_steps=self.sparsify_steps)
+        return plan_stages(kind, keep_ratio, steps=self.args.max_steps, sparsify_steps=self.sparsify_steps)
 
     def arguments(self, run: MaskRun) -> TrainingArguments:
         """Train each stage for its own steps, on blocks that lie in the order in which they are read."""
         args = copy.deepcopy(self.args)
-        args.max_steps, args.train_sampling_strategy, args.logging_first_step = run.steps, "sequential", True
+        args.max_steps, args.train_sampling_strategy = run.steps, "sequential"
         if run.name == "start":
-            args.learning_rate = self.example.pretrain_rate
+            args.learning_rate = self.options.pretrain_rate
         if not run.steps:  # the start is good as it is
             args.max_steps, args.num_train_epochs = -1, 0
         return args
 
     def settings(self, run: MaskRun) -> dict:
-        """Say what decides how a run ends."""
+        """Add the run, the model, and all that decides how masks are made."""
         settings = super().settings(run) | asdict(self.task.arguments) | asdict(run)
         names = ("lr_scheduler_type", "gradient_accumulation_steps", "warmup_steps", "weight_decay", "max_grad_norm")
         settings |= {name: getattr(self.args, name) for name in (*names, "adam_beta1", "adam_beta2")}
-        settings |= {name: getattr(self.example, name) for name in ("pretrain_steps", "pretrain_rate")}
+        settings |= {name: getattr(self.options, name) for name in ("pretrain_steps", "pretrain_rate")}
         if run.kind == "dense":
             return settings
         names = ("num_experts", "router_aux_loss_coef")
         names += ("group_size", "budget", "initial_score") if run.kind in LEARNED else ()
         names += ("importance_batches",) if run.kind in ("guided", *ONE_SHOT) else ()
-        settings |= {name: getattr(self.example, name) for name in names}
+        settings |= {name: getattr(self.options, name) for name in names}
         return settings | (asdict(self.recipe) if run.kind in LEARNED else {"router_rate": self.recipe.router_rate})
 
     def start(self, run: MaskRun, seed: int) -> PreTrainedModel:
         """Give a dense model masks, to be learned or from a one-shot split, or fix those that were learned."""
-        model, example = super().start(run, seed), self.example
+        model, options = super().start(run, seed), self.options
         if run.kind == "dense":
             return model
         if run.first_step:
-            return model.fix_masks(run.active)
+            return model.fix_masks(run.keep_ratio)
         unrouted = run.kind in UNROUTED
-        options: dict[str, Any] = {
-            "num_experts": 1 if unrouted else example.num_experts,
-            "router_aux_loss_coef": example.router_aux_loss_coef,
+        form: dict[str, Any] = {
+            "num_experts": 1 if unrouted else options.num_experts,
+            "router_aux_loss_coef": options.router_aux_loss_coef,
             "seed": seed,
         }
         model = model.to(self.args.device)
         if run.sparsifies:
-            options |= {name: getattr(example, name) for name in ("group_size", "budget", "initial_score")}
+            form |= {name: getattr(options, name) for name in ("group_size", "budget", "initial_score")}
             if run.kind == "guided":
-                options["importance"] = measure_importance(model, self.first_rows(seed), self.task.collator)
+                form["importance"] = measure_importance(model, self.first_rows(seed), self.task.collator)
         else:
-            shape = {"num_experts": options["num_experts"], "active": run.active}
+            shape = {"num_experts": form["num_experts"], "keep_ratio": run.keep_ratio}
             shape["data_collator"] = self.task.collator
-            options["masks"] = plan_masks(run.kind, model, self.first_rows(seed), **shape, seed=seed)
-        return from_dense(model, **options)
+            form["masks"] = plan_masks(run.kind, model, self.first_rows(seed), **shape, seed=seed)
+        return from_dense(model, **form)
 
     def first_rows(self, seed: int) -> list[Any]:
         """Return the examples with which training begins."""
-        size, count = self.args.per_device_train_batch_size, self.example.importance_batches
-        return list(reading(self.blocks, size * count, seed=[seed]))
+        size, count = self.args.per_device_train_batch_size, self.options.importance_batches
+        return list(read_rows(self.blocks, size * count, seed=[seed]))
 
-    def train(self, run: MaskRun, seed: int) -> Trainer:
-        """Train with the stock Trainer, or with its one subclass if there is a teacher."""
-        set_seed(seed)
-        args = self.arguments(run)
-        args.seed, args.output_dir = seed, str(self.folder("checkpoints", seed))
-        model, options = self.start(run, seed), {}
+    def extras(self, run: MaskRun, seed: int, model: PreTrainedModel, args: TrainingArguments) -> dict[str, Any]:
+        """Learn masks in the first stage; let all rows read the same blocks at the same learning rates."""
+        options: dict[str, Any] = {}
         if run.sparsifies:
-            callback = MaskSparsityCallback(replace(self.recipe, keep_ratio=run.active))
+            callback = MaskSparsityCallback(replace(self.recipe, keep_ratio=run.keep_ratio))
             optimizer, options["callbacks"] = callback.make_optimizer(model, args), [callback]
         else:
-            optimizer = make_optimizer(model, args, router_rate=self.recipe.router_rate)
+            optimizer = make_optimizer(model, args, part=".router.", rate=self.recipe.router_rate)
         if run.teacher is not None:
-            teacher = self.load(run.teacher, seed)
-            options |= {"teacher": teacher, "distillation": DistillationConfig(hidden_states=False)}
-        collator = self.task.collator if run.teacher is None else partial(collate_for_both, self.task.collator, model)
+            options["data_collator"] = partial(collate_for_both, self.task.collator, model)
         is_start = run.name == "start"
         total = run.steps if is_start else self.args.max_steps
         scheduler = make_scheduler(optimizer, args, first_step=run.first_step, total_steps=total)
         size = args.train_batch_size * args.gradient_accumulation_steps
-        rows = reading(
-            self.blocks, max(run.steps, 1) * size, seed=[seed, 1] if is_start else [seed], skip=run.first_step * size
-        )
-        trainer = (Trainer if run.teacher is None else DistillationTrainer)(
-            model=model,
-            args=args,
-            train_dataset=rows,
-            data_collator=collator,
-            processing_class=self.task.tokenizer,
-            optimizers=(optimizer, scheduler),
-            **options,
-        )
-        trainer.train()
-        return trainer
+        count, skip = max(run.steps, 1) * size, run.first_step * size
+        rows = read_rows(self.blocks, count, seed=[seed, 1] if is_start else [seed], skip=skip)
+        return options | {"optimizers": (optimizer, scheduler), "train_dataset": rows}
 
-    def save(self, model: PreTrainedModel, run: MaskRun, folder: Path) -> None:
+    def save(self, trainer: Trainer, run: MaskRun, folder: Path) -> None:
         """Save a model with fixed masks as small as it has become, any other as it is."""
-        (model if run.kind == "dense" or run.sparsifies else shrink(model)).save_pretrained(folder)
+        is_fixed = not (run.kind == "dense" or run.sparsifies)
+        (shrink(trainer.model) if is_fixed else trainer.model).save_pretrained(folder)
 
     def sizes(self, model: PreTrainedModel, run: MaskRun, seed: int) -> dict[str, int]:
         """Count all weights, those that one token meets, and the bytes on disk."""
@@ -201,18 +179,15 @@ class MaskStudy(PruningStudy):
         use = measure_use(trainer.model, self.task.batches(trainer.model, 128)) if is_fixed else {}
         return {"log": trainer.state.log_history, **use}
 
-    def scores(self, run: MaskRun, seeds: list[int]) -> np.ndarray:
-        """Return the predictions of all seeds, `(examples, seeds)`."""
-        return np.stack([self.result(run.name, seed)["predictions"] for seed in seeds], axis=1)
-
     def rows(self, runs: list[MaskRun], seeds: list[int]) -> list[dict[str, str]]:
         """Add to each row its score over the dense one, the units in use, and the load of the busiest expert."""
-        rows, dense = super().rows(runs, seeds), self.scores(self.dense, seeds)
+        rows, dense = super().rows(runs, seeds), self.predictions("dense", seeds)
         for row, run in zip(rows, runs, strict=True):
             for metric, score in self.task.metrics.items():
-                both = np.stack([self.scores(run, seeds), dense], axis=-1)  # (examples, seeds, 2)
-                ratio = bootstrap_interval(partial(ratio_of_scores, score), both, self.task.references)
-                row[f"{metric} over dense"] = show(ratio, ".1%")
+                both = np.stack([self.predictions(run.name, seeds), dense], axis=-1)  # (examples, seeds, 2)
+                ratio_of = partial(ratio_of_scores, score)
+                ratio = bootstrap_interval(ratio_of, both, self.task.references, rounds=self.options.samples)
+                row[f"{metric} over dense"] = with_interval(ratio, ".1%")
             results = [self.result(run.name, seed) for seed in seeds]
             used = [share for result in results for share in result.get("used", [1.0])]
             loads = [max(of) for result in results for of in result.get("load", []) if len(of) > 1]
@@ -225,14 +200,13 @@ class MaskStudy(PruningStudy):
         pairs = [(a, b) for a in runs for b in runs if a.kind in LEARNED and b.kind in ONE_SHOT]
         rows = []
         for learned, split in pairs:
-            if learned.active != split.active:
+            if learned.keep_ratio != split.keep_ratio:
                 continue
-            mine, other = self.scores(learned, seeds), self.scores(split, seeds)
+            mine, other = (self.predictions(run.name, seeds) for run in (learned, split))
             row = {"learned": learned.name, "against": split.name}
             for metric, score in self.task.metrics.items():
-                mean = partial(mean_over_seeds, score)
-                gap = paired_bootstrap(mean, mine, other, self.task.references)
-                row[f"{metric} difference"] = show(gap, "+" + self.task.number)
+                difference = self.difference(score, mine, other, self.task.references)
+                row[f"{metric} difference"] = with_interval(difference, "+" + self.task.number)
             rows.append(row)
         return rows
 
@@ -240,11 +214,15 @@ class MaskStudy(PruningStudy):
         """Draw the scores by active share, means over the seeds, and how the first seed's masks were learned."""
         drawn = []
         for metric, score in self.task.metrics.items():
-            means = {run: mean_over_seeds(score, self.scores(run, seeds), self.task.references) for run in runs}
+            means = {
+                run: mean_over_seeds(score, self.predictions(run.name, seeds), self.task.references) for run in runs
+            }
             curves = {}
-            for kind in self.example.kinds:
-                of_kind = sorted([self.dense, *(run for run in runs if run.kind == kind)], key=lambda run: -run.active)
-                curves[kind] = [run.active for run in of_kind], [means[run] for run in of_kind]
+            for kind in self.options.kinds:
+                of_kind = sorted(
+                    [self.dense, *(run for run in runs if run.kind == kind)], key=lambda run: -run.keep_ratio
+                )
+                curves[kind] = [run.keep_ratio for run in of_kind], [means[run] for run in of_kind]
             drawn.append((f"{metric} by active share", self.output / f"{metric}.png"))
             plot_curves(curves, drawn[-1][1], x="active share of the feed-forward units", y=metric)
         for run in runs:
@@ -264,31 +242,29 @@ def ratio_of_scores(score: Score, both: np.ndarray, references: np.ndarray) -> f
 
 def main() -> None:
     """Make the runs that are missing, then the tables."""
-    parser = HfArgumentParser((LanguageArguments, MaskArguments, MaskSparsityConfig, TrainingArguments))
-    arguments, example, recipe, args = parser.parse_args_into_dataclasses()
+    parser = HfArgumentParser((LanguageArguments, MaskOptions, MaskSparsityConfig, TrainingArguments))
+    arguments, options, recipe, args = parser.parse_args_into_dataclasses()
     if arguments.smoke:
         make_smoke_text(arguments, Path(args.output_dir) / "inputs")
         make_smoke_task(arguments, Path(args.output_dir) / "inputs")
         arguments.architecture, args.logging_steps, args.save_strategy = "llama", 1, "no"
-        args.max_steps, example.pretrain_steps, example.importance_batches = 10, 6, 2
-    study = MaskStudy(LanguageTask(arguments), args, example, recipe)
+        args.max_steps, options.pretrain_steps, options.importance_batches, options.samples = 10, 6, 2, 50
+    study = MaskStudy(LanguageTask(arguments), args, options, recipe)
 
-    plans = [study.plan(kind, active) for active in example.active for kind in example.kinds]
-    for seed in example.seeds:
-        for run in (study.first, study.dense, *(run for stages in plans for run in stages)):
-            study.make(run, seed)
+    plans = [study.plan(kind, ratio) for ratio in options.keep_ratios for kind in options.kinds]
+    study.make_all([study.first, study.dense, *(run for stages in plans for run in stages)], options.seeds)
 
     runs = [study.first, study.dense, *(stages[-1] for stages in plans)]
     origin = "is trained from scratch" if arguments.from_scratch else "is a pre-trained model"
-    more = f" (and trained for {example.pretrain_steps} steps)" if example.pretrain_steps else ""
+    more = f" (and trained for {options.pretrain_steps} steps)" if options.pretrain_steps else ""
     about = ABOUT.format(
         start=f"`start` {origin}{more}.",
         steps=args.max_steps,
         sparsify=study.sparsify_steps,
-        experts=example.num_experts,
+        experts=options.num_experts,
     )
-    duels = study.duels(runs, example.seeds)
-    study.report("Masks instead of experts", about, runs, example.seeds, speed=duels)
+    duels = study.duels(runs, options.seeds)
+    study.report("Masks instead of experts", about, runs, options.seeds, speed=duels)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from text_task import TaskArguments, TextTask, make_smoke_inputs
+from smoke import make_smoke_texts
+from study import command
+from tasks import TextArguments, TextTask
 from transformers import (
     AutoModelForSequenceClassification,
     HfArgumentParser,
@@ -32,12 +34,15 @@ from hf_moebert.methods.moebert.conversion import count_tokens, measure_expert_l
 from hf_moebert.reporting.model_card import write_model_card
 from hf_moebert.reporting.pictures import plot_distillation_losses, plot_expert_load
 from hf_moebert.reporting.report import write_report
-from hf_moebert.reporting.tables import measurement_rows
+from hf_moebert.reporting.tables import Rows, measurement_rows
+
+
+MODELS = ("teacher", "converted", "student", "undistilled")
 
 
 @dataclass
-class ExampleArguments:
-    """Into how many experts, and what the card says."""
+class DemoOptions:
+    """How many experts to make, and what the card says."""
 
     teacher_name_or_path: str | None = field(
         default=None, metadata={"help": "Fine-tuned classifier; without it the encoder is fine-tuned first."}
@@ -59,16 +64,15 @@ class ExampleArguments:
 
 
 class Pipeline:
-    """The stages of the example, and what they share: data, tokenizer, arguments, folders of the checkpoints."""
+    """The stages of the demo, and what they share: task, arguments, folders of the checkpoints."""
 
-    def __init__(self, task: TaskArguments, example: ExampleArguments, args: TrainingArguments) -> None:
-        self.task, self.example, self.args = task, example, args
+    def __init__(self, arguments: TextArguments, options: DemoOptions, args: TrainingArguments) -> None:
+        self.arguments, self.options, self.args = arguments, options, args
         set_seed(args.seed)  # a new head is drawn when the encoder is loaded
         self.output = Path(args.output_dir)
-        self.source = example.teacher_name_or_path or task.model_name_or_path
-        self.folders = {name: self.output / name for name in ("teacher", "converted", "student", "undistilled")}
-        self.text = TextTask(task, tokenizer_from=self.source, seed=args.seed)
-        self.data, self.tokenizer, self.collator = self.text.data, self.text.tokenizer, self.text.collator
+        self.folders = {name: self.output / name for name in MODELS}
+        arguments.model_name_or_path = options.teacher_name_or_path or arguments.model_name_or_path
+        self.task = TextTask(arguments, seed=args.seed)
 
     def train(self, model: PreTrainedModel, name: str, epochs: float, **teaching: object) -> Trainer:
         """Train with the stock Trainer, or with its one subclass if there is a teacher, and save."""
@@ -79,72 +83,72 @@ class Pipeline:
         trainer = (DistillationTrainer if teaching else Trainer)(
             model=model,
             args=args,
-            train_dataset=self.data["train"],
-            data_collator=self.collator,
-            processing_class=self.tokenizer,
+            train_dataset=self.task.train_dataset,
+            data_collator=self.task.collator,
+            processing_class=self.task.tokenizer,
             **teaching,
         )
-        print(f"Training {name}: {len(self.data['train'])} examples, {epochs} epochs")
+        print(f"Training {name}: {len(self.task.train_dataset)} examples, {epochs} epochs")
         trainer.train()
         trainer.save_model()
         return trainer
 
     def make_teacher(self) -> PreTrainedModel:
         """Load the fine-tuned teacher, or fine-tune the encoder."""
-        if self.example.teacher_name_or_path is not None:
-            teacher = AutoModelForSequenceClassification.from_pretrained(self.source)
+        if self.options.teacher_name_or_path is not None:
+            teacher = AutoModelForSequenceClassification.from_pretrained(self.arguments.model_name_or_path)
             self.save(teacher, "teacher")
             return teacher
-        return self.train(self.text.new_model(), "teacher", self.example.teacher_epochs).model
+        return self.train(self.task.new_model(), "teacher", self.options.teacher_epochs).model
 
     def save(self, model: PreTrainedModel, name: str) -> None:
         """Save a model that was not trained, with its tokenizer."""
         model.save_pretrained(self.folders[name])
-        self.tokenizer.save_pretrained(self.folders[name])
+        self.task.tokenizer.save_pretrained(self.folders[name])
 
     def convert(self, teacher: PreTrainedModel, importance: torch.Tensor) -> MoEBertForSequenceClassification:
         """Cut the teacher's feed-forward networks into experts."""
         return MoEBertForSequenceClassification.from_dense(
             teacher,
             importance,
-            num_experts=self.example.num_experts,
-            routing=self.example.routing,
-            token_counts=count_tokens(self.data["train"], teacher.config.vocab_size),
+            num_experts=self.options.num_experts,
+            routing=self.options.routing,
+            token_counts=count_tokens(self.task.train_dataset, teacher.config.vocab_size),
             seed=self.args.seed,
         )
 
     def measure(self) -> dict:
         """Reload every checkpoint with AutoModel in a new process; measure quality, size and speed there."""
-        task, file = self.task, self.output / "measurement.json"
+        arguments, file = self.arguments, self.output / "measurement.json"
         options = {
             "baseline": self.folders["teacher"],
-            "text_column": task.text_column,
-            "text_pair_column": task.text_pair_column,
-            "label_column": task.label_column,
-            "validation_file": task.validation_file,
-            "dataset_name": None if task.validation_file else task.dataset_name,
-            "dataset_config_name": task.dataset_config_name,
-            "max_length": task.max_length,
+            "text_column": arguments.text_column,
+            "text_pair_column": arguments.text_pair_column,
+            "label_column": arguments.label_column,
+            "validation_file": arguments.validation_file,
+            "dataset_name": None if arguments.validation_file else arguments.dataset_name,
+            "dataset_config_name": arguments.dataset_config_name,
+            "max_length": arguments.max_length,
             "seed": self.args.seed,
             "threads": 1,  # what others on the machine disturb least
             "output": file,
         }
         program = Path(sys.executable).with_name("hf-moebert")
-        command = [str(program), "measure", *map(str, self.folders.values())]
+        words = [str(program), "measure", *map(str, self.folders.values())]
         for name, value in options.items():
-            command += [] if value is None else [f"--{name}", str(value)]
-        for precision in self.example.optimized:
+            words += [] if value is None else [f"--{name}", str(value)]
+        for precision in self.options.optimized:
             if reason := unsupported_reason(precision, True):
                 print(f"{precision} is not measured: {reason}.")
             else:
-                command += ["--optimized", precision]
-        subprocess.run(command, check=True)
+                words += ["--optimized", precision]
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)  # its table is in the report
         return json.loads(file.read_text())
 
     def report(self, student: PreTrainedModel, history: list[dict], measurement: dict) -> None:
         """Write report.md with two pictures, and a model card, beside the student."""
         folder = self.folders["student"]
-        load = measure_expert_load(student, self.data["validation"], self.collator)
+        load = measure_expert_load(student, self.task.validation, self.task.collator)
         plot_expert_load(load, folder / "expert_load.png")
         plot_distillation_losses(history, folder / "distillation_loss.png")
         pictures = {
@@ -155,36 +159,44 @@ class Pipeline:
         scores = measurement["models"]["student"]["scores"]
         write_model_card(
             folder,
-            repo_id=self.args.hub_model_id or "moebert-" + (self.task.dataset_config_name or "text-classification"),
-            base_model=self.example.card_base_model or self.source,
+            repo_id=self.args.hub_model_id
+            or "moebert-" + (self.arguments.dataset_config_name or "text-classification"),
+            base_model=self.options.card_base_model or self.arguments.model_name_or_path,
             task="text-classification",
-            dataset=self.example.card_dataset or self.task.dataset_name or Path(self.task.train_file).name,
-            language=self.example.card_language,
-            license=self.example.card_license,
+            dataset=self.options.card_dataset or self.arguments.dataset_name or Path(self.arguments.train_file).name,
+            language=self.options.card_language,
+            license=self.options.card_license,
             results={metric: interval["value"] for metric, interval in scores.items()},
             tables={"Beside its teacher": measurement_rows(measurement)},
             pictures=pictures,
-            commands=[" ".join(["python", *sys.argv])],
+            commands=[command()],
         )
+
+
+def text_table(rows: Rows) -> str:
+    """Write rows in columns of text, below their names."""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def main() -> None:
     """Run the stages one after the other."""
-    parser = HfArgumentParser((TaskArguments, ExampleArguments, TrainingArguments, DistillationConfig))
+    parser = HfArgumentParser((TextArguments, DemoOptions, TrainingArguments, DistillationConfig))
     if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        task, example, args, distillation = parser.parse_json_file(sys.argv[1])
+        arguments, options, args, distillation = parser.parse_json_file(sys.argv[1])
     else:
-        task, example, args, distillation = parser.parse_args_into_dataclasses()
-    if task.smoke:
-        make_smoke_inputs(task, Path(args.output_dir) / "inputs")
-    pipeline = Pipeline(task, example, args)
+        arguments, options, args, distillation = parser.parse_args_into_dataclasses()
+    if arguments.smoke:
+        make_smoke_texts(arguments, Path(args.output_dir) / "inputs")
+    pipeline = Pipeline(arguments, options, args)
 
     teacher = pipeline.make_teacher()
     importance = measure_importance(
         teacher,
-        pipeline.data["train"],
-        pipeline.collator,
-        max_examples=example.importance_examples,
+        pipeline.task.train_dataset,
+        pipeline.task.collator,
+        max_examples=options.importance_examples,
         seed=args.seed,
     )
     save_importance(pipeline.output / "importance.safetensors", importance, teacher, seed=str(args.seed))
@@ -196,9 +208,10 @@ def main() -> None:
 
     measurement = pipeline.measure()
     pipeline.report(student, trainer.state.log_history, measurement)
-    print(f"Report: {pipeline.folders['student'] / 'report.md'}")
     if args.push_to_hub:
         trainer.push_to_hub()
+    print(f"Report: {pipeline.folders['student'] / 'report.md'}")
+    print(text_table([row for row in measurement_rows(measurement) if row["model"] in MODELS]))
 
 
 if __name__ == "__main__":

@@ -22,15 +22,13 @@ Finished runs are not repeated when the command is run again.
 
 import copy
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from language_task import LanguageArguments, LanguageTask, make_smoke_text
-from mpop_text_classification import prepare, train_step
-from pruning_study import PruningStudy, Run
+from study import Run, Study, StudyOptions
 from torch import Tensor
 from transformers import (
     HfArgumentParser,
@@ -44,7 +42,6 @@ from transformers import (
 
 from hf_moebert import MPOEGradientMaskCallback, MPOEGradientMaskConfig
 from hf_moebert.measuring.footprint import measure_footprint
-from hf_moebert.measuring.latency import compare_latency
 from hf_moebert.methods.mpoe import MPOEGPT2LMHeadModel, MPOET5ForConditionalGeneration
 from hf_moebert.reporting.pictures import plot_curves
 
@@ -65,10 +62,9 @@ to the busiest of {experts} experts, a mean over the converted blocks.\
 
 
 @dataclass
-class ExampleArguments:
-    """Which runs to make."""
+class MPOEOptions(StudyOptions):
+    """Runs of the study."""
 
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Runs of everything."})
     kinds: list[str] = field(default_factory=lambda: list(KINDS), metadata={"help": "Rows of the table."})
     num_experts: int = field(default=4, metadata={"help": "Experts of each block."})
     keep: float | None = field(default=None, metadata={"help": "See MPOEGradientMaskConfig."})
@@ -114,32 +110,28 @@ class UpdateSizes(TrainerCallback):
             self.squares = {kind: [] for kind in self.squares}
 
 
-class GenerationStudy(PruningStudy):
+class GenerationStudy(Study):
     """Runs that differ in what the feed-forward networks of one language model become."""
-
-    def __init__(self, task: LanguageTask, args: TrainingArguments, example: ExampleArguments) -> None:
-        super().__init__(task, args)
-        self.example = example
 
     def folder(self, name: str, seed: int) -> Path:
         """Make one start for all seeds."""
-        return super().folder(name, self.example.seeds[0] if name == "start" else seed)
+        return super().folder(name, self.options.seeds[0] if name == "start" else seed)
 
     def arguments(self, run: Run) -> TrainingArguments:
         """Train the start with steps and learning rate of its own, if it is not a trained one."""
         args = copy.deepcopy(self.args)
         if run.name == "start":
             pretrains = self.task.arguments.from_scratch
-            args.max_steps = self.example.pretrain_steps if pretrains else -1
-            args.num_train_epochs, args.learning_rate = 0, self.example.pretrain_rate
+            args.max_steps = self.options.pretrain_steps if pretrains else -1
+            args.num_train_epochs, args.learning_rate = 0, self.options.pretrain_rate
         return args
 
     def settings(self, run: Run) -> dict:
-        """Say what decides how a run ends."""
+        """Add the sizes of the model, and how its experts are made."""
         settings = super().settings(run) | asdict(self.task.arguments)
         if run.name in KINDS and run.name != "dense":
-            settings |= {"num_experts": self.example.num_experts, **KINDS[run.name]}
-        return settings | ({"keep": self.example.keep} if run.name == "mpoe-masked" else {})
+            settings |= {"num_experts": self.options.num_experts, **KINDS[run.name]}
+        return settings | ({"keep": self.options.keep} if run.name == "mpoe-masked" else {})
 
     def start(self, run: Run, seed: int) -> PreTrainedModel:
         """Give the dense model its experts."""
@@ -147,13 +139,13 @@ class GenerationStudy(PruningStudy):
         if run.name in ("start", "dense"):
             return model
         experts = CLASSES[model.config.model_type]
-        return experts.from_dense(model, num_experts=self.example.num_experts, seed=seed, **KINDS[run.name])
+        return experts.from_dense(model, num_experts=self.options.num_experts, seed=seed, **KINDS[run.name])
 
-    def extras(self, run: Run) -> dict[str, Any]:
+    def extras(self, run: Run, seed: int, model: PreTrainedModel, args: TrainingArguments) -> dict[str, Any]:
         """Watch the tensors of the chains, and mask where it is asked for."""
         if run.name in ("start", "dense"):
             return {}
-        masks = [MPOEGradientMaskCallback(MPOEGradientMaskConfig(keep=self.example.keep))]
+        masks = [MPOEGradientMaskCallback(MPOEGradientMaskConfig(keep=self.options.keep))]
         return {"callbacks": [*(masks if run.name == "mpoe-masked" else []), UpdateSizes()]}
 
     def sizes(self, model: PreTrainedModel, run: Run, seed: int) -> dict[str, int]:
@@ -174,19 +166,6 @@ class GenerationStudy(PruningStudy):
             loads = [max(of_block) for seed in seeds for of_block in self.result(run.name, seed)["load"]]
             row["largest share"] = f"{np.mean(loads):.0%}" if loads else "–"
         return rows
-
-    def step_rows(self, runs: list[Run], seed: int) -> list[dict[str, str]]:
-        """Time one training step of each kind on one batch, in turns, on one thread of the processor."""
-        torch.set_num_threads(1)
-        batch = self.task.collator([self.task.train_dataset[n] for n in range(self.args.per_device_train_batch_size)])
-        steps = {run.name: partial(train_step, *prepare(self.start(run, seed)), batch) for run in runs}
-        ratios = compare_latency(steps, baseline=runs[0].name, rounds=self.example.rounds, warmup=1, clock="cpu")
-        shape = "x".join(str(size) for size in batch["input_ids"].shape)
-        title = f"time of a step over {runs[0].name}, float32, inputs of {shape}"
-        return [
-            {"run": name, title: f"{1 / r.median:.2f}x [{1 / r.high:.2f}, {1 / r.low:.2f}]"}
-            for name, r in ratios.items()
-        ]
 
     def pictures(self, runs: list[Run], seeds: list[int]) -> list[tuple[str, Path]]:
         """Draw perplexity by parameters, a point for each seed, and the sizes of updates, means over the seeds."""
@@ -210,29 +189,23 @@ class GenerationStudy(PruningStudy):
 
 def main() -> None:
     """Make the runs that are missing, then the tables."""
-    parser = HfArgumentParser((LanguageArguments, ExampleArguments, TrainingArguments))
-    arguments, example, args = parser.parse_args_into_dataclasses()
+    parser = HfArgumentParser((LanguageArguments, MPOEOptions, TrainingArguments))
+    arguments, options, args = parser.parse_args_into_dataclasses()
     if arguments.smoke:
         make_smoke_text(arguments, Path(args.output_dir) / "inputs")
-        args.logging_steps, args.save_strategy, args.max_steps, example.pretrain_steps, example.rounds = (
-            1,
-            "no",
-            4,
-            4,
-            2,
-        )
-    study = GenerationStudy(LanguageTask(arguments), args, example)
+        args.logging_steps, args.save_strategy, args.max_steps = 1, "no", 4
+        options.pretrain_steps, options.rounds, options.samples = 4, 2, 50
+    study = GenerationStudy(LanguageTask(arguments), args, options)
 
-    kinds = [Run(kind, start="start", peer="dense" if kind != "dense" else "start") for kind in example.kinds]
+    kinds = [Run(kind, start="start", peer="start" if kind == "dense" else "dense") for kind in options.kinds]
     runs = [Run("start"), *kinds]
-    for seed in example.seeds:
-        for run in runs:
-            study.make(run, seed)
+    study.make_all(runs, options.seeds)
 
     start = "`start` is a GPT-2 trained from scratch." if arguments.from_scratch else "`start` is a pre-trained model."
-    about = ABOUT.format(start=start, experts=example.num_experts)
-    speed = study.step_rows(kinds, example.seeds[0])
-    study.report("Experts that share central tensors", about, runs, example.seeds, speed=speed)
+    about = ABOUT.format(start=start, experts=options.num_experts)
+    column = f"time of a step over {kinds[0].name}, float32, inputs of {{shape}}"
+    speed = study.step_rows(kinds, options.seeds[0], column, rounds=options.rounds)
+    study.report("Experts that share central tensors", about, runs, options.seeds, speed=speed)
 
 
 if __name__ == "__main__":

@@ -22,23 +22,18 @@ all seeds; squeezing decides on that part too. Finished runs are not repeated wh
 
 import copy
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from low_rank import cut_to_low_rank, restore
 from peft import LoKrConfig, LoraConfig, PeftModel, get_peft_model
-from platon_text_classification import ClassificationTask
-from pruning_study import PruningStudy, Run
-from text_task import TaskArguments, make_smoke_inputs
-from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
+from smoke import make_smoke_texts
+from study import Run, Study, StudyOptions
+from tasks import TextArguments, TextTask, accuracy
+from transformers import EvalPrediction, HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
 
 from hf_moebert import MPOConfig, MPOSqueezingCallback, MPOSqueezingConfig, compress_mpo
 from hf_moebert.measuring.footprint import count_bytes
-from hf_moebert.measuring.latency import compare_latency
-from hf_moebert.measuring.scores import predict_logits
 from hf_moebert.methods.mpo.conversion import find_matrices
 from hf_moebert.methods.mpo.functional_bonds import choose_bonds, entanglement_entropy, error_bound
 from hf_moebert.methods.mpo.functional_decomposition import decompose
@@ -56,10 +51,9 @@ TARGETS = ["query", "key", "value", "dense"]  # of an encoder like BERT: attenti
 
 
 @dataclass
-class ExampleArguments:
-    """Which runs to make."""
+class MPOPOptions(StudyOptions):
+    """Runs of the study."""
 
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Runs of everything."})
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Rows of the table."})
     learning_rates: list[float] = field(
         default_factory=lambda: [2e-4, 1e-3], metadata={"help": "Tried by each method."}
@@ -83,57 +77,38 @@ class Method(Run):
     learning_rate: float = 0.0
 
 
-class MPOPTask(ClassificationTask):
-    """The same texts with some of the training examples held out."""
-
-    def __init__(self, arguments: TaskArguments, *, held_out: int, seed: int) -> None:
-        super().__init__(arguments, seed=seed)
-        # The library's accuracy checks its arguments for a hundred times as long, and intervals ask for it often.
-        self.metrics = {"accuracy": lambda predictions, references: float(np.mean(predictions == references))}
-        parts = self.data["train"].train_test_split(held_out, seed=seed)
-        self.train_dataset, self.held_out = parts["train"], parts["test"]
-
-    def score_held_out(self, model: PreTrainedModel) -> float:
-        """Return the accuracy on the examples that choose."""
-        predictions = predict_logits(model, self.held_out, data_collator=self.collator).argmax(-1)
-        return float(np.mean(predictions == np.asarray(self.held_out["labels"])))
-
-
-class MPOPStudy(PruningStudy):
+class MPOPStudy(Study):
     """Runs that differ in which tensors stand for a matrix, and which of them are trained."""
 
     def __init__(
-        self, task: MPOPTask, args: TrainingArguments, example: ExampleArguments, squeezing: MPOSqueezingConfig
+        self, task: TextTask, args: TrainingArguments, options: MPOPOptions, squeezing: MPOSqueezingConfig
     ) -> None:
-        super().__init__(task, args)
-        self.example, self.squeezing = example, squeezing
+        super().__init__(task, args, options)
+        self.squeezing = squeezing
 
     def arguments(self, run: Method) -> TrainingArguments:
         """Train every method with its own learning rate; squeeze at a constant one."""
         args = copy.deepcopy(self.args)
         args.learning_rate = run.learning_rate
         if run.kind == "squeezed":
-            args.max_steps, args.eval_strategy, args.lr_scheduler_type = (
-                self.example.squeezing_steps,
-                "steps",
-                "constant",
-            )
+            args.max_steps = self.options.squeezing_steps
+            args.eval_strategy, args.lr_scheduler_type = "steps", "constant"
         return args
 
     def settings(self, run: Method) -> dict:
-        """Say what decides how a run ends."""
+        """Add the method and its sizes."""
         settings = super().settings(run) | {"kind": run.kind, "start": run.start}
         if run.kind in ("lora", "lokr"):
-            settings |= {"rank": getattr(self.example, f"{run.kind}_rank"), "factor": self.example.lokr_factor}
+            settings |= {"rank": getattr(self.options, f"{run.kind}_rank"), "factor": self.options.lokr_factor}
         if "half" in run.kind:
-            settings["keep_ratio"] = self.example.keep_ratio
+            settings["keep_ratio"] = self.options.keep_ratio
         return settings | (asdict(self.squeezing) if run.kind == "squeezed" else {})
 
     def start(self, run: Method, seed: int) -> PreTrainedModel | PeftModel:
         """Bring the encoder, or the model that squeezing goes on with, into the form that is trained."""
-        model, half = super().start(run, seed), self.example.keep_ratio
+        model, half = super().start(run, seed), self.options.keep_ratio
         adapter: dict[str, Any] = {"target_modules": TARGETS, "modules_to_save": ["classifier"]}
-        lora, lokr, factor = self.example.lora_rank, self.example.lokr_rank, self.example.lokr_factor
+        lora, lokr, factor = self.options.lora_rank, self.options.lokr_rank, self.options.lokr_factor
         forms = {
             "adapter": lambda: get_peft_model(model, MPOConfig(**adapter)),
             "lora": lambda: get_peft_model(model, LoraConfig(r=lora, lora_alpha=2 * lora, **adapter)),
@@ -147,16 +122,20 @@ class MPOPStudy(PruningStudy):
         }
         return forms[run.kind]() if run.kind in forms else model
 
-    def extras(self, run: Method) -> dict[str, Any]:
+    def extras(self, run: Method, seed: int, model: PreTrainedModel, args: TrainingArguments) -> dict[str, Any]:
         """Let squeezing see the examples that choose."""
         if run.kind != "squeezed":
             return {}
-        metrics = lambda p: {"accuracy": float(np.mean(p.predictions.argmax(-1) == p.label_ids))}  # noqa: E731
+
+        def metrics(output: EvalPrediction) -> dict[str, float]:
+            return {"accuracy": accuracy(output.predictions.argmax(-1), output.label_ids)}
+
         callback = MPOSqueezingCallback(self.squeezing)
         return {"callbacks": [callback], "eval_dataset": self.task.held_out, "compute_metrics": metrics}
 
-    def save(self, model: PreTrainedModel | PeftModel, run: Method, folder: Path) -> None:
+    def save(self, trainer: Trainer, run: Method, folder: Path) -> None:
         """Save what was trained; the baseline that stock classes cannot load is multiplied out, in a copy."""
+        model = trainer.model
         (restore(copy.deepcopy(model)) if run.kind == "svd-half" else model).save_pretrained(folder)
 
     def sizes(self, model: PreTrainedModel | PeftModel, run: Method, seed: int) -> dict[str, int]:
@@ -166,18 +145,14 @@ class MPOPStudy(PruningStudy):
         size = count_bytes(self.folder(run.name, seed)) if run.kind != "svd-half" else 4 * stored
         return {"trained": trained, "stored": stored, "bytes": size}
 
-    def choose_rates(self, kind: str, start: str | None) -> Method:
-        """Run a method with every learning rate at the first seed, and return the best."""
-        rates = [self.example.squeezing_rate] if kind == "squeezed" else self.example.learning_rates
+    def choose_rate(self, kind: str, start: str | None) -> Method:
+        """Return the run of a method with its best learning rate at the first seed."""
+        rates = [self.options.squeezing_rate] if kind == "squeezed" else self.options.learning_rates
         runs = [Method(f"{kind}-{rate:g}", start=start, peer="", kind=kind, learning_rate=rate) for rate in rates]
-        seed = self.example.seeds[0]
-        for run in runs:
-            self.make(run, seed)
-        if len(runs) == 1:
-            return runs[0]
-        scores = [self.task.score_held_out(self.load(run.name, seed)) for run in runs]
-        print(f"{kind}: {dict(zip(rates, scores, strict=True))}", flush=True)
-        return runs[int(np.argmax(scores))]
+        seed = self.options.seeds[0]
+        if self.options.stage == "report":
+            self.refuse_missing(runs, [seed])
+        return self.choose(runs, seed, lambda run: self.task.score_held_out(self.load(run.name, seed)))
 
     def load(self, name: str, seed: int) -> PreTrainedModel | PeftModel:
         """Load what a run saved; an adapter is put on the encoder again."""
@@ -185,31 +160,6 @@ class MPOPStudy(PruningStudy):
         if (folder / "adapter_config.json").exists():
             return PeftModel.from_pretrained(self.task.new_model(), folder)
         return super().load(name, seed)
-
-    def step_rows(self, runs: list[Method], seed: int) -> list[dict[str, str]]:
-        """Time one training step of each method on one batch, in turns, on one thread of the processor."""
-        torch.set_num_threads(1)
-        size = self.args.per_device_train_batch_size
-        batch = self.task.collator([self.task.train_dataset[index] for index in range(size)])
-        steps = {run.name: partial(train_step, *prepare(self.start(run, seed)), batch) for run in runs}
-        ratios = compare_latency(steps, baseline=runs[0].name, rounds=self.example.rounds, warmup=1, clock="cpu")
-        shape = f"{batch['input_ids'].shape[0]}x{batch['input_ids'].shape[1]}"
-        return [
-            {"run": name, f"time of a step at {shape}": f"{1 / r.median:.2f}x [{1 / r.high:.2f}, {1 / r.low:.2f}]"}
-            for name, r in ratios.items()
-        ]
-
-
-def prepare(model: PreTrainedModel | PeftModel) -> tuple[PreTrainedModel | PeftModel, torch.optim.Optimizer]:
-    """Put a model in training, with the Trainer's default optimizer."""
-    return model.train(), torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
-
-
-def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]) -> None:
-    """Make one step in float32."""
-    model(**batch).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def draw_matrices(model: PreTrainedModel, folder: Path) -> None:
@@ -232,29 +182,30 @@ def draw_matrices(model: PreTrainedModel, folder: Path) -> None:
 
 def main() -> None:
     """Make the runs that are missing, then the tables."""
-    parser = HfArgumentParser((TaskArguments, ExampleArguments, TrainingArguments, MPOSqueezingConfig))
-    arguments, example, args, squeezing = parser.parse_args_into_dataclasses()
+    parser = HfArgumentParser((TextArguments, MPOPOptions, TrainingArguments, MPOSqueezingConfig))
+    arguments, options, args, squeezing = parser.parse_args_into_dataclasses()
     if arguments.smoke:
-        make_smoke_inputs(arguments, Path(args.output_dir) / "inputs")
+        make_smoke_texts(arguments, Path(args.output_dir) / "inputs")
         args.logging_steps, args.save_strategy, args.max_steps, args.eval_steps = 1, "no", 4, 2
-        example.held_out, example.squeezing_steps, example.rounds = 8, 4, 3
-        example.lora_rank = example.lokr_rank = 2
-    study = MPOPStudy(MPOPTask(arguments, held_out=example.held_out, seed=args.seed), args, example, squeezing)
+        options.held_out, options.squeezing_steps, options.rounds = 8, 4, 3
+        options.lora_rank, options.lokr_rank, options.samples = 2, 2, 50
+    task = TextTask(arguments, seed=args.seed, held_out=options.held_out)
+    study = MPOPStudy(task, args, options, squeezing)
 
     runs: dict[str, Method] = {}
-    for kind in example.methods:
-        start = runs["mpop"].name if kind == "squeezed" else None
-        runs[kind] = study.choose_rates(kind, start)
-        if example.stage != "report":
-            for seed in example.seeds:
-                study.make(runs[kind], seed)
-    if example.stage == "train":
+    for kind in options.methods:
+        runs[kind] = study.choose_rate(kind, start=runs["mpop"].name if kind == "squeezed" else None)
+        if options.stage == "report":
+            study.refuse_missing([runs[kind]], options.seeds)
+        study.make_all([runs[kind]], options.seeds)
+    if options.stage == "train":
         return
 
     table = [replace(run, peer=runs["full"].name if "full" in runs else None) for run in runs.values()]
     draw_matrices(study.task.new_model(), study.output)
-    speed = study.step_rows([run for run in table if run.kind != "squeezed"], example.seeds[0])
-    study.report("Fine-tuning matrix product operators", ABOUT, table, example.seeds, speed=speed)
+    timed = [run for run in table if run.kind != "squeezed"]
+    speed = study.step_rows(timed, options.seeds[0], "time of a step at {shape}", rounds=options.rounds)
+    study.report("Fine-tuning matrix product operators", ABOUT, table, options.seeds, speed=speed)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ command is run again.
 
 import copy
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
@@ -31,8 +30,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from multitask_tasks import LearnedTask, make_smoke_tasks, read_tasks
-from pruning_study import mean_over_seeds, show
+from multitask_tasks import LearnedTask, read_tasks
+from smoke import make_smoke_tasks
+from study import StudyOptions, command, mean_over_seeds, with_interval, write_report
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
@@ -57,12 +57,11 @@ are those of the first seed's models: a request to all tasks runs so many `layer
 
 
 @dataclass
-class ExampleArguments:
+class MultiTaskOptions(StudyOptions):
     """What to learn, and how it is compared."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Pre-trained BERT: Hub id or folder."})
     tasks: str | None = field(default=None, metadata={"help": "JSON file with the tasks; see above."})
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Runs of everything."})
     gains: list[float] = field(
         default_factory=lambda: [1.0, 2.0, 3.0], metadata={"help": "Points one more layer has to bring in `mixed`."}
     )
@@ -83,9 +82,9 @@ class MultiTaskStudy:
         tasks: Mapping[str, LearnedTask],
         args: TrainingArguments,
         config: MultiTaskSweepConfig,
-        example: ExampleArguments,
+        options: MultiTaskOptions,
     ) -> None:
-        self.tasks, self.args, self.config, self.example = tasks, args, config, example
+        self.tasks, self.args, self.config, self.options = tasks, args, config, options
         self.output = Path(args.output_dir)
         self.sweep, self.draws = cache(self._sweep), cache(self._draws)
 
@@ -97,13 +96,13 @@ class MultiTaskStudy:
 
     def train(self) -> None:
         """Make the runs that are missing."""
-        for seed in self.example.seeds:
+        for seed in self.options.seeds:
             for task, run in self.sweep(seed).runs():
                 print(f"Seed {seed}: {task}, {run.name}: {self.sweep(seed).make(task, run):.4f}", flush=True)
 
     def refuse_missing(self) -> None:
         """End the program if a run is missing; a report trains nothing."""
-        for seed in self.example.seeds:
+        for seed in self.options.seeds:
             for task, run in self.sweep(seed).runs():  # a task's teachers come before what is chosen among them
                 if not (self.sweep(seed).folder(task, run) / "result.json").exists():
                     raise SystemExit(f"Seed {seed}: {task}, {run.name} is missing: run `--stage train` first.")
@@ -116,7 +115,7 @@ class MultiTaskStudy:
         ways["teachers"] = {task: Run("teacher", sweep.choose_teacher(task)) for task in self.tasks}
         for layers in sorted(self.config.student_layers):
             ways[f"uniform-{layers}"] = {task: sweep.branch(task)(layers) for task in self.tasks}
-        for gain in self.example.gains:
+        for gain in self.options.gains:
             depths = sweep.choose_depths(gain)
             ways[f"mixed-{gain:g}"] = {task: sweep.branch(task)(layers) for task, layers in depths.items()}
         return ways
@@ -134,15 +133,15 @@ class MultiTaskStudy:
     def _draws(self, task: str, runs: tuple[Run, ...]) -> np.ndarray:
         """Score one run of each seed: on all validation examples, then on resampled ones. Shape `(1 + samples,)`."""
         learned = self.tasks[task]
-        found = [self.predictions(seed, task, run) for seed, run in zip(self.example.seeds, runs, strict=True)]
+        found = [self.predictions(seed, task, run) for seed, run in zip(self.options.seeds, runs, strict=True)]
         pairs = [learned.pair(of["predictions"], of["truths"]) for of in found]
-        return resample(learned.score, np.stack([p for p, _ in pairs], 1), pairs[0][1], self.example.samples)
+        return resample(learned.score, np.stack([p for p, _ in pairs], 1), pairs[0][1], self.options.samples)
 
     def scores(self) -> dict[str, dict[str, np.ndarray]]:
         """Return the draws of every task, and their mean, for each way; the same examples are drawn for all."""
-        ways = {seed: self.ways(seed) for seed in self.example.seeds}
+        ways = {seed: self.ways(seed) for seed in self.options.seeds}
         scores: dict[str, dict[str, np.ndarray]] = {}
-        for way in ways[self.example.seeds[0]]:
+        for way in ways[self.options.seeds[0]]:
             of = {task: self.draws(task, tuple(ways[seed][way][task] for seed in ways)) for task in self.tasks}
             scores[way] = of | {"average": np.mean(list(of.values()), axis=0)}
         return scores
@@ -175,13 +174,13 @@ class MultiTaskStudy:
             costs[way] = {"layers": layers, "parameters": parameters, "bytes": sum(map(count_bytes, folders))}
         torch.set_num_threads(1)
         timed = {way: torch.no_grad()(call) for way, call in calls.items()}
-        for way, ratio in compare_latency(timed, baseline="separate", rounds=self.example.rounds, clock="cpu").items():
+        for way, ratio in compare_latency(timed, baseline="separate", rounds=self.options.rounds, clock="cpu").items():
             costs[way]["speed-up"] = asdict(ratio)
         return costs
 
     def report(self) -> None:
         """Write results.json, report.md and a picture; print the tables."""
-        scores, costs = self.scores(), self.costs(self.example.seeds[0])
+        scores, costs = self.scores(), self.costs(self.options.seeds[0])
         results = {
             "ways": {
                 way: {"scores": {name: asdict(interval(draws)) for name, draws in of.items()}, **costs[way]}
@@ -189,40 +188,39 @@ class MultiTaskStudy:
             },
             "layers": {
                 seed: {w: self.splits(seed, runs) for w, runs in self.ways(seed).items()}
-                for seed in self.example.seeds
+                for seed in self.options.seeds
             },
-            "dev": {seed: {t: self.sweep(seed).student_scores(t) for t in self.tasks} for seed in self.example.seeds},
+            "dev": {seed: {t: self.sweep(seed).student_scores(t) for t in self.tasks} for seed in self.options.seeds},
             "metrics": {name: task.metric for name, task in self.tasks.items()},
-            "facts": {"command": " ".join(["python", *sys.argv]), **environment()},
+            "facts": {"command": command(), **environment()},
         }
         (self.output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         picture = self.output / "quality_and_layers.png"
         draw_ways(scores, costs, picture)
         tables = [markdown_table(rows) for rows in (self.score_rows(scores), cost_rows(costs), self.layer_rows())]
-        facts = markdown_table([{"what": key, "value": str(value)} for key, value in results["facts"].items()])
         link = picture_link(self.output, "quality against layers run", picture)
-        parts = ["# Many tasks on one encoder", escape_markdown(ABOUT), *tables, link, facts]
-        (self.output / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-        print("\n\n".join([*tables, f"Report: {self.output / 'report.md'}"]))
+        parts = [escape_markdown(ABOUT), *tables, link]
+        file = write_report(self.output, "Many tasks on one encoder", parts, results["facts"])
+        print("\n\n".join([*tables, f"Report: {file}"]))
 
     def score_rows(self, scores: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict[str, str]]:
-        """One row for each way: every task's score, their average, and its share of separate models'."""
+        """Return one row for each way: every task's score, their average, and its share of separate models'."""
         rows = []
         for way, of in scores.items():
             row = {"way": way}
             for name, draws in of.items():
                 title = f"{name}, {self.tasks[name].metric}" if name in self.tasks else name
-                row[title] = show(interval(draws), ".4f")
-            rows.append(row | {"share": show(interval(of["average"] / scores["separate"]["average"]), ".4f")})
+                row[title] = with_interval(interval(draws), ".4f")
+            rows.append(row | {"share": with_interval(interval(of["average"] / scores["separate"]["average"]), ".4f")})
         return rows
 
     def layer_rows(self) -> list[dict[str, str]]:
-        """One row for each task: frozen + own layers in each way, seed by seed."""
-        ways = {seed: self.ways(seed) for seed in self.example.seeds}
+        """Return one row for each task: frozen + own layers in each way, seed by seed."""
+        ways = {seed: self.ways(seed) for seed in self.options.seeds}
         rows = []
         for task in self.tasks:
             row = {"frozen+own layers": task}
-            for way in ways[self.example.seeds[0]]:
+            for way in ways[self.options.seeds[0]]:
                 splits = [self.splits(seed, ways[seed][way])[task] for seed in ways]
                 row[way] = " ".join(f"{frozen}+{own}" for frozen, own in splits)
             rows.append(row)
@@ -237,7 +235,7 @@ def resample(score: Score, predictions: np.ndarray, truths: np.ndarray, samples:
 
 
 def interval(draws: np.ndarray) -> Interval:
-    """Return the first value, with the interval that the others tell."""
+    """Return the first value, with the interval of the others."""
     low, high = np.quantile(draws[1:], [0.025, 0.975])
     return Interval(float(draws[0]), float(low), float(high))
 
@@ -249,7 +247,7 @@ def request(vocab_size: int, length: int = 32) -> dict[str, torch.Tensor]:
 
 
 def cost_rows(costs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
-    """One row for each way: what a request to all tasks costs."""
+    """Return one row for each way: what a request to all tasks costs."""
     rows = []
     for way, cost in costs.items():
         ratio = cost.get("speed-up")
@@ -274,27 +272,25 @@ def draw_ways(
 
 def main() -> None:
     """Make the runs that are missing, then the tables."""
-    parser = HfArgumentParser((ExampleArguments, MultiTaskSweepConfig, TrainingArguments))
-    example, config, args = parser.parse_args_into_dataclasses()
+    parser = HfArgumentParser((MultiTaskOptions, MultiTaskSweepConfig, TrainingArguments))
+    options, config, args = parser.parse_args_into_dataclasses()
     logging.set_verbosity_error()  # each run puts a new head on the encoder, and transformers tells of every one
     logging.disable_progress_bar()
-    if example.smoke:
-        example.model_name_or_path, example.tasks = make_smoke_tasks(Path(args.output_dir) / "inputs")
+    if options.smoke:
+        options.model_name_or_path, options.tasks = make_smoke_tasks(Path(args.output_dir) / "inputs")
         args.max_steps, args.save_strategy, args.disable_tqdm, args.learning_rate = 6, "no", True, 1e-2
-        example.samples, example.rounds = 20, 3
+        options.samples, options.rounds = 20, 3
         config = MultiTaskSweepConfig(teacher_layers=[1, 2], student_layers=[1])
-    if example.model_name_or_path is None or example.tasks is None:
+    if options.model_name_or_path is None or options.tasks is None:
         raise SystemExit("Give --model_name_or_path and --tasks, or --smoke.")
-    options = {"max_length": example.max_length, "dev_share": example.dev_share, "seed": args.seed}
-    options["max_dev_examples"] = example.max_dev_examples
-    tasks = {
-        name: LearnedTask(entry, example.model_name_or_path, **options)
-        for name, entry in read_tasks(example.tasks).items()
-    }
-    study = MultiTaskStudy(tasks, args, config, example)
-    if example.stage != "report":
+    parts = {"max_length": options.max_length, "dev_share": options.dev_share, "seed": args.seed}
+    parts["max_dev_examples"] = options.max_dev_examples
+    entries = read_tasks(options.tasks)
+    tasks = {name: LearnedTask(entry, options.model_name_or_path, **parts) for name, entry in entries.items()}
+    study = MultiTaskStudy(tasks, args, config, options)
+    if options.stage != "report":
         study.train()
-    if example.stage != "train":
+    if options.stage != "train":
         study.refuse_missing()
         study.report()
 

@@ -1,15 +1,12 @@
-"""The tasks of a multi-task study: what tasks.json may say, the data read, and what predictions are worth."""
+"""The tasks of a multi-task study: the fields of tasks.json, the data read, and the scores of predictions."""
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from random import Random
-from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from text_task import draw, make_tiny_encoder, write_rows
+from tasks import accuracy, draw, load_with_new_head
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -18,7 +15,6 @@ from transformers import (
     PreTrainedModel,
     Trainer,
     TrainingArguments,
-    set_seed,
 )
 
 from hf_moebert import BertCrfForTokenClassification
@@ -29,10 +25,9 @@ from hf_moebert.methods.multitask.training import MultiTaskSweepTask
 from hf_moebert.methods.multitask.training_states import pad_examples
 
 
-# The library's accuracy checks its arguments for a hundred times as long, and intervals ask for it often.
 SCORES: dict[str, dict[str, Score]] = {
     "classification": {
-        "accuracy": lambda predictions, references: float(np.mean(predictions == references)),
+        "accuracy": accuracy,
         "f1": CLASSIFICATION_SCORES["f1"]["f1"],
         "matthews_correlation": CLASSIFICATION_SCORES["matthews_correlation"]["matthews_correlation"],
     },
@@ -113,17 +108,15 @@ class LearnedTask:
         """Put a new head on the encoder; its values come from the seed that was set last."""
         names = self.names or ["score"]  # one output without a name is a regression
         auto_class = AutoModelForTokenClassification if self.tags else AutoModelForSequenceClassification
-        model = auto_class.from_pretrained(
-            self.encoder, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
-        )
+        model = load_with_new_head(auto_class, self.encoder, names)
         return BertCrfForTokenClassification.from_dense(model) if self.entry.kind == "crf_tagging" else model
 
     def for_sweep(self) -> MultiTaskSweepTask:
-        """Show the sweep what it may see."""
+        """Return the part of the task that a sweep may see."""
         return MultiTaskSweepTask(self.new_model, self.train, self.dev, self.score_predictions, self.metric)
 
     def read(self, predictions: np.ndarray, labels: np.ndarray) -> list:
-        """Say what is predicted for each example, in a form that JSON knows: a class, a number, or tags."""
+        """Return the prediction for each example, in a form that JSON knows: a class, a number, or tags."""
         if self.tags:
             tags = predictions if predictions.ndim == 2 else predictions.argmax(-1)  # a CRF gives tags
             return tags_of(tags, labels, self.names)
@@ -161,36 +154,3 @@ def read_tasks(file: str | Path) -> dict[str, TaskEntry]:
             raise ValueError(f"Task {name!r} must have {lacking}.")
         entries[name] = TaskEntry(**values)
     return entries
-
-
-def make_smoke_tasks(folder: Path) -> tuple[str, str]:
-    """Make a tiny encoder and a task of each kind, told by single words; returns encoder and tasks.json."""
-    words = ["good", "bad", "film", "book", "meal", "this", "was", "a", "very", "day"]
-    set_seed(0)  # the same encoder when the command is run again
-    make_tiny_encoder(folder / "encoder", words)
-    random = Random(0)
-    files: dict[str, dict[str, str]] = {"mood": {}, "stars": {}, "things": {}}
-    for split, size in (("train_file", 60), ("validation_file", 24)):
-        texts = [random.choices(words[2:], k=5) + [word] for word in words[:2] * (size // 2)]
-        files["mood"][split] = write_rows(folder, f"mood_{split}", [_row(text, label=text[-1]) for text in texts])
-        stars = [_row(text, label=1.0 + (text[-1] == "good") + 0.1 * text.count("very")) for text in texts]
-        files["stars"][split] = write_rows(folder, f"stars_{split}", stars)
-        tagged = [{"tokens": text, "tags": [_tag(word) for word in text]} for text in texts]
-        files["things"][split] = write_rows(folder, f"things_{split}", tagged)
-    tasks: Mapping[str, Mapping[str, Any]] = {
-        "mood": {"kind": "classification", **files["mood"]},
-        "stars": {"kind": "regression", **files["stars"]},
-        "things": {"kind": "tagging", **files["things"]},
-        "things-crf": {"kind": "crf_tagging", **files["things"]},
-    }
-    file = folder / "tasks.json"
-    file.write_text(json.dumps(tasks, indent=1) + "\n", encoding="utf-8")
-    return str(folder / "encoder"), str(file)
-
-
-def _row(words: Sequence[str], **label: str | float) -> dict[str, Any]:
-    return {"text": " ".join(words), **label}
-
-
-def _tag(word: str) -> str:
-    return "B-thing" if word in ("film", "book", "meal") else "O"

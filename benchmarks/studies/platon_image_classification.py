@@ -15,9 +15,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from pruning_study import PruningStudy, Run, plan_runs
+from pruning import PrunedRun, PruningStudy, plan_runs
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from study import StudyOptions
+from tasks import accuracy
 from transformers import (
     AutoModelForImageClassification,
     HfArgumentParser,
@@ -35,12 +37,9 @@ ABOUT = "Handwritten digits of 8x8 pixels (scikit-learn), read by a tiny vision 
 
 
 @dataclass
-class ExampleArguments:
-    """Which runs to make."""
+class DigitsOptions(StudyOptions):
+    """Runs of the study; `--seed` splits the images."""
 
-    seeds: list[int] = field(
-        default_factory=lambda: [0], metadata={"help": "Runs of everything; `--seed` splits the images."}
-    )
     criteria: list[str] = field(
         default_factory=lambda: ["magnitude", "platon"], metadata={"help": "See PlatonConfig."}
     )
@@ -59,7 +58,7 @@ class DigitsTask:
     auto_class = AutoModelForImageClassification
     collator = staticmethod(default_data_collator)
     tokenizer = None
-    metrics = {"accuracy": lambda predictions, references: float(np.mean(predictions == references))}
+    metrics = {"accuracy": accuracy}
     number = ".4f"
 
     def __init__(self, *, seed: int) -> None:
@@ -95,7 +94,7 @@ class DigitsTask:
 
 def main() -> None:
     """Make the runs that are missing, then the tables."""
-    parser = HfArgumentParser((ExampleArguments, TrainingArguments, PlatonConfig))
+    parser = HfArgumentParser((DigitsOptions, TrainingArguments, PlatonConfig))
     parser.set_defaults(
         num_train_epochs=40,
         learning_rate=1e-3,
@@ -104,29 +103,28 @@ def main() -> None:
         save_strategy="no",
         logging_steps=10,
     )
-    example, args, recipe = parser.parse_args_into_dataclasses()
-    if example.smoke:
-        args.num_train_epochs, args.logging_steps = 2, 5
-    study = PruningStudy(DigitsTask(seed=args.seed), args)
+    options, args, recipe = parser.parse_args_into_dataclasses()
+    if options.smoke:
+        args.num_train_epochs, args.logging_steps, options.samples = 2, 5, 50
+    study = PruningStudy(DigitsTask(seed=args.seed), args, options)
 
-    longer = Run("dense-longer", start="dense", peer="dense")
+    dense = PrunedRun("dense")
+    longer = PrunedRun("dense-longer", start="dense", peer="dense")
     single = plan_runs(
-        replace(recipe, granularity="unstructured"), example.criteria, example.unstructured_ratios, baseline=longer
+        replace(recipe, granularity="unstructured"), options.criteria, options.unstructured_ratios, baseline=longer
     )
     whole = plan_runs(
         replace(recipe, granularity="structured"),
-        example.criteria,
-        example.structured_ratios,
+        options.criteria,
+        options.structured_ratios,
         baseline=longer,
         prefix="structured-",
     )
-    runs = [Run("dense"), longer, *single, *whole]
-    for seed in example.seeds:
-        for run in runs:
-            study.make(run, seed)
-    names = ["dense", *(run.name for run in whole)]
-    speed = study.speed_rows(names, example.seeds[0], {"pixel_values": study.task.images[:64]}) if whole else ()
-    study.report("A pruned reader of digits", ABOUT, runs, example.seeds, speed=speed)
+    runs = [dense, longer, *single, *whole]
+    study.make_all(runs, options.seeds)
+    inputs = {"pixel_values": study.task.images[:64]}
+    speed = study.speed_rows([dense, *whole], options.seeds[0], inputs) if whole else ()
+    study.report("A pruned reader of digits", ABOUT, runs, options.seeds, speed=speed)
 
 
 if __name__ == "__main__":

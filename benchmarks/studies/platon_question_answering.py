@@ -24,8 +24,9 @@ from random import Random
 
 import numpy as np
 import torch
-from pruning_study import PruningStudy, Run, plan_runs
-from text_task import SourceArguments, draw, make_tiny_encoder, read_splits, write_rows
+from pruning import PrunedRun, PruningOptions, PruningStudy, plan_runs
+from smoke import make_tiny_encoder, write_rows
+from tasks import SourceArguments, draw, read_splits
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoTokenizer,
@@ -45,17 +46,16 @@ THINGS = ("coins", "stamps", "keys", "shells", "beads", "nails")
 
 
 @dataclass
-class ExampleArguments:
-    """Which runs to make, and how many questions to make up where there is no data."""
+class QuestionOptions(PruningOptions):
+    """Runs of the study, and how many questions to make up where there is no data."""
 
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Runs of everything."})
-    final_ratios: list[float] = field(
+    keep_ratios: list[float] = field(
         default_factory=lambda: [0.5, 0.2], metadata={"help": "Shares of the encoder's weights that are kept."}
     )
     criteria: list[str] = field(
         default_factory=lambda: ["magnitude", "platon"], metadata={"help": "See PlatonConfig."}
     )
-    distil: bool = field(default=False, metadata={"help": "Whether PLATON is also run with the dense model teaching."})
+    distil: bool = field(default=False, metadata={"help": "Also run PLATON with the dense model as its teacher."})
     max_answer_tokens: int = field(default=30, metadata={"help": "Longer answers are not considered."})
     synthetic_train_examples: int = field(default=8000, metadata={"help": "Questions made up to train on."})
     synthetic_validation_examples: int = field(default=1000, metadata={"help": "And to evaluate on."})
@@ -92,7 +92,7 @@ class QuestionTask:
 
     @torch.no_grad()
     def predict(self, model: PreTrainedModel) -> list[str]:
-        """Extract an answer from the context of each validation example."""
+        """Extract an answer from the context of each validation options."""
         texts = []
         for rows in self.validation.iter(batch_size=32):
             outputs = model(**self.inputs(rows).to(model.device))
@@ -202,32 +202,30 @@ def make_synthetic_task(source: SourceArguments, folder: Path, *, sizes: dict[st
 
 def main() -> None:
     """Make the runs that are missing, then the tables."""
-    parser = HfArgumentParser((SourceArguments, ExampleArguments, TrainingArguments, PlatonConfig, DistillationConfig))
-    source, example, args, recipe, distillation = parser.parse_args_into_dataclasses()
+    parser = HfArgumentParser((SourceArguments, QuestionOptions, TrainingArguments, PlatonConfig, DistillationConfig))
+    source, options, args, recipe, distillation = parser.parse_args_into_dataclasses()
     if not (source.model_name_or_path or source.smoke):
         parser.error("Give --model_name_or_path, or --smoke for a tiny random model.")
     about = f"Questions of {source.dataset_name or source.train_file}."
     if source.smoke or not (source.dataset_name or source.train_file):
         sizes = {
-            "train_file": 64 if source.smoke else example.synthetic_train_examples,
-            "validation_file": 64 if source.smoke else example.synthetic_validation_examples,
+            "train_file": 64 if source.smoke else options.synthetic_train_examples,
+            "validation_file": 64 if source.smoke else options.synthetic_validation_examples,
         }
         make_synthetic_task(source, Path(args.output_dir) / "inputs", sizes=sizes, seed=args.seed)
         about = "SYNTHETIC questions, made up by this script from a few words: no measure of quality on real texts."
     if source.smoke:
-        args.logging_steps, args.save_strategy = 5, "no"
-    task = QuestionTask(source, max_answer_tokens=example.max_answer_tokens, seed=args.seed)
-    study = PruningStudy(task, args, distillation)
+        args.logging_steps, args.save_strategy, options.samples = 5, "no", 50
+    task = QuestionTask(source, max_answer_tokens=options.max_answer_tokens, seed=args.seed)
+    study = PruningStudy(task, args, options, distillation)
 
-    dense, distil = Run("dense"), example.distil
-    runs = [dense, *plan_runs(recipe, example.criteria, example.final_ratios, baseline=dense, distil=distil)]
-    for seed in example.seeds:
-        for run in runs:
-            study.make(run, seed)
+    dense, distil = PrunedRun("dense"), options.distil
+    runs = [dense, *plan_runs(recipe, options.criteria, options.keep_ratios, baseline=dense, distil=distil)]
+    study.make_all(runs, options.seeds)
     speed = ()
     if recipe.granularity == "structured":
-        speed = study.speed_rows([run.name for run in runs], example.seeds[0], task.inputs(task.validation[:1]))
-    study.report("A pruned reader of questions", about, runs, example.seeds, speed=speed)
+        speed = study.speed_rows(runs, options.seeds[0], task.inputs(task.validation[:1]))
+    study.report("A pruned reader of questions", about, runs, options.seeds, speed=speed)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from platon_text_classification import ClassificationTask
-from pruning_study import PruningStudy, Run
+from pruning import PrunedRun, PruningStudy
 from quality_measurement import Measurement
-from text_task import TaskArguments, make_smoke_inputs
+from smoke import make_smoke_texts
+from study import StudyOptions
+from tasks import TextArguments, TextTask
 from torch import nn
 from transformers import AutoConfig, HfArgumentParser, PreTrainedModel, TrainingArguments
 
@@ -45,10 +45,9 @@ thread, all models in turns, on validation sentences drawn for each seed and pad
 
 
 @dataclass
-class ExampleArguments:
-    """Which runs to make."""
+class QualityOptions(StudyOptions):
+    """Runs of the study."""
 
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Runs of everything."})
     stage: str = field(default="all", metadata={"help": "What to do.", "choices": STAGES})
     teacher_steps: int | None = field(
         default=None, metadata={"help": "Steps of the teacher, if not as many as of a student."}
@@ -66,19 +65,8 @@ class ExampleArguments:
     rounds: int = field(default=20, metadata={"help": "How often each seed's models are timed."})
 
 
-class QualityTask(ClassificationTask):
-    """Texts and their labels, scored so many times that it has to be quick."""
-
-    def __init__(self, arguments: TaskArguments, *, seed: int) -> None:
-        super().__init__(arguments, seed=seed)
-        if self.labels is not None:
-            # The library's accuracy checks its arguments for a hundred times as long, and intervals ask for it
-            # a thousand times for each model, precision and seed.
-            self.metrics = {"accuracy": lambda predictions, references: float(np.mean(predictions == references))}
-
-
 @dataclass(frozen=True)
-class Compression(Run):
+class Compression(PrunedRun):
     """A student, and what of the teacher it begins with; a recipe prunes it instead.
 
     Attributes:
@@ -94,48 +82,38 @@ class Compression(Run):
     half_depth: bool = False
 
 
-def plan_students(example: ExampleArguments, recipe: PlatonConfig) -> list[Run]:
+def plan_students(options: QualityOptions, recipe: PlatonConfig) -> list[PrunedRun]:
     """Name every student of the teacher."""
     student = partial(Compression, start="teacher", teacher="teacher", peer="teacher")
-    cut = {"num_experts": example.num_experts, "importance_examples": example.importance_examples}
+    cut = {"num_experts": options.num_experts, "importance_examples": options.importance_examples}
     experts = [student(f"moebert-{routing}", routing=routing, **cut) for routing in ROUTINGS]
-    return [*experts, student("half-depth", half_depth=True), student("pruned", recipe)]
+    return [*experts, student("half-depth", half_depth=True), student("pruned", recipe=recipe)]
 
 
 class QualityStudy(PruningStudy):
     """The same for students that are compressed in other ways too."""
 
-    def __init__(
-        self,
-        task: QualityTask,
-        args: TrainingArguments,
-        distillation: DistillationConfig,
-        example: ExampleArguments,
-    ) -> None:
-        super().__init__(task, args, distillation)
-        self.example = example
-
-    def arguments(self, run: Run) -> TrainingArguments:
+    def arguments(self, run: PrunedRun) -> TrainingArguments:
         """Train the teacher for steps of its own."""
         args = copy.deepcopy(self.args)
-        if run.teacher is None and self.example.teacher_steps is not None:
-            args.max_steps = self.example.teacher_steps
+        if run.teacher is None and self.options.teacher_steps is not None:
+            args.max_steps = self.options.teacher_steps
         return args
 
-    def settings(self, run: Run) -> dict:
-        """Say what decides how a run ends."""
+    def settings(self, run: PrunedRun) -> dict:
+        """Add how a student is made and taught."""
         if run.teacher is None:
             return super().settings(run)
         return super().settings(run) | asdict(run) | {"distillation": asdict(self.distillation_of(run))}
 
-    def distillation_of(self, run: Run) -> DistillationConfig:
+    def distillation_of(self, run: PrunedRun) -> DistillationConfig:
         """Let the layers that are left follow those that they were."""
         if not run.half_depth:
             return self.distillation
         depth = AutoConfig.from_pretrained(self.task.model_name_or_path).num_hidden_layers
         return replace(self.distillation, layer_map=list(range(2, depth + 1, 2)))
 
-    def start(self, run: Run, seed: int) -> PreTrainedModel:
+    def start(self, run: PrunedRun, seed: int) -> PreTrainedModel:
         """Make the model that a run trains, of the teacher if it has one."""
         model = super().start(run, seed)
         if run.teacher is None:
@@ -177,25 +155,26 @@ def halve_depth(teacher: PreTrainedModel) -> PreTrainedModel:
 def main() -> None:
     """Make the runs that are missing, then the measurement."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "65536")  # what one model needs, for all that are timed
-    parser = HfArgumentParser((TaskArguments, ExampleArguments, TrainingArguments, PlatonConfig, DistillationConfig))
+    parser = HfArgumentParser((TextArguments, QualityOptions, TrainingArguments, PlatonConfig, DistillationConfig))
     parser.set_defaults(keep_ratio=0.5, granularity="structured")
-    arguments, example, args, recipe, distillation = parser.parse_args_into_dataclasses()
-    for precision in example.precisions:
+    arguments, options, args, recipe, distillation = parser.parse_args_into_dataclasses()
+    for precision in options.precisions:
         check_precision(precision)
     if arguments.smoke:
-        make_smoke_inputs(arguments, Path(args.output_dir) / "inputs")
+        make_smoke_texts(arguments, Path(args.output_dir) / "inputs")
         args.logging_steps, args.save_strategy = 1, "no"
-        example.timed_sentences, example.rounds = 4, 3
-    study = QualityStudy(QualityTask(arguments, seed=args.seed), args, distillation, example)
-    runs = [Run("teacher"), *plan_students(example, recipe)]
-    for seed in example.seeds if example.stage in ("all", "train") else []:
-        for run in runs:
-            study.make(run, seed)
+        options.timed_sentences, options.rounds, options.samples = 4, 3, 50
+    study = QualityStudy(TextTask(arguments, seed=args.seed), args, options, distillation)
+    runs = [PrunedRun("teacher"), *plan_students(options, recipe)]
+    if options.stage in ("all", "train"):
+        study.make_all(runs, options.seeds)
+    else:
+        study.refuse_missing(runs, options.seeds)
 
-    measurement = Measurement(study, runs, example.seeds, example.precisions)
-    for seed in example.seeds if example.stage in ("all", "measure") else []:
-        measurement.measure(seed, example.batch_sizes, sentences=example.timed_sentences, rounds=example.rounds)
-    if example.stage != "train":
+    measurement = Measurement(study, runs, options.seeds, options.precisions)
+    for seed in options.seeds if options.stage in ("all", "measure") else []:
+        measurement.measure(seed, options.batch_sizes, sentences=options.timed_sentences, rounds=options.rounds)
+    if options.stage != "train":
         measurement.report("Quality beside speed", ABOUT)
 
 

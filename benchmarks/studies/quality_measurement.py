@@ -1,7 +1,6 @@
-"""What compressed models are worth once they are optimised for inference, beside how fast they are."""
+"""Measure compressed models once they are optimised for inference: their scores, and how fast they are."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -10,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from pruning_study import PruningStudy, Run, mean_over_seeds
+from study import Run, Study, command, write_report
+from timing import with_ratio_interval
 from transformers import PreTrainedModel
 
 from hf_moebert import optimize_for_inference
 from hf_moebert.measuring.latency import SpeedUp, compare_times, environment, time_rounds
-from hf_moebert.measuring.scores import bootstrap_interval
 from hf_moebert.methods.moebert.conversion import measure_expert_load
 from hf_moebert.reporting.pictures import plot_quality_and_speed
 from hf_moebert.reporting.report import picture_link
@@ -40,13 +39,13 @@ class Deployed:
 class Measurement:
     """Every model at every precision, and the first one as it is, which they are compared with."""
 
-    def __init__(self, study: PruningStudy, runs: Sequence[Run], seeds: Sequence[int], precisions: list[str]) -> None:
+    def __init__(self, study: Study, runs: Sequence[Run], seeds: Sequence[int], precisions: list[str]) -> None:
         self.study, self.runs, self.seeds = study, runs, seeds
         self.baseline = Deployed(runs[0].name, STOCK)
         self.deployed = [self.baseline, *(Deployed(run.name, precision) for run in runs for precision in precisions)]
 
     def file(self, seed: int) -> Path:
-        """Say where the measurement of a seed is kept."""
+        """Return where the measurement of a seed is kept."""
         return self.study.output / f"seed-{seed}" / "measurement.json"
 
     def load(self, deployed: Deployed, seed: int) -> PreTrainedModel:
@@ -68,21 +67,21 @@ class Measurement:
             "seconds": {size: {name: t.tolist() for name, t in of_size.items()} for size, of_size in times.items()},
             "sentences": sentences,
             "expert_load": self.expert_loads(seed),
-            "command": " ".join(["python", *sys.argv]),
+            "command": command(),
             "environment": environment(),
         }
         self.file(seed).write_text(json.dumps(measured) + "\n", encoding="utf-8")
 
     def draw_batches(self, size: int, sentences: int, seed: int) -> list[dict[str, torch.Tensor]]:
         """Draw validation sentences, the same for every batch size, each batch as long as its longest sentence."""
-        data = self.study.task.data["validation"].remove_columns("labels").shuffle(seed=seed)
+        data = self.study.task.validation.remove_columns("labels").shuffle(seed=seed)
         rows = data.select(range(min(sentences, len(data)))).to_list()
         return [self.study.task.collator(rows[start : start + size]) for start in range(0, len(rows), size)]
 
     def expert_loads(self, seed: int) -> dict[str, list]:
         """Count the tokens that each expert of each layer gets, `(layers, experts)`, of every model with experts."""
         models = {run.name: self.study.load(run.name, seed) for run in self.runs}
-        data, collator = self.study.task.data["validation"], self.study.task.collator
+        data, collator = self.study.task.validation, self.study.task.collator
         data = data.select(range(min(LOAD_EXAMPLES, len(data))))
         return {
             name: measure_expert_load(model, data, collator).tolist()
@@ -100,7 +99,6 @@ class Measurement:
         facts = {"command": "; ".join(dict.fromkeys(of_seed["command"] for of_seed in measured))}
         facts |= measured[0]["environment"]
         parts = [
-            f"# {escape_markdown(title)}",
             escape_markdown(about),
             picture_link(output, f"{metric} beside speed", picture),
             table,
@@ -108,12 +106,8 @@ class Measurement:
             markdown_table(self.study.rows(list(self.runs), list(self.seeds))),
             "## Tokens of an expert",
             markdown_table(expert_rows([of_seed["expert_load"] for of_seed in measured])),
-            "## How it was measured",
-            markdown_table([{"what": key, "value": str(value)} for key, value in facts.items()]),
         ]
-        report = output / "report.md"
-        report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-        print("\n\n".join([table, f"Report: {report}"]))
+        print("\n\n".join([table, f"Report: {write_report(output, title, parts, facts)}"]))
 
     def rows(self, measured: Sequence[dict]) -> list[dict[str, str]]:
         """One row for each model at each precision."""
@@ -125,8 +119,7 @@ class Measurement:
             for metric, score in self.study.task.metrics.items():
                 row |= self.study.score_row(metric, score, predictions[name], other, peer)
             for way, of_way in ratios.items():
-                r = of_way[name]
-                row[f"speed-up, {way}"] = "1" if name == peer else f"{r.median:.2f}x [{r.low:.2f}, {r.high:.2f}]"
+                row[f"speed-up, {way}"] = "1" if name == peer else with_ratio_interval(of_way[name])
             rows.append(row)
         return rows
 
@@ -134,16 +127,13 @@ class Measurement:
         """Return the rows as numbers, for the picture: the first metric of the task."""
         score, gold = next(iter(self.study.task.metrics.values())), self.study.task.references
         predictions, ratios = self.predictions(measured), self.speed_ups(measured)
-        return [
-            asdict(deployed)
-            | {
-                "quality": asdict(
-                    bootstrap_interval(partial(mean_over_seeds, score), predictions[str(deployed)], gold)
-                )
-            }
-            | {"speed_up": {way: asdict(of_way[str(deployed)]) for way, of_way in ratios.items()}}
-            for deployed in self.deployed
-        ]
+        points = []
+        for deployed in self.deployed:
+            name, point = str(deployed), asdict(deployed)
+            point["quality"] = asdict(self.study.interval(score, predictions[name], gold))
+            point["speed_up"] = {way: asdict(of_way[name]) for way, of_way in ratios.items()}
+            points.append(point)
+        return points
 
     def predictions(self, measured: Sequence[dict]) -> dict[str, np.ndarray]:
         """Put the predictions of all seeds side by side, `(examples, seeds)`."""
@@ -171,7 +161,7 @@ def run_all(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]]) 
 
 
 def expert_rows(loads: Sequence[dict[str, list]]) -> list[dict[str, str]]:
-    """Say between what the experts of all layers and seeds share the validation tokens."""
+    """Return the smallest and the largest share of the validation tokens over all layers and seeds."""
     rows = []
     for name in loads[0]:
         counts = np.array([of_seed[name] for of_seed in loads], dtype=float)  # (seeds, layers, experts)

