@@ -108,7 +108,7 @@ class MPOEFeedForward(nn.Module):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (tokens, hidden)
         logits = self.score(tokens)  # (tokens, experts)
         index, gate = choose_expert(logits)
-        record(Routing(self, logits.view(*hidden_states.shape[:-1], -1), index[:, None]))
+        record(Routing(self, logits.view(*hidden_states.shape[:-1], logits.shape[-1]), index[:, None]))
         gate = gate.to(tokens.dtype)
         output = self.run(tokens * gate, index) if self.gates_input else self.run(tokens, index) * gate
         return self.outer_dropout(output).view_as(hidden_states)
