@@ -1,4 +1,4 @@
-# Every target makes its own virtual environment; nothing else needs to be installed but Python 3.11.
+# Every target makes its own virtual environment; nothing else needs to be installed but Python 3.11, 3.12 or 3.13.
 PYTHON ?= python3
 VENV ?= .venv
 # The one choice of torch: installed first and by exact name, so that no other package's range picks a CUDA build.
@@ -62,6 +62,7 @@ benchmark: $(VENV)/.installed
 	$(PY) benchmarks/masks.py
 	$(PY) benchmarks/crf.py
 	$(PY) benchmarks/serving.py
+	$(PY) benchmarks/import_time.py
 
 wheel: $(VENV)/.installed
 	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .

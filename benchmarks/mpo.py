@@ -164,7 +164,7 @@ def picks_chain(layer: MPOMatrix, x: Tensor) -> bool:
     """Say whether the layer leaves its matrix unbuilt."""
     layer.train().eval()  # which forgets what was kept
     layer(x)
-    return layer._matrix.made is None
+    return layer._matrix.value is None
 
 
 def time_training(args: MPOBenchmarkArguments) -> list[Row]:

@@ -23,7 +23,7 @@ class Derived(Generic[Value]):
 
     def clear(self) -> None:
         """Drop the value."""
-        self.made: Value | None = None
+        self.value: Value | None = None
         self._fingerprints: list[Fingerprint] = []
 
     def get(self, sources: Sequence[Tensor], make: Callable[[], Value]) -> Value:
@@ -33,11 +33,11 @@ class Derived(Generic[Value]):
             sources: All tensors that the value depends on.
             make: Called without gradients but outside of inference mode, so that gradients may flow past its result.
         """
-        if self.made is None or not self.is_current(sources):
+        if self.value is None or not self.is_current(sources):
             with torch.inference_mode(False), torch.no_grad():
-                self.made = make()
+                self.value = make()
             self._fingerprints = [Fingerprint(source) for source in sources]
-        return self.made
+        return self.value
 
     def is_current(self, sources: Sequence[Tensor]) -> bool:
         """Check whether the sources are the tensors the value was built from, with the same values."""

@@ -74,7 +74,7 @@ def test_what_was_made_in_inference_mode_may_meet_gradients():
 def test_copies_start_empty():
     kept = Derived()
     kept.get(sources(), lambda: 1)
-    assert copy.deepcopy(kept).made is None
-    assert pickle.loads(pickle.dumps(kept)).made is None
+    assert copy.deepcopy(kept).value is None
+    assert pickle.loads(pickle.dumps(kept)).value is None
     kept.clear()
-    assert kept.made is None
+    assert kept.value is None

@@ -121,7 +121,7 @@ def test_each_part_can_be_chosen(prepack, skip_padding):
     optimize_for_inference(model, prepack=prepack, skip_padding=skip_padding)
     assert is_optimized(model) == (prepack or skip_padding)
     optimized = [module for module in model.modules() if isinstance(module, OptimizedModule)]
-    kinds = {type(linear) for module in optimized for linear in module.built.made}
+    kinds = {type(linear) for module in optimized for linear in module.built.value}
     assert kinds == ({PackedLinear} if prepack else {PlainLinear} if skip_padding else set())
     assert_equal_on_real_tokens(model(**batch), expected, batch["attention_mask"])
 

@@ -170,8 +170,8 @@ class MPOLayer(nn.Module, BaseTunerLayer):
         """Return the central tensor and the matrix of the untrained chain, up to date with their sources."""
         known = self.mpo_constants.setdefault(name, Derived())
         if torch.compiler.is_compiling():  # which cannot compare addresses; `train` does
-            known.made = known.made or self._project(name)
-            return known.made
+            known.value = known.value or self._project(name)
+            return known.value
         sources = self._sources(name)
         if not known.is_current(sources) and not self._is_filled(name):
             raise RuntimeError(

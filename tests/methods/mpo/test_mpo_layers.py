@@ -78,10 +78,10 @@ def test_bonds_of_few_directions_pass_the_chain_and_give_the_same():
         x = batch(3072, 3)
         with torch.no_grad():
             expected = layer(batch(3072, 100))  # too many tokens for the chain
-            assert layer._links.made is None
-            assert layer._matrix.made is not None
+            assert layer._links.value is None
+            assert layer._matrix.value is not None
             through_chain = layer(batch(3072, 100)[:3])
-            assert layer._links.made is not None
+            assert layer._links.value is not None
         torch.testing.assert_close(through_chain, expected[:3], atol=1e-5, rtol=1e-4)
         matrix = layer.weight if isinstance(layer, MPOConv1D) else layer.weight.T
         torch.testing.assert_close(layer(x), x @ matrix + layer.bias, atol=1e-5, rtol=1e-4)
@@ -92,7 +92,7 @@ def test_full_bonds_and_small_matrices_never_pass_the_chain(dense, bond):
     layer = decompose_layer(dense, bonds=bond and [bond] * 4).eval()
     with torch.no_grad():
         layer(batch(dense.in_features, 1))
-    assert layer._links.made is None
+    assert layer._links.value is None
 
 
 def kept(layer):
@@ -127,7 +127,7 @@ def test_the_matrix_is_kept_in_evaluation_only():
     with torch.no_grad():
         assert layer.weight is layer.weight
     assert layer.weight is not layer.weight  # gradients are wanted
-    assert layer.train()._matrix.made is None
+    assert layer.train()._matrix.value is None
     for core in layer.cores:
         core.requires_grad_(False)
     assert layer.weight is layer.weight  # nothing learns
@@ -146,7 +146,7 @@ def test_copies_keep_nothing():
     layer = decompose_layer(linear()).eval()
     expected = kept(layer)
     twin = copy.deepcopy(layer)
-    assert twin._matrix.made is None
+    assert twin._matrix.value is None
     torch.testing.assert_close(kept(twin), expected, rtol=0, atol=0)
 
 

@@ -296,13 +296,13 @@ def test_a_step_moves_every_auxiliary_tensor_and_nothing_else(kind):
     model.set_adapter("default")
     before = {name: p.clone() for name, p in model.named_parameters()}
     constants = {
-        n: m.mpo_constants["default"].made[0] for n, m in model.named_modules() if hasattr(m, "mpo_constants")
+        n: m.mpo_constants["default"].value[0] for n, m in model.named_modules() if hasattr(m, "mpo_constants")
     }
     train(model, ids(), steps=1, weight_decay=0.1)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != ("mpo_auxiliary" in name), name
     for name, centre in constants.items():
-        assert model.get_submodule(name).mpo_constants["default"].made[0] is centre
+        assert model.get_submodule(name).mpo_constants["default"].value[0] is centre
 
 
 def test_the_stock_trainer_trains_and_resumes_to_the_same_bits(tmp_path):

@@ -98,9 +98,9 @@ def test_the_cache_notices_every_change():
         return expected
 
     first = check()
-    stack = network._rebuilt["wi"].made
+    stack = network._rebuilt["wi"].value
     check()
-    assert network._rebuilt["wi"].made is stack
+    assert network._rebuilt["wi"].value is stack
     changes = [
         lambda: network.centres["wi"].data.copy_(network.centres["wi"] * 2),
         lambda: network.auxiliary["wo"][1].requires_grad_(False).mul_(3),
@@ -117,7 +117,7 @@ def test_the_cache_notices_every_change():
             assert not torch.allclose(now, first), number
         first = now
     network.train()
-    assert network._rebuilt["wi"].made is None
+    assert network._rebuilt["wi"].value is None
 
 
 def test_what_inference_mode_has_kept_serves_later_forwards():

@@ -152,7 +152,7 @@ def test_autocast_rebuilds_and_routes_in_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         output = model(**batch, output_router_logits=True)
     assert output.router_logits[0].dtype == torch.float32
-    assert {kept.made.dtype for network in model.networks().values() for kept in network._rebuilt.values()} == {
+    assert {kept.value.dtype for network in model.networks().values() for kept in network._rebuilt.values()} == {
         torch.float32
     }
     assert (output.logits - exact.logits).norm() < 0.05 * exact.logits.norm()
