@@ -212,14 +212,14 @@ class MoMT5Config(MoMFields, T5Config):
         return self.num_layers + self.num_decoder_layers
 
     def block_sizes(self, block: int) -> tuple[int | None, list[int]]:
-        """See `MoMFields`."""
+        """Return the sizes of a compact block, as `MoMFields.block_sizes`."""
         if block < self.num_layers:
             return super().block_sizes(block)
         layer = self.per_layer_config[block - self.num_layers]
         return layer.d_ff_of_decoder, layer.expert_sizes_of_decoder or []
 
     def write_sizes(self, sizes: dict[int, tuple[int, list[int]]]) -> dict[int, dict[str, Any]]:
-        """See `MoMFields`.
+        """Return the `per_layer_config` for these sizes, as `MoMFields.write_sizes`.
 
         Raises:
             ValueError: If the decoder is deeper than the encoder.

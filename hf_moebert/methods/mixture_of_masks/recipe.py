@@ -11,7 +11,7 @@ RAMPS = ("linear", "cubic")
 
 @dataclass(frozen=True)
 class MaskSparsityConfig:
-    """How masks are learned while a model trains.
+    """The recipe by which masks are learned while a model trains.
 
     Raises:
         ValueError: If a value breaks the rule in its help text; the message names rule and remedy.

@@ -17,7 +17,7 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class PlatonConfig:
-    """How much to prune, by what measure, and when.
+    """The recipe of a pruning run: how much to prune, by which criterion, and when.
 
     Raises:
         ValueError: If a value breaks the rule in its help text; the message names rule and remedy.

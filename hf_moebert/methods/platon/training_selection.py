@@ -1,4 +1,4 @@
-"""Which weights or units are kept: selectors that turn scores into masks."""
+"""Selectors that turn scores into masks of weights or whole units."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What config.json says of masks: defaults, round trips, and what is refused."""
+"""The configurations of masked models: defaults, round trips and refusals."""
 
 import json
 

@@ -45,7 +45,7 @@ def be_one_of_two(folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each of two processes ended with."""
+    """The final tensors of each of two processes."""
     folder = tmp_path_factory.mktemp("ranks")
     run_in_two(__file__, folder)
     return read_both(folder)

@@ -1,4 +1,4 @@
-"""What must not go unnoticed: other optimizers, losses and models, overflows, NaN, experts without tokens."""
+"""Faults that must not go unnoticed: wrong optimizers, losses and models, overflows, NaN, experts without tokens."""
 
 import math
 

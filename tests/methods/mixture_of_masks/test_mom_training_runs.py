@@ -1,4 +1,4 @@
-"""What a Trainer makes of learned masks: the best model, logs, evaluation, and what else a run can be."""
+"""The best model, logs, evaluation and options of a run that learns masks."""
 
 import pytest
 import torch

@@ -68,7 +68,8 @@ def logs_of(trainer):
 # before the final phase, and an epoch has 8 steps.
 
 RECIPES = {
-    "platon": ({}, (1, 2, 4, 6, 8, 14, 15, 16, 19)),
+    "platon, while the ratio falls": ({}, (1, 2, 4, 6, 8)),
+    "platon, in the last phase": ({}, (14, 15, 16, 19)),
     "post_step": ({"sensitivity_at": "post_step", "include_bias": True}, (4, 16)),
     "movement": ({"criterion": "movement"}, (1, 4, 6, 16, 19)),
     "magnitude": ({"criterion": "magnitude"}, (4, 6, 16)),

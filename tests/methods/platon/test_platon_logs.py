@@ -1,4 +1,4 @@
-"""What a Trainer makes of a pruning run: the best model, early stopping, and logs."""
+"""The best model, early stopping and logs of a pruning run."""
 
 import math
 
@@ -101,7 +101,7 @@ def test_reporters_see_the_figures_of_a_callback_that_comes_first(tiny_bert, mak
 
 
 def test_metrics_are_those_of_the_evaluation(tiny_bert, make_trainer):
-    """What a search would optimise and a card would print is left alone."""
+    """Searches optimise them, and model cards print them."""
     trainer = make_trainer(tiny_bert(), eval_strategy="steps", eval_steps=5)
     trainer.train()
     assert not any(key.startswith("platon") for key in trainer.evaluate())
