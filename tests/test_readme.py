@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "hf_moebert").rglob("README.md"), *(ROOT / "model_cards").rglob("*.md")])
+PAGES += sorted((ROOT / "benchmarks").rglob("*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
