@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_masks import KINDS, assert_near, logits_of, make_batch, make_dense, make_fixed, make_masked
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
+from hf_moebert.methods import mixture_of_masks
 from hf_moebert.methods.mixture_of_masks import shrink
 from hf_moebert.methods.mixture_of_masks.modeling_mixture_of_masks import MoMLlamaForCausalLM
 
@@ -22,8 +24,9 @@ STAGES = {
     "compact": lambda *args, **options: shrink(make_fixed(*args, **options)),
     "narrow": lambda kind: shrink(make_fixed(kind, num_experts=1)),
 }
-CODE = {"configuration_mixture_of_masks.py", "functional.py", "modeling_mixture_of_masks.py"}
-CODE |= {f"modeling_{name}.py" for name in ("compact", "constraint", "families", "masked", "masks", "surgery")}
+FOLDER = Path(mixture_of_masks.__file__).parent
+CODE = {path.name for role in ("configuration", "functional", "modeling") for path in FOLDER.glob(f"{role}*.py")}
+CODE -= {"functional_plans.py"}  # which no model needs
 
 
 def auto_of(kind):
