@@ -57,7 +57,7 @@ MOST_OVERHEAD, LEAST_SHARE = 1.10, 0.9
 
 @dataclass
 class MaskBenchmarkArguments:
-    """What to time, and how."""
+    """Cases of the benchmark, and how they are timed."""
 
     cases: list[str] = field(default_factory=lambda: list(CASES), metadata={"help": "Any of the tables."})
     layers: int = field(default=4, metadata={"help": "Of the models; Qwen2.5-0.5B has 24."})
@@ -102,7 +102,7 @@ class MaskBenchmarkArguments:
         return Qwen2Config(**sizes, **shared)
 
     def compare(self, calls: dict[str, Callable[[], None]], rounds: int, *baselines: str) -> list[dict[str, SpeedUp]]:
-        """Say how many times faster each call is than the baselines."""
+        """Return how many times faster each call is than the baselines."""
         ready = {name: partial(finish, call, self.device) for name, call in calls.items()}
         times = time_rounds(ready, rounds=rounds, warmup=2, clock=self.clock)
         return [compare_times(times, baseline=name, clock=self.clock, seed=self.seed) for name in baselines]

@@ -50,7 +50,7 @@ TARGETS = {
 
 @dataclass
 class InferenceArguments:
-    """What to time, and how."""
+    """Cases of the benchmark, and how they are timed."""
 
     cases: list[str] = field(
         default_factory=lambda: ["1x32", "1x128", "8x128", "1xreal", "8xreal"],
@@ -76,7 +76,7 @@ class InferenceArguments:
             raise ValueError("`texts` and `tokenizer` must be given together.")
 
     def sizes(self) -> dict[str, int]:
-        """Say how the models differ from BERT-base: not at all, but in a smoke test."""
+        """Return the sizes that differ from BERT-base's: none, but in a smoke test."""
         return {"num_hidden_layers": 1, "hidden_size": 96} if self.smoke else {}
 
 
@@ -197,7 +197,7 @@ def measure(case: str, models: dict[str, PreTrainedModel], folder: Path, args: I
 
 
 def target_rows(case: str, ratios: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
-    """Say which targets of a case were reached."""
+    """Return the targets of a case, and whether each was reached."""
     rows = []
     for (mine, rival), targets in TARGETS.items():
         if case in targets and mine in ratios and rival in ratios:

@@ -49,7 +49,7 @@ Point = dict[str, Any]
 
 @dataclass
 class QueueArguments:
-    """What to time, on which sentences."""
+    """Settings of the benchmark, and its sentences."""
 
     texts: list[str] = field(metadata={"help": "Files with one JSON object a line."})
     tokenizer: str = field(metadata={"help": "Folder with the tokenizer of a BERT."})
@@ -122,7 +122,7 @@ def cut_batches(part: Sentences, order: str, batch_size: int) -> Iterator[tuple[
 
 
 def share_of_padding(queue: list[Sentences], order: str, batch_size: int) -> float:
-    """Say which share of the tokens in the batches is padding."""
+    """Return the share of the tokens in the batches that is padding."""
     masks = [mask for part in queue for _, mask in cut_batches(part, order, batch_size)]
     return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
@@ -136,7 +136,7 @@ def keep_padding(mask: Tensor) -> Tensor:
 
 
 def ways(name: str) -> list[tuple[str, str]]:
-    """Say in which orders, with and without padding, a model runs the queue."""
+    """Return the orders, with and without padding, in which a model runs the queue."""
     return list(product(ORDERS, PADDINGS[:1] if name == PLAIN else PADDINGS))
 
 

@@ -53,7 +53,7 @@ SLOW = "hash-random, batched_mm"  # copies an expert for every token
 
 @dataclass
 class RoutingArguments:
-    """What to time, and how."""
+    """Shapes and models of the benchmark, and how they are timed."""
 
     shapes: list[str] = field(
         default_factory=lambda: ["1x32", "1x128", "8x32", "8x128"], metadata={"help": "Sequences x tokens."}
@@ -84,7 +84,7 @@ def make_batch(shape: str, seed: int) -> dict[str, Tensor]:
 
 
 def fullest_expert(model: PreTrainedModel, batch: dict[str, Tensor]) -> str:
-    """Say which share of the tokens the fullest expert gets, mean over the layers."""
+    """Return the share of the tokens that the fullest expert gets, mean over the layers."""
     load = model(**batch, output_expert_load=True).get("expert_load")
     if load is None:
         return "-"

@@ -1,4 +1,4 @@
-"""Say how the cost of models of BERT-base's shape grows: with batch, length and experts on a CPU, with batch on a GPU.
+"""Measure how the cost of models of BERT-base's shape grows: with batch, length and experts on a CPU; batch on a GPU.
 
     python benchmarks/moebert_scale.py --output build/scale
     python benchmarks/moebert_scale.py --device cuda --output build/scale

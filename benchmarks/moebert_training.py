@@ -25,7 +25,7 @@ from hf_moebert.reporting.tables import markdown_table
 
 @dataclass
 class TrainingBenchmarkArguments:
-    """What to time, and how often."""
+    """Sizes of the benchmark, and its rounds."""
 
     tokens: list[int] = field(default_factory=lambda: [64, 1024], metadata={"help": "Tokens of a layer's pass."})
     rounds: int = field(default=20, metadata={"help": "Timed passes of a layer."})

@@ -40,7 +40,7 @@ COMPRESSION_TARGET = 90.0  # seconds for all matrices of BERT-base
 
 @dataclass
 class MPOBenchmarkArguments:
-    """What to time, and how often."""
+    """Cases of the benchmark, and their rounds."""
 
     cases: list[str] = field(default_factory=lambda: list(CASES), metadata={"help": "Any of the tables."})
     threads: int = field(default=1, metadata={"help": "Threads that torch computes with."})
@@ -69,7 +69,7 @@ class MPOBenchmarkArguments:
         return BertConfig(**(tiny if self.smoke else {}))
 
     def compare(self, baseline: Callable, other: Callable, rounds: int | None = None) -> SpeedUp:
-        """Say how many times faster `other` is."""
+        """Return how many times faster `other` is."""
         calls = {"baseline": baseline, "other": other}
         warmup = 3 if rounds is None else 1
         settings = {"rounds": rounds or self.rounds, "warmup": warmup, "clock": self.clock, "seed": self.seed}
@@ -161,7 +161,7 @@ def time_tokens(args: MPOBenchmarkArguments, dense: nn.Linear, layer: MPOMatrix,
 
 
 def picks_chain(layer: MPOMatrix, x: Tensor) -> bool:
-    """Say whether the layer leaves its matrix unbuilt."""
+    """Return whether the layer leaves its matrix unbuilt."""
     layer.train().eval()  # which forgets what was kept
     layer(x)
     return layer._matrix.value is None

@@ -93,7 +93,7 @@ def prepare(args: OverheadArguments) -> tuple[BertForSequenceClassification, Pru
 
 
 def peak_growth(call: Callable[[], object]) -> float:
-    """Say by how many MB the process's peak of memory rises above what it holds, while a call runs."""
+    """Return by how many MB the process's peak of memory rises above what it holds, while a call runs."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _status("VmRSS")
     call()

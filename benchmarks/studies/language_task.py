@@ -40,7 +40,7 @@ END = "<|endoftext|>"
 
 @dataclass
 class LanguageArguments(LabelledTextArguments):
-    """What to start from, and where the text is."""
+    """The model to start from, and the files of the text."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Decoder or T5: Hub id or folder."})
     from_scratch: bool = field(default=False, metadata={"help": "Train a tokenizer and a model of these sizes first."})

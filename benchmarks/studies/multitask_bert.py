@@ -58,7 +58,7 @@ are those of the first seed's models: a request to all tasks runs so many `layer
 
 @dataclass
 class MultiTaskOptions(StudyOptions):
-    """What to learn, and how it is compared."""
+    """The tasks to learn, and how models are compared."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Pre-trained BERT: Hub id or folder."})
     tasks: str | None = field(default=None, metadata={"help": "JSON file with the tasks; see above."})

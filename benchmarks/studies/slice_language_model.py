@@ -32,7 +32,7 @@ from transformers import (
 
 @dataclass
 class SliceArguments:
-    """What is cut out of which model."""
+    """The model, and the part that is cut out of it."""
 
     output_dir: Path = field(metadata={"help": "Folder for model and tokenizer."})
     model_name_or_path: str | None = field(default=None, metadata={"help": "Decoder: Hub id or folder."})

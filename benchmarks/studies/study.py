@@ -27,7 +27,7 @@ INTERVALS = "Means over the seeds; intervals (95 %) are bootstrapped over the va
 
 
 class Task(Protocol):
-    """What is learned: the data, the models for it, and what their predictions are worth."""
+    """A task to learn: its data, the models for it, and the metrics of their predictions."""
 
     auto_class: type  # that loads a checkpoint
     train_dataset: Sequence[dict]

@@ -24,7 +24,7 @@ from hf_moebert.measuring.scores import REGRESSION_SCORES, predict_logits, tags_
 
 @dataclass
 class SourceArguments:
-    """What to start from, and where the data is."""
+    """The model to start from, and the data."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Pre-trained encoder: Hub id or folder."})
     dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub."})

@@ -1,4 +1,4 @@
-"""What the multi-task study keeps of its runs, and what its report may do."""
+"""The multi-task study keeps predictions of its runs, and its report trains nothing."""
 
 import json
 
