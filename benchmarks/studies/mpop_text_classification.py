@@ -29,11 +29,12 @@ from low_rank import cut_to_low_rank, restore
 from peft import LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from smoke import make_smoke_texts
 from study import Run, Study, StudyOptions
-from tasks import TextArguments, TextTask, accuracy
+from tasks import TextArguments, TextTask
 from transformers import EvalPrediction, HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
 
 from hf_moebert import MPOConfig, MPOSqueezingCallback, MPOSqueezingConfig, compress_mpo
 from hf_moebert.measuring.footprint import count_bytes
+from hf_moebert.measuring.metrics.accuracy.accuracy import accuracy
 from hf_moebert.methods.mpo.conversion import find_matrices
 from hf_moebert.methods.mpo.functional_bonds import choose_bonds, entanglement_entropy, error_bound
 from hf_moebert.methods.mpo.functional_decomposition import decompose

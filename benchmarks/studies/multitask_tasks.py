@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from tasks import accuracy, draw, load_with_new_head
+from tasks import draw, load_with_new_head
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -26,11 +26,7 @@ from hf_moebert.methods.multitask.training_states import pad_examples
 
 
 SCORES: dict[str, dict[str, Score]] = {
-    "classification": {
-        "accuracy": accuracy,
-        "f1": CLASSIFICATION_SCORES["f1"]["f1"],
-        "matthews_correlation": CLASSIFICATION_SCORES["matthews_correlation"]["matthews_correlation"],
-    },
+    "classification": {name: CLASSIFICATION_SCORES[name][name] for name in ("accuracy", "f1", "matthews_correlation")},
     "regression": REGRESSION_SCORES["pearson_spearman"],
     "tagging": {"span_f1": SPAN_SCORES["f1"]},
     "crf_tagging": {"span_f1": SPAN_SCORES["f1"]},

@@ -19,7 +19,6 @@ from pruning import PrunedRun, PruningStudy, plan_runs
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from study import StudyOptions
-from tasks import accuracy
 from transformers import (
     AutoModelForImageClassification,
     HfArgumentParser,
@@ -31,6 +30,7 @@ from transformers import (
 )
 
 from hf_moebert import PlatonConfig
+from hf_moebert.measuring.metrics.accuracy.accuracy import accuracy
 
 
 ABOUT = "Handwritten digits of 8x8 pixels (scikit-learn), read by a tiny vision transformer trained from scratch."

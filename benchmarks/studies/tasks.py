@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from hf_moebert.data import encode_text, encode_tokens, label_names_of, load_splits, tag_names_of
+from hf_moebert.measuring.metrics.accuracy.accuracy import accuracy
 from hf_moebert.measuring.scores import REGRESSION_SCORES, predict_logits, tags_of
 
 
@@ -77,14 +78,6 @@ def load_with_new_head(auto_class: type, encoder: str, names: Sequence[str]) -> 
     """Put a new head on an encoder; its values come from the seed that was set last."""
     label2id = {name: index for index, name in enumerate(names)}
     return auto_class.from_pretrained(encoder, id2label=dict(enumerate(names)), label2id=label2id)
-
-
-def accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
-    """Return the share of equal labels.
-
-    The library's accuracy takes a hundred times as long to check its arguments, and intervals ask for it often.
-    """
-    return float(np.mean(predictions == references))
 
 
 class TextTask:

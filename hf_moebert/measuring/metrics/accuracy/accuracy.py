@@ -2,13 +2,13 @@
 
 import datasets
 import evaluate
+import numpy as np
 from numpy.typing import ArrayLike
-from sklearn.metrics import accuracy_score
 
 
 def accuracy(predictions: ArrayLike, references: ArrayLike) -> float:
     """Share of equal entries, in [0, 1]; both of shape `(examples,)`."""
-    return float(accuracy_score(references, predictions))
+    return float(np.mean(np.asarray(predictions) == np.asarray(references)))  # sklearn checks for 50 times as long
 
 
 class Accuracy(evaluate.Metric):
