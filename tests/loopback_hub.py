@@ -142,7 +142,7 @@ ROUTES = [
 ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def loopback_hub():
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": hub}))

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def arguments(folder, **options):
 
 
 def distil(folder, student, teacher, recipe=None, data=None, **options):
-    hosts = {name: options.pop(name) for name in list(options) if name in ("compute_loss_func", "eval_dataset")}
+    to_trainer = {name: options.pop(name) for name in list(options) if name in ("compute_loss_func", "eval_dataset")}
     return DistillationTrainer(
         model=student,
         teacher=teacher,
@@ -101,7 +102,7 @@ def distil(folder, student, teacher, recipe=None, data=None, **options):
         args=arguments(folder, **options),
         data_collator=collate,
         train_dataset=rows() if data is None else data,
-        **hosts,
+        **to_trainer,
     )
 
 
@@ -133,7 +134,7 @@ def test_without_weight_it_is_the_stock_trainer_bit_for_bit(tmp_path, accumulati
     options = {"max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulation}
     students = [bert(dropout=0.2), bert(dropout=0.2)]
     for student in students:
-        student.accepts_loss_kwargs = False  # without it, transformers forgets to divide by the accumulation steps
+        student.accepts_loss_kwargs = False  # or the stock trainer does not divide by the accumulation steps
     distil(tmp_path, students[0], bert(1), DistillationConfig(weight=0.0), **options).train()
     Trainer(students[1], arguments(tmp_path, **options), data_collator=collate, train_dataset=rows()).train()
     assert_equal_states(*students)
@@ -541,20 +542,30 @@ def test_the_checkpoint_of_another_model_is_refused_before_anything_happens(tmp_
     assert trainer.state.global_step == 0
 
 
+FOUR_STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of four steps with two checkpoints: its student and its folder."""
+    student, folder = bert(), tmp_path_factory.mktemp("finished")
+    distil(folder, student, bert(1), **FOUR_STEPS).train()
+    return student, folder
+
+
 @pytest.mark.parametrize("damage", ["missing", "empty", "half"])
-def test_resuming_skips_a_checkpoint_whose_saving_was_cut_short(tmp_path, caplog, damage):
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    whole = bert()
-    distil(tmp_path, whole, bert(1), **options).train()
-    state = tmp_path / "checkpoint-4/trainer_state.json"
+def test_resuming_skips_a_checkpoint_whose_saving_was_cut_short(tmp_path, finished, damage):
+    whole, folder = finished
+    folder = shutil.copytree(folder, tmp_path / "run")
+    state = folder / "checkpoint-4/trainer_state.json"
     state.unlink() if damage == "missing" else state.write_text("" if damage == "empty" else state.read_text()[:40])
     resumed = bert(5)
-    distil(tmp_path, resumed, bert(1), **options).train(resume_from_checkpoint=True)
+    distil(folder, resumed, bert(1), **FOUR_STEPS).train(resume_from_checkpoint=True)
     assert_equal_states(whole, resumed)
     for name in ("checkpoint-2", "checkpoint-4"):
-        (tmp_path / name / "trainer_state.json").unlink(missing_ok=True)
+        (folder / name / "trainer_state.json").unlink(missing_ok=True)
     with pytest.raises(ValueError, match="must find a complete checkpoint in .* which has none"):
-        distil(tmp_path, bert(5), bert(1), **options).train(resume_from_checkpoint=True)
+        distil(folder, bert(5), bert(1), **FOUR_STEPS).train(resume_from_checkpoint=True)
 
 
 # Two processes

@@ -14,6 +14,7 @@ from hf_moebert import MoEBertForSequenceClassification, measure_importance
 
 
 LENGTHS = (7, 1)  # of data sets that two processes cannot share evenly
+pytestmark = pytest.mark.process
 RUNS = {
     "hash-random": {},
     "gate-token": {},
@@ -89,7 +90,7 @@ def be_one_of_two(folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each of two processes ended with."""
+    """Run two processes, and return what each ended with."""
     folder = tmp_path_factory.mktemp("ranks")
     run_in_two(__file__, folder)
     return read_both(folder)

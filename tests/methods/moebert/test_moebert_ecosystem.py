@@ -1,4 +1,4 @@
-"""Everything transformers' tools do with a model, they do with a MoEBERT."""
+"""Everything that transformers, PEFT and the Trainer do with a model, they do with a MoEBERT."""
 
 import copy
 import json
@@ -142,7 +142,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 torch.manual_seed(99)
 torch.set_grad_enabled(False)
 sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-for stock in (BertModel, BertForSequenceClassification):  # what is remembered of them must not reach our models
+for stock in (BertModel, BertForSequenceClassification):  # what transformers keeps of them must not reach our models
     stock(BertConfig(vocab_size=9, **sizes))
 
 import hf_moebert
@@ -164,6 +164,7 @@ print(json.dumps(told))
 """
 
 
+@pytest.mark.process
 def test_a_new_process_finds_the_same_model(tmp_path, convert, inputs):
     models = {routing: convert(routing) for routing in ROUTINGS}
     models["hash-balanced"] = convert("hash-balanced", token_counts=torch.arange(100))
@@ -226,7 +227,7 @@ def test_pipelines(student, dense_config, importance, tokenizer, tmp_path):
 
 @pytest.fixture
 def one_layer(dense_config, importance):
-    """What a compiler takes long for is the same in every layer."""
+    """Make a model of one layer: a compiler takes long, and every layer is the same to it."""
 
     def from_dense(routing, **options):
         dense_config.num_hidden_layers, dense_config.initializer_range = 1, 0.2
@@ -244,6 +245,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.process
 @torch.no_grad()
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_compiled_in_one_graph(fresh_compiler, one_layer, routing):
@@ -254,12 +256,13 @@ def test_compiled_in_one_graph(fresh_compiler, one_layer, routing):
         torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("routing", ["hash-random", "gate-token"])
 def test_compiled_training_with_records(fresh_compiler, one_layer, batch, routing):
     model = one_layer(routing, router_aux_loss_coef=0.1)
     model.config.problem_type = "single_label_classification"  # or it is inferred, and compiled again
     records = {"output_expert_load": True, "output_router_logits": routing == "gate-token"}
-    model(**batch, **records)  # transformers hangs its recorders in at the first call, and cannot while it compiles
+    model(**batch, **records)  # hooks for records are added at the first call, and cannot be while it compiles
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     for inputs in (batch, make_inputs(3, 9) | {"labels": torch.tensor([2, 0, 1])}):
         got, wanted = compiled(**inputs, **records), model(**inputs, **records)
@@ -272,6 +275,7 @@ def test_compiled_training_with_records(fresh_compiler, one_layer, batch, routin
         assert_close(*found)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_exported_with_any_batch_and_length(one_layer, batch, routing):
     model = one_layer(routing)
@@ -318,7 +322,7 @@ def test_autocast(convert, batch, routing):
             assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
 
 
-# ------------------------------------------------------------------------------------------- transformers' switches
+# ------------------------------------------------------------------------------------------------------ switches
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)

@@ -9,15 +9,18 @@ import torch
 from loopback_hub import loopback_hub  # noqa: F401
 from transformers import (
     AutoModelForSequenceClassification,
+    BertConfig,
     BertForQuestionAnswering,
+    BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
     BertTokenizer,
 )
 
-from hf_moebert import MoEBertForQuestionAnswering, MoEBertForTokenClassification, MoEBertModel
+from hf_moebert.methods.moebert import from_dense
 
 
+pytestmark = pytest.mark.process
 SIZES = {"num_experts": 4, "expert_size": 16, "num_shared_neurons": 8}
 CODE = {f"modeling_{name}.py" for name in ("dense", "experts", "export", "layers", "moebert")}
 CODE |= {"configuration_moebert.py", "functional.py"}
@@ -31,7 +34,7 @@ folder, told = pathlib.Path(sys.argv[1]), {}
 ids = torch.tensor(json.loads(sys.argv[2]))
 """
 END = """
-print()  # transformers' question whether to trust stands on this line
+print()  # the question of transformers whether to trust stands on this line
 print(json.dumps(told))
 """
 PUBLISH = """
@@ -126,36 +129,55 @@ def run(hub, home, code, *arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.fixture
+def make_models():
+    """Return one model of each kind."""
+    names = ("bad", "so so", "good")
+    config = BertConfig(
+        vocab_size=100,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        initializer_range=0.2,
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+    importance = torch.rand(3, 64, generator=torch.Generator().manual_seed(1))
+    models = {"classes": from_dense(BertForSequenceClassification(config), importance, **SIZES)}
+    spans = BertConfig(**config.to_dict() | {"num_labels": 2})
+    for name, dense in (
+        ("body", BertModel(config)),
+        ("tags", BertForTokenClassification(config)),
+        ("spans", BertForQuestionAnswering(spans)),
+    ):
+        models[name] = from_dense(dense, importance, routing="gate-token", **SIZES)
+    return models
+
+
+@pytest.fixture(scope="module")
 def ids():
     return torch.randint(1, 100, (3, 7), generator=torch.Generator().manual_seed(4))
 
 
-@pytest.fixture
-def models(tmp_path, dense_config, importance, student):
-    """One model of each kind, and the folder where they are saved."""
+@pytest.fixture(scope="module")
+def published(loopback_hub, tmp_path_factory, ids):  # noqa: F811
+    """Push everything in one process with the package: the models, their folder, and what the process told."""
+    folder, models = tmp_path_factory.mktemp("published"), make_models()
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *[f"w{i}" for i in range(95)]]
-    BertTokenizer(vocab={word: index for index, word in enumerate(words)}).save_pretrained(tmp_path / "classes")
-    found = {"classes": student}
-    for name, cls, dense_cls in (
-        ("body", MoEBertModel, BertModel),
-        ("tags", MoEBertForTokenClassification, BertForTokenClassification),
-        ("spans", MoEBertForQuestionAnswering, BertForQuestionAnswering),
-    ):
-        if name == "spans":
-            dense_config.num_labels = 2
-        found[name] = cls.from_dense(dense_cls(dense_config).eval(), importance, routing="gate-token", **SIZES)
-    for name, model in found.items():
-        model.save_pretrained(tmp_path / name)
-    return found
+    BertTokenizer(vocab={word: index for index, word in enumerate(words)}).save_pretrained(folder / "classes")
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+    return models, folder, run(loopback_hub, folder / "home", PUBLISH + TRAIN, folder, ids.tolist())
 
 
 @torch.no_grad()
-def test_pushed_models_load_with_and_without_the_package(loopback_hub, tmp_path, models, ids):  # noqa: F811
+def test_pushed_models_load_with_and_without_the_package(loopback_hub, published, ids):  # noqa: F811
+    models, folder, told = published
+
     def same(values, wanted):
         torch.testing.assert_close(torch.tensor(values), wanted, atol=1e-5, rtol=1e-5)
 
-    told = run(loopback_hub, tmp_path / "home", PUBLISH, tmp_path, ids.tolist())
     first = models["classes"](ids).logits
     same(told["trust False"], first + 1)
     same(told["trust True"], first + 1)
@@ -165,8 +187,7 @@ def test_pushed_models_load_with_and_without_the_package(loopback_hub, tmp_path,
         assert {file for file in files if file.endswith(".py")} == CODE | extra
         assert not [file for file in files if file.endswith((".bin", ".pt", ".pkl"))]
 
-    arguments = (tmp_path, ids.tolist(), told["first"])
-    told = run(loopback_hub, tmp_path / "other home", WITHOUT_PACKAGE, *arguments)
+    told = run(loopback_hub, folder / "other home", WITHOUT_PACKAGE, folder, ids.tolist(), told["first"])
     assert len(told["refusals"]) == 4
     assert all("trust_remote_code=True" in refusal for refusal in told["refusals"])
     assert told["code that ran"] == []
@@ -183,18 +204,18 @@ def test_pushed_models_load_with_and_without_the_package(loopback_hub, tmp_path,
     assert told["pipeline"] in ("bad", "so so", "good")
 
 
-def test_a_stock_trainer_pushes_what_loads(loopback_hub, tmp_path, models, ids):  # noqa: F811
+def test_a_stock_trainer_pushes_what_loads(loopback_hub, published, tmp_path, ids):  # noqa: F811
     """Pushes amid training take the weights alone, unless the code was saved to the run's folder before."""
-    told = run(loopback_hub, tmp_path / "home", TRAIN, tmp_path, ids.tolist())
-    for name, logits in told.items():
+    _, _, told = published
+    for name in ("plain", "prepared"):
         commits = loopback_hub.repositories[f"tester/{name}"]["commits"].values()
         pushed = [files for files in commits if "model.safetensors" in files]
         whole = [CODE | {"modeling_heads.py"} <= files.keys() for files in pushed]
         assert len(whole) >= 3
         assert all(whole) if name == "prepared" else whole[-1]
-        fetched = tmp_path / "fetched" / name
-        fetched.mkdir(parents=True)
+        fetched = tmp_path / name
+        fetched.mkdir()
         for file, content in pushed[-1].items():
             (fetched / file).write_bytes(content)
         loaded = AutoModelForSequenceClassification.from_pretrained(fetched)
-        torch.testing.assert_close(loaded(ids).logits, torch.tensor(logits), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(loaded(ids).logits, torch.tensor(told[name]), atol=1e-5, rtol=1e-5)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import logging as host_logging
+from transformers import logging
 
 from hf_moebert import (
     MoEBertConfig,
@@ -114,9 +114,9 @@ def test_an_implementation_that_passes_by_the_packed_experts_is_named(implementa
     model, batch = make(), padded((6, 2))
     expected = model(**batch).last_hidden_state
     model.set_experts_implementation(implementation)
-    host_logging.enable_propagation()
+    logging.enable_propagation()
     found = optimize_for_inference(model)(**batch).last_hidden_state
-    host_logging.disable_propagation()
+    logging.disable_propagation()
     assert f"Experts stay as they are: their implementation is '{implementation}'" in caplog.text
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)

@@ -22,6 +22,7 @@ from hf_moebert import (
 )
 from hf_moebert.methods.moebert.conversion import MOEBERTS, from_dense
 from hf_moebert.methods.moebert.functional import assign_neurons
+from hf_moebert.methods.moebert.modeling_experts import MoEBertExperts
 
 
 SIZES = {"num_experts": 4, "expert_size": 16, "num_shared_neurons": 8}
@@ -135,9 +136,12 @@ def test_every_implementation_equals_a_loop_over_tokens(dense, importance, imple
         torch.testing.assert_close(experts(x, index, weights), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_experts_gradcheck(dense, importance):
-    experts = convert(dense, importance).double().bert.encoder.layer[0].moe.experts
-    x = torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
+def test_experts_gradcheck():
+    sizes = {"num_experts": 4, "expert_size": 5, "num_shared_neurons": 0, "intermediate_size": 20}
+    experts = MoEBertExperts(MoEBertConfig(hidden_size=6, num_attention_heads=1, **sizes)).double()
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     index, weights = torch.tensor([[0], [2], [2], [3], [0]]), torch.rand(5, 1, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, w: experts(x, index, w), (x, weights))
 

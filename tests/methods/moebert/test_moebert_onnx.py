@@ -16,18 +16,19 @@ from hf_moebert import (
 )
 
 
-ROUTINGS = {
+# An export takes seconds, so each has a routing, a head and a size that no other has
+CASES = {
     "hash-random": {},
-    "hash-balanced": {},
-    "gate-token": {},
-    "gate-sentence": {},
-    "gate-token, top 2": {"top_k": 2},
-    "gate-sentence, top 2": {"top_k": 2},
-    "gate-token, probability": {"gate_scaling": "probability"},
+    "hash-balanced, tokens": {"head": MoEBertForTokenClassification},
+    "hash-random, one expert": {"num_experts": 1, "expert_size": 64},  # as the next: sizes that grouped kernels refuse
+    "gate-token, odd size": {"expert_size": 13},
+    "gate-token, top 2 by probability": {"top_k": 2, "gate_scaling": "probability"},
     "gate-token, reference": {"gate_scaling": "reference"},
+    "gate-sentence, spans": {"head": MoEBertForQuestionAnswering},
+    "gate-sentence, top 2": {"top_k": 2},
 }
 SHAPES = ((1, 1), (1, 7), (1, 32), (2, 5), (3, 16), (8, 128))
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporter
+pytestmark = [pytest.mark.process, pytest.mark.filterwarnings("ignore")]  # warnings of the exporter
 
 
 def make_model(routing="hash-random", head=MoEBertForSequenceClassification, **options):
@@ -74,29 +75,34 @@ def assert_same(session, model, inputs, atol=1e-4):
         np.testing.assert_allclose(got, tensor, atol=atol, rtol=1e-4)
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
-def test_one_export_serves_every_batch_and_padding(tmp_path, routing):
-    model = make_model(routing.split(",")[0], **ROUTINGS[routing])
-    session = export(model, tmp_path)
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Export the first case, and return the model and the folder of the graph."""
+    model, folder = make_model(), tmp_path_factory.mktemp("exported")
+    export(model, folder)
+    return model, folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_export_serves_every_batch_and_padding(request, tmp_path, case):
+    if case == "hash-random":
+        model, folder = request.getfixturevalue("exported")
+        session = onnxruntime.InferenceSession(folder / "model.onnx")
+    else:
+        model = make_model(case.split(",")[0], **CASES[case])
+        session = export(model, tmp_path)
     for rows, length in SHAPES:
         assert_same(session, model, make_inputs(rows, length))
+        assert_same(session, model, make_inputs(rows, length, pad=length // 3))
     for side in ("left", "right"):
         for pad in (3, 16):  # 16: a row of padding alone
             assert_same(session, model, make_inputs(3, 16, pad, side))
 
 
-@pytest.mark.parametrize("head", [MoEBertForTokenClassification, MoEBertForQuestionAnswering])
-def test_other_heads(tmp_path, head):
-    model = make_model(head=head)
-    session = export(model, tmp_path)
-    for rows, length in SHAPES:
-        assert_same(session, model, make_inputs(rows, length, pad=length // 3))
-
-
 @torch.no_grad()
-def test_experts_that_get_no_token(tmp_path):
-    model = make_model()
-    session = export(model, tmp_path)
+def test_experts_that_get_no_token(exported):
+    model, folder = exported
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
     table = model.base_model.router.table
     for expert in range(4):
         ids = (table[0] == expert).nonzero().flatten()[:6].view(2, 3)  # all tokens go to one expert
@@ -104,16 +110,8 @@ def test_experts_that_get_no_token(tmp_path):
         assert_same(session, model, inputs)
 
 
-@pytest.mark.parametrize("options", [{"expert_size": 13}, {"num_experts": 1, "expert_size": 64}])
-def test_sizes_that_grouped_kernels_refuse(tmp_path, options):
-    model = make_model(**options)
-    session = export(model, tmp_path)
-    assert_same(session, model, make_inputs(3, 16))
-
-
-def test_the_graph_multiplies_each_expert_with_its_own_tokens_only(tmp_path):
-    export(make_model(), tmp_path)
-    kinds = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+def test_the_graph_multiplies_each_expert_with_its_own_tokens_only(exported):
+    kinds = [node.op_type for node in onnx.load(exported[1] / "model.onnx").graph.node]
     assert kinds.count("NonZero") == 4
     assert kinds.count("ScatterND") == 1
     assert not {"TopK", "Loop", "If", "Scan"} & set(kinds)
@@ -128,14 +126,13 @@ def test_torchscript_does_not_freeze_the_routes():
         torch.testing.assert_close(traced(*inputs.values()), model(**inputs), atol=1e-5, rtol=1e-4)
 
 
-def test_int8_quantisation_finds_every_expert(tmp_path):
-    model = make_model()
-    export(model, tmp_path)
+def test_int8_quantisation_finds_every_expert(exported, tmp_path):
+    model, folder = exported
     options = onnxruntime.SessionOptions()  # the experts' weights become constants of their own
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.optimized_model_filepath = str(tmp_path / "folded.onnx")
-    onnxruntime.InferenceSession(tmp_path / "model.onnx", options)
-    folded = onnx.load(tmp_path / "folded.onnx")
+    options.optimized_model_filepath = str(folder / "folded.onnx")  # beside the weights, which it refers to
+    onnxruntime.InferenceSession(folder / "model.onnx", options)
+    folded = onnx.load(folder / "folded.onnx")
     del folded.graph.value_info[:]  # the shapes of before
     quantize_dynamic(folded, tmp_path / "int8.onnx", per_channel=True)
     kinds = [node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node]

@@ -1,4 +1,4 @@
-"""MoEBERT under transformers' own model tests, the ones that every architecture inside transformers has to pass."""
+"""MoEBERT under the tests of transformers, which every architecture in it has to pass."""
 
 import unittest
 from unittest.mock import patch
@@ -69,8 +69,8 @@ class MoEBertModelTester:
         return self.get_config(), inputs
 
 
-def host_loading():
-    """Load with transformers' `from_pretrained`: two tests load empty checkpoints, which ours refuses by design."""
+def stock_loading():
+    """Load with the stock `from_pretrained`: two tests load empty checkpoints, which ours refuses by design."""
     return patch.object(MoEBertPreTrainedModel, "from_pretrained", PreTrainedModel.__dict__["from_pretrained"])
 
 
@@ -89,12 +89,16 @@ class MoEBertSuite(common.ModelTesterMixin):
             self.addCleanup(added.stop)
 
     def test_can_init_all_missing_weights(self):
-        with host_loading():
+        with stock_loading():
             super().test_can_init_all_missing_weights()
 
     def test_model_weights_reload_no_missing_tied_weights(self):
-        with host_loading():
+        with stock_loading():
             super().test_model_weights_reload_no_missing_tied_weights()
+
+    def test_bc_torch_dtype(self):
+        self.all_model_classes = (MoEBertModel,)  # loads it 14 times, by two names of one argument
+        super().test_bc_torch_dtype()
 
     def test_config(self):
         ConfigTester(self, config_class=MoEBertConfig, hidden_size=32, **self.fields).run_common_tests()
