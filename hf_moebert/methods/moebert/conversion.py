@@ -29,7 +29,38 @@ from .modeling_heads import (
 from .modeling_moebert import MoEBertModel, MoEBertPreTrainedModel
 
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "1"  # of importance files
+# The MoEBERT of each dense class
+MOEBERTS: dict[type[PreTrainedModel], type[MoEBertPreTrainedModel]] = {
+    BertModel: MoEBertModel,
+    BertForSequenceClassification: MoEBertForSequenceClassification,
+    BertForTokenClassification: MoEBertForTokenClassification,
+    BertForQuestionAnswering: MoEBertForQuestionAnswering,
+}
+
+
+def from_dense(model: PreTrainedModel, importance: Tensor, **options: Any) -> MoEBertPreTrainedModel:
+    """Convert a fine-tuned dense BERT to the MoEBERT with the same head.
+
+    Args:
+        model: The dense BERT. It is not changed.
+        importance: Score of each neuron, from `measure_importance`. Shape `(layers, intermediate)`.
+        **options: See `MoEBertModel.from_dense`: `num_experts`, `expert_size`, `num_shared_neurons`, `routing`,
+            `token_counts`, `seed`, and further fields of `MoEBertConfig`.
+
+    Returns:
+        The student in eval mode, with the dense model's dtype and device.
+
+    Raises:
+        ValueError: If no MoEBERT has the model's head, or the importance or an option does not fit.
+
+    Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, section 3.2.
+    """
+    for dense_class, moebert_class in MOEBERTS.items():
+        if isinstance(model, dense_class):
+            return moebert_class.from_dense(model, importance, **options)
+    names = ", ".join(dense_class.__name__ for dense_class in MOEBERTS)
+    raise ValueError(f"`model` must be one of {names}, got {type(model).__name__}. Other heads have no MoEBERT.")
 
 
 def count_tokens(dataset: Any, vocab_size: int) -> Tensor:
@@ -141,36 +172,3 @@ def load_importance(path: str | Path, model: PreTrainedModel) -> Tensor:
             f"{own}. Measure it again, or give the model it belongs to."
         )
     return importance
-
-
-# The MoEBERT of each dense class
-MOEBERTS: dict[type[PreTrainedModel], type[MoEBertPreTrainedModel]] = {
-    BertModel: MoEBertModel,
-    BertForSequenceClassification: MoEBertForSequenceClassification,
-    BertForTokenClassification: MoEBertForTokenClassification,
-    BertForQuestionAnswering: MoEBertForQuestionAnswering,
-}
-
-
-def from_dense(model: PreTrainedModel, importance: Tensor, **options: Any) -> MoEBertPreTrainedModel:
-    """Convert a fine-tuned dense BERT to the MoEBERT with the same head.
-
-    Args:
-        model: The dense BERT. It is not changed.
-        importance: Score of each neuron, from `measure_importance`. Shape `(layers, intermediate)`.
-        **options: See `MoEBertModel.from_dense`: `num_experts`, `expert_size`, `num_shared_neurons`, `routing`,
-            `token_counts`, `seed`, and further fields of `MoEBertConfig`.
-
-    Returns:
-        The student in eval mode, with the dense model's dtype and device.
-
-    Raises:
-        ValueError: If no MoEBERT has the model's head, or the importance or an option does not fit.
-
-    Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, section 3.2.
-    """
-    for dense_class, moebert_class in MOEBERTS.items():
-        if isinstance(model, dense_class):
-            return moebert_class.from_dense(model, importance, **options)
-    names = ", ".join(dense_class.__name__ for dense_class in MOEBERTS)
-    raise ValueError(f"`model` must be one of {names}, got {type(model).__name__}. Other heads have no MoEBERT.")

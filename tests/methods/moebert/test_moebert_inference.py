@@ -101,11 +101,16 @@ def test_the_experts_themselves_are_packed(implementation, monkeypatch):
     model.set_experts_implementation(implementation)
     optimize_for_inference(model)
     used = []
-    forms = OptimizedExperts.forms
-    monkeypatch.setattr(OptimizedExperts, "forms", lambda self, x: used.append(forms(self, x)) or used[-1])
+    linears = OptimizedExperts.inference_linears
+
+    def record(self, x):
+        used.append(linears(self, x))
+        return used[-1]
+
+    monkeypatch.setattr(OptimizedExperts, "inference_linears", record)
     model(**batch)
     assert len(used) == 3
-    assert all(len(forms) == 8 for forms in used)  # up and down of four experts
+    assert all(len(packed) == 8 for packed in used)  # up and down of four experts
 
 
 @torch.no_grad()
