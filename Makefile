@@ -50,7 +50,7 @@ check: quality types test
 copies:
 	$(PYTHON) tests/copies.py
 
-quick: $(VENV)/.installed
+quick: $(VENV)/.transformers_suite
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m "not process" tests
 
 benchmark: $(VENV)/.installed

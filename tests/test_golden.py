@@ -64,6 +64,7 @@ def test_every_type_of_model_is_there():
     assert registered() <= {config["model_type"] for config in configs(GOLDEN)}
 
 
+@pytest.mark.process
 def test_this_release_can_write_its_own(tmp_path):
     """`write.py` reads back each form that it wrote."""
     paths = os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])

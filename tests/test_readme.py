@@ -42,7 +42,9 @@ def test_the_front_page_is_read_in_minutes():
 def test_the_sixty_seconds_run(tmp_path, monkeypatch, tiny_teacher, tiny_sst2):
     """The block of the front page, on a tiny model and data set in place of the Hub's."""
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    code = block.replace("textattack/bert-base-uncased-SST-2", str(tiny_teacher)).replace("max_steps=600", "max_steps=40")
+    code = block.replace("textattack/bert-base-uncased-SST-2", str(tiny_teacher)).replace(
+        "max_steps=600", "max_steps=40"
+    )
     assert str(tiny_teacher) in code
     assert "max_steps=40" in code
     monkeypatch.chdir(tmp_path)

@@ -25,6 +25,8 @@ try:
 except TransformersSuiteUnavailableError as error:
     pytest.skip(str(error), allow_module_level=True)
 
+pytestmark = pytest.mark.process
+
 # By these tables of names the suite decides which tests a class gets and which labels; ours are in them for a test.
 TABLES = {
     "MODEL_MAPPING_NAMES": MoEBertModel,

@@ -23,6 +23,8 @@ try:
 except TransformersSuiteUnavailableError as error:
     pytest.skip(str(error), allow_module_level=True)
 
+pytestmark = pytest.mark.process
+
 
 class TinyModels:
     """Tiny configs and inputs; the attributes are what the suite reads of any tester."""
