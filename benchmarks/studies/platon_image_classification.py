@@ -49,7 +49,7 @@ class DigitsOptions(StudyOptions):
     structured_ratios: list[float] = field(
         default_factory=lambda: [0.15], metadata={"help": "Shares kept where whole neurons and heads are."}
     )
-    smoke: bool = field(default=False, metadata={"help": "Train for two epochs only."})
+    smoke: bool = field(default=False, metadata={"help": "Train for one epoch only."})
 
 
 class DigitsTask:
@@ -105,7 +105,7 @@ def main() -> None:
     )
     options, args, recipe = parser.parse_args_into_dataclasses()
     if options.smoke:
-        args.num_train_epochs, args.logging_steps, options.samples = 2, 5, 50
+        args.num_train_epochs, args.logging_steps, options.samples = 1, 5, 50
     study = PruningStudy(DigitsTask(seed=args.seed), args, options)
 
     dense = PrunedRun("dense")

@@ -12,6 +12,7 @@ from hf_moebert.checkpoints.loading import load_model
 from hf_moebert.inference.linears import unsupported_reason
 from hf_moebert.measuring.metrics.seqeval.seqeval import count_illegal, span_f1
 from hf_moebert.measuring.metrics.squad.squad import squad_scores
+from hf_moebert.reporting.tables import measurement_rows
 
 
 WORKING = [precision for precision in ("float32", "int8") if unsupported_reason(precision, True) is None]
@@ -35,7 +36,9 @@ def test_moebert_text_classification(tmp_path, run_study):
     assert "| effective |" in (tmp_path / "student/report.md").read_text()
     for file in ("README.md", "expert_load.png", "distillation_loss.png", "model.safetensors", "modeling_heads.py"):
         assert (tmp_path / "student" / file).stat().st_size > 0, file
-    assert "student" in output
+    header, *rows = output.splitlines()[-5:]  # the output ends with a table of five lines
+    assert re.split("  +", header) == list(measurement_rows(measurement)[0])
+    assert [row.split()[0] for row in rows] == models
 
 
 def count_layers(folder):
