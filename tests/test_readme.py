@@ -4,7 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertTokenizer,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
 
 
 ROOT = Path(__file__).parents[1]
@@ -39,18 +44,31 @@ def test_the_front_page_is_read_in_minutes():
         assert len(example.read_text().splitlines()) <= 60, example
 
 
-def test_the_sixty_seconds_run(tmp_path, monkeypatch, tiny_teacher, tiny_sst2):
-    """The block of the front page, on a tiny model and data set in place of the Hub's."""
+@pytest.fixture
+def tiny_distilbert(tiny_teacher, tmp_path):
+    """A folder with a tiny random DistilBERT and its tokenizer, which gives no token types."""
+    config = DistilBertConfig(vocab_size=9, dim=32, n_layers=2, n_heads=4, hidden_dim=96, max_position_embeddings=16)
+    DistilBertForSequenceClassification(config).save_pretrained(tmp_path / "distilbert")
+    names = ["input_ids", "attention_mask"]
+    BertTokenizer.from_pretrained(tiny_teacher, model_input_names=names).save_pretrained(tmp_path / "distilbert")
+    return tmp_path / "distilbert"
+
+
+@pytest.mark.parametrize(
+    ("folder", "found"), [("tiny_teacher", "ShrunkBert"), ("tiny_distilbert", "ShrunkDistilBert")]
+)
+def test_the_sixty_seconds_run(folder, found, tmp_path, monkeypatch, tiny_sst2, request):
+    """The block of the front page, on tiny models and data in place of the Hub's."""
+    dense = request.getfixturevalue(folder)
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    code = block.replace("textattack/bert-base-uncased-SST-2", str(tiny_teacher)).replace(
-        "max_steps=600", "max_steps=40"
-    )
-    assert str(tiny_teacher) in code
+    code = block.replace("textattack/bert-base-uncased-SST-2", str(dense))
+    code = code.replace("max_steps=600", "max_steps=40")
+    assert str(dense) in code
     assert "max_steps=40" in code
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.load_dataset", lambda *name: {("nyu-mll/glue", "sst2"): tiny_sst2}[name])
     scope = {}
     exec(compile(code, "README.md", "exec"), scope)
     small = AutoModelForSequenceClassification.from_pretrained("small")
-    assert type(small).__name__ == "ShrunkBertForSequenceClassification"
+    assert type(small).__name__ == f"Shrunk{found}ForSequenceClassification"
     assert small.num_parameters() < scope["model"].num_parameters()
