@@ -54,9 +54,7 @@ def tiny_distilbert(tiny_teacher, tmp_path):
     return tmp_path / "distilbert"
 
 
-@pytest.mark.parametrize(
-    ("folder", "found"), [("tiny_teacher", "ShrunkBert"), ("tiny_distilbert", "ShrunkDistilBert")]
-)
+@pytest.mark.parametrize(("folder", "found"), [("tiny_teacher", "Bert"), ("tiny_distilbert", "DistilBert")])
 def test_the_sixty_seconds_run(folder, found, tmp_path, monkeypatch, tiny_sst2, request):
     """The block of the front page, on tiny models and data in place of the Hub's."""
     dense = request.getfixturevalue(folder)
