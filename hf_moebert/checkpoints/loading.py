@@ -65,9 +65,8 @@ def open_tensors(files: Iterable[str | PathLike[str]]) -> dict[str, Any]:
 def _find_classes(config: PretrainedConfig) -> dict[str, type[PreTrainedModel]]:
     """Return the classes that the Auto classes know for a configuration, by name."""
     classes = {}
-    for auto in vars(modeling_auto).values():
-        mapping = getattr(auto, "_model_mapping", None)
-        if mapping is not None and type(config) in mapping:  # `bool(mapping)` would import every configuration
+    for mapping in (getattr(modeling_auto, name) for name in modeling_auto.__all__ if name.endswith("_MAPPING")):
+        if type(config) in mapping:
             entry = mapping[type(config)]
             for found in entry if isinstance(entry, tuple) else (entry,):
                 classes[found.__name__] = found

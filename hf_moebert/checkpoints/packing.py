@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform, rename_source_key
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    ConversionOps,
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+)
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -117,7 +125,7 @@ def save_packed(model: PreTrainedModel, folder: str | PathLike[str], *, max_shar
             "Merge an adapter: `merge_and_unload`",
         ),
         (getattr(model, "hf_quantizer", None) is not None, "is quantized", "Pack the model in its own dtype"),
-        (getattr(model, "_hf_peft_config_loaded", False), "has an adapter", "Merge or remove it"),
+        (has_adapters(model), "has an adapter", "Merge or remove it"),
         (any(p.is_meta for p in model.parameters()), "has weights on the meta device", "Load it without offloading"),
     ):
         if wrong:
@@ -130,6 +138,12 @@ def save_packed(model: PreTrainedModel, folder: str | PathLike[str], *, max_shar
     config = copy.deepcopy(model.config)
     config.quantization_config = BitmaskConfig()
     config.save_pretrained(folder)
+
+
+def has_adapters(model: PreTrainedModel) -> bool:
+    """Check whether PEFT keeps weights beside those of the model's class."""
+    wrappers = ("base_layer", "modules_to_save")  # attributes of the layers of all PEFT methods
+    return any(hasattr(part, wrapper) for part in model.modules() for wrapper in wrappers)
 
 
 def _pack_all(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -181,8 +195,8 @@ class BitmaskQuantizer(HfQuantizer):
         self, weight_conversions: list[WeightTransform], model: PreTrainedModel
     ) -> list[WeightTransform]:
         """Replace the conversions of the architecture, because a packed checkpoint has the names of the modules."""
-        # "(.+)" becomes the first group of the sources: every tensor passes, and a pair meets under one name
-        return [WeightConverter([rf"^\1\{SUFFIX}$", r"^\1$"], ["(.+)"], [_Unpack()])]
+        wanted = get_model_conversion_mapping(model, add_legacy=False)  # as for a model that was never loaded
+        return [_Unpacking(), *(_AtSaving(entry) for entry in wanted if not isinstance(entry, PrefixChange))]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if getattr(model.config, "distributed_config", None) is not None:
@@ -193,9 +207,33 @@ class BitmaskQuantizer(HfQuantizer):
         with torch.device("cpu"):  # transformers builds the model on the meta device
             check_files(kwargs.get("checkpoint_files") or [], model)
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        del model._weight_conversions  # or `save_pretrained` would try to undo the unpacking
-        return model
+
+class _Unpacking(WeightConverter):
+    """The conversion of all tensors, which `save_pretrained` does not undo: the loaded model is dense."""
+
+    def __init__(self) -> None:
+        # "(.+)" becomes the first group of the sources: every tensor passes, and a pair meets under one name
+        super().__init__([rf"^\1\{SUFFIX}$", r"^\1$"], ["(.+)"], [_Unpack()])
+
+    def was_used(self) -> bool:
+        """Return False, so that transformers does not keep it for saving."""
+        return False
+
+
+class _AtSaving(WeightRenaming):
+    """A conversion of the architecture that loading skips and `save_pretrained` undoes."""
+
+    def __init__(self, conversion: WeightTransform) -> None:
+        super().__init__("^$", "")  # no tensor has an empty name
+        self.conversion = conversion
+
+    def was_used(self) -> bool:
+        """Return True, so that transformers keeps it for saving."""
+        return True
+
+    def reverse_transform(self) -> WeightTransform:
+        """Return the reverse of the architecture's conversion."""
+        return self.conversion.reverse_transform()
 
 
 class _Unpack(ConversionOps):

@@ -1,6 +1,6 @@
 """Refuse sharded models where whole tensors and their gradients are needed."""
 
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -19,7 +19,7 @@ def refuse_sharded(model: nn.Module, rule: str) -> None:
     Raises:
         ValueError: If the model, or the run, is sharded.
     """
-    kind = AcceleratorState().distributed_type if AcceleratorState._shared_state else DistributedType.NO
+    kind = AcceleratorState().distributed_type if is_initialized() else DistributedType.NO
     if kind in SHARDED or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         who = kind.value if kind in SHARDED else "tensor parallelism"
         raise ValueError(

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_moebert.architectures.protocols import OptimizedForInference
+from hf_moebert.checkpoints.packing import has_adapters
 
 from .configuration_mpo import MPOCompressionConfig
 from .functional_bonds import choose_bonds
@@ -289,7 +290,7 @@ def _check_model(model: PreTrainedModel) -> None:
     for wrong, fault, remedy in (
         (not isinstance(model, PreTrainedModel), "no model of transformers", "Merge an adapter: `merge_and_unload`"),
         (method is not None, f"already compressed by {method!r}", "Take the dense model, or call `to_dense(model)`"),
-        (any(hasattr(m, "base_layer") for m in model.modules()), "one with a PEFT adapter", "Merge or remove it"),
+        (has_adapters(model), "one with a PEFT adapter", "Merge or remove it"),
         (
             any(isinstance(m, OptimizedForInference) for m in model.modules()),
             "optimised",

@@ -13,6 +13,7 @@ from transformers.models.bert.modeling_bert import (
     BertForTokenClassification,
 )
 
+from hf_moebert.checkpoints.packing import has_adapters
 from hf_moebert.methods.masked_crf.modeling_masked_crf import BertCrfForTokenClassification
 
 from .modeling_trunk import BertTrunk, new_branch
@@ -156,13 +157,6 @@ def check_single_task(model: PreTrainedModel) -> None:
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("`model` must hold its weights in memory, some are not. Load it without offloading.")
-
-
-def has_adapters(model: PreTrainedModel) -> bool:
-    """Check whether PEFT keeps weights beside those of the model's class."""
-    wrappers = ("base_layer", "modules_to_save")  # attributes of the layers of all PEFT methods
-    wrapped = any(hasattr(part, wrapper) for part in model.modules() for wrapper in wrappers)
-    return wrapped or getattr(model, "_hf_peft_config_loaded", False)
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:

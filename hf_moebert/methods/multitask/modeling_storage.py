@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers.models.bert.modeling_bert import BertPreTrainedModel
 
+from hf_moebert.checkpoints.packing import has_adapters
+
 from .configuration_multitask import MultiTaskBertConfig
 from .modeling_files import check_folder, check_hashes, hash_branch, hash_trunk, is_left_over, write_folder
-from .modeling_splitting import has_adapters
 
 
 # Options that `from_pretrained` and `cached_file` of transformers share
