@@ -33,7 +33,6 @@ class MoMModel(ConstrainedModel):
     """Base of all models with masks; a subclass only adds the class of transformers that it extends."""
 
     config: MoMFields
-    _can_set_experts_implementation_cached_value = True  # transformers would look for its decorator in another file
     # Patterns of names; all that match become float32, also integers such as `masks.is_open` and `budget.clock`
     _keep_in_fp32_modules_strict = {"masks.scores", "router.weight", "budget.multipliers", "budget.schedule"}
 
@@ -41,6 +40,10 @@ class MoMModel(ConstrainedModel):
         super().__init_subclass__(**kwargs)
         if MoMModel in cls.__bases__:  # further subclasses inherit the wrapped method
             cls.forward = add_constraint(cls.forward)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers would look for its decorator in another file
 
     def __init__(self, config: MoMFields, *args: Any, **kwargs: Any) -> None:
         with _as_dense(config):

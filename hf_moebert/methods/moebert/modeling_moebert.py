@@ -53,13 +53,16 @@ class MoEBertPreTrainedModel(BertPreTrainedModel):
     config: MoEBertConfig
     accepts_loss_kwargs = False  # losses are means over the batch: the Trainer divides by accumulation steps
     _no_split_modules = ["BertEmbeddings", "BertLayer", "MoEBertLayer"]
-    _can_set_experts_implementation_cached_value = True  # or a stock BERT's answer is read, if built first
     _can_record_outputs = {
         "hidden_states": GradientCheckpointingLayer,  # dense layers and converted ones alike
         "attentions": BertSelfAttention,
         "router_logits": OutputRecorder(MoEBertLayer, index=1),  # at the layer: survives reentrant checkpointing
         "expert_load": OutputRecorder(MoEBertLayer, index=2),
     }
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers would look for its decorator in another file
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Prefer `sorted_mm` to the choice of transformers."""

@@ -19,6 +19,7 @@ from .configuration_multitask import check_task_name
 from .functional import choose_depth, choose_uniform
 from .modeling_multitask import MultiTaskBertModel
 from .modeling_splitting import HEADS, join, take_branch, take_trunk
+from .modeling_trunk import new_branch
 from .recipe import INITS, MultiTaskSweepConfig
 from .training_runs import MultiTaskSweepTask, PreparedTask, Run, describe_arguments, read_result, write_result
 from .training_states import CachedStates, pad_examples
@@ -247,5 +248,6 @@ def new_student(
         start: Any = take_branch(encoder, frozen, num_layers).base_model
         layers.load_state_dict(start.encoder.state_dict())
     elif init == "random":
-        layers.apply(student._init_weights)
+        fresh: Any = new_branch(type(teacher), copy.deepcopy(student.config)).base_model
+        layers.load_state_dict(fresh.encoder.state_dict())
     return student
