@@ -1,11 +1,13 @@
 """The command line `hf-moebert`: parse, call a public function, print.
 
-Nothing of this package is imported here, not even a constant: that would import all models, and `--help` has to
-answer at once. Each command imports what it needs.
+The package is not imported here, not even for a constant: that would import all models, and `--help` has to answer at
+once. Each command imports what it needs.
 """
 
 import json
 import sys
+import traceback
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,28 +15,61 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from hf_moebert_main import load_alone
 
+
+LIMITS: Any = load_alone("serving/limits.py").ServingLimits
+LIMIT_HELP = {field.name: field.metadata["help"] for field in fields(LIMITS)}
+LONGEST_MESSAGE = 2000  # characters; transformers lists hundreds of tensors where weights do not fit
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads torch computes with.")]
 Rounds = Annotated[int, typer.Option(help="Timed passes of each model or form.")]
 
 
 class OneLineErrors(TyperGroup):
-    """A group of commands that answers bad use with one line on stderr and exit code 2, never with a stack trace."""
+    """A group of commands that answers every error with one line on stderr and exit code 2, without a stack trace."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run a command as typer does, except for errors."""
         standalone = extra.pop("standalone_mode", True)
-        for stream in (sys.stdout, sys.stderr):
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None if it was closed
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a locale may lack a path's letters
         try:
             code = super().main(*args, **extra | {"standalone_mode": False})
-        except (typer.TyperException, ValueError, OSError) as error:
-            message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-            typer.echo(f"hf-moebert: {' '.join(message.split())}", err=True)
+        except typer.TyperException as error:
+            typer.echo(f"hf-moebert: {_shorten(error.format_message())}", err=True)
             code = 2
         if not standalone:
             return code
         sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command, and turn what it raises into a message; typer itself answers Ctrl-C and a closed pipe."""
+        try:
+            result = super().invoke(ctx)
+            typer.echo(nl=False)  # flushes: a closed pipe shows here, not while Python exits
+        except (typer.TyperException, typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if ctx.params["debug"]:
+                traceback.print_exc()
+            raise typer.TyperException(_describe(error)) from error
+        return result
+
+
+def _describe(error: Exception) -> str:
+    """Return the message of an error that was foreseen, or the kind of another one and how to see where it was."""
+    message = str(error).strip()
+    if message and isinstance(error, (ValueError, OSError)):
+        return message
+    found = ": ".join(filter(None, (type(error).__name__, message.rstrip("."))))
+    return f"{_shorten(found)}. Use `hf-moebert --debug` to see where."
+
+
+def _shorten(message: str) -> str:
+    """Write a message on one line, without control characters."""
+    letters = message.encode(errors="replace").decode()  # the bytes of a file's name may be no letters
+    line = " ".join("".join(char if char.isprintable() else " " for char in letters).split())
+    return line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]} …"
 
 
 app = typer.Typer(
@@ -54,6 +89,9 @@ def _print_version(wanted: bool) -> None:
 def main(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="HF_MOEBERT_DEBUG", help="Show where an error was raised.")
     ] = False,
 ) -> None:
     """Measure compressed transformers against the model they come from; pack, publish and serve them."""
@@ -183,12 +221,12 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 8000,
-    max_batch: Annotated[int, typer.Option(min=1, help="Most inputs in a batch, and in a request.")] = 32,
-    max_wait_ms: Annotated[float, typer.Option(min=0, help="Milliseconds a request waits for others to join.")] = 5,
-    queue_size: Annotated[int, typer.Option(min=1, help="Most inputs that wait, at least `max_batch`.")] = 256,
-    max_body_bytes: Annotated[int, typer.Option(min=1, help="Largest body of a request.")] = 1_000_000,
-    max_characters: Annotated[int, typer.Option(min=1, help="Most characters of an input.")] = 20_000,
-    timeout_s: Annotated[float, typer.Option(min=0.001, help="Seconds until a request is given up.")] = 30,
+    max_batch: Annotated[int, typer.Option(min=1, help=LIMIT_HELP["max_batch"])] = LIMITS.max_batch,
+    max_wait_ms: Annotated[float, typer.Option(min=0, help=LIMIT_HELP["max_wait_ms"])] = LIMITS.max_wait_ms,
+    queue_size: Annotated[int | None, typer.Option(min=1, help=LIMIT_HELP["queue_size"])] = LIMITS.queue_size,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help=LIMIT_HELP["max_body_bytes"])] = LIMITS.max_body_bytes,
+    max_characters: Annotated[int, typer.Option(min=1, help=LIMIT_HELP["max_characters"])] = LIMITS.max_characters,
+    timeout_s: Annotated[float, typer.Option(min=0.001, help=LIMIT_HELP["timeout_s"])] = LIMITS.timeout_s,
     threads: Threads = None,
     allow_updates: Annotated[
         Path | None,
@@ -217,11 +255,15 @@ def _load_tasks(source: str) -> Any:
     from transformers import AutoConfig, pipeline
 
     from hf_moebert import MultiTaskBertModel
+    from hf_moebert.checkpoints.remote_code import explain_refused_code
 
-    config = AutoConfig.from_pretrained(source)
+    with explain_refused_code(source):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if config.model_type != MultiTaskBertModel.config_class.model_type:
         raise ValueError(f"`model` must be a merged multi-task model, got {config.model_type!r} in {source!r}.")
-    return pipeline("multitask", model=MultiTaskBertModel.from_pretrained(source), tokenizer=source)
+    with explain_refused_code(source):
+        model = MultiTaskBertModel.from_pretrained(source, use_safetensors=True)
+        return pipeline("multitask", model=model, tokenizer=source, trust_remote_code=False)
 
 
 def _load_examples(file: Path | None, name: str | None, config_name: str | None, split: str) -> Any:

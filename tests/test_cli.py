@@ -10,6 +10,7 @@ from importlib import metadata
 
 import pytest
 import typer
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from pruned_models import make_bert
 from tiny_classifiers import EXAMPLES, classifiers  # noqa: F401
 from typer.testing import CliRunner
@@ -73,8 +74,6 @@ def test_the_limits_of_the_server_are_those_of_the_library():
     for field in fields(ServingLimits):
         option = options[field.name]
         assert (option.default, option.help) == (field.default, field.metadata["help"])
-    helps = {parameter.name: parameter.help for parameter in COMMANDS["serve"].params}
-    assert all(helps[field.name] == field.metadata["help"] for field in fields(ServingLimits))
 
 
 def test_version():
@@ -109,6 +108,19 @@ def test_help_errors_and_completion_import_no_model(tmp_path):
     assert result.stdout == b""
     (line,) = result.stderr.decode().splitlines()
     assert line.startswith("hf-moebert: Invalid value for '--validation-file'")
+
+
+@pytest.mark.process
+def test_an_output_that_nobody_reads():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", "import hf_moebert_main; hf_moebert_main.main()", "--help"]
+    with os.fdopen(writer) as output:
+        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, timeout=100, check=False)
+    assert (done.returncode, done.stderr) == (1, b"")
+    closed = "import sys; sys.stdout = None; import hf_moebert_main; hf_moebert_main.main()"
+    result = invoke_process("mesure", code=closed)
+    assert (result.returncode, result.stderr.count(b"\n")) == (2, 1)
 
 
 # Commands
@@ -192,6 +204,91 @@ def one_line(result):
 )
 def test_bad_use_is_answered_with_one_line(arguments, message):
     assert message in one_line(invoke(*arguments))
+
+
+RAISED = {  # what may come from below, and what the line says of it
+    "a strict configuration": (
+        lambda: StrictDataclassClassValidationError("check", ValueError("`top_k` must be\nin [1, 4], got 9.")),
+        (
+            "StrictDataclassClassValidationError: Class validation error for validator 'check': ValueError: `top_k` "
+            "must be in [1, 4], got 9. Use `hf-moebert --debug` to see where."
+        ),
+    ),
+    "an attribute": (
+        lambda: AttributeError("'NoneType' object has no attribute 'x'"),
+        "AttributeError: 'NoneType' object has no attribute 'x'. Use `hf-moebert --debug` to see where.",
+    ),
+    "recursion": (
+        lambda: RecursionError("maximum recursion depth exceeded"),
+        "RecursionError: maximum recursion depth exceeded. Use `hf-moebert --debug` to see where.",
+    ),
+    "a key": (lambda: KeyError("bert"), "KeyError: 'bert'. Use `hf-moebert --debug` to see where."),
+    "an error of the system": (lambda: OSError(28, "No space left", "a é\n"), "[Errno 28] No space left: 'a é\\n'"),
+    "no words of the system": (OSError, "OSError. Use `hf-moebert --debug` to see where."),
+    "no memory": (MemoryError, "MemoryError. Use `hf-moebert --debug` to see where."),
+    "no words": (lambda: Exception(""), "Exception. Use `hf-moebert --debug` to see where."),
+    "the end of a file": (EOFError, "EOFError. Use `hf-moebert --debug` to see where."),
+    "several lines": (lambda: ValueError("a\n\tb\r\n\x1b[31mc\u2028d"), "a b [31mc d"),
+    "a long list": (lambda: ValueError("x" * 100_000), "x" * 2000 + " …"),
+    "no letter": (lambda: ValueError("a\udcff"), "a?"),
+}
+CALLED = {  # each command, and a function that it calls
+    "measure": ("hf_moebert.measuring.comparison.measure", ["m", "--baseline", "b", "--validation-file"]),
+    "publish": ("hf_moebert.reporting.hub.publish", ["m", "me/m"]),
+    "footprint": ("hf_moebert.checkpoints.loading.load_model", ["m"]),
+    "pack": ("hf_moebert.checkpoints.packing.pack_folder", ["m", "packed"]),
+    "serve": ("hf_moebert.serving.app.build_app", ["m"]),
+}
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path):
+    """Run a command whose function below raises."""
+
+    def run(command, error, *options):
+        def fail(*args, **kwargs):
+            raise error
+
+        place, arguments = CALLED[command]
+        monkeypatch.setattr(place, fail)
+        monkeypatch.setattr("hf_moebert.cli._load_tasks", lambda source: None)
+        if command == "measure":
+            (tmp_path / "a.csv").write_text("text,label\na,b\n")
+            arguments = [*arguments, tmp_path / "a.csv"]
+        return invoke(*options, command, *arguments)
+
+    return run
+
+
+def test_every_command_is_made_to_fail():
+    assert CALLED.keys() == COMMANDS.keys()
+
+
+@pytest.mark.parametrize("command", CALLED)
+@pytest.mark.parametrize("kind", RAISED)
+def test_whatever_is_raised_is_one_line(call, command, kind):
+    make, message = RAISED[kind]
+    assert one_line(call(command, make())) == f"hf-moebert: {message}\n"
+
+
+@pytest.mark.parametrize("command", CALLED)
+def test_ctrl_c_and_a_closed_pipe_are_no_errors(call, command):
+    for error, code in ((KeyboardInterrupt(), 130), (BrokenPipeError(32, "Broken pipe"), 1)):
+        result = call(command, error)
+        assert (result.exit_code, result.output) == (code, "")
+
+
+@pytest.mark.parametrize("command", CALLED)
+def test_a_stack_trace_is_shown_to_those_who_ask(call, command, monkeypatch):
+    for options, value in ((["--debug"], "0"), ([], "1")):
+        monkeypatch.setenv("HF_MOEBERT_DEBUG", value)
+        result = call(command, KeyError("bert"), *options)
+        assert (result.exit_code, result.stdout) == (2, "")
+        first, *_, last = result.stderr.splitlines()
+        assert first == "Traceback (most recent call last):"
+        assert last.startswith("hf-moebert: KeyError: 'bert'")
+    monkeypatch.setenv("HF_MOEBERT_DEBUG", "0")
+    one_line(call(command, KeyError("bert")))
 
 
 def test_an_underscore_in_an_option_is_a_dash():

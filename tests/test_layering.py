@@ -12,8 +12,8 @@ from copies import COPIES, ROOT, TARGETS, wanted_text
 PACKAGE = Path(__file__).parents[1] / "hf_moebert"
 # Each package may import those of lower levels, and nothing else of ours.
 LEVELS = (
-    ("architectures", "checkpoints", "data", "reporting", "training"),
-    ("inference",),
+    ("architectures", "checkpoints", "data", "training"),
+    ("inference", "reporting"),
     ("measuring", "methods"),
     ("compress", "serving"),
     ("registration",),

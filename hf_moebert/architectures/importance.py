@@ -77,7 +77,8 @@ def measure_importance(
     scores = torch.zeros(len(networks), networks[0].num_units, dtype=torch.float64, device=model.device)
     with frozen(model), ImportanceHooks(networks) as hooks, torch.autocast(model.device.type, enabled=False):
         total = -(-len(mine) // batch_size)
-        for batch in tqdm(batches, "Measuring importance", total, disable=not state.is_local_main_process):
+        hidden = None if state.is_local_main_process else True  # None: unless stderr is a terminal
+        for batch in tqdm(batches, "Measuring importance", total, disable=hidden):
             hooks.num_examples = len(next(iter(batch.values())))
             with torch.enable_grad():
                 example_losses(model, batch).sum().backward()

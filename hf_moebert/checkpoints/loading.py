@@ -9,6 +9,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from .remote_code import explain_refused_code
+
 
 def load_model(folder: str | PathLike[str]) -> PreTrainedModel:
     """Load a checkpoint, dense or packed, as the class named in its config.json.
@@ -17,12 +19,13 @@ def load_model(folder: str | PathLike[str]) -> PreTrainedModel:
         folder: A checkpoint of a class that is registered with an Auto class.
 
     Raises:
-        ValueError: If the class is not registered, or if weights are missing or damaged.
+        ValueError: If the class is not registered, needs code of the folder, or if weights are missing or damaged.
         OSError: If the folder is no checkpoint.
     """
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"`folder` must hold config.json and model.safetensors, got {str(folder)!r}.")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with explain_refused_code(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     classes = _find_classes(config)
     name = (config.architectures or [None])[0]
     if name not in classes:

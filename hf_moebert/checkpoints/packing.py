@@ -9,6 +9,7 @@ shapes differ from those of the model.
 import copy
 import math
 import shutil
+import tempfile
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
@@ -32,13 +33,13 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .folders import is_pickle, is_weights, list_files
 from .loading import load_model, open_tensors
 
 
 FORMAT_VERSION = "1"
 SUFFIX = ".bitmask"
 ENTRY_BYTES = 128  # of the header of a safetensors file, for one more tensor
-TEXTS = {".json", ".txt", ".model", ".jinja", ".md"}  # files of a tokenizer and of a model card
 INTEGERS = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
@@ -291,21 +292,32 @@ def _find_fault(name: str, slices: dict[str, Any], shape: torch.Size) -> str | N
 
 
 def pack_folder(folder: str | PathLike[str], output: str | PathLike[str]) -> None:
-    """Write a packed copy of a checkpoint: its weights, configuration, tokenizer and texts.
+    """Write a packed copy of a checkpoint: its weights, and all files that are neither weights nor training state.
+
+    The copy appears whole or not at all.
 
     Args:
         folder: Checkpoint that `load_model` can load.
         output: A folder that does not exist yet, or is empty.
 
     Raises:
-        ValueError: If the output is not empty, or if `load_model` refuses the checkpoint.
+        ValueError: If the output is not empty, if the checkpoint links out of its folder, or if `load_model` refuses
+            it.
         OSError: If the folder is no checkpoint.
     """
-    folder, output = Path(folder), Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    folder, target = Path(folder), Path(output).resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"`output` must be a new or empty folder, got {str(output)!r}.")
-    save_packed(load_model(folder), output)
-    for file in folder.iterdir():
-        beside = file.suffix in TEXTS and not file.name.endswith(".safetensors.index.json")
-        if beside and file.is_file() and not (output / file.name).exists():
-            shutil.copyfile(file, output / file.name)
+    beside = [file for file in list_files(folder) if not is_weights(file) and not is_pickle(folder / file)]
+    model = load_model(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".packing-", dir=target.parent) as parent:
+        draft = Path(parent) / "packed"
+        save_packed(model, draft)
+        for file in beside:
+            if not (draft / file).exists():
+                (draft / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / file, draft / file)
+        if target.exists():
+            target.rmdir()  # not every system renames over an empty folder
+        draft.rename(target)

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hf_moebert.checkpoints.remote_code import explain_refused_code
 from hf_moebert.data import encode_text
 from hf_moebert.inference.linears import Precision, check_precision
 from hf_moebert.inference.optimize import optimize_for_inference
@@ -100,8 +101,9 @@ def measure(
         of each, by name; "baseline", "command", "seed", "settings" and "environment" describe the measurement.
 
     Raises:
-        ValueError: If the baseline is not among the models, if a checkpoint lacks weights, if models differ in their
-            labels, if a length does not fit a model, or if data, optimisation, metrics or latency refuse their part.
+        ValueError: If the baseline is not among the models, if a checkpoint lacks weights or needs code of its own, if
+            models differ in their labels, if a length does not fit a model, or if data, optimisation, metrics or
+            latency refuse their part.
     """
     columns, latency = columns or TextColumns(), latency or Latency()
     if baseline not in models:
@@ -175,10 +177,11 @@ def _threads(number: int | None) -> Iterator[None]:
 
 def _load(source: str, max_length: int) -> _Loaded:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True
-        )
+        with explain_refused_code(source):
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                source, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            )
     except OSError as error:
         raise ValueError(
             f"`models` must be folders or Hub ids that hold config.json, model.safetensors and a tokenizer, "

@@ -81,7 +81,7 @@ def predict_logits(
         with torch.no_grad():
             logits = [
                 model(**_to(data_collator([inputs[int(row)] for row in rows]), device)).logits.float().cpu().numpy()
-                for rows in tqdm(batches, desc="Predicting", leave=False)
+                for rows in tqdm(batches, desc="Predicting", leave=False, disable=None)
             ]
     finally:
         for module, training in modes:

@@ -42,7 +42,7 @@ class DynamicBatcher:
 
     Args:
         run: Answers a list of requests with a list of results, in order. Runs in the worker thread only.
-        limits: Limits, of which `max_batch`, `max_wait_ms` and `queue_size` apply.
+        limits: Limits, of which `max_batch`, `max_wait_ms` and `max_waiting` apply.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class DynamicBatcher:
         run: Callable[[list[Any]], Sequence[Any]],
         limits: ServingLimits,
     ) -> None:
-        self.max_batch, self.queue_size = limits.max_batch, limits.queue_size
+        self.max_batch, self.max_waiting = limits.max_batch, limits.max_waiting
         self._run, self._max_wait = run, limits.max_wait_ms / 1000
         self._waiting: deque[_Waiting] = deque()
         self._size = 0  # waiting inputs
@@ -89,8 +89,8 @@ class DynamicBatcher:
         if not 1 <= size <= self.max_batch:
             raise ValueError(f"`size` must be in [1, {self.max_batch}], got {size}. Send larger requests in parts.")
         with self._changed:
-            if self._size + size > self.queue_size:
-                raise QueueFull(f"The queue holds {self._size} of at most {self.queue_size} inputs. Try again later.")
+            if self._size + size > self.max_waiting:
+                raise QueueFull(f"The queue holds {self._size} of at most {self.max_waiting} inputs. Try again later.")
             return self._append(_Waiting(request, size, length))
 
     def between(self, call: Callable[[], Any]) -> Future:

@@ -388,7 +388,10 @@ def test_the_command_fails_with_one_line(monkeypatch, tiny_teacher):
 
     assert "got 'bert' in" in serve(tiny_teacher)
     assert "Invalid value for '--port'" in serve(tiny_teacher, "--port", 99999)
-    assert "Set `queue_size` to 4096, or lower `max_batch`" in serve(tiny_teacher, "--max_batch", 512)
+    assert "got 'bert' in" in serve(
+        tiny_teacher, "--max-batch", 512
+    )  # no complaint of the queue, which is larger then
+    assert "Leave it out for 256, or lower `max_batch`" in serve(tiny_teacher, "--queue_size", 8)
     assert "'no such folder' does not exist" in serve(tiny_teacher, "--allow_updates", "no such folder")
     monkeypatch.setitem(sys.modules, "hf_moebert.serving.app", None)
     assert "pip install hf_moebert[serve]" in serve(tiny_teacher)

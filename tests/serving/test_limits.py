@@ -12,9 +12,16 @@ from hf_moebert.serving.limits import ServingLimits
 
 def test_the_readme_lists_every_limit_with_its_default():
     page = Path(hf_moebert.__file__).with_name("serving") / "README.md"
-    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \|", page.read_text(encoding="utf-8"), re.MULTILINE)
-    found = [(name, float(default.replace(",", ""))) for name, default in rows]
-    assert found == [(field.name, field.default) for field in fields(ServingLimits)]
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", page.read_text(encoding="utf-8"), re.MULTILINE)
+    written = {"queue_size": "8 x `max_batch`"}
+    assert rows == [
+        (field.name, written.get(field.name) or f"{field.default:,.0f}") for field in fields(ServingLimits)
+    ]
+
+
+@pytest.mark.parametrize(("limits", "waiting"), [({}, 256), ({"max_batch": 512}, 4096), ({"queue_size": 40}, 40)])
+def test_the_queue_grows_with_the_batch(limits, waiting):
+    assert ServingLimits(**limits).max_waiting == waiting
 
 
 @pytest.mark.parametrize(
@@ -23,7 +30,7 @@ def test_the_readme_lists_every_limit_with_its_default():
         ({"max_batch": 0}, "`max_batch` must be at least 1, got 0. Use 32."),
         ({"max_wait_ms": -1}, "`max_wait_ms` must be at least 0, got -1. Use 5."),
         ({"queue_size": 8}, "`queue_size` must be at least `max_batch` = 32, got 8."),
-        ({"max_batch": 512}, "must be at least `max_batch` = 512, got 256. Set `queue_size` to 4096, or lower"),
+        ({"max_batch": 512, "queue_size": 256}, "= 512, got 256. Leave it out for 4096, or lower `max_batch`."),
         ({"max_body_bytes": 0}, "`max_body_bytes` must be above 0, got 0. Use 1000000."),
         ({"max_characters": 0}, "`max_characters` must be above 0, got 0. Use 20000."),
         ({"timeout_s": 0}, "`timeout_s` must be above 0, got 0. Use 30.0."),

@@ -16,6 +16,8 @@ from transformers import (
 )
 from transformers.pipelines.base import pad_collate_fn
 
+from hf_moebert.checkpoints.remote_code import explain_refused_code
+
 from .functional_answers import (
     QUESTION,
     READERS,
@@ -141,18 +143,21 @@ class MultiTaskPipeline(Pipeline):
         """Load a single-task model for `put_task` from a local folder, without running code in it.
 
         Raises:
-            ValueError: If config.json names no single-task model.
-            OSError: If the folder holds no checkpoint.
+            ValueError: If config.json names no single-task model, or one that needs code of the folder.
+            OSError: If the folder holds no checkpoint of safetensors files.
         """
-        options = {"trust_remote_code": False, "local_files_only": True}
-        names = AutoConfig.from_pretrained(folder, **options).architectures or [""]
+        with explain_refused_code(folder):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        names = config.architectures or [""]
         loader = LOADERS.get(names[0].partition("For")[2])
         if loader is None:
             raise ValueError(
                 f"`architectures` of config.json must name a class for {' or '.join(LOADERS)}, got {names}. Save a "
                 "fine-tuned model of one task."
             )
-        return loader.from_pretrained(folder, dtype=self.model.dtype, **options)
+        return loader.from_pretrained(
+            folder, dtype=self.model.dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
 
     def put_task(self, name: str, model: PreTrainedModel) -> None:
         """Add a task, or replace the task of this name; the others stay as they are.

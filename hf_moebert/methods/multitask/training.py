@@ -85,8 +85,8 @@ class MultiTaskSweep:
             )
 
     def run(self) -> None:
-        """Make all missing runs, with a progress bar unless `args.disable_tqdm`."""
-        bar = tqdm(self.runs(), unit="run", disable=self.args.disable_tqdm)
+        """Make all missing runs, with a progress bar on a terminal unless `args.disable_tqdm`."""
+        bar = tqdm(self.runs(), unit="run", disable=self.args.disable_tqdm or None)
         for task, run in bar:
             bar.set_postfix_str(f"{task}, {run.name}")
             self.make(task, run)
@@ -153,7 +153,7 @@ class MultiTaskSweep:
         """Load the plain single-task model of a run."""
         folder = self.folder(task, run)
         (architecture,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
-        return HEADS[architecture].from_pretrained(folder)
+        return HEADS[architecture].from_pretrained(folder, use_safetensors=True)
 
     def merge(self, depths: Mapping[str, int]) -> MultiTaskBertModel:
         """Merge the branches with the given number of layers for each task; make missing runs."""
