@@ -2,11 +2,12 @@
 
 import base64
 import json
-import os
 import re
 import threading
+from functools import cache
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from tempfile import TemporaryDirectory
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
@@ -17,11 +18,13 @@ class Hub:
         self.repositories = {}  # branches: commit by name; commits: files by commit
         self.unhandled = []
         self.address = ""
+        self.scratch = TemporaryDirectory()
+        self.home = f"{self.scratch.name}/home"
 
-    def environment(self, home):
+    def environment(self):
         """Let a process take this for the Hub; huggingface_hub reads it once, when imported."""
         switches = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
-        return os.environ | switches | {"HF_ENDPOINT": self.address, "HF_TOKEN": "hf_any", "HF_HOME": str(home)}
+        return switches | {"HF_ENDPOINT": self.address, "HF_TOKEN": "hf_any", "HF_HOME": self.home}
 
     def files(self, repo_id, revision="main"):
         return self.repositories[repo_id]["commits"][self.resolve(repo_id, revision)]
@@ -142,13 +145,21 @@ ROUTES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def loopback_hub():
+@cache
+def start_hub():
+    """Start the server; it ends with the tests."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": hub}))
     hub.address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    return hub
+
+
+@pytest.fixture(scope="module")
+def loopback_hub():
+    """An empty Hub for the tests of one file."""
+    hub = start_hub()
+    hub.repositories.clear()
+    hub.unhandled.clear()
     yield hub
-    server.shutdown()
-    server.server_close()
     assert hub.unhandled == []

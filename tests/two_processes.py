@@ -1,35 +1,35 @@
 """Run a test file as a script in two processes that train together, and read what each of them left.
 
-Run as a script itself, this file imports what the test file imports and forks: the two need not import it again.
+A new process imports what the test file imports and forks: the two need not import it again.
 """
 
 import os
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
+import new_process
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
 
-TESTS = Path(__file__).parent
+FORK_BOTH = """
+import sys, torch, two_processes
+torch.set_num_threads(1)
+sys.exit(two_processes.fork_both(*sys.argv[1:]))
+"""
 
 
 def run_in_two(script, folder, *, timeout=240):
     """Run a script with a folder as its argument; a process that fails fails the test."""
-    paths = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, __file__, script, str(folder)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
+    new_process.run(
+        FORK_BOTH,
+        *(script, folder),
         timeout=timeout,
-        check=False,
+        ACCELERATE_USE_CPU="true",
     )
-    assert done.returncode == 0, done.stderr
 
 
 def leave(tensors, folder):
@@ -51,7 +51,7 @@ def fork_both(script, *arguments):
         free.bind(("127.0.0.1", 0))
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
     sys.argv = [script, *arguments]
-    sys.path[0] = str(Path(script).parent)
+    sys.path.insert(0, str(Path(script).parent))
     runpy.run_path(script, run_name="imported")
     children = set()
     for rank in range(2):
@@ -69,7 +69,3 @@ def fork_both(script, *arguments):
                 os.kill(other, signal.SIGTERM)
             return code
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(fork_both(*sys.argv[1:]))

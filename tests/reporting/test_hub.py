@@ -1,9 +1,8 @@
 """Cards that no text can break out of, and uploads that leave behind what must not be published."""
 
 import json
-import subprocess
-import sys
 
+import new_process
 import pytest
 import torch
 import yaml
@@ -186,15 +185,7 @@ def test_published_folders_come_back_whole_and_private_ones_stay_private(loopbac
         (checkpoint / "checkpoint-5" / name).write_text("stays behind")
         (checkpoint / name).write_text("stays behind")
     loopback_hub.create("tester/open", private=False)
-    done = subprocess.run(
-        [sys.executable, "-c", PUBLISH, checkpoint],
-        env=loopback_hub.environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = new_process.run(PUBLISH, checkpoint)
     first, refusal, last = done.stdout.splitlines()
 
     assert first.startswith(f"{loopback_hub.address}/tester/small/commit/")

@@ -1,9 +1,8 @@
 """New processes load and publish taggers, and users without the package run model and pipeline by the code in them."""
 
 import json
-import subprocess
-import sys
 
+import new_process
 import pytest
 import torch
 from loopback_hub import loopback_hub  # noqa: F401
@@ -42,21 +41,11 @@ for name in ("bert", "roberta"):
 """
 
 
-def run(hub, home, code, *values):
+def run(code, *values):
     """Run Python in a process that uses the loopback server as the Hub, and return the `results` it prints."""
     start = "import json, pathlib, sys, torch\nfolder, results = pathlib.Path(sys.argv[1]), {}\n"
     start += "ids = torch.tensor(json.loads(sys.argv[2]))\n"
-    command = [sys.executable, "-c", start + code + "\nprint()\nprint(json.dumps(results))", *map(str, values)]
-    done = subprocess.run(
-        command,
-        env=hub.environment(home),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = new_process.run(start + code + "\nprint()\nprint(json.dumps(results))", *values)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -72,12 +61,12 @@ def test_new_processes_find_the_same_tags_with_the_package_and_without(loopback_
         found[name], texts[name] = model(ids).predictions.tolist(), pipe(TEXT, aggregation_strategy="simple")
         assert texts[name]
     values = (tmp_path, json.dumps(ids.tolist()), TEXT)
-    assert run(loopback_hub, tmp_path / "home", PUBLISH, *values) == found
+    assert run(PUBLISH, *values) == found
     for name in found:
         files = loopback_hub.files(f"tester/{name}")
         assert {file for file in files if file.endswith(".py")} >= CODE
         assert not [file for file in files if file.endswith((".bin", ".pt", ".pkl"))]
-    results = run(loopback_hub, tmp_path / "other home", WITHOUT_PACKAGE, *values)
+    results = run(WITHOUT_PACKAGE, *values)
     assert len(results["refusals"]) == 4
     assert all("trust_remote_code=True" in refusal for refusal in results["refusals"])
     for name, tags in found.items():

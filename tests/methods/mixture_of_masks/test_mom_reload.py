@@ -1,11 +1,9 @@
 """Checkpoints of all stages: back through the Auto classes, in new processes, and without the package."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import new_process
 import pytest
 import torch
 from loopback_hub import loopback_hub  # noqa: F401
@@ -98,12 +96,9 @@ def test_generation_options_come_along(tmp_path):
     assert back.generation_config.max_new_tokens == small.generation_config.max_new_tokens == 3
 
 
-def run(code, *arguments, **variables):
+def run(code, *arguments):
     """Run code in a new process; return what its last line holds."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | variables)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(new_process.run(code, *arguments).stdout.splitlines()[-1])
 
 
 REPRESENTATIVES = [
@@ -164,9 +159,9 @@ def test_models_load_in_new_processes_with_and_without_the_package(loopback_hub,
         models[name] = STAGES[stage](kind)
         models[name].save_pretrained(tmp_path / "models" / name)
     arguments, small = (tmp_path / "models", ids.tolist()), models["AutoModelForCausalLM-llama-compact"]
-    with_package = run(WITH_PACKAGE, *arguments, **loopback_hub.environment(tmp_path / "a"))
+    with_package = run(WITH_PACKAGE, *arguments)
     assert {name for name in loopback_hub.files("tester/small") if name.endswith(".py")} == CODE
-    without = run(WITHOUT_PACKAGE, *arguments, **loopback_hub.environment(tmp_path / "b"))
+    without = run(WITHOUT_PACKAGE, *arguments)
     for name, model in models.items():
         more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
         wanted = model(input_ids=ids, **more).logits

@@ -1,9 +1,8 @@
 """A MoEBERT on the Hub: pushed and loaded with the package, and without it by the code that travels along."""
 
 import json
-import subprocess
-import sys
 
+import new_process
 import pytest
 import torch
 from loopback_hub import loopback_hub  # noqa: F401
@@ -114,20 +113,9 @@ for name in ("plain", "prepared"):
 """
 
 
-def run(hub, home, code, *arguments):
+def run(code, *arguments):
     """Run Python in a process that takes the loopback server for the Hub, and return what it tells."""
-    command = [sys.executable, "-c", START + code + END, *map(str, arguments)]
-    done = subprocess.run(
-        command,
-        env=hub.environment(home),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(new_process.run(START + code + END, *arguments).stdout.splitlines()[-1])
 
 
 def make_models():
@@ -169,7 +157,7 @@ def published(loopback_hub, tmp_path_factory, ids):  # noqa: F811
     BertTokenizer(vocab={word: index for index, word in enumerate(words)}).save_pretrained(folder / "classes")
     for name, model in models.items():
         model.save_pretrained(folder / name)
-    return models, folder, run(loopback_hub, folder / "home", PUBLISH + TRAIN, folder, ids.tolist())
+    return models, folder, run(PUBLISH + TRAIN, folder, ids.tolist())
 
 
 @torch.no_grad()
@@ -188,7 +176,7 @@ def test_pushed_models_load_with_and_without_the_package(loopback_hub, published
         assert {file for file in files if file.endswith(".py")} == CODE | extra
         assert not [file for file in files if file.endswith((".bin", ".pt", ".pkl"))]
 
-    told = run(loopback_hub, folder / "other home", WITHOUT_PACKAGE, folder, ids.tolist(), told["first"])
+    told = run(WITHOUT_PACKAGE, folder, ids.tolist(), told["first"])
     assert len(told["refusals"]) == 4
     assert all("trust_remote_code=True" in refusal for refusal in told["refusals"])
     assert told["code that ran"] == []

@@ -1,11 +1,8 @@
 """A new process loads compressed models and adapters, and shares them on the Hub by the usual calls."""
 
-import subprocess
-import sys
-
 import mpo_adapters
+import new_process
 import pytest
-import torch
 from loopback_hub import loopback_hub  # noqa: F401
 from peft import get_peft_model
 from safetensors.torch import load, save_file
@@ -57,15 +54,7 @@ def test_a_new_process_loads_and_shares_them(loopback_hub, tmp_path):  # noqa: F
     seen = {"small/input_ids": IDS, "small/decoder_input_ids": IDS.clone(), "small/logits": logits("t5", small)}
     seen |= {"adapted/input_ids": ids, "adapted/logits": mpo_adapters.logits(adapted, ids)}
     save_file(seen, tmp_path / "seen.safetensors")
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD_AND_SHARE, tmp_path],
-        env=loopback_hub.environment(tmp_path) | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    new_process.run(LOAD_AND_SHARE, tmp_path)
     assert set(loopback_hub.files("tester/small")) >= {"config.json", "model.safetensors"}
     assert not any(name.endswith(".py") for name in loopback_hub.files("tester/small"))
     adapter = load(loopback_hub.files("tester/adapter")["adapter_model.safetensors"])

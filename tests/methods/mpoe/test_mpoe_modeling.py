@@ -2,10 +2,8 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 
+import new_process
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -129,10 +127,7 @@ def test_checkpoints_hold_every_tensor_once_and_come_back_in_a_new_process(tmp_p
             expected = model(**batch)
         save_file({**batch, "logits": expected.logits, "loss": expected.loss}, folder / "expected")
     pairs = sorted({f"{CLASSES[kind].__name__}/{AUTO[kind]}" for kind in KINDS})
-    command = [sys.executable, "-c", RELOAD, str(tmp_path), *pairs]
-    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # or sums differ in the last bit
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stderr
+    new_process.run(RELOAD, tmp_path, *pairs)
     assert len(list(tmp_path.glob("*/done"))) == len(KINDS)
 
 

@@ -3,9 +3,8 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
 
+import new_process
 import peft
 import pytest
 import torch
@@ -85,7 +84,7 @@ logits = {f"outputs.{n}.{k}": v for n, x in outputs.items() for k, v in x.items(
 save_file(logits | model.state_dict(), sys.argv[2])
 """
     result = tmp_path / "outputs.safetensors"
-    subprocess.run([sys.executable, "-c", code, str(folder), str(result)], check=True)
+    new_process.run(code, folder, result)
     found = load_file(result)
     for name, tensor in merged.state_dict().items():
         assert torch.equal(found[name], tensor)

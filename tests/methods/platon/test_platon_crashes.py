@@ -1,14 +1,14 @@
-"""Runs that are killed while they save; run as a script, this file trains in processes that are killed."""
+"""Runs that are killed while they save, and their resumption."""
 
 import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import new_process
 import pytest
 import torch
 from platon_runs import gather_state, make_bert, make_trainer
@@ -77,19 +77,20 @@ def crash_again_and_again(folder):
     print(json.dumps({"begun": begun, "ends": ends}))
 
 
+CRASH = """
+import pathlib, sys
+import torch
+from test_platon_crashes import crash_again_and_again
+torch.set_num_threads(1)
+crash_again_and_again(pathlib.Path(sys.argv[1]))
+"""
+
+
 @pytest.mark.process
 def test_a_run_that_is_killed_while_it_saves_ends_like_any_other(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = new_process.run(CRASH, folder)
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["ends"] == [-signal.SIGKILL] * 5 + [0]
     assert report["begun"] == sorted(report["begun"])
@@ -97,7 +98,3 @@ def test_a_run_that_is_killed_while_it_saves_ends_like_any_other(tmp_path):
     end, whole = (load_file(folder / f"{name}.safetensors") for name in ("end", "whole"))
     assert [name for name in whole if not torch.equal(end[name], whole[name])] == []
     assert any(name.startswith("keep") and not tensor.all() for name, tensor in end.items())
-
-
-if __name__ == "__main__":
-    crash_again_and_again(Path(sys.argv[1]))
