@@ -8,7 +8,7 @@ SEED ?= 0
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 PY = $(VENV)/bin/python
 
-.PHONY: demo test quick check copies style quality types benchmark wheel clean
+.PHONY: demo test quick check copies style quality types security benchmark wheel clean
 
 $(VENV)/.installed: setup.py Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -44,7 +44,10 @@ quality: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(VENV)/bin/mypy
 
-check: quality types test
+security: $(VENV)/.installed
+	$(VENV)/bin/bandit --quiet --configfile pyproject.toml --recursive hf_moebert hf_moebert_main.py setup.py examples benchmarks
+
+check: quality types security test
 
 # Files that travel with a checkpoint are copies of shared ones: see tests/copies.py.
 copies:

@@ -58,7 +58,7 @@ setup(
         "serve": SERVE,
         "plots": PLOTS,
         "export": EXPORT,
-        "quality": ["ruff==0.17.5", "mypy==2.4.1"],
+        "quality": ["bandit==1.9.4", "mypy==2.4.1", "ruff==0.17.5"],
     },
     entry_points={"console_scripts": ["hf-moebert=hf_moebert_main:main"]},
     classifiers=[
