@@ -30,6 +30,20 @@ FEWEST_TOKENS = 8  # with fewer, the dense product takes as long: it is bound by
 plan = lru_cache(plan_chain)
 
 
+class Cores(nn.ParameterList):
+    """The cores of a chain; calling it lets accelerate load those that are offloaded."""
+
+    __call__ = nn.Module.__call__
+
+    def forward(self) -> list[Tensor]:
+        """List the cores, which accelerate loads before and drops after."""
+        return self.as_stored()
+
+    def as_stored(self) -> list[Tensor]:
+        """List the cores without loading them."""
+        return [core for core in self._parameters.values() if core is not None]
+
+
 class MPOMatrix(nn.Module):
     """A matrix of shape `(rows, columns)` as a chain of cores; `weight` is the matrix.
 
@@ -56,14 +70,14 @@ class MPOMatrix(nn.Module):
         self.row_factors, self.column_factors = tuple(row_factors), tuple(column_factors)
         ends = (1, *check_bonds(bonds, full_bonds(row_factors, column_factors)), 1)
         shapes = zip(ends, row_factors, column_factors, ends[1:], strict=False)
-        self.cores = nn.ParameterList(nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes)
+        self.cores = Cores(nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes)
         self._matrix: Derived[Tensor] = Derived()
         self._links: Derived[list[Tensor]] = Derived()
 
     @property
     def bonds(self) -> tuple[int, ...]:
         """The sizes between the cores, `num_cores - 1` of them."""
-        return tuple(core.shape[-1] for core in self.chain()[:-1])
+        return tuple(core.shape[-1] for core in self._stored()[:-1])
 
     @property
     def centre(self) -> nn.Parameter:
@@ -71,25 +85,35 @@ class MPOMatrix(nn.Module):
         return self.cores[len(self.cores) // 2]
 
     def chain(self) -> list[Tensor]:
-        """List the cores."""
+        """List the cores; those that are offloaded are loaded for it."""
+        cores: list[Tensor] = self.cores() if self.is_offloaded() else self._stored()
+        return cores
+
+    def _stored(self) -> list[Tensor]:
         # Indexing costs more than a small layer, and is left for a replica on another GPU, which has attributes only.
-        cores: list[Tensor] = [core for core in self.cores._parameters.values() if core is not None]
-        return cores or [getattr(self.cores, str(k)) for k in range(len(self.row_factors))]
+        return self.cores.as_stored() or [getattr(self.cores, str(k)) for k in range(len(self.row_factors))]
+
+    def is_offloaded(self) -> bool:
+        """Check whether the cores are on the meta device, from where accelerate fetches them for each call."""
+        return self._stored()[0].is_meta
 
     @property
     def weight(self) -> Tensor:
         """The matrix, `(rows, columns)`, kept while the cores need no gradient, rebuilt otherwise."""
-        if torch.compiler.is_compiling() or self.learns():
-            return self._rebuild()
-        return self._matrix.get(self.chain(), self._rebuild)
+        chain = self.chain()
+        if torch.compiler.is_compiling() or self.learns() or self.is_offloaded():
+            return self._contract(chain)
+        return self._matrix.get(chain, lambda: self._contract(chain))
 
-    def _rebuild(self) -> Tensor:
-        with torch.autocast(self.centre.device.type, enabled=False):  # rounded cores give another matrix
-            return contract(self.chain(), self.rows, self.columns)
+    def _contract(self, chain: list[Tensor]) -> Tensor:
+        if chain[0].is_meta:  # without hooks, as while a model is loaded; there is no autocast for this device
+            return contract(chain, self.rows, self.columns)
+        with torch.autocast(chain[0].device.type, enabled=False):  # rounded cores give another matrix
+            return contract(chain, self.rows, self.columns)
 
     def learns(self) -> bool:
         """Check whether any core needs a gradient."""
-        return torch.is_grad_enabled() and any(core.requires_grad for core in self.chain())
+        return torch.is_grad_enabled() and any(core.requires_grad for core in self._stored())
 
     @torch.no_grad()
     def set_cores(self, cores: Sequence[Tensor]) -> None:
@@ -110,7 +134,7 @@ class MPOMatrix(nn.Module):
     def _plan(self, x: Tensor, transposed: bool) -> tuple[int, ...] | None:
         """Return how many cores to merge into each link, or None where the dense product is cheaper or more exact."""
         tokens = x.numel() // x.shape[-1]
-        if tokens > CHAIN_TOKENS or torch.compiler.is_compiling() or self.learns():
+        if tokens > CHAIN_TOKENS or torch.compiler.is_compiling() or self.learns() or self.is_offloaded():
             return None
         if torch.is_autocast_enabled(x.device.type):  # would round between all links
             return None
@@ -144,9 +168,8 @@ class MPOMatrix(nn.Module):
                 core.data = core.new_zeros(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def extra_repr(self) -> str:
-        """Return sizes and bonds for `repr`."""
-        return f"{self.rows}, {self.columns}, bonds={self.bonds}"
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.rows}, {self.columns}, bonds={self.bonds})"  # as of a dense layer
 
 
 def list_matrices(model: nn.Module) -> dict[str, MPOMatrix]:

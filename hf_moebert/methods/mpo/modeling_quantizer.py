@@ -1,7 +1,9 @@
 """Loading of compressed models: build the layers that config.json describes, before transformers loads the weights."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -16,7 +18,10 @@ from hf_moebert.checkpoints.loading import open_tensors
 
 from .configuration_mpo import MPOCompressionConfig
 from .modeling_matrix import MPOMatrix, list_matrices
-from .modeling_mpo import make_layer, tie_layer
+from .modeling_mpo import TiedMPOEmbedding, TiedMPOLinear, make_layer, tie_layer
+
+
+VOCABULARY = (MPOMatrix, TiedMPOEmbedding, TiedMPOLinear)  # a table or a head
 
 
 def replace_matrices(model: PreTrainedModel, config: MPOCompressionConfig) -> None:
@@ -73,9 +78,10 @@ def _drop_ties(model: PreTrainedModel, replaced: set[str]) -> None:
 
 
 def restore_ties(model: PreTrainedModel) -> None:
-    """Give a model that is dense again the ties that `replace_matrices` removed."""
+    """Give a model that is dense again the ties that `replace_matrices` removed, and let its vocabulary grow."""
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
+            vars(part).pop("resize_token_embeddings", None)
             ties = vars(part).pop("_dense_ties", None)
             vars(part).pop("_tied_weights_keys", None)
             if ties is not None:
@@ -83,6 +89,30 @@ def restore_ties(model: PreTrainedModel) -> None:
             named = dict(part.named_parameters(remove_duplicate=False))
             keys = part.get_expanded_tied_weights_keys(all_submodels=False)  # which may list more than are tied
             part.all_tied_weights_keys = {k: v for k, v in keys.items() if named[k] is named[v]}
+
+
+def fix_vocabulary(model: PreTrainedModel) -> None:
+    """Let `resize_token_embeddings` refuse other sizes where the vocabulary is a matrix of cores."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            with suppress(NotImplementedError):  # a model without an embedding of tokens
+                if any(isinstance(x, VOCABULARY) for x in (part.get_input_embeddings(), part.get_output_embeddings())):
+                    part.resize_token_embeddings = partial(_resize, part)
+
+
+def _resize(
+    model: PreTrainedModel, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **options: Any
+) -> nn.Module:
+    table: Any = model.get_input_embeddings()
+    wanted = table.num_embeddings if new_num_tokens is None else new_num_tokens
+    if isinstance(pad_to_multiple_of, int):
+        wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+    if wanted != table.num_embeddings:
+        raise ValueError(
+            f"`new_num_tokens` must be {table.num_embeddings} for a vocabulary written as a chain, got {wanted}. "
+            "Resize the dense model, which `to_dense(model)` returns, and compress that."
+        )
+    return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, **options)
 
 
 @register_quantizer("mpo")
@@ -127,6 +157,7 @@ class MPOQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, MPOMatrix) and not self.quantization_config.train_centre:
                 module.centre.requires_grad_(False)
+        fix_vocabulary(model)
         return model
 
 
