@@ -69,17 +69,6 @@ class OptimizedForInference(Protocol):
 
 
 @runtime_checkable
-class SavesWithCheckpoints(Protocol):
-    """A callback that adds files to every checkpoint; `DistillationTrainer` looks for them before it resumes.
-
-    Attributes:
-        checkpoint_files: Names of its safetensors files.
-    """
-
-    checkpoint_files: Sequence[str]
-
-
-@runtime_checkable
 class Predictor(Protocol):
     """A model that `hf_moebert.serving` can serve.
 

@@ -1,41 +1,36 @@
 """Find the checkpoint to resume from after a crash."""
 
-from collections.abc import Sequence
-from pathlib import Path
+import os
 
-from safetensors import SafetensorError, safe_open
-from transformers.trainer import TRAINER_STATE_NAME, TrainerState
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
+
+from .manifests import MANIFEST_FILE, find_fault
 
 
 logger = logging.get_logger(__name__)
 
 
-def last_complete_checkpoint(folder: str, *, files: Sequence[str] = ()) -> str:
-    """Return the newest checkpoint that was saved completely, with a warning for each newer one.
+def last_complete_checkpoint(folder: str | os.PathLike[str]) -> str:
+    """Return the newest checkpoint that is whole by its manifest, with a warning that says why for each newer one.
 
-    The Trainer writes `trainer_state.json` after the weights and the optimizer, and callbacks write after that. So a
-    checkpoint is complete if that file and the callbacks' files can be read.
+    Manifests are written by every callback of this package; a run without one takes a `CheckpointManifestCallback`.
 
     Args:
         folder: `output_dir` of the run.
-        files: Further safetensors files that every checkpoint must hold, such as the `checkpoint_files` of
-            `PlatonPruningCallback`.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none; the message says why for each checkpoint.
     """
-    for checkpoint in reversed(sort_checkpoints(folder)):
-        try:
-            TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-            for file in [*Path(checkpoint).glob("model*.safetensors"), *(Path(checkpoint) / name for name in files)]:
-                with safe_open(file, framework="pt"):  # reads the header, and checks the length of the file
-                    pass
-        except (OSError, ValueError, SafetensorError):
-            logger.warning(f"{checkpoint} is incomplete and is skipped: its saving was cut short.")
-        else:
+    faults = {}
+    for checkpoint in reversed(sort_checkpoints(str(folder))):
+        if (fault := find_fault(checkpoint)) is None:
             return checkpoint
+        faults[checkpoint] = fault
+        logger.warning(f"{checkpoint} is not whole and is skipped: {fault}.")
+    reasons = "; ".join(f"{checkpoint}: {fault}" for checkpoint, fault in faults.items())
     raise ValueError(
-        f"`resume_from_checkpoint` must find a complete checkpoint in {folder!r}, which has none. Train without it."
+        f"`resume_from_checkpoint` must find a complete checkpoint in {str(folder)!r}, which has none"
+        f"{': ' + reasons if reasons else ''}. Train without it, or name the folder of a checkpoint of which you know "
+        f"that only its {MANIFEST_FILE} is missing."
     )

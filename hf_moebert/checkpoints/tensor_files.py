@@ -1,12 +1,13 @@
 """Write files of tensors entirely or not at all, and read them only if every byte is as it was written."""
 
+import glob
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,7 +16,6 @@ from torch import Tensor
 
 
 CHECKSUM = "sha256"  # entry of the metadata
-DRAFTS = ".*.draft"  # files that a killed process leaves behind
 # What safetensors and torch raise for a header that lies about the rest of its file
 DAMAGE = (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError, AttributeError)
 
@@ -103,12 +103,15 @@ def check_digest(file: str | os.PathLike[str], texts: Mapping[str, str], found: 
 def replacing(file: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a draft beside a file, which takes its place when the block ends, and is removed if the block fails.
 
+    Drafts of processes of this machine that were killed are removed, too.
+
     Raises:
         OSError: If it cannot be written; an earlier file stays as it was.
     """
     file = Path(file)
-    draft = file.with_name(f".{file.name}.{uuid4().hex}.draft")
+    draft = file.with_name(f".{file.name}.{platform.node()}-{os.getpid()}.draft")
     try:
+        _remove_stale(file)
         yield draft
         _sync(draft)
         draft.replace(file)
@@ -121,6 +124,13 @@ def replacing(file: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             draft.unlink()
+
+
+def _remove_stale(file: Path) -> None:
+    for path in file.parent.glob(f".{glob.escape(file.name)}.{platform.node()}-*.draft"):
+        process = path.name.removesuffix(".draft").rpartition("-")[2]
+        if process == str(os.getpid()) or (os.path.isdir("/proc/self") and not os.path.isdir(f"/proc/{process}")):
+            path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

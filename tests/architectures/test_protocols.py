@@ -4,13 +4,12 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_moebert import MPOSqueezingCallback, PlatonPruningCallback, optimize_for_inference
+from hf_moebert import optimize_for_inference
 from hf_moebert.architectures.protocols import (
     OptimizedForInference,
     PackedSentences,
     PartlyActive,
     Predictor,
-    SavesWithCheckpoints,
     SortedExperts,
 )
 from hf_moebert.inference.optimized import OptimizedExperts
@@ -66,12 +65,6 @@ def test_stacked_experts_can_be_sorted_before_and_after_they_are_optimised(dense
 
 def test_sentences_without_padding():
     assert isinstance(Sentences.from_mask(torch.ones(1, 2) == 1), PackedSentences)
-
-
-@pytest.mark.parametrize("callback", [MPOSqueezingCallback, PlatonPruningCallback])
-def test_callbacks_that_save_name_their_files(callback):
-    assert SavesWithCheckpoints.__annotations__.keys() <= vars(callback).keys()
-    assert all(name.endswith("_state.safetensors") for name in callback.checkpoint_files)
 
 
 def test_the_pipeline_of_many_tasks_can_be_served():

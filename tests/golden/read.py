@@ -143,8 +143,8 @@ def resume(folder: Path, inputs: dict[str, Tensor], callback: TrainerCallback, *
 
 
 def read_pruning(folder: Path, inputs: dict[str, Tensor], recipe: PlatonConfig = PRUNING) -> dict[str, Tensor]:
-    """Resume a pruning run, and say what is not zero at its end."""
-    model = resume(folder, inputs, PlatonPruningCallback(recipe, resume_from=folder))
+    """Resume a pruning run, whose optimizer was not stored, and say what is not zero at its end."""
+    model = resume(folder, inputs, PlatonPruningCallback(recipe, resume_from=folder, allow_changes=True))
     return {
         name: parameter != 0
         for name, parameter in model.named_parameters()
@@ -154,7 +154,7 @@ def read_pruning(folder: Path, inputs: dict[str, Tensor], recipe: PlatonConfig =
 
 def read_squeezing(folder: Path, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Resume a squeezing run whose cuts are judged too bad: they are taken back with what was stored."""
-    callback = MPOSqueezingCallback(SQUEEZING, resume_from=folder)
+    callback = MPOSqueezingCallback(SQUEEZING, resume_from=folder, allow_changes=True)
     model = resume(folder, inputs, callback, eval_strategy="steps", eval_steps=STOP)
     return answer(model, {name: x for name, x in inputs.items() if name != "labels"})
 

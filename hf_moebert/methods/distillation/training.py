@@ -13,7 +13,6 @@ from transformers.trainer_utils import TrainOutput, unwrap_peft_model
 from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
-from hf_moebert.architectures.protocols import SavesWithCheckpoints
 from hf_moebert.checkpoints.resuming import last_complete_checkpoint
 
 from .functional import classification_loss, hidden_state_loss, multi_label_loss, regression_loss, span_loss
@@ -26,6 +25,7 @@ from .training_checks import (
     refuse_other_sizes,
     refuse_shared_parameters,
 )
+from .training_recipe import DistillationRecipeCallback
 
 
 logger = logging.get_logger(__name__)
@@ -47,6 +47,7 @@ class DistillationTrainer(Trainer):
         *args: As for `Trainer`.
         teacher: A trained model with the labels, vocabulary and hidden size of the student.
         distillation: The recipe; by default `DistillationConfig()`.
+        allow_changes: As for `CheckpointManifestCallback`, which every run of this class has.
         **kwargs: As for `Trainer`; `model` is the student.
 
     Raises:
@@ -60,7 +61,12 @@ class DistillationTrainer(Trainer):
     loss_is_scaled_for_ga = False
 
     def __init__(
-        self, *args: Any, teacher: PreTrainedModel, distillation: DistillationConfig | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        teacher: PreTrainedModel,
+        distillation: DistillationConfig | None = None,
+        allow_changes: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.distillation = DistillationConfig() if distillation is None else distillation
@@ -78,6 +84,7 @@ class DistillationTrainer(Trainer):
         self._teacher_inputs = set(inspect.signature(inner.forward).parameters) - set(find_labels(type(inner)))
         self._teacher_checked = False
         self._reset_terms()
+        self.add_callback(DistillationRecipeCallback(self.distillation, allow_changes=allow_changes))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as the stock `Trainer` does.
@@ -87,11 +94,7 @@ class DistillationTrainer(Trainer):
             FloatingPointError: If the teacher or a term of the loss is NaN or infinite.
         """
         if resume_from_checkpoint is True:
-            files: list[str] = []  # what callbacks add to every checkpoint
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, SavesWithCheckpoints):
-                    files += callback.checkpoint_files
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, files=files)
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
             refuse_foreign_checkpoint(Path(resume_from_checkpoint), self.model.config, self.teacher.config)
         self._reset_terms()

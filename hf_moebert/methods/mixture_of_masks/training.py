@@ -1,13 +1,15 @@
 """The callback that learns masks while the stock `Trainer` trains a model."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from hf_moebert.checkpoints.callbacks import CheckpointManifestCallback
 from hf_moebert.training.schedules import cubic_decay, linear_ramp
 from hf_moebert.training.sharding import refuse_sharded
 
@@ -21,7 +23,7 @@ logger = logging.get_logger(__name__)
 TOLERANCE = 0.02  # distance from the target within which a run should end, and a model may count as the best
 
 
-class MaskSparsityCallback(TrainerCallback):
+class MaskSparsityCallback(CheckpointManifestCallback):
     """Callback that learns masks while any stock `Trainer` trains the model, towards a target sparsity that rises.
 
     The constraint is part of the model's own loss. In each step this callback sets the target and draws the noise of
@@ -35,8 +37,9 @@ class MaskSparsityCallback(TrainerCallback):
 
     Args:
         config: The recipe; by default `MaskSparsityConfig()`.
-        allow_changes: Whether a resumed run may have another recipe or length than it began with. The learning rates
-            of routers and of all other weights are still those of the checkpoint, as in any resumed run.
+        resume_from: As for `CheckpointManifestCallback`.
+        allow_changes: As for `CheckpointManifestCallback`. The learning rates of routers and of all other weights are
+            still those of the checkpoint, as in any resumed run.
 
     Raises:
         ValueError: When training begins, if the model has no masks to learn, the optimizer is not that of
@@ -47,9 +50,15 @@ class MaskSparsityCallback(TrainerCallback):
     Source: As `MaskSparsityConfig`.
     """
 
-    def __init__(self, config: MaskSparsityConfig | None = None, *, allow_changes: bool = False) -> None:
+    def __init__(
+        self,
+        config: MaskSparsityConfig | None = None,
+        *,
+        resume_from: str | Path | None = None,
+        allow_changes: bool = False,
+    ) -> None:
+        super().__init__(resume_from=resume_from, allow_changes=allow_changes)
         self.config = MaskSparsityConfig() if config is None else config
-        self.allow_changes = allow_changes
         self._model: MoMModel | None = None
         self._ramp_steps = 0
         self._clock = -1  # as this step began; -1 before the first one
@@ -72,6 +81,7 @@ class MaskSparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the model, the optimizer and the schedule, and reset the budget of a new run."""
+        super().on_train_begin(args, state, control)
         model: nn.Module = kwargs["model"]
         refuse_sharded(model, "Masks must be seen whole")
         if args.n_gpu > 1:
@@ -156,6 +166,7 @@ class MaskSparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Warn if the masks miss their target, and end the run."""
+        super().on_train_end(args, state, control)
         if self._clock < 0:  # resumed at its end
             return
         model, wanted = self._running, 1 - self.config.keep_ratio

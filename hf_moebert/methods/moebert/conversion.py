@@ -2,14 +2,11 @@
 
 import hashlib
 import itertools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     BertForQuestionAnswering,
@@ -20,6 +17,7 @@ from transformers import (
 )
 
 from hf_moebert.architectures.importance import LABELS, load_batches
+from hf_moebert.checkpoints.tensor_files import read_tensors, save_tensors
 
 from .modeling_heads import (
     MoEBertForQuestionAnswering,
@@ -125,12 +123,12 @@ def save_importance(path: str | Path, importance: Tensor, model: PreTrainedModel
         importance: Shape `(layers, intermediate)`.
         model: The dense model.
         **metadata: Further facts to keep, e.g. data set, number of examples, seed.
+
+    Raises:
+        OSError: If it cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     header = {**metadata, "format_version": FORMAT_VERSION, "model": fingerprint(model)}
-    save_file({"importance": importance.contiguous()}, partial, metadata=header)
-    os.replace(partial, path)
+    save_tensors(path, {"importance": importance}, header)
 
 
 def load_importance(path: str | Path, model: PreTrainedModel) -> Tensor:
@@ -147,28 +145,23 @@ def load_importance(path: str | Path, model: PreTrainedModel) -> Tensor:
         ValueError: If the file is no importance file, damaged, of a newer version or of another model.
         FileNotFoundError: If there is no such file.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"`path` must be an importance file, got {str(path)!r}, which does not exist.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header, names = file.metadata() or {}, list(file.keys())
-            importance = file.get_tensor("importance") if names == ["importance"] else None
-    except SafetensorError as error:
+    remedy = (
+        "Pickles and other formats are not read. Measure the importance with `measure_importance`, and save it with "
+        "`save_importance`."
+    )
+    tensors, header = read_tensors(path, remedy=remedy)
+    if list(tensors) != ["importance"] or "model" not in header:
         raise ValueError(
-            f"`path` must be a complete safetensors file, got {str(path)!r}: {error}. Pickles and other formats are "
-            "not read; measure the importance again with `measure_importance`."
-        ) from error
-    if importance is None or "model" not in header:
-        raise ValueError(f"{str(path)!r} must hold the tensor 'importance' and a fingerprint, got {names}, {header}.")
-    if header["format_version"] != FORMAT_VERSION:
+            f"{str(path)!r} must hold the tensor 'importance' and a fingerprint, got {list(tensors)}, {header}. "
+            f"{remedy}"
+        )
+    if (version := header.get("format_version")) != FORMAT_VERSION:
         raise ValueError(
-            f"{str(path)!r} has format version {header['format_version']}, this release reads {FORMAT_VERSION}. "
-            "Update hf_moebert."
+            f"{str(path)!r} has format version {version}, this release reads {FORMAT_VERSION}. Update hf_moebert."
         )
     if header["model"] != (own := fingerprint(model)):
         raise ValueError(
             f"{str(path)!r} was measured on another model: its fingerprint is {header['model']}, this model's is "
             f"{own}. Measure it again, or give the model it belongs to."
         )
-    return importance
+    return tensors["importance"]

@@ -2,16 +2,18 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
+
+from hf_moebert.checkpoints.callbacks import CheckpointManifestCallback
+from hf_moebert.checkpoints.tensor_files import read_tensors, save_tensors
 
 from .functional_decomposition import round_cores
 from .modeling_matrix import MPOMatrix, list_matrices
@@ -22,7 +24,7 @@ logger = logging.get_logger(__name__)
 STATE_FILE = "mpo_squeezing_state.safetensors"
 
 
-class MPOSqueezingCallback(TrainerCallback):
+class MPOSqueezingCallback(CheckpointManifestCallback):
     """Cut the bonds that cost the least error after every evaluation, as long as the metric does not suffer.
 
     The first evaluation from `start_step` on gives the reference. Every later one judges the cuts before it: if the
@@ -36,21 +38,26 @@ class MPOSqueezingCallback(TrainerCallback):
     Args:
         config: The recipe; by default `MPOSqueezingConfig()`.
         resume_from: Folder of the checkpoint a run is resumed from, if it does not lie in its `output_dir`.
+        allow_changes: As for `CheckpointManifestCallback`.
 
     Raises:
         ValueError: When training begins, if the model has no matrix product operators, if nothing is evaluated, if
             several processes or GPUs train, if the best model is to be loaded at the end, or if the state of a
-            checkpoint is missing or of another run; later if no evaluation has the metric, or if it is not finite
-            in the first one.
+            checkpoint is missing or of another run, and as `CheckpointManifestCallback`; later if no evaluation has
+            the metric, or if it is not finite in the first one.
 
     Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205, for the idea; how cuts are judged is our design.
     """
 
-    checkpoint_files = (STATE_FILE,)
-
-    def __init__(self, config: MPOSqueezingConfig | None = None, *, resume_from: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        config: MPOSqueezingConfig | None = None,
+        *,
+        resume_from: str | Path | None = None,
+        allow_changes: bool = False,
+    ) -> None:
+        super().__init__(resume_from=resume_from, allow_changes=allow_changes)
         self.config = MPOSqueezingConfig() if config is None else config
-        self.resume_from = resume_from
         self.reference: float | None = None
         self.squeezes = 0
         self.before: dict[str, Tensor] = {}  # weights from before the cuts that no evaluation has judged yet
@@ -62,14 +69,16 @@ class MPOSqueezingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the run, and restore the state of a checkpoint."""
+        super().on_train_begin(args, state, control)
         _check(args, kwargs["model"])
+        self.refuse_changes(state, asdict(self.config) | {"total_steps": state.max_steps})
         events = _events(state)
         self.reference = next((event["mpo_reference"] for event in events if "mpo_reference" in event), None)
         self.squeezes = sum("mpo_cuts" in event for event in events)
         self._cuts, self._seen, self.before = not any("mpo_undone" in event for event in events), set(), {}
         self._in_step = False
         if state.global_step:
-            self.before = _load(Path(self.resume_from or _checkpoint(args, state)) / STATE_FILE, events)
+            self.before = _load(self.find_checkpoint(args, state) / STATE_FILE, events)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -122,16 +131,15 @@ class MPOSqueezingCallback(TrainerCallback):
             if cuts:
                 self._note(state, mpo_cuts=cuts, mpo_parameters=_count(model))
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def save_state(self, folder: Path, state: TrainerState) -> None:
         """Save the weights to go back to in the checkpoint."""
-        folder = _checkpoint(args, state)
-        if args.should_save and not args.save_only_model and folder.is_dir():
-            save_file(self.before, folder / STATE_FILE, {"events": json.dumps(_events(state))})
+        save_tensors(folder / STATE_FILE, self.before, {"events": json.dumps(_events(state))})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Undo cuts that no evaluation has judged, and stop cutting."""
+        super().on_train_end(args, state, control)
         if self.before:
             logger.warning("Training ended before an evaluation judged the last cuts, which are undone.")
             self._undo(kwargs["model"], kwargs["optimizer"])
@@ -205,19 +213,23 @@ def _events(state: TrainerState) -> list[dict[str, Any]]:
 
 
 def _load(file: Path, events: list[dict[str, Any]]) -> dict[str, Tensor]:
+    remedy = "Resume from an earlier checkpoint."
     if not file.is_file():
         raise ValueError(
             f"A run that squeezes must be resumed with {str(file)!r}, which is missing. Name the folder of the "
             "checkpoint with `resume_from`, or start a new run from the model."
         )
-    with safe_open(file, framework="pt") as opened:
-        saved, names = json.loads(opened.metadata()["events"]), list(opened.keys())
-        if saved != json.loads(json.dumps(events)):
-            raise ValueError(
-                f"{str(file)!r} must belong to the run that is resumed, but was written after other cuts. Name the "
-                "folder of its checkpoint with `resume_from`."
-            )
-        return {name: opened.get_tensor(name) for name in names}
+    tensors, texts = read_tensors(file, remedy=remedy)
+    try:
+        saved = json.loads(texts["events"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{str(file)!r} must list the cuts of a run, but does not: {error!r}. {remedy}") from error
+    if saved != json.loads(json.dumps(events)):
+        raise ValueError(
+            f"{str(file)!r} must belong to the run that is resumed, but was written after other cuts. Name the folder "
+            "of its checkpoint with `resume_from`."
+        )
+    return tensors
 
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -236,10 +248,6 @@ def _reset_moments(optimizer: Any, matrix: MPOMatrix) -> None:
 def _gauge(model: nn.Module) -> str:
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     return getattr(config, "gauge", "symmetric")
-
-
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 def _check(args: TrainingArguments, model: nn.Module) -> None:

@@ -1,14 +1,17 @@
 """The gradient mask: central tensors, which every token trains, are left out of optimiser steps at random."""
 
 import weakref
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_moebert.checkpoints.callbacks import CheckpointManifestCallback
 from hf_moebert.training.schedules import linear_ramp
 from hf_moebert.training.sharding import refuse_sharded
 
@@ -17,7 +20,7 @@ from .modeling_experts import MPOEFeedForward
 from .recipe import MPOEGradientMaskConfig
 
 
-class MPOEGradientMaskCallback(TrainerCallback):
+class MPOEGradientMaskCallback(CheckpointManifestCallback):
     """Leave central tensors out of optimiser steps at random, while any stock `Trainer` trains.
 
     Once per step, in all processes and for all accumulated batches alike, one draw for each central tensor decides
@@ -29,10 +32,13 @@ class MPOEGradientMaskCallback(TrainerCallback):
 
     Args:
         config: The recipe; by default `MPOEGradientMaskConfig()`.
+        resume_from: As for `CheckpointManifestCallback`.
+        allow_changes: As for `CheckpointManifestCallback`.
 
     Raises:
         ValueError: When training begins, if no central tensor is shared and trained, if the model is sharded (FSDP,
-            DeepSpeed, tensor parallelism), or if the run has two such callbacks. After the first step, if `element`
+            DeepSpeed, tensor parallelism), or if the run has two such callbacks; and as
+            `CheckpointManifestCallback`. After the first step, if `element`
             meets an optimiser whose state is factored or quantised (Adafactor, 8-bit optimisers).
 
     Source: Gao et al. 2022, https://arxiv.org/abs/2203.01104, for the idea; `MPOEGradientMaskConfig` says
@@ -41,7 +47,14 @@ class MPOEGradientMaskCallback(TrainerCallback):
 
     _run: ClassVar[weakref.ref[TrainerState] | None] = None  # the last run that began with a callback of this class
 
-    def __init__(self, config: MPOEGradientMaskConfig | None = None) -> None:
+    def __init__(
+        self,
+        config: MPOEGradientMaskConfig | None = None,
+        *,
+        resume_from: str | Path | None = None,
+        allow_changes: bool = False,
+    ) -> None:
+        super().__init__(resume_from=resume_from, allow_changes=allow_changes)
         self.config = MPOEGradientMaskConfig() if config is None else config
         self.keep = 1.0
         self._centres: dict[int, nn.Parameter] = {}
@@ -55,6 +68,7 @@ class MPOEGradientMaskCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Find the central tensors and watch their gradients."""
+        super().on_train_begin(args, state, control)
         model: nn.Module = kwargs["model"]
         begun = MPOEGradientMaskCallback._run
         if begun is not None and begun() is state:
@@ -73,7 +87,8 @@ class MPOEGradientMaskCallback(TrainerCallback):
                 f"them in {type(model).__name__}. Leave the callback out."
             )
         self._first = 1 / networks[0].num_experts if self.config.keep is None else self.config.keep
-        self.on_train_end(args, state, control)  # `train` may be called twice, or have stopped with an error
+        self.refuse_changes(state, asdict(self.config) | {"total_steps": state.max_steps})
+        self._stop()  # `train` may be called twice, or have stopped with an error
         self._handles = [centre.register_hook(self._make_hook(index)) for index, centre in self._centres.items()]
 
     def on_step_begin(
@@ -130,6 +145,10 @@ class MPOEGradientMaskCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remove all hooks and masks."""
+        super().on_train_end(args, state, control)
+        self._stop()
+
+    def _stop(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles, self._masks, self._held, self._armed, self._loader = [], {}, [], set(), None

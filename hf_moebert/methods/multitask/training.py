@@ -12,7 +12,9 @@ from typing import Any
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers.utils import logging
 
+from hf_moebert.checkpoints.locks import lock_folder
 from hf_moebert.methods.distillation import DistillationConfig, DistillationTrainer
 
 from .configuration_multitask import check_task_name
@@ -21,8 +23,19 @@ from .modeling_multitask import MultiTaskBertModel
 from .modeling_splitting import HEADS, join, take_branch, take_trunk
 from .modeling_trunk import new_branch
 from .recipe import INITS, MultiTaskSweepConfig
-from .training_runs import MultiTaskSweepTask, PreparedTask, Run, describe_arguments, read_result, write_result
+from .training_runs import (
+    MultiTaskSweepTask,
+    PreparedTask,
+    Run,
+    check_model,
+    describe_arguments,
+    read_result,
+    write_result,
+)
 from .training_states import CachedStates, pad_examples
+
+
+logger = logging.get_logger(__name__)
 
 
 class MultiTaskSweep:
@@ -33,13 +46,15 @@ class MultiTaskSweep:
     `CE + T^2 CE_soft`. A branch gets one more layer as long as it gains `min_gain`.
 
     Every run writes a folder `<output_dir>/<task>/<run>`: the plain single-task model, whose `config.frozen_layers` is
-    where it may be split, and `result.json`, which is written last. A run with this file is not repeated.
+    where it may be split, and `result.json`, which is written last and lists the SHA-256 of the other files. A run
+    with this file is not repeated. One sweep at a time trains in a folder.
 
     Args:
         tasks: Tasks by name, which also names a folder.
         args: Arguments of the stock `Trainer` of every run; `output_dir` is the folder of the sweep.
         config: Recipe, by default `MultiTaskSweepConfig()`.
         states_dir: Folder for the cached states, shared by sweeps over the same data; by default in `output_dir`.
+        allow_changes: Whether runs that were made with other settings count as finished.
 
     Raises:
         ValueError: If there is no task, a name cannot name a folder, or the recipe does not fit the encoder; later, if
@@ -56,13 +71,14 @@ class MultiTaskSweep:
         config: MultiTaskSweepConfig | None = None,
         *,
         states_dir: str | Path | None = None,
+        allow_changes: bool = False,
     ) -> None:
         for name in tasks:
             check_task_name(name, [taken for taken in tasks if taken != name])
         if not tasks:
             raise ValueError("`tasks` must hold at least one task, got none. Name one.")
         self.args, self.config = args, MultiTaskSweepConfig() if config is None else config
-        self.output = Path(args.output_dir)
+        self.output, self.allow_changes = Path(args.output_dir), allow_changes
         states = self.output / "states" if states_dir is None else Path(states_dir)
         self.tasks = {name: PreparedTask(task, states / name, seed=args.seed) for name, task in tasks.items()}
         (first, expected), *_ = self.tasks.items()
@@ -87,29 +103,39 @@ class MultiTaskSweep:
     def run(self) -> None:
         """Make all missing runs, with a progress bar on a terminal unless `args.disable_tqdm`."""
         bar = tqdm(self.runs(), unit="run", disable=self.args.disable_tqdm or None)
-        for task, run in bar:
-            bar.set_postfix_str(f"{task}, {run.name}")
-            self.make(task, run)
+        with lock_folder(self.output):
+            for task, run in bar:
+                bar.set_postfix_str(f"{task}, {run.name}")
+                self.make(task, run)
 
     def make(self, task: str, run: Run) -> float:
         """Train and save a model unless it exists, and return its score on the dev examples.
 
         Raises:
-            ValueError: If the folder holds a run of other settings, or the score is not finite.
+            ValueError: If the folder holds a run of other settings, another process trains in `output_dir`, or the
+                score is not finite.
         """
         folder, settings = self.folder(task, run), self.settings(task, run)
-        if (result := read_result(folder / "result.json")) is not None:
-            saved = result["settings"]
-            names = sorted(saved.keys() | settings.keys())
-            changed = [name for name in names if saved.get(name) != settings.get(name)]
-            if changed:
-                pairs = "; ".join(f"{name}: {settings.get(name)} here, {saved.get(name)} there" for name in changed)
-                raise ValueError(
-                    f"{folder} must hold a run of these settings, but it was made with others: {pairs}. Choose"
-                    " another `output_dir`, or delete it."
-                )
+        if (result := read_result(folder)) is not None:
+            self._check_settings(folder, settings, result["settings"])
             return result["score"]
-        trainer = self._train(task, run)
+        with lock_folder(self.output):
+            return self._make(task, run, settings)
+
+    def _check_settings(self, folder: Path, settings: dict[str, Any], saved: dict[str, Any]) -> None:
+        names = sorted(saved.keys() | settings.keys())
+        changed = [name for name in names if saved.get(name) != settings.get(name)]
+        pairs = "; ".join(f"{name}: {settings.get(name)} here, {saved.get(name)} there" for name in changed)
+        if changed and not self.allow_changes:
+            raise ValueError(
+                f"{folder} must hold a run of these settings, but it was made with others: {pairs}. Choose another"
+                " `output_dir`, delete it, or pass `allow_changes=True` to take it as it is."
+            )
+        if changed:
+            logger.warning_once(f"{folder} was made with other settings, and is taken as it is: {pairs}.")
+
+    def _make(self, task: str, run: Run, settings: dict[str, Any]) -> float:
+        folder, trainer = self.folder(task, run), self._train(task, run)
         score = trainer.evaluate()["eval_score"]
         if not math.isfinite(score):
             raise ValueError(
@@ -117,7 +143,7 @@ class MultiTaskSweep:
                 " smaller `learning_rate`."
             )
         self._plain(task, run, trainer.model).save_pretrained(folder)
-        write_result(folder / "result.json", {"score": score, "settings": settings, "command": " ".join(sys.argv)})
+        write_result(folder, {"score": score, "settings": settings, "command": " ".join(sys.argv)})
         return score
 
     def choose_teacher(self, task: str) -> int:
@@ -150,8 +176,13 @@ class MultiTaskSweep:
         return lambda layers: Run("student", layers) if layers < teacher else Run("teacher", teacher)
 
     def load(self, task: str, run: Run) -> PreTrainedModel:
-        """Load the plain single-task model of a run."""
+        """Load the plain single-task model of a run.
+
+        Raises:
+            ValueError: If its files are not as they were when the run was finished.
+        """
         folder = self.folder(task, run)
+        check_model(folder)
         (architecture,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
         return HEADS[architecture].from_pretrained(folder, use_safetensors=True)
 

@@ -1,7 +1,5 @@
 """Tasks, runs and results of a sweep."""
 
-import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +9,9 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedModel, TrainingArguments, set_seed
+
+from hf_moebert.checkpoints.json_files import read_json, save_json
+from hf_moebert.checkpoints.manifests import describe_files, find_changed_file
 
 from .configuration_multitask import IGNORED_FIELDS
 from .functional import chain_hashes
@@ -26,6 +27,9 @@ IRRELEVANT_ARGUMENTS = (
     *("eval_use_gather", "dataloader_num", "dataloader_pin", "dataloader_persistent", "dataloader_prefetch"),
     *("dataloader_multi", "torch_empty_cache", "use_cpu", "local_rank", "ddp_"),
 )
+
+
+RESULT_FILE = "result.json"
 
 
 @dataclass(frozen=True)
@@ -111,13 +115,38 @@ class PreparedTask:
         return self._states[split]
 
 
-def read_result(file: Path) -> dict[str, Any] | None:
-    """Read the result of a run, or return None if there is none."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """Read the result of a run, or return None if there is none.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    if not (folder / RESULT_FILE).exists():
+        return None
+    remedy = "Delete it, and the run is made again."
+    result = read_json(folder / RESULT_FILE, remedy=remedy)
+    if not {"score", "settings"} <= result.keys() or not isinstance(result["settings"], dict):
+        raise ValueError(
+            f"{str(folder / RESULT_FILE)!r} must have the score and the settings of a run, got {sorted(result)}. "
+            f"{remedy}"
+        )
+    return result
 
 
-def write_result(file: Path, result: dict[str, Any]) -> None:
-    """Write the result of a run, entirely or not at all."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Write the result of a run whose model is saved, with the SHA-256 of its files: entirely, or not at all."""
+    save_json(folder / RESULT_FILE, result | {"files": describe_files(folder, pattern="*")})
+
+
+def check_model(folder: Path) -> None:
+    """Refuse a saved model whose files are not those that its result was written for.
+
+    Raises:
+        ValueError: If one is missing or has changed; results of 0.1.0 do not list them.
+    """
+    result = read_result(folder)
+    if result is not None and (fault := find_changed_file(folder, result.get("files", {}))):
+        raise ValueError(
+            f"{str(folder)!r} must hold the model of its {RESULT_FILE}, but {fault}. Delete {RESULT_FILE}, and the "
+            "run is made again."
+        )

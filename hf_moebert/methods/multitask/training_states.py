@@ -3,23 +3,26 @@
 import hashlib
 import json
 import os
-import platform
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from hf_moebert.checkpoints.tensor_files import CHECKSUM, DAMAGE, check_digest, digest, replacing
 
 from .functional import chain_hashes
 from .modeling_trunk import BertTrunk
 
 
+REMEDY = "Delete it, and it is computed again."
 TRUNK_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
@@ -34,13 +37,12 @@ class CachedStates(torch.utils.data.Dataset):
         examples: Examples it was written for, in their order.
 
     Raises:
-        ValueError: If the file holds another number of examples.
+        ValueError: If the file is damaged, or holds another number of examples.
     """
 
     def __init__(self, file: str | Path, examples: Dataset) -> None:
         self.file, self.examples = Path(file), examples.select_columns(_kept_columns(examples))
-        with safe_open(self.file, framework="pt") as content:
-            self.offsets = content.get_tensor("offsets").tolist()
+        self.offsets = _read_offsets(self.file).tolist()
         if len(self.offsets) - 1 != len(examples):
             raise ValueError(
                 f"`examples` must be the {len(self.offsets) - 1} that {self.file} was written for, got"
@@ -67,8 +69,9 @@ def cache_states(
 ) -> dict[int, CachedStates]:
     """Run a trunk over a data set, unless the folder already holds its states.
 
-    The files `states-<depth>.safetensors` hold the states in float32, one row for each token, and a fingerprint of
-    the trunk and the token ids. They are renamed to this name when complete. Texts of similar length share a batch.
+    The files `states-<depth>.safetensors` hold the states in float32, one row for each token, a fingerprint of the
+    trunk and the token ids, and a checksum. They are renamed to this name when complete. Texts of similar length
+    share a batch.
 
     Args:
         trunk: Trunk, which runs on its own device.
@@ -83,7 +86,8 @@ def cache_states(
 
     Raises:
         ValueError: If the data set is empty or not encoded, or the folder holds the states of another data set or
-            trunk.
+            trunk, or damaged ones.
+        OSError: If they cannot be written.
 
     Source: our own design; the paper's code runs the trunk in every step.
     """
@@ -150,8 +154,8 @@ def _is_complete(file: Path, fingerprint: str) -> bool:
     try:
         with safe_open(file, framework="pt") as content:
             found = (content.metadata() or {}).get("fingerprint")
-    except SafetensorError as error:
-        raise ValueError(f"{file} must hold states, but it is damaged: {error}. Delete it.") from error
+    except DAMAGE as error:
+        raise ValueError(f"{file} must hold states, but it is damaged: {error}. {REMEDY}") from error
     if found != fingerprint:
         raise ValueError(
             f"{file} must hold the states of this data set and trunk, but it holds others. Use another folder, or"
@@ -160,35 +164,41 @@ def _is_complete(file: Path, fingerprint: str) -> bool:
     return True
 
 
+def _read_offsets(file: Path) -> Tensor:
+    """Return where each example begins, and the end, `(examples + 1,)`; check all states, which are not kept."""
+    try:
+        with safe_open(file, framework="pt") as content:
+            tensors = {name: content.get_tensor(name) for name in list(content.keys())}  # mapped, not in memory
+            texts = content.metadata() or {}
+        offsets = tensors["offsets"]
+    except DAMAGE as error:
+        raise ValueError(f"{file} must hold states, but it is damaged: {error}. {REMEDY}") from error
+    check_digest(file, texts, digest(tensors, texts), remedy=REMEDY)
+    return offsets
+
+
 @torch.no_grad()
 def _write(
     trunk: BertTrunk, dataset: Dataset, files: Mapping[int, Path], *, prints: Mapping[int, str], batch_size: int
 ) -> None:
     lengths = np.array([len(ids) for ids in dataset["input_ids"][:]])
     offsets = np.concatenate([[0], lengths.cumsum()])  # (examples + 1,)
-    for file in files.values():
-        _remove_stale(file)
-    writer = f"{platform.node()}-{os.getpid()}"
-    partial = {depth: file.with_name(f"{file.name}.{writer}.partial") for depth, file in files.items()}
-    hidden = trunk.config.hidden_size
-    states = {d: _lay_out(path, offsets, hidden, {"fingerprint": prints[d]}) for d, path in partial.items()}
     inputs = dataset.select_columns(_input_columns(dataset))
-    for rows, batch in _batches(inputs, lengths, batch_size):
-        batch = {name: tensor.to(trunk.embeddings.position_ids.device) for name, tensor in batch.items()}
-        for depth, found in trunk(**batch, depths=list(files)).items():
-            for row, state in zip(rows, found.float().cpu().numpy(), strict=True):  # (seq, hidden)
-                states[depth][offsets[row] : offsets[row + 1]] = state[: lengths[row]]
-    for depth, path in partial.items():
-        states[depth].flush()
-        path.replace(files[depth])
-
-
-def _remove_stale(file: Path) -> None:
-    """Delete unfinished files of processes of this machine that were killed."""
-    for path in file.parent.glob(f"{file.name}.{platform.node()}-*.partial"):
-        process = path.name.removesuffix(".partial").rpartition("-")[2]
-        if process == str(os.getpid()) or (os.path.isdir("/proc/self") and not os.path.isdir(f"/proc/{process}")):
-            path.unlink(missing_ok=True)
+    with ExitStack() as stack:
+        drafts = {depth: stack.enter_context(replacing(file)) for depth, file in files.items()}
+        texts = {depth: {"fingerprint": prints[depth], CHECKSUM: "0" * 64} for depth in drafts}
+        hidden = trunk.config.hidden_size
+        states = {depth: _lay_out(draft, offsets, hidden, texts[depth]) for depth, draft in drafts.items()}
+        for rows, batch in _batches(inputs, lengths, batch_size):
+            batch = {name: tensor.to(trunk.embeddings.position_ids.device) for name, tensor in batch.items()}
+            for depth, found in trunk(**batch, depths=list(files)).items():
+                for row, state in zip(rows, found.float().cpu().numpy(), strict=True):  # (seq, hidden)
+                    states[depth][offsets[row] : offsets[row + 1]] = state[: lengths[row]]
+        for depth, draft in drafts.items():
+            states[depth].flush()
+            tensors = {"offsets": torch.from_numpy(offsets), "states": torch.from_numpy(states[depth])}
+            texts[depth][CHECKSUM] = digest(tensors, texts[depth])
+            _write_header(draft, offsets, states[depth].shape, texts[depth])
 
 
 def _batches(inputs: Dataset, lengths: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
@@ -197,17 +207,28 @@ def _batches(inputs: Dataset, lengths: np.ndarray, size: int) -> Iterator[tuple[
         yield rows, pad_examples([{"attention_mask": [1] * len(e["input_ids"]), **e} for e in examples])
 
 
-def _lay_out(path: Path, offsets: np.ndarray, hidden: int, metadata: dict[str, str]) -> np.memmap:
-    """Write a safetensors file whose states, which may exceed the memory, are filled in later."""
-    tokens, start = int(offsets[-1]), offsets.nbytes
+def _lay_out(draft: Path, offsets: np.ndarray, hidden: int, texts: Mapping[str, str]) -> np.memmap:
+    """Write a safetensors file whose states, which may exceed the memory, and checksum are filled in later."""
+    shape = (int(offsets[-1]), hidden)
+    draft.touch()
+    start, size = _write_header(draft, offsets, shape, texts), 4 * shape[0] * shape[1]
+    with draft.open("r+b") as file:
+        file.truncate(start + size)
+        if hasattr(os, "posix_fallocate"):  # finds a full disk here; later it would be a signal
+            os.posix_fallocate(file.fileno(), start, size)
+    return np.memmap(draft, "<f4", "r+", offset=start, shape=shape)
+
+
+def _write_header(draft: Path, offsets: np.ndarray, shape: tuple[int, ...], texts: Mapping[str, str]) -> int:
+    """Write all of the file but the states, and return where they begin."""
+    start, size = offsets.nbytes, 4 * shape[0] * shape[1]
     header = {
-        "__metadata__": metadata,
+        "__metadata__": texts,
         "offsets": {"dtype": "I64", "shape": [len(offsets)], "data_offsets": [0, start]},
-        "states": {"dtype": "F32", "shape": [tokens, hidden], "data_offsets": [start, start + 4 * tokens * hidden]},
+        "states": {"dtype": "F32", "shape": shape, "data_offsets": [start, start + size]},
     }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # as the format demands
-    with path.open("wb") as file:
+    with draft.open("r+b") as file:
         file.write(struct.pack("<Q", len(text)) + text + offsets.astype("<i8").tobytes())
-        file.truncate(file.tell() + 4 * tokens * hidden)
-    return np.memmap(path, "<f4", "r+", offset=8 + len(text) + start, shape=(tokens, hidden))
+        return file.tell()

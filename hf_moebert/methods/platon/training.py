@@ -7,19 +7,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from hf_moebert.checkpoints.callbacks import CheckpointManifestCallback
 from hf_moebert.training.sharding import refuse_sharded
 
 from .recipe import PlatonConfig
-from .training_pruner import STATE_FILE, Pruner
+from .training_pruner import Pruner
 
 
 logger = logging.get_logger(__name__)
 
 
-class PlatonPruningCallback(TrainerCallback):
+class PlatonPruningCallback(CheckpointManifestCallback):
     """Callback that sets the least important weights of a model to zero while any stock `Trainer` trains it.
 
     After `initial_warmup` the share of kept weights falls along a cubic curve. In the last phase, `final_warmup`, it
@@ -34,18 +35,16 @@ class PlatonPruningCallback(TrainerCallback):
     Args:
         config: The recipe; by default `PlatonConfig()`.
         resume_from: Folder of the checkpoint from which a run is resumed, if it is not in its `output_dir`.
-        allow_changes: Whether a resumed run may have another recipe or length than it began with.
+        allow_changes: As for `CheckpointManifestCallback`.
 
     Raises:
         ValueError: When training begins, if nothing can be pruned, the run is too short for the schedule, the model
-            is sharded (FSDP, DeepSpeed), or the checkpoint has no matching state.
+            is sharded (FSDP, DeepSpeed), or the checkpoint has no matching state; and as
+            `CheckpointManifestCallback`.
         FloatingPointError: While training, if gradients stay NaN or infinite.
 
     Source: Zhang et al. 2022, https://arxiv.org/abs/2206.12562.
     """
-
-    # Files that `last_complete_checkpoint` must find beside those of the Trainer.
-    checkpoint_files = (STATE_FILE,)
 
     def __init__(
         self,
@@ -54,8 +53,8 @@ class PlatonPruningCallback(TrainerCallback):
         resume_from: str | Path | None = None,
         allow_changes: bool = False,
     ) -> None:
+        super().__init__(resume_from=resume_from, allow_changes=allow_changes)
         self.config = PlatonConfig() if config is None else config
-        self.resume_from, self.allow_changes = resume_from, allow_changes
         self.pruner: Pruner | None = None
         self._overflow = False
 
@@ -63,12 +62,13 @@ class PlatonPruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Choose the parameters to prune, and load the state of a checkpoint."""
+        super().on_train_begin(args, state, control)
         model: nn.Module = kwargs["model"]
         refuse_sharded(model, "Pruning must see whole parameters and their gradients")
         self.pruner = None  # frees its memory before the next one allocates as much
         self.pruner = Pruner(model, self.config, state.max_steps)  # a new one: `train` may be called twice
         if state.global_step:
-            folder = Path(self.resume_from or _checkpoint(args, state))
+            folder = self.find_checkpoint(args, state)
             self.pruner.load(folder, state.global_step, allow_changes=self.allow_changes)
 
     def on_step_begin(
@@ -124,20 +124,15 @@ class PlatonPruningCallback(TrainerCallback):
         # The Trainer has copied the logs into its history before it calls callbacks.
         state.log_history[-1] |= logs | {f"platon_sparsity/{name}": share for name, share in sparsity.items()}
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def save_state(self, folder: Path, state: TrainerState) -> None:
         """Put the statistics into the checkpoint."""
-        if not args.should_save or args.save_only_model:
-            return
-        folder = _checkpoint(args, state)
-        if folder.is_dir():
-            self._running.save(folder, state.global_step)
-        else:  # a hyper-parameter search saves in folders of its own
-            logger.warning_once(f"{folder} does not exist, so the state of the pruning was not saved: do not resume.")
+        self._running.save(folder, state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Warn if training stopped before the final ratio was reached."""
+        super().on_train_end(args, state, control)
         if not self._running.is_final:
             left = sum(int(torch.count_nonzero(p)) for p in self._running.parameters.values()) / self._running.numel
             logger.warning(
@@ -150,10 +145,6 @@ class PlatonPruningCallback(TrainerCallback):
         if self.pruner is None:
             raise RuntimeError("The callback must be added to the Trainer before `train` is called.")
         return self.pruner
-
-
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 def _has_overflow(optimizer: Any) -> bool:

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.testing_utils import CaptureLogger
 from two_processes import leave, read_both, run_in_two
 
+from hf_moebert.checkpoints.manifests import write_manifest
 from hf_moebert.methods.distillation import DistillationConfig, DistillationTrainer
 from hf_moebert.methods.distillation.functional import (
     classification_loss,
@@ -534,6 +535,7 @@ def test_the_checkpoint_of_another_model_is_refused_before_anything_happens(tmp_
     config = json.loads((folder / "config.json").read_text())
     for name, value in (("model_type", "roberta"), ("num_hidden_layers", 5)):
         (folder / "config.json").write_text(json.dumps(config | {name: value}))
+        write_manifest(folder)
         trainer = distil(folder.parent, student, bert(1))
         for checkpoint in (str(folder), True):
             with pytest.raises(ValueError, match=rf"whose `{name}` is (bert|2), got {value} in .*checkpoint-4"):

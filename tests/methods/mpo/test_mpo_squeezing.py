@@ -10,6 +10,7 @@ from tiny_mpo import make
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from hf_moebert import MPOSqueezingCallback, MPOSqueezingConfig, compress_mpo
+from hf_moebert.checkpoints.manifests import MANIFEST_FILE
 from hf_moebert.methods.mpo.functional import contract
 from hf_moebert.methods.mpo.functional_decomposition import decompose, round_cores
 from hf_moebert.methods.mpo.modeling_matrix import list_matrices
@@ -230,7 +231,10 @@ def test_resuming_without_the_state_is_refused(tmp_path):
     run = trainer(tmp_path / "whole", [0.9, 0.9], max_steps=4, save_strategy="steps", save_steps=2)
     run.train()
     (tmp_path / "whole/checkpoint-2" / STATE_FILE).unlink()
-    again = trainer(tmp_path / "whole", [0.9])
+    again = trainer(tmp_path / "whole", [0.9], max_steps=4)
+    with pytest.raises(ValueError, match="must be as it was saved .* but mpo_squeezing_state.safetensors is missing"):
+        again.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    (tmp_path / "whole/checkpoint-2" / MANIFEST_FILE).unlink()
     with pytest.raises(ValueError, match="must be resumed with .*mpo_squeezing_state.safetensors', which is missing"):
         again.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
 

@@ -231,7 +231,7 @@ def test_an_interrupted_computation_leaves_no_states(tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))
     trunk.forward = run
     for process in (os.getpid(), 999_999_999):  # who was killed leaves what it began
-        (tmp_path / f"states-1.safetensors.{platform.node()}-{process}.partial").write_bytes(b"half")
+        (tmp_path / f".states-1.safetensors.{platform.node()}-{process}.draft").write_bytes(b"half")
     assert len(cache_states(trunk, rows(), tmp_path, depths=[1])[1]) == 16
     assert [file.name for file in tmp_path.iterdir()] == ["states-1.safetensors"]
 

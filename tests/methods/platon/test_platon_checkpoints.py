@@ -16,14 +16,14 @@ from platon_runs import StopAt, assert_same_weights, callback_of, count_all_zero
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from hf_moebert import DistillationTrainer, PlatonConfig, PlatonPruningCallback
-from hf_moebert.checkpoints.resuming import last_complete_checkpoint
-from hf_moebert.methods.platon import training_state
+from hf_moebert import DistillationTrainer, PlatonConfig, last_complete_checkpoint
+from hf_moebert.checkpoints import tensor_files
+from hf_moebert.checkpoints.locks import LOCK_FILE
+from hf_moebert.checkpoints.manifests import MANIFEST_FILE
 from hf_moebert.methods.platon.training_pruner import Pruner
 from hf_moebert.methods.platon.training_state import STATE_FILE
 
 
-FILES = PlatonPruningCallback.checkpoint_files
 NUMBERS = ("clock", "ratio", "threshold", "revived", "dropped")
 
 
@@ -131,6 +131,7 @@ def test_states_of_0_1_0_are_read(tiny_bert, make_trainer, whole, interrupted):
         config = json.loads(opened.metadata()["platon"])["config"]
     config["final_ratio"] = config.pop("keep_ratio")
     rewrite(interrupted / STATE_FILE, config=config)
+    (interrupted / MANIFEST_FILE).unlink()
     resumed = make_trainer(tiny_bert())
     resumed.train(resume_from_checkpoint=str(interrupted))
     assert_same_weights(resumed.model, whole.model)
@@ -182,14 +183,14 @@ BROKEN = {
     "header": (cut_header, "must be a complete safetensors"),
     "garbage": (garble, "must be a complete safetensors"),
     "pickle": (put_pickle, "must be a complete safetensors"),
-    "foreign": (put_weights, "must be a complete safetensors file with the state of a pruning run"),
-    "no json": (lambda file: rewrite(file, {"platon": "{"}), "must be a complete safetensors"),
-    "a list": (lambda file: rewrite(file, {"platon": "[]"}), "must be a complete safetensors"),
-    "no config": (lambda file: rewrite(file, {"platon": "{}"}), "must be a complete safetensors"),
-    "no numbers": (lambda file: rewrite(file, numbers={}), "must be a complete safetensors"),
+    "foreign": (put_weights, "must hold the state of a pruning run"),
+    "no json": (lambda file: rewrite(file, {"platon": "{"}), "must hold the state of a pruning run"),
+    "a list": (lambda file: rewrite(file, {"platon": "[]"}), "must hold the state of a pruning run"),
+    "no config": (lambda file: rewrite(file, {"platon": "{}"}), "must hold the state of a pruning run"),
+    "no numbers": (lambda file: rewrite(file, numbers={}), "must hold the state of a pruning run"),
     "odd numbers": (
         lambda file: rewrite(file, numbers={"mask": 1, "clock": 10}),
-        "must be a complete safetensors",
+        "must hold the state of a pruning run",
     ),
 }
 
@@ -198,6 +199,9 @@ BROKEN = {
 def test_a_broken_state_is_refused(tiny_bert, make_trainer, interrupted, kind):
     damage, message = BROKEN[kind]
     damage(interrupted / STATE_FILE)
+    with pytest.raises(ValueError, match=rf"must be as it was saved .*{STATE_FILE} .*`last_complete_checkpoint`"):
+        make_trainer(tiny_bert()).train(resume_from_checkpoint=str(interrupted))
+    (interrupted / MANIFEST_FILE).unlink()
     with pytest.raises(ValueError, match=message) as refusal:
         make_trainer(tiny_bert()).train(resume_from_checkpoint=str(interrupted))
     assert str(interrupted / STATE_FILE) in str(refusal.value)
@@ -303,8 +307,8 @@ def test_every_checkpoint_of_the_final_phase_is_exactly_sparse(whole):
 
 def test_old_checkpoints_still_go(tiny_bert, make_trainer, folder):
     make_trainer(tiny_bert(), **saving(save_steps=5, save_total_limit=2)).train()
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-15", "checkpoint-20"]
-    assert all((path / STATE_FILE).is_file() for path in folder.iterdir())
+    assert sorted(path.name for path in folder.iterdir()) == [LOCK_FILE, "checkpoint-15", "checkpoint-20"]
+    assert all((path / STATE_FILE).is_file() for path in folder.glob("checkpoint-*"))
 
 
 def test_a_folder_that_is_elsewhere_is_warned_of(tiny_bert, make_trainer, tmp_path, caplog_of_transformers):
@@ -312,7 +316,10 @@ def test_a_folder_that_is_elsewhere_is_warned_of(tiny_bert, make_trainer, tmp_pa
     trainer = make_trainer(tiny_bert(), **saving(save_steps=10))
     trainer._get_output_dir = lambda trial: str(tmp_path / "run" / "run-0")
     trainer.train()
-    assert f"{tmp_path / 'run' / 'checkpoint-10'} does not exist, so the state" in caplog_of_transformers.text
+    assert (
+        f"{tmp_path / 'run' / 'checkpoint-10'} does not exist, so that nothing was saved"
+        in caplog_of_transformers.text
+    )
     assert list(tmp_path.rglob(STATE_FILE)) == []
 
 
@@ -327,10 +334,8 @@ def test_a_full_disk_leaves_the_old_file(tiny_bert, make_trainer, interrupted, m
         raise error
 
     before = (interrupted / STATE_FILE).read_bytes()
-    monkeypatch.setattr(training_state, "save_file", fail)
-    with pytest.raises(
-        OSError, match=r"cannot be written to .*checkpoint-10/platon_state.safetensors: .*Free some space"
-    ):
+    monkeypatch.setattr(tensor_files, "save_file", fail)
+    with pytest.raises(OSError, match=r"checkpoint-10/platon_state.safetensors' cannot be written: .*Free some space"):
         make_trainer(tiny_bert(), **saving(save_steps=10)).train()
     assert (interrupted / STATE_FILE).read_bytes() == before
     assert list(interrupted.glob(".*")) == []
@@ -367,11 +372,10 @@ def test_a_checkpoint_without_its_state_is_skipped(
     copy_checkpoints(10, 15, 20)
     BROKEN[damage][0](folder / "checkpoint-20" / STATE_FILE)
     BROKEN[damage][0](folder / "checkpoint-15" / STATE_FILE)
-    found = last_complete_checkpoint(str(folder), files=FILES)
+    found = last_complete_checkpoint(str(folder))
     assert found == str(folder / "checkpoint-10")
     for step in (15, 20):
-        assert f"checkpoint-{step} is incomplete and is skipped" in caplog_of_transformers.text
-    assert last_complete_checkpoint(str(folder)).endswith("20")  # a run without pruning does not ask for it
+        assert f"checkpoint-{step} is not whole and is skipped: {STATE_FILE} " in caplog_of_transformers.text
     resumed = make_trainer(tiny_bert())
     resumed.train(resume_from_checkpoint=found)
     assert_same_weights(resumed.model, whole.model)
@@ -383,7 +387,7 @@ def test_no_complete_checkpoint_is_refused(copy_checkpoints, folder, tmp_path):
         (folder / f"checkpoint-{step}" / STATE_FILE).unlink()
     for where in (folder, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match="must find a complete checkpoint in"):
-            last_complete_checkpoint(str(where), files=FILES)
+            last_complete_checkpoint(str(where))
 
 
 def test_a_student_resumes_from_the_last_complete_checkpoint(tiny_bert, make_trainer, folder):

@@ -15,13 +15,9 @@ from platon_runs import gather_state, make_bert, make_trainer
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
-from hf_moebert import PlatonPruningCallback
-from hf_moebert.checkpoints.resuming import last_complete_checkpoint
-from hf_moebert.methods.platon import training_state
+from hf_moebert import last_complete_checkpoint
+from hf_moebert.checkpoints import tensor_files
 from hf_moebert.methods.platon.training_pruner import Pruner
-
-
-FILES = PlatonPruningCallback.checkpoint_files
 
 
 def make_run(folder):
@@ -44,7 +40,7 @@ def die_at(place, step):
     if place == "before the state":
         Pruner.save = dying(Pruner.save)
     elif place == "before the state has its name":
-        training_state.os.fsync = dying(training_state.os.fsync)
+        tensor_files.os.fsync = dying(tensor_files.os.fsync)
     else:
         Trainer._save_optimizer_and_scheduler = dying(Trainer._save_optimizer_and_scheduler)
 
@@ -55,7 +51,7 @@ def crash_again_and_again(folder):
     begun, ends = [], []
     places = ["before the state", None, "before the state has its name", "before the optimizer", None]
     for number, place in enumerate([*places, "no crash"]):
-        checkpoint = last_complete_checkpoint(str(folder), files=FILES) if number else None
+        checkpoint = last_complete_checkpoint(str(folder)) if number else None
         begun.append(int(checkpoint.rpartition("-")[2]) if checkpoint else 0)
         child = os.fork()  # of a process that has imported everything
         if not child:
