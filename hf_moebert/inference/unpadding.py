@@ -16,7 +16,13 @@ from transformers import PreTrainedModel
 # Outputs that hold a value for each token, also for padding
 PER_TOKEN_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 # Arguments that let a token attend to more than its sentence, or to less
-CROSS_SENTENCE_ARGUMENTS = ("past_key_values", "encoder_hidden_states", "encoder_attention_mask", "is_causal")
+CROSS_SENTENCE_ARGUMENTS = (
+    "cache",
+    "past_key_values",
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "is_causal",
+)
 
 
 @dataclass(frozen=True)

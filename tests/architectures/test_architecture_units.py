@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tiny_families import HEADS, LAYERS, UNITS, make_model, run
 from torch.nn.utils import parametrize
 
@@ -149,8 +149,7 @@ def test_other_types_are_refused():
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked for by peft
 def test_other_modules_are_refused():
-    adapted = make_model("bert")
-    adapted.add_adapter(LoraConfig(target_modules=["query"]))
+    adapted = inject_adapter_in_model(LoraConfig(target_modules=["query"]), make_model("bert"))
     with pytest.raises(
         ValueError, match="`attention.self.query` of BertLayer must be a plain Linear, got .*lora.*Merge"
     ):

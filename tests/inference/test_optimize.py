@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from peft_support import NEEDS_PEFT
 from tiny_classifiers import classifiers  # noqa: F401
 from torch import nn
 from transformers import (
@@ -296,12 +297,12 @@ def test_another_dtype_takes_the_way_of_transformers():
 
 @torch.no_grad()
 def test_layers_that_peft_wraps_stay_as_they_are(log):
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     def adapt(model):
         torch.manual_seed(3)
-        model.add_adapter(LoraConfig(target_modules=["query", "dense"], init_lora_weights=False))
-        return model.eval()
+        config = LoraConfig(target_modules=["query", "dense"], init_lora_weights=False)
+        return inject_adapter_in_model(config, model).eval()
 
     expected = adapt(make())(**padded()).logits
     before = optimize_for_inference(adapt(make()))
@@ -327,6 +328,7 @@ def test_adapters_that_were_merged_are_seen():
     assert (found - make()(**batch).logits).abs().max() > 0.1
 
 
+@NEEDS_PEFT
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's
 def test_prefix_tuning_takes_the_way_of_transformers():

@@ -177,7 +177,7 @@ class MPOET5Config(MPOEFields, T5Config):
 
     model_type = "mpoe_t5"
     dense_model_type = "t5"
-    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "router_logits"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "aux_loss", "router_logits"]
 
     @property
     def num_blocks(self) -> int:
@@ -200,7 +200,7 @@ class MPOEGPT2Config(MPOEFields, GPT2Config):
 
     model_type = "mpoe_gpt2"
     dense_model_type = "gpt2"
-    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "router_logits"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "aux_loss", "router_logits"]
 
     def matrix_sizes(self) -> dict[str, tuple[int, int]]:
         """See `MPOEFields`."""

@@ -55,6 +55,7 @@ class MPOEGPT2LMHeadModel(MPOEMixin, GPT2LMHeadModel):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MPOECausalLMOutput:
         """Run the base class's forward, and add the routers' logits and balance loss to the output.
@@ -72,6 +73,7 @@ class MPOEGPT2LMHeadModel(MPOEMixin, GPT2LMHeadModel):
             use_cache: As for the base class.
             logits_to_keep: As for the base class.
             output_router_logits: Whether the routers' logits are returned.
+            cache: The name of `past_key_values` from transformers 5.24 on.
             **kwargs: As for the base class; with `num_items_in_batch`, the targets of all accumulated batches, the
                 loss is the sum over this batch divided by it, and the balance loss is weighted by this batch's share.
 
@@ -82,15 +84,16 @@ class MPOEGPT2LMHeadModel(MPOEMixin, GPT2LMHeadModel):
         self._check_ids("labels", labels, self.config.vocab_size, ignored=True)
         given = input_ids if inputs_embeds is None else inputs_embeds
         length = 0 if given is None else given.shape[1]
-        length += 0 if past_key_values is None else past_key_values.get_seq_length()
+        cache = past_key_values if cache is None else cache
+        length += 0 if cache is None else cache.get_seq_length()
         if given is not None and position_ids is None and not 0 < length <= self.config.n_positions:
             raise ValueError(
                 f"Sequences must have 1 to {self.config.n_positions} tokens, got {length}. Truncate longer ones."
             )
         with recording() as records:
             outputs = super().forward(
-                input_ids=input_ids,
-                past_key_values=past_key_values,
+                input_ids,
+                cache,
                 attention_mask=attention_mask,
                 token_type_ids=token_type_ids,
                 position_ids=position_ids,

@@ -51,6 +51,7 @@ class MPOET5ForConditionalGeneration(MPOEMixin, T5ForConditionalGeneration):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MPOESeq2SeqLMOutput:
         """Run the base class's forward, and add the routers' logits and balance loss to the output.
@@ -67,6 +68,7 @@ class MPOET5ForConditionalGeneration(MPOEMixin, T5ForConditionalGeneration):
             labels: -100 where there is none; such a target is padding for the balance loss. Shape `(batch, target)`.
             use_cache: As for the base class.
             output_router_logits: Whether the routers' logits are returned.
+            cache: The name of `past_key_values` from transformers 5.24 on.
             **kwargs: As for the base class.
 
         Raises:
@@ -77,12 +79,12 @@ class MPOET5ForConditionalGeneration(MPOEMixin, T5ForConditionalGeneration):
         self._check_ids("labels", labels, self.shared.num_embeddings, ignored=True)
         with recording() as records:
             outputs = super().forward(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                decoder_input_ids=decoder_input_ids,
-                decoder_attention_mask=decoder_attention_mask,
-                encoder_outputs=encoder_outputs,
-                past_key_values=past_key_values,
+                input_ids,
+                attention_mask,
+                decoder_input_ids,
+                decoder_attention_mask,
+                encoder_outputs,
+                past_key_values if cache is None else cache,
                 inputs_embeds=inputs_embeds,
                 decoder_inputs_embeds=decoder_inputs_embeds,
                 labels=labels,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from mpo_adapters import MODELS, build, ids, inputs, logits, train
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
+from peft_support import NEEDS_PEFT
 from torch import nn
 
 from hf_moebert.methods.mpo import MPOConfig, modeling_adapted
@@ -128,6 +129,7 @@ def test_an_adapter_of_other_layers_is_saved_and_loaded_alone(tmp_path):
         assert torch.equal(logits(loaded, x), expected)
 
 
+@NEEDS_PEFT
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")  # PEFT saves the table itself, too
 @pytest.mark.parametrize(("kind", "target"), [("llama", "embed_tokens"), ("bert", "word_embeddings")])
 def test_transformers_adds_saves_and_loads_an_adapter(kind, target, tmp_path):

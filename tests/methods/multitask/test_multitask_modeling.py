@@ -425,7 +425,7 @@ def test_a_few_steps_train_branches_and_leave_the_trunk():
 def test_adapters_that_are_not_merged_are_refused(models, merged):
     recipe = peft.LoraConfig(target_modules=["query"], layers_to_transform=[2], layers_pattern="layer")
     loaded, inner = (copy.deepcopy(models["qq"]) for _ in range(2))
-    loaded.add_adapter(recipe)
+    peft.inject_adapter_in_model(recipe, loaded)
     adapted = peft.get_peft_model(inner, recipe)
     for model in (loaded, inner):
         for refuse in (lambda m: merged.add_task("new", m), lambda m: take_branch(m, 2), lambda m: take_trunk(m, 2)):
