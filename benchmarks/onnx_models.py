@@ -159,15 +159,8 @@ def fuse_attention(model: BertModel, plain: Path, fused: Path) -> None:
 
 def quantized(graph: Path) -> Path:
     """Write the int8 form of a graph, unless it is there."""
-    folded, target = graph.with_name(f"{graph.stem}_folded.onnx"), graph.with_name(f"{graph.stem}_int8.onnx")
+    target = graph.with_name(f"{graph.stem}_int8.onnx")
     if not target.exists():
-        options = onnxruntime.SessionOptions()  # stacked weights become constants of their own
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.optimized_model_filepath = str(folded)
-        options.log_severity_level = 3
-        onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        model = onnx.load(folded)
-        del model.graph.value_info[:]  # the shapes of before
-        kinds = {"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT}
-        quantize_dynamic(model, target, per_channel=True, extra_options=kinds)
+        unknown = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # what fused attention returns
+        quantize_dynamic(graph, target, per_channel=True, extra_options=unknown)
     return target

@@ -19,8 +19,9 @@ def one_line(text: object) -> str:
 
 
 def escape_markdown(text: object) -> str:
-    """Write any text so that Markdown shows it as it is: one line, no markup, no HTML, no table border."""
-    return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", html.escape(one_line(text), quote=False))
+    """Write any text so that Markdown shows it as it is: one line, no markup, no list, no HTML, no table border."""
+    escaped = re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", html.escape(one_line(text), quote=False))
+    return re.sub(r"^(\d*)([-+.)](?= |$)|-(?=-))", r"\1\\\2", escaped)  # at its start: a list, or a rule
 
 
 def markdown_table(rows: Rows) -> str:

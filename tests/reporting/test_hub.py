@@ -26,6 +26,7 @@ HOSTILE = [
     "*owned* **owned** _owned_ ~~owned~~ `owned` $owned$",
     "{{ 7 * 7 }} {% raw %}",
     "\x1b[31mred\x00",
+    *("- a list", "+ a list", "1. a list", "12) a list", "-", "---", "- - -", "===", "> a quotation", "    code"),
 ]
 CARD = {
     "repo_id": "tester/small",

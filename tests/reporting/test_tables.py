@@ -55,7 +55,26 @@ def test_markdown_table():
 
 @pytest.mark.parametrize(
     "text",
-    ["a|b", "a\nb", "<b>x</b>", "*x*", "__x__", "`x`", "[x](y)", "![x](y)", "\\|", "~~x~~", "&lt;", "# x", "\x1b[1m"],
+    [
+        "a|b",
+        "a\nb",
+        "<b>x</b>",
+        "*x*",
+        "__x__",
+        "`x`",
+        "[x](y)",
+        "![x](y)",
+        "\\|",
+        "~~x~~",
+        "&lt;",
+        "# x",
+        "\x1b[1m",
+        "- x",
+        "1. x",
+        "--",
+        "-1.5",
+        "0.5",
+    ],
 )
 def test_any_cell_reads_as_it_was_written(text):
     table = markdown_table([{"model": text, "size": "1"}])
@@ -64,6 +83,11 @@ def test_any_cell_reads_as_it_was_written(text):
     shown = "".join(child.content for child in first_cell.children)
     assert {child.type for child in first_cell.children} <= {"text", "text_special"}
     assert shown == " ".join(text.replace("\x1b", " ").split())
+
+
+@pytest.mark.parametrize("text", ["0.9375", "-0.5", "+0.01 [-0.2, 0.3]", "1.50x", "2:4", "a - b"])
+def test_numbers_stay_readable(text):
+    assert escape_markdown(text).replace("\\[", "[").replace("\\]", "]") == text
 
 
 def test_escaped_text_is_one_line():
