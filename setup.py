@@ -8,6 +8,8 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "hf_moebert/__init__.py").read_text(), re.MULTILINE).group(1)
+# Relative links lead nowhere on PyPI, and there is no address to complete them with: only their words stay.
+README = re.sub(r"\[([^\]]+)\]\((?!https?://|#)[^)]+\)", r"\1", (ROOT / "README.md").read_text(encoding="utf-8"))
 SERVE = ["fastapi", "uvicorn", "prometheus-client"]
 PLOTS = ["matplotlib"]
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
@@ -16,7 +18,7 @@ setup(
     name="hf_moebert",
     version=VERSION,
     description="Make pre-trained transformers smaller and faster with the stock Hugging Face tools, and prove it",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description=README,
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -2,13 +2,18 @@
 
 import importlib
 import re
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, Trainer
 
 import hf_moebert
+
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_every_public_name_exists_and_says_what_it_is():
@@ -56,3 +61,14 @@ def test_pictures_without_matplotlib_name_the_remedy(monkeypatch):
     monkeypatch.delitem(sys.modules, "hf_moebert.reporting.pictures", raising=False)
     with pytest.raises(ImportError, match=r"Pictures need matplotlib. Use `pip install hf_moebert\[plots\]`"):
         importlib.import_module("hf_moebert.reporting.pictures")
+
+
+def test_the_page_on_pypi_has_no_links_that_lead_nowhere(monkeypatch):
+    metadata = {}
+    monkeypatch.setattr("setuptools.setup", metadata.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    page, links = metadata["long_description"], r"\]\((?!https?://|#)"
+    assert re.findall(links, (ROOT / "README.md").read_text())
+    assert not re.findall(links, page)
+    for words in ("PLATON, whole units", "`moebert`: feed-forward networks", "[Zuo et al. 2022](https://arxiv.org/"):
+        assert words in page

@@ -38,7 +38,8 @@ def decompose(
         column_factors: Likewise for the columns.
         bonds: Largest size of each bond, `num_cores - 1` of them; None truncates nothing.
         gauge: Which cores carry the singular values of a bond: `symmetric`, both sides alike, as the authors' code
-            does; `left`, the last core; `centre`, the central tensor (our own option).
+            does, of a truncated chain by its own values; `left`, the last core; `centre`, the central tensor (our own
+            option).
         truncation: `sequential` truncates while it decomposes; `simultaneous` truncates afterwards, as the authors'
             code does, and is slightly less exact.
 
