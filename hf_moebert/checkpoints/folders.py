@@ -16,6 +16,8 @@ TRAINING_STATE = (
     "rng_state*",
     "global_step*",
     "checkpoint-*",
+    "checkpoint_manifest.json",
+    "*.lock",
     "runs",
 )
 PICKLES = ("*.bin", "*.ckpt", "*.joblib", "*.npy", "*.npz", "*.pickle", "*.pkl", "*.pt", "*.pth")

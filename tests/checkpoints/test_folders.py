@@ -21,7 +21,8 @@ CARRIED = {
 CARRIED |= {"1_Pooling/config.json", "2_Dense/model.safetensors", "chat/a/b.jinja", "code.py", "picture.png"}
 LEFT = {"model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "onnx/model.onnx"}
 LEFT |= {"tf_model.h5", "trainer_state.json", "platon_state.safetensors", "optimizer.pt", "training_args.bin", ".env"}
-LEFT |= {"rng_state_0.pth", "checkpoint-5/config.json", "runs/events", "weights.pt"}
+LEFT |= {"rng_state_0.pth", "checkpoint-5/config.json", "runs/events", "weights.pt", "checkpoint_manifest.json"}
+LEFT |= {"_training.lock"}
 
 
 def test_what_is_neither_weights_nor_training_state_comes_along(tmp_path):
