@@ -11,6 +11,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterable
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     ConversionOps,
@@ -31,10 +32,14 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .folders import is_pickle, is_weights, list_files
 from .loading import load_model, open_tensors
+from .manifests import hash_file
+from .swapping import find_mixture, swap
+from .tensor_files import drafting
 
 
 FORMAT_VERSION = "1"
@@ -110,6 +115,9 @@ def _bitmask_shape(shape: torch.Size) -> tuple[int, ...]:
 def save_packed(model: PreTrainedModel, folder: str | PathLike[str], *, max_shard_size: int | str = "50GB") -> None:
     """Save a model as `save_pretrained` does, with every tensor packed that gets smaller by it.
 
+    Its config.json has the SHA-256 of the weights, so that files of two saves are refused. While the model in a
+    folder is replaced, and after a crash, the folder holds one of the two: see `swap`.
+
     Args:
         model: Any transformers model, pruned by any means; it is left as it is.
         folder: Folder to write to.
@@ -117,6 +125,7 @@ def save_packed(model: PreTrainedModel, folder: str | PathLike[str], *, max_shar
 
     Raises:
         ValueError: If the weights are quantized, not in memory, or those of an adapter only.
+        OSError: If the folder cannot be written to; what it holds stays as it was.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     for wrong, what, remedy in (
@@ -135,9 +144,17 @@ def save_packed(model: PreTrainedModel, folder: str | PathLike[str], *, max_shar
     ignored = set(model._keys_to_ignore_on_save or ())
     packed = _pack_all((name, weight) for name, weight in weights.items() if name not in ignored)
     # The names of the modules, not those of the architecture's original checkpoints: loading has nothing to convert.
-    model.save_pretrained(folder, state_dict=packed, max_shard_size=max_shard_size, save_original_format=False)
-    config = copy.deepcopy(model.config)
-    config.quantization_config = BitmaskConfig()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with drafting(Path(folder) / SAFE_WEIGHTS_NAME) as draft:
+        model.save_pretrained(draft, state_dict=packed, max_shard_size=max_shard_size, save_original_format=False)
+        swap(draft, Path(folder), partial(_write_config, model.config))
+
+
+def _write_config(
+    config: PretrainedConfig, folder: Path, files: dict[str, str], replaced_files: dict[str, str] | None
+) -> None:
+    config = copy.deepcopy(config)
+    config.quantization_config = BitmaskConfig(files=files, replaced_files=replaced_files)
     config.save_pretrained(folder)
 
 
@@ -161,20 +178,51 @@ def _pack_all(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 class BitmaskConfig(QuantizationConfigMixin):
     """The entry of a packed checkpoint in config.json.
 
+    Args:
+        format_version: Of the packed tensors.
+        files: SHA-256 of the files of weights, by name; None in checkpoints of 0.1.0.
+        replaced_files: As `files`, of weights in whose place these were being put when a process was killed.
+
     Raises:
         ValueError: If a newer release wrote it.
     """
 
     dequantize = True  # transformers then treats the loaded model as one that was never quantized
 
-    def __init__(self, format_version: str = FORMAT_VERSION, **_: Any) -> None:
+    def __init__(
+        self,
+        format_version: str = FORMAT_VERSION,
+        files: dict[str, str] | None = None,
+        replaced_files: dict[str, str] | None = None,
+        **_: Any,
+    ) -> None:
         if format_version != FORMAT_VERSION:
             raise ValueError(
                 f"`format_version` of a packed checkpoint must be {FORMAT_VERSION!r} for this release, got "
                 f"{format_version!r}. Update hf_moebert."
             )
         self.quant_method = "bitmask"
-        self.format_version = format_version
+        self.format_version, self.files, self.replaced_files = format_version, files, replaced_files
+
+    def check_hashes(self, files: Iterable[str | PathLike[str]]) -> None:
+        """Refuse files of weights that were not saved with this entry.
+
+        Args:
+            files: All of them.
+
+        Raises:
+            ValueError: If one is damaged, or of another save.
+        """
+        paths = [Path(file) for file in files]
+        if self.files is None or not paths:
+            return
+        found = {path.name: hash_file(path) for path in paths}
+        mixture = find_mixture(found, self.files)
+        if mixture and found != self.replaced_files:
+            raise ValueError(
+                f"{str(paths[0].parent)!r} must hold the weights that its config.json names, but {mixture}. Get all "
+                "files of one save, or save it again with `save_packed`."
+            )
 
 
 @register_quantizer("bitmask")
@@ -206,7 +254,9 @@ class BitmaskQuantizer(HfQuantizer):
                 "and call `save_pretrained`; that folder can be distributed."
             )
         with torch.device("cpu"):  # transformers builds the model on the meta device
-            check_files(kwargs.get("checkpoint_files") or [], model)
+            files = list(kwargs.get("checkpoint_files") or [])
+            self.quantization_config.check_hashes(files)
+            check_files(files, model)
 
 
 class _Unpacking(WeightConverter):

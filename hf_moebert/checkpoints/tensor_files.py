@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -103,40 +104,57 @@ def check_digest(file: str | os.PathLike[str], texts: Mapping[str, str], found: 
 def replacing(file: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a draft beside a file, which takes its place when the block ends, and is removed if the block fails.
 
-    Drafts of processes of this machine that were killed are removed, too.
-
     Raises:
         OSError: If it cannot be written; an earlier file stays as it was.
     """
-    file = Path(file)
-    draft = file.with_name(f".{file.name}.{platform.node()}-{os.getpid()}.draft")
-    try:
-        _remove_stale(file)
+    with drafting(file) as draft:
         yield draft
-        _sync(draft)
+        sync(draft)
         draft.replace(file)
         if os.name == "posix":  # elsewhere folders cannot be opened
-            _sync(file.parent)
+            sync(Path(file).parent)
+
+
+@contextmanager
+def drafting(place: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a hidden name beside a file for a draft of it, a file or a folder, which is removed when the block ends.
+
+    Drafts of processes of this machine that were killed are removed, too.
+
+    Raises:
+        OSError: If the block fails to write.
+    """
+    place = Path(place)
+    draft = place.with_name(f".{place.name}.{platform.node()}-{os.getpid()}.draft")
+    try:
+        for path in place.parent.glob(f".{glob.escape(place.name)}.{platform.node()}-*.draft"):
+            if not _is_running(int(path.name.removesuffix(".draft").rpartition("-")[2])):
+                _remove(path)
+        yield draft
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f"{str(file)!r} cannot be written: {error}. Free some space, or choose another folder."
+            f"{str(place)!r} cannot be written: {error}. Free some space, or choose another folder."
         ) from error
     finally:
-        with suppress(OSError):
-            draft.unlink()
+        _remove(draft)
 
 
-def _remove_stale(file: Path) -> None:
-    for path in file.parent.glob(f".{glob.escape(file.name)}.{platform.node()}-*.draft"):
-        process = path.name.removesuffix(".draft").rpartition("-")[2]
-        if process == str(os.getpid()) or (os.path.isdir("/proc/self") and not os.path.isdir(f"/proc/{process}")):
-            path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_running(process: int) -> bool:
+    """Return whether another process of this machine runs, as far as it can be told."""
+    return process != os.getpid() and (not os.path.isdir("/proc/self") or os.path.isdir(f"/proc/{process}"))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink()

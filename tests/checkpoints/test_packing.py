@@ -220,6 +220,14 @@ def change(folder, edit):
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    forget_hashes(folder)
+
+
+def forget_hashes(folder):
+    """Make it a checkpoint of 0.1.0."""
+    config = json.loads((folder / "config.json").read_text())
+    config.get("quantization_config", {})["files"] = None
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
@@ -249,6 +257,9 @@ def test_damage_is_named(packed, edit, message):
 def test_a_truncated_file_is_named(packed, left):
     file = packed / "model.safetensors"
     file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(ValueError, match=r"packed' must hold the weights .* model.safetensors has the SHA-256"):
+        AutoModel.from_pretrained(packed)
+    forget_hashes(packed)
     with pytest.raises(ValueError, match=r"must be of complete safetensors files, got '.*model.safetensors'"):
         AutoModel.from_pretrained(packed)
 
@@ -256,6 +267,7 @@ def test_a_truncated_file_is_named(packed, left):
 def test_pickles_are_not_read(packed):
     torch.save(load_file(packed / "model.safetensors"), packed / "pytorch_model.bin")
     (packed / "model.safetensors").unlink()
+    forget_hashes(packed)
     with pytest.raises(ValueError, match="must be of complete safetensors files, got '.*pytorch_model.bin'"):
         AutoModel.from_pretrained(packed)
 
