@@ -21,6 +21,7 @@ from .modeling_trunk import BertTrunk, new_branch
 
 
 CRF_ARGUMENTS = ("word_mask", "output_marginals")
+RECORDS = ("output_attentions", "output_hidden_states")  # which the configuration may ask of all tasks
 Labels = Tensor | Mapping[str, Tensor]
 
 
@@ -159,6 +160,7 @@ class MultiTaskBertModel(StoredByTask):
         found = self.trunk.run(states, mask, position_ids, depths=set(depths.values()))
         if word_mask is None and attention_mask is not None and attention_mask.dim() == 2:
             word_mask = attention_mask  # branches get the ready mask, which shows no words
+        kwargs = {name: True for name in RECORDS if getattr(self.config, name)} | kwargs
         kwargs |= {"attention_mask": mask, "position_ids": position_ids, "word_mask": word_mask, "return_dict": True}
         return {name: self._run_branch(name, found[depth], labels.get(name), kwargs) for name, depth in depths.items()}
 

@@ -96,7 +96,7 @@ class StoredByTask(BertPreTrainedModel):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *args: Any,
         output_loading_info: bool = False,
         allow_nonfinite: bool = False,
@@ -105,7 +105,7 @@ class StoredByTask(BertPreTrainedModel):
         """Load as transformers does, but only files that belong together.
 
         Args:
-            pretrained_model_name_or_path: Folder, or name on the Hub.
+            pretrained_model_name_or_path: Folder, or name on the Hub; None with a `config` and a `state_dict`.
             *args: As in transformers.
             output_loading_info: As in transformers.
             allow_nonfinite: Whether weights may be NaN or infinite.
@@ -121,7 +121,8 @@ class StoredByTask(BertPreTrainedModel):
             config = cls.config_class.from_pretrained(
                 pretrained_model_name_or_path if config is None else config, **hub
             )
-        check_folder(pretrained_model_name_or_path, config, **hub)
+        if pretrained_model_name_or_path is not None:  # else there are a config and a `state_dict`
+            check_folder(pretrained_model_name_or_path, config, **hub)
         sealed = config.dtype  # loading in another dtype may change it
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         unexpected = [name for name in info["unexpected_keys"] if not is_left_over(name, config)]

@@ -152,6 +152,11 @@ class TrunkStates(nn.Module):
         super().__init__()
         self._layers = (layers,)  # in a tuple, so that it is no submodule
 
+    @property
+    def word_embeddings(self) -> Self:
+        """The module whose outputs are the embedded inputs, as `get_input_embeddings` of the branch returns it."""
+        return self
+
     def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Return `inputs_embeds`, `(batch, seq, hidden)`."""
         if inputs_embeds is None:
