@@ -5,6 +5,8 @@ once. Each command imports what it needs.
 """
 
 import json
+import logging
+import os
 import sys
 import traceback
 from dataclasses import fields
@@ -20,6 +22,7 @@ from hf_moebert_main import load_alone
 
 LIMITS: Any = load_alone("serving/limits.py").ServingLimits
 LIMIT_HELP = {field.name: field.metadata["help"] for field in fields(LIMITS)}
+LIBRARIES = ("datasets", "transformers")  # DATASETS_VERBOSITY and TRANSFORMERS_VERBOSITY show their logs
 LONGEST_MESSAGE = 2000  # characters; transformers lists hundreds of tensors where weights do not fit
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads torch computes with.")]
 Rounds = Annotated[int, typer.Option(help="Timed passes of each model or form.")]
@@ -32,7 +35,7 @@ class OneLineErrors(TyperGroup):
         """Run a command as typer does, except for errors."""
         standalone = extra.pop("standalone_mode", True)
         for stream in filter(None, (sys.stdout, sys.stderr)):  # None if it was closed
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a locale may lack a path's letters
+            stream.reconfigure(errors="replace")  # a locale may lack letters of a path
         try:
             code = super().main(*args, **extra | {"standalone_mode": False})
         except typer.TyperException as error:
@@ -44,6 +47,7 @@ class OneLineErrors(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command, and turn what it raises into a message; typer itself answers Ctrl-C and a closed pipe."""
+        levels = {name: logging.getLogger(name).level for name in LIBRARIES}
         try:
             result = super().invoke(ctx)
             typer.echo(nl=False)  # flushes: a closed pipe shows here, not while Python exits
@@ -53,6 +57,9 @@ class OneLineErrors(TyperGroup):
             if ctx.params["debug"]:
                 traceback.print_exc()
             raise typer.TyperException(_describe(error)) from error
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
         return result
 
 
@@ -136,7 +143,7 @@ def measure(
     from hf_moebert.measuring.comparison import Latency, TextColumns, measure as measure_models
     from hf_moebert.reporting.tables import measurement_rows, rich_table
 
-    _hide_progress()
+    _quiet_libraries()
     names = _name_models([baseline, *models])
     result = measure_models(
         names,
@@ -166,6 +173,7 @@ def publish(
     """Upload a checkpoint folder to the Hub and print the address of the commit."""
     from hf_moebert.reporting import hub
 
+    _quiet_libraries()
     typer.echo(hub.publish(folder, repo_id, private=private, revision=revision))
 
 
@@ -185,7 +193,7 @@ def footprint(
     from hf_moebert.measuring.sparse_forms import compare_sparse_forms, sparse_form_rows
     from hf_moebert.reporting.tables import rich_table
 
-    _hide_progress()
+    _quiet_libraries()
     if threads is not None:
         torch.set_num_threads(threads)
     model = load_model(folder)
@@ -208,7 +216,7 @@ def pack(
     from hf_moebert.checkpoints.packing import pack_folder
     from hf_moebert.measuring.footprint import count_bytes
 
-    _hide_progress()
+    _quiet_libraries()
     pack_folder(folder, output)
     before, after = count_bytes(folder), count_bytes(output)
     typer.echo(f"{output}: {after:,} bytes of weights, {after / before:.0%} of {before:,}")
@@ -239,7 +247,7 @@ def serve(
         from hf_moebert.serving.limits import ServingLimits
     except ImportError as error:
         raise ValueError(f"`serve` needs more packages, {error}. Use `pip install hf_moebert[serve]`.") from error
-    _hide_progress()
+    _quiet_libraries()
     if threads is not None:
         import torch
 
@@ -290,12 +298,14 @@ def _print_table(table: Any) -> None:
     Console(width=width).print(table)
 
 
-def _hide_progress() -> None:
-    """Hide the progress bars of libraries unless somebody is looking."""
-    if sys.stderr.isatty():
-        return
+def _quiet_libraries() -> None:
+    """Keep the progress of libraries to terminals, and to them what they report before they raise it as an error."""
     from datasets import disable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bars()
-    disable_progress_bar()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+        disable_progress_bar()
+    for name in LIBRARIES:
+        if f"{name.upper()}_VERBOSITY" not in os.environ:
+            logging.getLogger(name).setLevel(logging.CRITICAL)

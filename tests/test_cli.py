@@ -1,6 +1,8 @@
 """The commands as a user types them: results, and bad use answered with one line and exit code 2."""
 
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -359,6 +361,29 @@ def test_footprint_of_damaged_weights(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     assert "must hold the weights of a BertForSequenceClassification, but" in one_line(invoke("footprint", tmp_path))
+
+
+def test_libraries_do_not_report_what_they_raise(tmp_path, monkeypatch):
+    model = make_bert()
+    weights = model.state_dict()
+    weights.pop("classifier.weight")
+    model.save_pretrained(tmp_path, state_dict=weights)
+    examples = tmp_path / "examples.jsonl"
+    examples.write_bytes(b"\xff")
+    reported = io.StringIO()
+    loggers = [logging.getLogger(name) for name in cli.LIBRARIES]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(reported)])
+    assert "'classifier.weight'" in one_line(invoke("footprint", tmp_path))
+    assert "cannot be read" in one_line(
+        invoke("measure", tmp_path, "--baseline", tmp_path, "--validation-file", examples)
+    )
+    assert reported.getvalue() == ""
+    assert [logger.level for logger in loggers] == levels
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "warning")
+    one_line(invoke("footprint", tmp_path))
+    assert "MISSING" in reported.getvalue()
 
 
 def test_pack_into_a_folder_in_use(tmp_path):
