@@ -42,6 +42,7 @@ class MPOCompressionConfig(QuantizationConfigMixin):
         tied: For each module that shares the matrix of another one, by path: the path of that other one.
         train_centre: Whether central tensors are trained; they are frozen otherwise.
         gauge: The gauge that later cuts leave the cores in; see `decompose`.
+        sizes: Rows and columns of each matrix, which its factors may pad; earlier checkpoints do not hold them.
 
     Raises:
         ValueError: If a newer release wrote it, or if the description of a matrix is incomplete.
@@ -53,6 +54,7 @@ class MPOCompressionConfig(QuantizationConfigMixin):
         tied: dict[str, str] | None = None,
         train_centre: bool = False,
         gauge: str = "symmetric",
+        sizes: dict[str, list[int]] | None = None,
         format_version: str = FORMAT_VERSION,
         **_: Any,
     ) -> None:
@@ -65,6 +67,7 @@ class MPOCompressionConfig(QuantizationConfigMixin):
         self.matrices = matrices
         self.tied = tied or {}
         self.train_centre, self.gauge = train_centre, gauge
+        self.sizes = sizes or {}
         self.format_version = format_version
         for name, source in self.tied.items():
             if source not in matrices:

@@ -78,7 +78,8 @@ def compress_mpo(
     )
     tied = {path: paths[0] for paths in chosen for path in paths[1:]}
     compressed = _copy_rest(model, chosen)
-    _install(compressed, chains, MPOCompressionConfig(_describe(chains), tied, train_centre, gauge))
+    sizes = {path: list(model.get_parameter(f"{path}.weight").shape) for path in chains}
+    _install(compressed, chains, MPOCompressionConfig(_describe(chains), tied, train_centre, gauge, sizes))
     return compressed
 
 

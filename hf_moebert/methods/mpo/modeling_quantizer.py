@@ -37,10 +37,16 @@ def replace_matrices(model: PreTrainedModel, config: MPOCompressionConfig) -> No
     places = _find_places(model, [*config.matrices, *config.tied])
     config.matrices = {places[path]: shape for path, shape in config.matrices.items() if path in places}
     config.tied = {places[path]: places[source] for path, source in config.tied.items() if path in places}
+    config.sizes = {places[path]: size for path, size in config.sizes.items() if path in places}
     _drop_ties(model, {f"{place}.weight" for place in places.values()})
     for place, shape in config.shapes().items():
         module = model.get_submodule(place)
         assert isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+        if config.sizes.get(place, size := list(module.weight.shape)) != size:
+            raise ValueError(
+                f"{place!r} of the model must be of the saved shape {config.sizes[place]}, got {size}. Load it as it "
+                "was saved; to change it, make it dense with `to_dense`."
+            )
         model.set_submodule(place, make_layer(module, **asdict(shape)))
     for place, source in config.tied.items():
         table = model.get_submodule(source)

@@ -56,6 +56,15 @@ def test_a_compressed_vocabulary_does_not_change_its_size(name, tmp_path):
 
 
 @FAMILIES
+@pytest.mark.parametrize("vocab_size", [10, 98, 100, 110])
+def test_it_is_not_loaded_with_another_one(name, vocab_size, tmp_path):
+    compress_mpo(make(name)).save_pretrained(tmp_path)
+    for options in ({}, {"ignore_mismatched_sizes": True}):
+        with pytest.raises(ValueError, match=rf"must be of the saved shape \[99, 24\], got \[{vocab_size}, 24\]\."):
+            AutoModel.from_pretrained(tmp_path, vocab_size=vocab_size, **options)
+
+
+@FAMILIES
 def test_a_dense_vocabulary_grows(name):
     model = make(name)
     for form in (to_dense(compress_mpo(model)), compress_mpo(model, target_modules=[LINEAR[name]])):
