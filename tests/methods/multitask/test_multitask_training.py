@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import platform
+import resource
 import shutil
 from dataclasses import replace
 
@@ -381,6 +382,58 @@ def test_runs_of_other_settings_are_refused(finished):
     fewer = {"qq": MultiTaskSweepTask(bert, rows(count=8), rows(count=8, seed=1), accuracy, "accuracy")}
     with pytest.raises(ValueError, match="must hold a run of these settings"):
         MultiTaskSweep(fewer, finished.args, finished.config).run()
+
+
+def test_runs_of_other_settings_are_taken_if_that_is_allowed(finished, caplog):
+    args = arguments(finished.output, learning_rate=1e-3)
+    again = MultiTaskSweep({"qq": finished.tasks["qq"].task}, args, finished.config, allow_changes=True)
+    again.run()
+    assert again.make("qq", Run("teacher", 1)) == finished.make("qq", Run("teacher", 1))
+    assert "other settings, and is taken as it is: learning_rate: 0.001 here, 0.01 there" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"score": 1.0}', '{"score": 1.0, "settings": 3}', "half"])
+def test_a_damaged_result_is_named(finished, tmp_path, text):
+    folder = shutil.copytree(finished.output / "qq", tmp_path / "qq") / "teacher-1"
+    whole = (folder / "result.json").read_text()
+    (folder / "result.json").write_text(whole.replace('"score": 0', '"score": 1') if text == "half" else text)
+    with pytest.raises(ValueError, match=r"qq/teacher-1/result.json' must .* Delete it, and the run is made again"):
+        sweep(tmp_path, names=["qq"]).make("qq", Run("teacher", 1))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_flipped_byte_in_the_model_of_a_finished_run_is_found(finished, tmp_path, name):
+    folder = shutil.copytree(finished.output / "qq", tmp_path / "qq") / "teacher-2"
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    copied = sweep(tmp_path, names=["qq"])
+    with pytest.raises(ValueError, match=rf"qq/teacher-2' must hold the model of its result.json, but {name} has"):
+        copied.load("qq", Run("teacher", 2))
+    (folder / "result.json").unlink()
+    copied.make("qq", Run("teacher", 2))
+    copied.load("qq", Run("teacher", 2))
+
+
+def test_a_flipped_byte_in_stored_states_is_found(tmp_path):
+    trunk, data = take_trunk(bert(), 1), rows()
+    file = cache_states(trunk, data, tmp_path, depths=[1])[1].file
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"states-1.safetensors' must be as it was written.*Delete it, and it is"):
+        cache_states(trunk, data, tmp_path, depths=[1])
+
+
+def test_states_that_do_not_fit_on_the_disk_leave_nothing(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"states-1.safetensors' cannot be written.*Free some space"):
+            cache_states(take_trunk(bert(), 1), rows(), tmp_path, depths=[0, 1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_best_teacher_and_the_depths_are_read_off_the_dev_scores(finished, monkeypatch):
