@@ -13,6 +13,9 @@
 """
 
 import argparse
+import contextlib
+import io
+import logging
 import os
 import random
 import resource
@@ -29,7 +32,7 @@ from pathlib import Path
 import torch
 from faults_files import ARTEFACTS, Artefact
 from faults_runs import KINDS, find_checkpoint, train
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from hf_moebert.checkpoints.tensor_files import digest
 
@@ -100,7 +103,7 @@ def judge(artefact: Artefact, folder: Path, file: Path, expected: str) -> str:
     try:
         return "harmless" if artefact.read(folder) == expected else "silent"
     except (ValueError, OSError) as error:
-        named = file.name in str(error) and str(folder) in str(error)
+        named = str(folder) in str(error) and any(path.name in str(error) for path in file.parent.iterdir())
     except Exception:  # noqa: BLE001 - what is to be counted
         named = False
     return "refused" if named else "unnamed"
@@ -279,8 +282,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="Folder to keep; by default one that is deleted.")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("hf_moebert").setLevel(logging.ERROR)
     numbers = {"damage": args.damages, "kill": args.kills, "full": args.sizes}
     with tempfile.TemporaryDirectory() as temporary:
         for part in args.parts:
@@ -289,7 +293,8 @@ def main() -> None:
                 if args.names is None or name in args.names:
                     folder = (args.folder or Path(temporary)) / part / name.replace(" ", "-")
                     folder.mkdir(parents=True)
-                    found = attempt(name, folder, numbers[part], args.seed)
+                    with contextlib.redirect_stdout(io.StringIO()):  # what the Trainer prints
+                        found = attempt(name, folder, numbers[part], args.seed)
                     print(f"{name:16}" + "".join(f"{found[column]:12}" for column in COLUMNS[part]), flush=True)
 
 

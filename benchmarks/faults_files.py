@@ -67,11 +67,11 @@ def read_importance(folder: Path) -> str:
     return digest({"": load_importance(folder / "importance.safetensors", make_classifier())})
 
 
-def write_checkpoints(kind: str) -> Callable[[Path, int], None]:
-    """Return a function that trains one or two steps of a kind of run, with a checkpoint of each."""
+def write_checkpoint(kind: str, max_steps: int = 4) -> Callable[[Path, int], None]:
+    """Return a function that trains a kind of run, with a checkpoint after the fourth step."""
 
     def write(folder: Path, version: int) -> None:
-        make_trainer(kind, folder, max_steps=6, save_steps=4 + version).train()
+        make_trainer(kind, folder, max_steps=max_steps, save_steps=4, seed=version).train()
 
     return write
 
@@ -143,10 +143,10 @@ def read_run(folder: Path) -> str:
 
 ARTEFACTS = {
     "importance": Artefact(write_importance, read_importance, "importance.safetensors"),
-    "pruning state": Artefact(write_checkpoints("pruning"), read_pruning, f"checkpoint-4/{PRUNING_FILE}"),
-    "squeezing state": Artefact(write_checkpoints("squeezing"), read_squeezing, f"checkpoint-4/{SQUEEZING_FILE}"),
-    "manifest": Artefact(write_checkpoints("manifest"), read_checkpoint, f"checkpoint-4/{MANIFEST_FILE}"),
-    "checkpoint": Artefact(write_checkpoints("manifest"), read_checkpoint, "checkpoint-4/*"),
+    "pruning state": Artefact(write_checkpoint("pruning"), read_pruning, f"checkpoint-4/{PRUNING_FILE}"),
+    "squeezing state": Artefact(write_checkpoint("squeezing", 6), read_squeezing, f"checkpoint-4/{SQUEEZING_FILE}"),
+    "manifest": Artefact(write_checkpoint("manifest"), read_checkpoint, f"checkpoint-4/{MANIFEST_FILE}"),
+    "checkpoint": Artefact(write_checkpoint("manifest"), read_checkpoint, "checkpoint-4/*"),
     "packed weights": Artefact(write_packed, read_packed, "model.safetensors"),
     "many tasks": Artefact(write_multitask, read_multitask, "*.safetensors*"),
     "cached states": Artefact(write_states, read_states, "states-1.safetensors"),

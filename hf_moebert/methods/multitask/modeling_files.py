@@ -144,9 +144,9 @@ def check_folder(source: str | os.PathLike[str], config: MultiTaskBertConfig, **
 def _read_index(source: str | os.PathLike[str], **hub: Any) -> dict[str, str]:
     """Read which file holds which tensor; only files of the trunk and of tasks are allowed."""
     what = f"{SAFE_WEIGHTS_INDEX_NAME} in {source}"
-    text = Path(cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **hub)).read_text(encoding="utf-8")
+    file = Path(cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **hub))
     try:
-        index = dict(json.loads(text)["weight_map"])
+        index = dict(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{what} must map tensors to files: {error!r}. Save the model again.") from error
     if wrong := [f"{name} -> {place}" for name, place in index.items() if file_of_tensor(name) != place]:
