@@ -267,9 +267,8 @@ def _load_tasks(source: str) -> Any:
 
     with explain_refused_code(source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    if config.model_type != MultiTaskBertModel.config_class.model_type:
-        raise ValueError(f"`model` must be a merged multi-task model, got {config.model_type!r} in {source!r}.")
-    with explain_refused_code(source):
+        if config.model_type != MultiTaskBertModel.config_class.model_type:
+            raise ValueError(f"`model` must be a merged multi-task model, got {config.model_type!r} in {source!r}.")
         model = MultiTaskBertModel.from_pretrained(source, use_safetensors=True)
         return pipeline("multitask", model=model, tokenizer=source, trust_remote_code=False)
 

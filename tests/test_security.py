@@ -23,6 +23,7 @@ from hf_moebert import MoEBertConfig, MoEBertForSequenceClassification
 from hf_moebert.checkpoints.folders import list_files
 from hf_moebert.checkpoints.loading import load_model
 from hf_moebert.checkpoints.packing import pack_folder
+from hf_moebert.checkpoints.remote_code import explain_refused_code
 from hf_moebert.measuring.comparison import measure
 from hf_moebert.reporting.hub import publish
 from hf_moebert.reporting.model_card import TEMPLATE
@@ -63,6 +64,8 @@ def bring_code(folder, kind, canary):
     if kind == "tokenizer":
         own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
         update(folder / "tokenizer_config.json", own)
+    elif kind == "kernel":
+        update(folder / "config.json", {"tagger": {"attn_implementation": {"": "own/kernel@main"}}})
     else:
         names = ("AutoConfig", "AutoModel", "AutoModelForSequenceClassification")
         update(folder / "config.json", {"model_type": "own", "auto_map": dict.fromkeys(names, "own.Own")})
@@ -127,18 +130,30 @@ def put(root):
 
 
 DOORS = {  # a folder, what it may bring code for, and what loads it
-    "hf-moebert measure": ("classifier", ("config", "tokenizer"), measure_on_the_command_line),
-    "hf-moebert footprint": ("classifier", ("config",), lambda root: command("footprint", root / "classifier")),
-    "hf-moebert pack": ("classifier", ("config",), lambda root: command("pack", root / "classifier", root / "packed")),
-    "hf-moebert serve": ("merged", ("config", "tokenizer"), lambda root: command("serve", root / "merged")),
+    "hf-moebert measure": ("classifier", ("config", "kernel", "tokenizer"), measure_on_the_command_line),
+    "hf-moebert footprint": (
+        "classifier",
+        ("config", "kernel"),
+        lambda root: command("footprint", root / "classifier"),
+    ),
+    "hf-moebert pack": (
+        "classifier",
+        ("config", "kernel"),
+        lambda root: command("pack", root / "classifier", root / "packed"),
+    ),
+    "hf-moebert serve": ("merged", ("config", "kernel", "tokenizer"), lambda root: command("serve", root / "merged")),
     "measure": (
         "classifier",
-        ("config", "tokenizer"),
+        ("config", "kernel", "tokenizer"),
         lambda root: measure({"m": str(root / "classifier")}, Dataset.from_list(EXAMPLES), baseline="m"),
     ),
-    "load_model": ("classifier", ("config",), lambda root: load_model(root / "classifier")),
-    "pack_folder": ("classifier", ("config",), lambda root: pack_folder(root / "classifier", root / "packed")),
-    "an update": ("updates/task", ("config",), put),
+    "load_model": ("classifier", ("config", "kernel"), lambda root: load_model(root / "classifier")),
+    "pack_folder": (
+        "classifier",
+        ("config", "kernel"),
+        lambda root: pack_folder(root / "classifier", root / "packed"),
+    ),
+    "an update": ("updates/task", ("config", "kernel"), put),
 }
 
 
@@ -158,7 +173,7 @@ def test_nothing_is_written_as_pickle():
 @pytest.mark.parametrize("door", DOORS)
 @holds(
     "No command reads a pickle, nor do `measure`, `load_model`, `pack_folder` and the updates of a server: they "
-    "refuse a `pytorch_model.bin`."
+    "refuse a `pytorch_model.bin` and an `adapter_model.bin`."
 )
 def test_pickles_are_refused(door, root, monkeypatch):
     monkeypatch.setattr("hf_moebert.serving.app.run_server", lambda *args, **kwargs: None)
@@ -169,8 +184,21 @@ def test_pickles_are_refused(door, root, monkeypatch):
     assert not (root / "packed").exists()
 
 
+@pytest.mark.parametrize("door", DOORS)
+def test_adapters_in_pickles_are_refused(door, root, monkeypatch):
+    monkeypatch.setattr("hf_moebert.serving.app.run_server", lambda *args, **kwargs: None)
+    folder, _, call = DOORS[door]
+    (root / folder / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["query"]}')
+    torch.save({}, root / folder / "adapter_model.bin")
+    with pytest.raises(
+        ValueError, match="must hold its adapter as adapter_model.safetensors|`folder` must hold a model"
+    ):
+        call(root)
+    assert not (root / "packed").exists()
+
+
 def test_all_loading_asks_for_safetensors():
-    no_weights = re.compile(r"super\(\)|AutoConfig|AutoTokenizer|cls\.config_class")
+    no_weights = re.compile(r"super\(\)|AutoConfig|AutoTokenizer|cls\b")
     for path, call in CALLS:
         name = ast.unparse(call.func)
         if name.endswith(".from_pretrained") and not no_weights.match(name):
@@ -216,7 +244,7 @@ def test_the_trap_works(root, asked):
 @pytest.mark.parametrize(("door", "kind"), [(door, kind) for door, (_, kinds, _) in DOORS.items() for kind in kinds])
 @holds(
     "No command runs code from a folder or a repository, and none asks whether to: `trust_remote_code` is False in "
-    "every call."
+    "every call, and a config.json that names kernels of the Hub is refused."
 )
 def test_no_code_of_a_folder_is_run(door, kind, root, asked, monkeypatch):
     monkeypatch.setattr("hf_moebert.serving.app.run_server", lambda *args, **kwargs: None)
@@ -228,6 +256,20 @@ def test_no_code_of_a_folder_is_run(door, kind, root, asked, monkeypatch):
     assert not asked
     assert not canary.exists()
     assert not (root / "packed").exists()
+
+
+def test_the_base_of_an_adapter_is_checked(root):
+    (root / "adapter").mkdir()
+    update(root / "adapter" / "adapter_config.json", {"base_model_name_or_path": str(root / "classifier")})
+    (root / "adapter" / "adapter_model.safetensors").touch()
+    with explain_refused_code(root / "adapter"):
+        pass
+    update(root / "classifier" / "config.json", {"experts_implementation": "paged|own/kernel"})
+    with (
+        pytest.raises(ValueError, match=r"names the kernels \['paged\|own/kernel'\]"),
+        explain_refused_code(root / "adapter"),
+    ):
+        pass
 
 
 def test_every_call_says_that_code_is_not_trusted():
