@@ -5,14 +5,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from faults_runs import make_bert, make_data, make_sweep, make_trainer
+from faults_runs import SIZES, make_bert, make_data, make_sweep, make_trainer
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
 
-from hf_moebert import MultiTaskBertModel, last_complete_checkpoint, save_packed
+from hf_moebert import BertCrfForTokenClassification, MultiTaskBertModel, last_complete_checkpoint, save_packed
 from hf_moebert.checkpoints.manifests import MANIFEST_FILE
 from hf_moebert.checkpoints.tensor_files import digest, read_tensors
+from hf_moebert.methods.masked_crf.modeling_decoder import load_decoder
+from hf_moebert.methods.masked_crf.modeling_export import export_crf
 from hf_moebert.methods.moebert.conversion import load_importance, save_importance
 from hf_moebert.methods.mpo.training import STATE_FILE as SQUEEZING_FILE
 from hf_moebert.methods.multitask.modeling_splitting import take_trunk
@@ -141,6 +149,20 @@ def read_run(folder: Path) -> str:
     return digest(make_sweep(folder).load("task", TEACHER).state_dict())
 
 
+def write_crf(folder: Path, version: int) -> None:
+    """Export a tagger."""
+    labels = dict(enumerate(["O", "B-A", "I-A"]))
+    torch.manual_seed(version)
+    dense = BertForTokenClassification(BertConfig(**SIZES, num_hidden_layers=1, id2label=labels))
+    export_crf(BertCrfForTokenClassification.from_dense(dense), folder)
+
+
+def read_crf(folder: Path) -> str:
+    """Decode random emissions with the scores beside the graph."""
+    emissions = np.random.default_rng(0).normal(size=(64, 9, 3))
+    return str(load_decoder(folder)(emissions, np.ones((64, 9), bool)).tolist())
+
+
 ARTEFACTS = {
     "importance": Artefact(write_importance, read_importance, "importance.safetensors"),
     "pruning state": Artefact(write_checkpoint("pruning"), read_pruning, f"checkpoint-4/{PRUNING_FILE}"),
@@ -148,6 +170,7 @@ ARTEFACTS = {
     "manifest": Artefact(write_checkpoint("manifest"), read_checkpoint, f"checkpoint-4/{MANIFEST_FILE}"),
     "checkpoint": Artefact(write_checkpoint("manifest"), read_checkpoint, "checkpoint-4/*"),
     "packed weights": Artefact(write_packed, read_packed, "model.safetensors"),
+    "CRF": Artefact(write_crf, read_crf, "crf.safetensors"),
     "many tasks": Artefact(write_multitask, read_multitask, "*.safetensors*"),
     "cached states": Artefact(write_states, read_states, "states-1.safetensors"),
     "sweep result": Artefact(write_sweep, read_result, "task/teacher-1/result.json"),

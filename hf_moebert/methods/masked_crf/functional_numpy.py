@@ -1,9 +1,21 @@
 """Viterbi decoding in numpy alone, for exported models, and because it is the fastest for a few tags on a CPU."""
 
+import hashlib
+from collections.abc import Mapping
+
 import numpy as np
 
 
 EMISSION_LIMIT = 1e30  # in place of infinity: as decisive, and differences to it are finite
+
+
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Return the SHA-256 of arrays with their names, dtypes and shapes, in hexadecimal."""
+    found = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        found.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
 
 
 def viterbi(

@@ -6,9 +6,9 @@ from os import PathLike
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, safe_open
 
-from .functional_numpy import EMISSION_LIMIT, viterbi
+from .functional_numpy import EMISSION_LIMIT, digest, viterbi
 
 
 SCORES = ("transitions", "start", "end")
@@ -25,12 +25,9 @@ def load_decoder(folder: str | PathLike[str]) -> Callable[[np.ndarray, np.ndarra
         -100 off words, `(batch, seq)`, int64.
 
     Raises:
-        ValueError: If the folder holds no CRF, or one that does not fit its config.json.
+        ValueError: If the folder holds no CRF, a damaged one, or one that does not fit its config.json.
     """
-    path = Path(folder) / "crf.safetensors"
-    if not path.is_file():
-        raise ValueError(f"`folder` must hold crf.safetensors, got {str(folder)!r}. Write it with `export_crf`.")
-    scores = load_file(path)
+    scores = _read_scores(Path(folder) / "crf.safetensors")
     tags = len(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["id2label"])
     wanted = {"transitions": (tags, tags), "start": (tags,), "end": (tags,)}
     found = {name: value.shape for name, value in scores.items()}
@@ -50,6 +47,22 @@ def load_decoder(folder: str | PathLike[str]) -> Callable[[np.ndarray, np.ndarra
         return result
 
     return decode
+
+
+def _read_scores(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise ValueError(f"`folder` must hold crf.safetensors, got {str(path.parent)!r}. Write it with `export_crf`.")
+    try:
+        with safe_open(path, framework="np") as file:
+            scores = {name: file.get_tensor(name) for name in list(file.keys())}
+            expected = (file.metadata() or {}).get("sha256")  # 0.1.0 wrote none
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} must be a complete file: {error}. Export the model again.") from error
+    if expected not in (None, found := digest(scores)):
+        raise ValueError(
+            f"{str(path)!r} must have the SHA-256 {expected}, but has {found}: it is damaged. Export the model again."
+        )
+    return scores
 
 
 def _make_finite(emissions: np.ndarray, tags: int) -> np.ndarray:

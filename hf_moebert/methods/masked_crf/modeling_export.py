@@ -1,14 +1,16 @@
 """Export of a tagger: the encoder as a graph that returns emissions, and the scores of the CRF beside it."""
 
+import os
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 from transformers import PreTrainedModel
 from transformers.exporters import OnnxConfig, OnnxExporter
 
+from .functional_numpy import digest
 from .modeling_decoder import SCORES
 
 
@@ -43,5 +45,8 @@ def export_crf(model: PreTrainedModel, folder: str | PathLike[str], **inputs: An
     finally:
         model.train(was_training)
     scores = model.crf.scores_for("decoding", torch.float32)
-    tensors = {name: score.contiguous().cpu() for name, score in zip(SCORES, scores, strict=True)}
-    save_file(tensors, Path(folder) / "crf.safetensors")
+    arrays = {name: score.contiguous().cpu().numpy() for name, score in zip(SCORES, scores, strict=True)}
+    place = Path(folder) / "crf.safetensors"
+    draft = place.with_name(f".{place.name}.draft")
+    save_file(arrays, draft, metadata={"sha256": digest(arrays)})
+    os.replace(draft, place)

@@ -94,6 +94,18 @@ def test_two_files_serve_without_torch(exported, tmp_path):
     assert done.stdout.split("\n")[0] == "(1, 3) False"
 
 
+def test_damaged_scores_are_refused(exported, tmp_path):
+    for name in ("config.json", "crf.safetensors"):
+        copy(exported[1] / name, tmp_path)
+    content = (tmp_path / "crf.safetensors").read_bytes()
+    (tmp_path / "crf.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"crf.safetensors' must have the SHA-256 .* it is damaged. Export"):
+        load_decoder(tmp_path)
+    (tmp_path / "crf.safetensors").write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=r"crf.safetensors' must be a complete file: .* Export the model again"):
+        load_decoder(tmp_path)
+
+
 def test_what_does_not_fit_is_refused(exported, tmp_path):
     with pytest.raises(ValueError, match="must hold crf.safetensors, got"):
         load_decoder(tmp_path)
