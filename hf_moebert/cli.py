@@ -133,13 +133,15 @@ def measure(
     threads: Threads = None,
     rounds: Rounds = 20,
     seed: Annotated[int, typer.Option(help="Seed of the sample, the bootstrap and the timed inputs.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="JSON file to write all results to.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(dir_okay=False, writable=True, help="JSON file to write all results to.")
+    ] = None,
 ) -> None:
     """Compare the quality, size and speed of classifiers with a baseline, in one table."""
     if (validation_file is None) == (dataset_name is None):
         raise typer.BadParameter("give exactly one of --validation-file and --dataset-name.")
-    if output is not None and not output.parent.is_dir():
-        raise typer.BadParameter(f"the folder of --output must exist, got {str(output)!r}.")
+    if output is not None and not os.access(output.parent, os.W_OK):
+        raise typer.BadParameter(f"the folder of --output must exist and be writable, got {str(output)!r}.")
     from hf_moebert.measuring.comparison import Latency, TextColumns, measure as measure_models
     from hf_moebert.reporting.tables import measurement_rows, rich_table
 
@@ -158,9 +160,9 @@ def measure(
         threads=threads,
         seed=seed,
     )
+    _print_table(rich_table(measurement_rows(result), title="Compared with the baseline, 95 % intervals"))
     if output is not None:
         output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    _print_table(rich_table(measurement_rows(result), title="Compared with the baseline, 95 % intervals"))
 
 
 @app.command()
@@ -212,7 +214,10 @@ def pack(
     folder: Annotated[Path, typer.Argument(help="A checkpoint of a pruned model.")],
     output: Annotated[Path, typer.Argument(help="A new folder for the packed copy.")],
 ) -> None:
-    """Write a copy that stores only the weights pruning left; `from_pretrained` loads it after `import hf_moebert`."""
+    """Write a copy that stores only the weights pruning left, and all other files but the state of a training run.
+
+    `from_pretrained` loads it after `import hf_moebert`.
+    """
     from hf_moebert.checkpoints.packing import pack_folder
     from hf_moebert.measuring.footprint import count_bytes
 

@@ -190,7 +190,11 @@ def one_line(result):
         (["measure", "m", "--baseline", "b"], "give exactly one of --validation-file and --dataset-name"),
         (
             ["measure", "m", "--baseline", "b", "--dataset-name", "d", "--output", "no/such/x.json"],
-            "the folder of --output must exist",
+            "the folder of --output must exist and be writable",
+        ),
+        (
+            ["measure", "m", "--baseline", "b", "--dataset-name", "d", "--output", "/"],
+            "Invalid value for '--output': file '/' is a directory",
         ),
         (["measure", "m", "--baseline", "b", "--validation-file", "a é.csv"], "file 'a é.csv' does not exist"),
         (["measure", "m", "--baseline", "b", "--validation-file", "/"], "file '/' is a directory"),

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -343,12 +344,18 @@ def test_hidden_files_stay_behind(root):
     assert not list((root / "packed").rglob(".*"))
 
 
+@pytest.mark.parametrize(
+    "write", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))], ids=["torch", "pickle"]
+)
 @pytest.mark.parametrize("name", ["notes.pkl", "more/pytorch_model.bin", "vocab.json"])
-@holds("`publish` refuses pickles, by name and by their first bytes; `pack` leaves them behind.")
-def test_pickles_do_not_leave(name, root):
+@holds(
+    "`publish` refuses pickles, by their names and by the first bytes that `pickle` and `torch.save` write; `pack` "
+    "leaves them behind."
+)
+def test_pickles_do_not_leave(name, write, root):
     folder = root / "classifier"
     (folder / name).parent.mkdir(exist_ok=True)
-    torch.save([1], folder / name)
+    write([1], folder / name)
     with pytest.raises(ValueError, match=f"must not hold pickle files.*{name}"):
         publish(folder, "me/small")
     pack_folder(folder, root / "packed")

@@ -138,7 +138,7 @@ class Service:
 
     def _root(self) -> Path:
         if self.updates is None:
-            raise HTTPException(403, "This server accepts no updates. Start it with `--allow_updates`.")
+            raise HTTPException(403, "This server accepts no updates. Start it with `--allow-updates`.")
         return self.updates
 
 
