@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 # The one choice of torch: installed first and by exact name, so that no other package's range picks a CUDA build.
 TORCH ?= torch==2.13.0
+# The same for `make newest`, whose other packages are the newest that there are.
+NEWEST_TORCH ?= torch==2.15.0
 WORKERS ?= 2
 SEED ?= 0
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 PY = $(VENV)/bin/python
 
-.PHONY: demo test quick check copies style quality types security benchmark wheel clean
+.PHONY: demo test quick newest check copies style quality types security benchmark wheel clean
 
 $(VENV)/.installed: setup.py Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +57,11 @@ copies:
 
 quick: $(VENV)/.transformers_suite
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m "not process" tests
+
+# An environment of its own, made anew; no constraints file of the machine holds a release back.
+newest:
+	rm -rf .venv-newest
+	PIP_CONSTRAINT=/dev/null $(MAKE) quick VENV=.venv-newest TORCH="$(NEWEST_TORCH)"
 
 benchmark: $(VENV)/.installed
 	$(PY) benchmarks/moebert_routing.py

@@ -26,8 +26,8 @@ setup(
     py_modules=["hf_moebert_main"],
     package_data={"hf_moebert": ["py.typed", "**/*.pyi", "**/*.md"]},
     install_requires=[
-        "torch>=2.13",
-        "transformers>=5.23,<5.24",
+        "torch>=2.11",
+        "transformers>=5.23,<6",
         "accelerate>=1.15",
         "datasets>=5.2",
         "evaluate>=0.4.6",
