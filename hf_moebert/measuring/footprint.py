@@ -121,7 +121,8 @@ def _count_flops(model: PreTrainedModel, seq_len: int) -> float:
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+    # Every head of the queries meets keys and values, which several heads may share.
+    return sdpa_flop_count(query, (*query[:2], *key[2:]), (*query[:2], *value[2:]))
 
 
 def _grouped_flops(tokens: torch.Size, weights: torch.Size, *_: Any, **__: Any) -> int:
