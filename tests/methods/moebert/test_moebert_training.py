@@ -41,7 +41,9 @@ def make_examples(head, size=7):
         elif head == "several":
             example["labels"] = torch.tensor([1.0, number % 2, 0])
         elif head == "regression":
-            example["labels"] = torch.tensor(number / 3)
+            example["labels"] = torch.tensor(
+                number / 3, dtype=torch.float64
+            )  # as the model: not every torch mixes them
         elif head == "tokens":
             example["labels"] = torch.where(ids % 5 == 0, -100, ids % 3)
         else:
