@@ -283,9 +283,9 @@ def _load_examples(file: Path | None, name: str | None, config_name: str | None,
         from datasets import load_dataset
 
         return load_dataset(name, config_name, split=split)
-    from hf_moebert.data import load_splits
+    from hf_moebert.data import read_file
 
-    return load_splits(train_file=file, validation_file=file)["validation"]
+    return read_file(file, argument="--validation-file")
 
 
 def _name_models(sources: list[str]) -> dict[str, str]:

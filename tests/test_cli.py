@@ -309,10 +309,21 @@ def test_a_model_that_is_not_there(classifiers, monkeypatch):  # noqa: F811
     assert "'no/model' cannot be loaded" in line
 
 
-def test_a_file_of_another_kind(tmp_path):
-    file = tmp_path / "examples.bin"
-    file.write_bytes(b"")
-    assert "must end in .json" in one_line(invoke("measure", "m", "--baseline", "b", "--validation-file", file))
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a é.bin", b"", "`--validation-file` must end in .json"),
+        ("a.jsonl", b"", "a.jsonl' cannot be read: it is empty"),
+        ("a.csv", b"text,label\n", "`--validation-file` must hold rows of one shape as csv"),
+        ("a.json", b"[" * 100_000, "`--validation-file` must hold rows of one shape as json"),
+        ("a.parquet", b"PAR1", "`--validation-file` must hold rows of one shape as parquet"),
+    ],
+)
+def test_files_that_hold_no_examples(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    line = one_line(invoke("measure", "m", "--baseline", "b", "--validation-file", tmp_path / name))
+    assert message in line
+    assert "--debug" not in line
 
 
 def test_unknown_labels(classifiers, tmp_path):  # noqa: F811

@@ -58,8 +58,8 @@ def load_splits(
     if train_file is None:
         train, validation = _load_from_hub(dataset_name, dataset_config_name)
     else:
-        train = _read("train_file", Path(train_file))
-        validation = None if validation_file is None else _read("validation_file", Path(validation_file))
+        train = read_file(train_file, argument="train_file")
+        validation = None if validation_file is None else read_file(validation_file, argument="validation_file")
     if validation is None:
         return _hold_out(train, validation_share, label_column, seed)
     if set(train.column_names) != set(validation.column_names):
@@ -92,8 +92,17 @@ def check_column(dataset: Dataset, column: str) -> None:
         )
 
 
-def _read(argument: str, path: Path) -> Dataset:
-    """Read one file into memory-mapped Arrow."""
+def read_file(path: str | Path, *, argument: str = "path") -> Dataset:
+    """Read the rows of one file into memory-mapped Arrow.
+
+    Args:
+        path: A .json, .jsonl, .csv, .tsv or .parquet file.
+        argument: What the caller calls it, for the message of an error.
+
+    Raises:
+        ValueError: If it is missing, unreadable, empty or of another kind.
+    """
+    path = Path(path)
     if path.suffix.lower() not in READERS:
         raise ValueError(f"`{argument}` must end in {', '.join(READERS)}, got '{path}'. Convert it to one of these.")
     if not path.is_file():
@@ -101,9 +110,10 @@ def _read(argument: str, path: Path) -> Dataset:
     builder, options = READERS[path.suffix.lower()]
     try:
         return load_dataset(builder, data_files=glob.escape(str(path)), split="train", **options)
-    except DatasetGenerationError as error:
+    except (DatasetGenerationError, ValueError, StopIteration) as error:
+        reason = error.__cause__ or str(error) or "it is empty"
         raise ValueError(
-            f"`{argument}` must hold rows of one shape as {builder}, '{path}' cannot be read: {error.__cause__}"
+            f"`{argument}` must hold rows of one shape as {builder}, '{path}' cannot be read: {reason}"
         ) from error
 
 
