@@ -25,7 +25,7 @@ LIMIT_HELP = {field.name: field.metadata["help"] for field in fields(LIMITS)}
 LIBRARIES = ("datasets", "transformers")  # DATASETS_VERBOSITY and TRANSFORMERS_VERBOSITY show their logs
 LONGEST_MESSAGE = 2000  # characters; transformers lists hundreds of tensors where weights do not fit
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads torch computes with.")]
-Rounds = Annotated[int, typer.Option(help="Timed passes of each model or form.")]
+Rounds = Annotated[int, typer.Option(min=2, help="Timed passes of each model or form.")]
 
 
 class OneLineErrors(TyperGroup):
@@ -117,7 +117,7 @@ def measure(
     text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
     text_pair_column: Annotated[str | None, typer.Option(help="Column that holds the second text of a pair.")] = None,
     label_column: Annotated[str, typer.Option(help="Column that holds the label.")] = "label",
-    max_length: Annotated[int, typer.Option(help="Tokens after which a text is truncated.")] = 128,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens after which a text is truncated.")] = 128,
     optimized: Annotated[
         list[str] | None,
         typer.Option(help="Also measure each model optimised in float32, bfloat16 or int8. Repeat for several."),
@@ -126,13 +126,13 @@ def measure(
         list[str] | None,
         typer.Option(help="Score to compute; by default what suits the problem. Repeat for several."),
     ] = None,
-    max_examples: Annotated[int | None, typer.Option(help="Score a random sample of this size only.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples per batch while scoring.")] = 32,
-    latency_batch: Annotated[int, typer.Option(help="Sequences per timed pass.")] = 1,
-    latency_seq: Annotated[int, typer.Option(help="Tokens per sequence of a timed pass.")] = 128,
+    max_examples: Annotated[int | None, typer.Option(min=1, help="Score a random sample of this size only.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch while scoring.")] = 32,
+    latency_batch: Annotated[int, typer.Option(min=1, help="Sequences per timed pass.")] = 1,
+    latency_seq: Annotated[int, typer.Option(min=1, help="Tokens per sequence of a timed pass.")] = 128,
     threads: Threads = None,
     rounds: Rounds = 20,
-    seed: Annotated[int, typer.Option(help="Seed of the sample, the bootstrap and the timed inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample, the bootstrap and the timed inputs.")] = 0,
     output: Annotated[
         Path | None, typer.Option(dir_okay=False, writable=True, help="JSON file to write all results to.")
     ] = None,
@@ -183,8 +183,8 @@ def publish(
 def footprint(
     folder: Annotated[Path, typer.Argument(help="A checkpoint, dense or packed.")],
     threads: Threads = None,
-    seq: Annotated[int, typer.Option(help="Tokens per sequence of a timed pass.")] = 128,
-    batch: Annotated[int, typer.Option(help="Sequences per timed pass.")] = 1,
+    seq: Annotated[int, typer.Option(min=1, help="Tokens per sequence of a timed pass.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per timed pass.")] = 1,
     rounds: Rounds = 20,
 ) -> None:
     """Count parameters and zeros, and measure which sparse form pays on this machine."""

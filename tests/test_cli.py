@@ -71,6 +71,17 @@ def test_every_option_has_help_and_is_written_with_dashes(name):
         assert parameter.param_type_name == "argument" or not any("_" in option for option in parameter.opts)
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_number_has_a_least_value(name):
+    """A number that is too small is refused before anything is loaded, by the name of its option."""
+    numbers = [one for one in COMMANDS[name].params if one.type_descriptor.annotation in (int, float)]
+    assert numbers or name in {"pack", "publish"}
+    for number in numbers:
+        assert number.min is not None, number.name
+        line = one_line(invoke(name, number.opts[0], number.min - 1))
+        assert f"Invalid value for '{number.opts[0]}'" in line
+
+
 def test_the_limits_of_the_server_are_those_of_the_library():
     options = {parameter.name: parameter for parameter in COMMANDS["serve"].params}
     for field in fields(ServingLimits):
