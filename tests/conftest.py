@@ -1,11 +1,12 @@
-"""Shared by all tests: this folder on the path, the marks of transformers' own tests, and a tiny world."""
+"""Shared by all tests: this folder on the path, the marks of transformers' own tests, and a tiny world.
+
+What takes seconds to import is imported in the fixtures: the process that hands the tests out reads this file, too.
+"""
 
 import gc
+from functools import partial
 
 import pytest
-import torch
-from datasets import Dataset, DatasetDict
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 from transformers_suite import MARKERS
 
 
@@ -22,8 +23,20 @@ def frozen_heap():
 
 
 @pytest.fixture
+def few_resamples(monkeypatch):
+    """Bootstrap quickly where nobody looks at an interval."""
+    from hf_moebert.measuring import comparison
+
+    for name in ("score", "paired_bootstrap"):
+        monkeypatch.setattr(comparison, name, partial(getattr(comparison, name), rounds=10))
+
+
+@pytest.fixture
 def tiny_teacher(tmp_path_factory):
     """A folder with a tiny random classifier and its tokenizer."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+
     folder = tmp_path_factory.mktemp("teacher")
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "book"]
     tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(vocab)}, model_max_length=16)
@@ -44,5 +57,7 @@ def tiny_teacher(tmp_path_factory):
 @pytest.fixture
 def tiny_sst2():
     """A data set with SST-2's columns."""
+    from datasets import Dataset, DatasetDict
+
     rows = {"sentence": ["good film", "bad book", "good good book", "film bad"] * 2, "label": [1, 0, 1, 0] * 2}
     return DatasetDict(train=Dataset.from_dict(rows))

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from dataclasses import fields
-from functools import partial
 from importlib import metadata
 
 import pytest
@@ -18,8 +17,6 @@ from tiny_classifiers import EXAMPLES, classifiers  # noqa: F401
 from typer.testing import CliRunner
 
 from hf_moebert import cli
-from hf_moebert.measuring import comparison
-from hf_moebert.measuring.scores import paired_bootstrap, score
 from hf_moebert.reporting import hub
 from hf_moebert.serving import ServingLimits
 
@@ -44,13 +41,6 @@ def invoke_process(*arguments, code="import hf_moebert_main; hf_moebert_main.mai
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
-
-
-@pytest.fixture
-def few_resamples(monkeypatch):
-    """Bootstrap quickly where nobody looks at an interval."""
-    monkeypatch.setattr(comparison, "score", partial(score, rounds=10))
-    monkeypatch.setattr(comparison, "paired_bootstrap", partial(paired_bootstrap, rounds=10))
 
 
 # Help

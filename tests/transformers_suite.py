@@ -8,11 +8,11 @@ import os
 import subprocess
 import sys
 import tarfile
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
 
-import transformers
 from filelock import FileLock
 
 
@@ -52,38 +52,38 @@ class TransformersSuiteUnavailableError(RuntimeError):
 
 def load(module: str) -> ModuleType:
     """Import a module of the suite, e.g. `test_modeling_common`; its relative imports work."""
-    folder = str(fetch(transformers.__version__))
+    folder = str(fetch(version("transformers")))
     if folder not in sys.path:
         sys.path.append(folder)
     return importlib.import_module(f"{PACKAGE}.{module}")
 
 
-def fetch(version: str) -> Path:
+def fetch(release: str) -> Path:
     """Return the folder that holds the suite as a package; the first process makes it, the others wait."""
-    folder = CACHE / version
+    folder = CACHE / release
     CACHE.mkdir(parents=True, exist_ok=True)
-    with FileLock(CACHE / f"{version}.lock"):
+    with FileLock(CACHE / f"{release}.lock"):
         if not folder.exists():
             with TemporaryDirectory(dir=CACHE) as scratch:
-                made = unpack(download(version, Path(scratch)), Path(scratch) / "made")
+                made = unpack(download(release, Path(scratch)), Path(scratch) / "made")
                 os.replace(made, folder)  # complete or not at all
     return folder
 
 
-def download(version: str, scratch: Path) -> Path:
+def download(release: str, scratch: Path) -> Path:
     """Let pip fetch the source archive and check its hash.
 
     Build isolation stays on: pip asks the archive for its metadata, and this environment need not have setuptools.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries=1"]
-    command += ["--no-deps", "--no-binary=transformers", f"--dest={scratch}", f"transformers=={version}"]
+    command += ["--no-deps", "--no-binary=transformers", f"--dest={scratch}", f"transformers=={release}"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         raise TransformersSuiteUnavailableError(
-            f"The test suite of transformers {version} is not in {CACHE} and pip could not fetch it: "
+            f"The test suite of transformers {release} is not in {CACHE} and pip could not fetch it: "
             f"{done.stderr.strip().splitlines()[-1]}"
         )
-    return scratch / f"transformers-{version}.tar.gz"
+    return scratch / f"transformers-{release}.tar.gz"
 
 
 def unpack(archive: Path, folder: Path) -> Path:
@@ -103,4 +103,4 @@ def unpack(archive: Path, folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    print(fetch(transformers.__version__))
+    print(fetch(version("transformers")))

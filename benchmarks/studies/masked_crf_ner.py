@@ -224,7 +224,7 @@ def main() -> None:
     arguments, options, args = parser.parse_args_into_dataclasses()
     if arguments.smoke:
         make_smoke_tags(arguments, Path(args.output_dir) / "inputs")
-        args.logging_steps, args.save_strategy, args.max_steps = 1, "no", 20
+        args.logging_steps, args.save_strategy, args.max_steps = 1, "no", 8
         options.rounds, options.samples = 3, 50
     study = TaggingStudy(TaggingTask(arguments, seed=args.seed), args, options)
 

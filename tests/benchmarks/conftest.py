@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from transformers.utils import logging
 
 
@@ -27,7 +28,11 @@ def _process_settings(monkeypatch):
 
 @pytest.fixture
 def run_study(monkeypatch, capsys):
-    """Return a function that runs a program of benchmarks/studies in this process, and returns its output."""
+    """Return a function that runs a program of benchmarks/studies in this process, and returns its output.
+
+    Its pictures are made, but not drawn: to draw them takes a fifth of the time, and has tests of its own.
+    """
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).write_bytes(b"a picture"))
 
     def run(program, *arguments):
         monkeypatch.setattr(sys, "argv", [f"benchmarks/studies/{program}.py", *map(str, arguments)])

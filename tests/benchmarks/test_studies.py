@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from hf_moebert import cli
 from hf_moebert.checkpoints.loading import load_model
 from hf_moebert.inference.linears import unsupported_reason
 from hf_moebert.measuring.metrics.seqeval.seqeval import count_illegal, span_f1
@@ -21,14 +23,17 @@ WORKING = [precision for precision in ("float32", "int8") if unsupported_reason(
 pytestmark = pytest.mark.process
 
 
-def test_moebert_text_classification(tmp_path, run_study):
+def measure_here(command, **options):
+    """Run `hf-moebert measure …` in this process, and in a few rounds."""
+    result = CliRunner().invoke(cli.app, [*command[1:], "--rounds", "2", "--latency-seq", "8"])
+    assert result.exit_code == 0, result.output
+
+
+def test_moebert_text_classification(tmp_path, run_study, few_resamples, monkeypatch):
+    monkeypatch.setattr("subprocess.run", measure_here)
     output = run_study(
-        "moebert_text_classification",
-        "--smoke",
-        "--output_dir",
-        tmp_path,
-        "--num_train_epochs",
-        "2",
+        *("moebert_text_classification", "--smoke", "--output_dir", tmp_path, "--per_device_train_batch_size", "32"),
+        *("--teacher_epochs", "1", "--num_train_epochs", "2"),
     )
     measurement = json.loads((tmp_path / "measurement.json").read_text())
     models = ["teacher", "converted", "student", "undistilled"]
@@ -68,7 +73,7 @@ def names_of(report):
 
 def test_platon_text_classification(tmp_path, run_study):
     output = run_study(
-        *("platon_text_classification", "--smoke", "--output_dir", tmp_path, "--window", "5"),
+        *("platon_text_classification", "--smoke", "--output_dir", tmp_path, "--window", "5", "--max_steps", "12"),
         *("--keep_ratios", "0.3", "--criteria", "platon"),
     )
     report = (tmp_path / "report.md").read_text()
@@ -85,7 +90,7 @@ def test_platon_text_classification(tmp_path, run_study):
 
 def test_platon_text_classification_in_whole_units(tmp_path, run_study):
     run_study(
-        *("platon_text_classification", "--smoke", "--output_dir", tmp_path, "--window", "5"),
+        *("platon_text_classification", "--smoke", "--output_dir", tmp_path, "--window", "5", "--max_steps", "12"),
         *("--keep_ratios", "0.5", "--criteria", "platon", "--distil", "false", "--granularity", "structured"),
     )
     assert columns((tmp_path / "report.md").read_text())[1] == ["run", "speed-up over dense"]
@@ -117,7 +122,7 @@ def test_platon_image_classification(tmp_path, run_study):
 
 def test_platon_question_answering(tmp_path, run_study):
     output = run_study(
-        *("platon_question_answering", "--smoke", "--output_dir", tmp_path, "--window", "5"),
+        *("platon_question_answering", "--smoke", "--output_dir", tmp_path, "--window", "5", "--max_steps", "12"),
         *("--keep_ratios", "0.3", "--criteria", "magnitude", "platon", "--seeds", "0", "1"),
     )
     report = (tmp_path / "report.md").read_text()
@@ -146,7 +151,7 @@ QUALITY = ("quality_and_speed", "--smoke", "--seeds", "0", "1", "--precisions", 
 
 
 def test_quality_and_speed(tmp_path, run_study):
-    run_study(*QUALITY, "--output_dir", tmp_path, "--window", "5", "--max_steps", "12", "--teacher_steps", "14")
+    run_study(*QUALITY, "--output_dir", tmp_path, "--window", "2", "--max_steps", "6", "--teacher_steps", "7")
     report = (tmp_path / "report.md").read_text()
     models = ["teacher", *(f"moebert-{r}" for r in ("hash-random", "hash-balanced", "gate-token", "gate-sentence"))]
     models += ["half-depth", "pruned"]
@@ -160,7 +165,7 @@ def test_quality_and_speed(tmp_path, run_study):
     assert (tmp_path / "quality_and_speed.png").stat().st_size > 0
 
     results = {m: json.loads((tmp_path / f"seed-1/{m}/result.json").read_text()) for m in models}
-    assert [results[m]["settings"]["max_steps"] for m in models] == [14, 12, 12, 12, 12, 12, 12]
+    assert [results[m]["settings"]["max_steps"] for m in models] == [7, 6, 6, 6, 6, 6, 6]
     assert results["half-depth"]["settings"]["distillation"]["layer_map"] == [2]
     # as long as nothing is rounded, what is optimised predicts what was trained
     measured = json.loads((tmp_path / "seed-1/measurement.json").read_text())
