@@ -36,13 +36,13 @@ from study import StudyOptions, command, mean_over_seeds, with_interval, write_r
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
+from hf_moebert.checkpoints.json_files import read_json, save_json
 from hf_moebert.measuring.footprint import count_bytes
 from hf_moebert.measuring.latency import compare_latency, environment
 from hf_moebert.measuring.scores import Interval, Score
 from hf_moebert.methods.multitask.functional import layers_run
 from hf_moebert.methods.multitask.recipe import MultiTaskSweepConfig
 from hf_moebert.methods.multitask.training import MultiTaskSweep, Run
-from hf_moebert.methods.multitask.training_runs import read_result, write_result
 from hf_moebert.methods.multitask.training_states import fingerprint_data
 from hf_moebert.reporting.pictures import plot_curves
 from hf_moebert.reporting.report import picture_link
@@ -122,12 +122,12 @@ class MultiTaskStudy:
 
     def predictions(self, seed: int, task: str, run: Run) -> dict[str, Any]:
         """Predict the validation examples with what a run saved, once for these examples and this run."""
-        sweep, folder = self.sweep(seed), self.sweep(seed).folder(task, run)
+        sweep, file = self.sweep(seed), self.sweep(seed).folder(task, run) / "predictions.json"
         source = {"validation": fingerprint_data(self.tasks[task].validation), **sweep.settings(task, run)}
-        found = read_result(folder / "predictions.json")
+        found = read_json(file, remedy="Delete it, and they are made again.") if file.exists() else None
         if found is None or found["source"] != source:
             found = {"source": source, **self.tasks[task].predict(sweep.load(task, run), self.args)}
-            write_result(folder / "predictions.json", found)
+            save_json(file, found)
         return found
 
     def _draws(self, task: str, runs: tuple[Run, ...]) -> np.ndarray:

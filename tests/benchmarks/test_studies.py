@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def measure_here(command, **options):
 
 
 def test_moebert_text_classification(tmp_path, run_study, few_resamples, monkeypatch):
-    monkeypatch.setattr("subprocess.run", measure_here)
+    monkeypatch.setattr("moebert_text_classification.subprocess", SimpleNamespace(run=measure_here, DEVNULL=None))
     output = run_study(
         *("moebert_text_classification", "--smoke", "--output_dir", tmp_path, "--per_device_train_batch_size", "32"),
         *("--teacher_epochs", "1", "--num_train_epochs", "2"),
