@@ -69,10 +69,13 @@ def is_pickle(path: Path) -> bool:
         return False  # the length of its header may by chance look like a pickle's first bytes
     if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):  # protocol opcode, number
         return True
-    if zipfile.is_zipfile(path):  # what `torch.save` writes is a zip file around a pickle
+    if not zipfile.is_zipfile(path):
+        return False
+    try:  # what `torch.save` writes is a zip file around a pickle
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith(".pkl") for name in archive.namelist())
-    return False
+    except zipfile.BadZipFile:
+        return True  # nobody can tell
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

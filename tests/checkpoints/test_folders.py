@@ -1,9 +1,12 @@
 """What of a folder goes into a packed copy, and that the copy is whole or absent."""
 
+import zipfile
+
 import pytest
 import torch
 from pruned_models import make_bert
 
+from hf_moebert.checkpoints.folders import is_pickle
 from hf_moebert.checkpoints.loading import load_model
 from hf_moebert.checkpoints.packing import pack_folder
 
@@ -67,3 +70,12 @@ def test_a_copy_is_whole_or_absent(tmp_path, monkeypatch, before):
     assert sorted(tmp_path.rglob("*")) == found
     pack_folder(source, output)
     assert {path.name for path in output.iterdir()} == {"config.json", "model.safetensors", "NOTICE"}
+
+
+def test_a_damaged_archive_counts_as_a_pickle(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("notes.txt", "notes")
+    assert not is_pickle(tmp_path / "a.zip")
+    damaged = (tmp_path / "a.zip").read_bytes().replace(b"PK\x01\x02", b"PK\x00\x00")
+    (tmp_path / "b.zip").write_bytes(damaged)
+    assert is_pickle(tmp_path / "b.zip")
