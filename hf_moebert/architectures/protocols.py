@@ -33,14 +33,11 @@ class SortedExperts(Protocol):
         up_proj_bias: Shape `(experts, expert_size)`.
         down_proj: Shape `(experts, hidden, expert_size)`.
         down_proj_bias: Shape `(experts, hidden)`.
+        act_fn: The activation.
     """
 
+    # The parameters are not declared: from Python 3.12 on, `isinstance` does not see what a module registers.
     prefers_slices: bool
-    up_proj: "Tensor"
-    up_proj_bias: "Tensor"
-    down_proj: "Tensor"
-    down_proj_bias: "Tensor"
-    act_fn: "Callable[[Tensor], Tensor]"
 
     def run_sorted(self, slots: "Tensor", counts: list[int]) -> "Tensor":
         """Apply each expert to its slice, of `counts` rows: `(slots, hidden)` to `(slots, hidden)`."""
