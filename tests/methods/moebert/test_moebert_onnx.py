@@ -16,16 +16,14 @@ from hf_moebert import (
 )
 
 
-# An export takes seconds, so each has a routing, a head and a size that no other has
+# An export takes four seconds, so each shows several things: a routing, a head, a size, a number of experts chosen
 CASES = {
     "hash-random": {},
-    "hash-balanced, tokens": {"head": MoEBertForTokenClassification},
-    "hash-random, one expert": {"num_experts": 1, "expert_size": 64},  # as the next: sizes that grouped kernels refuse
-    "gate-token, odd size": {"expert_size": 13},
-    "gate-token, top 2 by probability": {"top_k": 2, "gate_scaling": "probability"},
+    # this size and the next are those that grouped kernels refuse
+    "hash-balanced, one expert, tokens": {"num_experts": 1, "expert_size": 64, "head": MoEBertForTokenClassification},
+    "gate-token, odd size, top 2 by probability": {"expert_size": 13, "top_k": 2, "gate_scaling": "probability"},
     "gate-token, reference": {"gate_scaling": "reference"},
-    "gate-sentence, spans": {"head": MoEBertForQuestionAnswering},
-    "gate-sentence, top 2": {"top_k": 2},
+    "gate-sentence, spans, top 2": {"head": MoEBertForQuestionAnswering, "top_k": 2},
 }
 SHAPES = ((1, 1), (1, 7), (1, 32), (2, 5), (3, 16), (8, 128))
 pytestmark = [pytest.mark.process, pytest.mark.filterwarnings("ignore")]  # warnings of the exporter
