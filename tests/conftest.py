@@ -4,6 +4,7 @@ What takes seconds to import is imported in the fixtures: the process that hands
 """
 
 import gc
+import re
 from functools import partial
 
 import pytest
@@ -13,6 +14,13 @@ from transformers_suite import MARKERS
 def pytest_configure(config):
     for name in MARKERS:
         config.addinivalue_line("markers", f"{name}: used by transformers' own suite")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Import no file whose tests all start a process where such tests are left out."""
+    if config.option.markexpr == "not process" and collection_path.suffix == ".py":
+        return re.search(r"^pytestmark = .*mark\.process", collection_path.read_text(), re.MULTILINE) and True
+    return None
 
 
 @pytest.fixture(scope="module", autouse=True)

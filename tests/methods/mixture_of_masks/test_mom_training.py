@@ -233,7 +233,7 @@ def test_accumulation_changes_nothing(tmp_path, kind, num_experts, padded):
                 make(kind, num_experts=num_experts, router_aux_loss_coef=0.0),
                 {"score_rate": 50.0, "multiplier_rate": 10.0, "router_rate": 0.1},
                 data=make_data(kind, count=36, padded=padded),
-                max_steps=10,
+                max_steps=6,
                 learning_rate=0.05,
                 per_device_train_batch_size=size,
                 gradient_accumulation_steps=accumulation,
@@ -241,12 +241,12 @@ def test_accumulation_changes_nothing(tmp_path, kind, num_experts, padded):
         )
         before = copy.deepcopy(trainer.model.state_dict())
         trainer.train()
-        assert int(trainer.model.budget.clock) == 10
+        assert int(trainer.model.budget.clock) == 6
         found.append(trainer.model.state_dict())
     tolerance = {"rtol": 1e-3, "atol": 1e-3} if num_experts > 1 else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(found[0], found[1], **tolerance)
     moved = [(found[0][name] - tensor).abs().max() for name, tensor in before.items() if name.endswith(".scores")]
-    assert min(moved) > 0.2  # what the tolerance is to be held against
+    assert min(moved) > 0.15  # what the tolerance is to be held against
 
 
 def test_a_step_has_one_noise(tmp_path):

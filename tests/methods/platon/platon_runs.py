@@ -69,6 +69,16 @@ class StopAt(TrainerCallback):
             control.should_training_stop = True
 
 
+class SaveAt(TrainerCallback):
+    """Saves a checkpoint after each of these steps, and no other."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step in self.steps
+
+
 def callback_of(trainer):
     return next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, PlatonPruningCallback))
 

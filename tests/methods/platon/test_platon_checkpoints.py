@@ -12,7 +12,7 @@ from pathlib import Path
 import platon_runs
 import pytest
 import torch
-from platon_runs import StopAt, assert_same_weights, callback_of, count_all_zeros, gather_state, pruner_of
+from platon_runs import SaveAt, StopAt, assert_same_weights, callback_of, count_all_zeros, gather_state, pruner_of
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -68,13 +68,13 @@ def logs_of(trainer):
 # before the final phase, and an epoch has 8 steps.
 
 RECIPES = {
-    "platon, while the ratio falls": ({}, (1, 2, 4, 6, 8)),
-    "platon, in the last phase": ({}, (14, 15, 16, 19)),
+    "platon, while the ratio falls": ({}, (2, 4, 6)),
+    "platon, in the last phase": ({}, (14, 15, 19)),
     "post_step": ({"sensitivity_at": "post_step", "include_bias": True}, (4, 16)),
-    "movement": ({"criterion": "movement"}, (1, 4, 6, 16, 19)),
-    "magnitude": ({"criterion": "magnitude"}, (4, 6, 16)),
-    "structured": ({"granularity": "structured", "keep_ratio": 0.5}, (4, 6, 16, 19)),
-    "2:4": ({"granularity": "2:4", "keep_ratio": 0.5}, (4, 12, 16)),
+    "movement": ({"criterion": "movement"}, (1, 6, 16)),
+    "magnitude": ({"criterion": "magnitude"}, (6, 16)),
+    "structured": ({"granularity": "structured", "keep_ratio": 0.5}, (6, 16)),
+    "2:4": ({"granularity": "2:4", "keep_ratio": 0.5}, (4, 16)),
 }
 
 
@@ -82,7 +82,7 @@ RECIPES = {
 def test_a_resumed_run_is_the_uninterrupted_one(tiny_bert, make_trainer, folder, name):
     recipe, steps = RECIPES[name]
     arguments = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    whole = make_trainer(tiny_bert(hidden_dropout_prob=0.1), recipe, **saving(), **arguments)
+    whole = make_trainer(tiny_bert(hidden_dropout_prob=0.1), recipe, callbacks=[SaveAt(steps)], **arguments)
     whole.train()
     for step in steps:
         resumed = make_trainer(tiny_bert(hidden_dropout_prob=0.1), recipe, **arguments)

@@ -43,9 +43,9 @@ def test_nothing_pruned_is_untouched_training(tiny_bert, make_trainer):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_as_a_loop_by_hand(tiny_bert, make_trainer, sensitivity_at, accumulation):
     """The same in plain torch, whole tensors and no caching; weights, statistics and masks are equal bit for bit."""
-    recipe = {"sensitivity_at": sensitivity_at, "window": 4, "initial_warmup": 5, "final_warmup": 15}
+    recipe = {"sensitivity_at": sensitivity_at, "window": 4, "initial_warmup": 5, "final_warmup": 7}
     trainer = make_trainer(
-        tiny_bert(), recipe, max_steps=50, gradient_accumulation_steps=accumulation, per_device_train_batch_size=4
+        tiny_bert(), recipe, max_steps=25, gradient_accumulation_steps=accumulation, per_device_train_batch_size=4
     )
     model = copy.deepcopy(trainer.model)
     batches = record_batches(trainer)
@@ -53,12 +53,12 @@ def test_as_a_loop_by_hand(tiny_bert, make_trainer, sensitivity_at, accumulation
     pruner = pruner_of(trainer)
 
     optimizer = make_trainer(model, False).create_optimizer()
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (50 - step) / 50)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (25 - step) / 25)
     names = [name for name, _ in find_prunable(model, PlatonConfig()).items()]
     weights = dict(model.named_parameters())
     window, importance, uncertainty = ({n: torch.zeros_like(weights[n]) for n in names} for _ in range(3))
     model.train()
-    for t in range(1, 51):
+    for t in range(1, 26):
         for batch in batches[(t - 1) * accumulation : t * accumulation]:
             (model(**batch).loss / accumulation).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -74,8 +74,8 @@ def test_as_a_loop_by_hand(tiny_bert, make_trainer, sensitivity_at, accumulation
                     window[n] = s
                 else:
                     window[n] = torch.lerp(window[n], s, 1 / (t % 4 + 1))
-            ratio = cubic_decay(t, begin=5, end=35, final=0.3)
-            if t > 5 and (t % 4 == 0 or t > 35):
+            ratio = cubic_decay(t, begin=5, end=18, final=0.3)
+            if t > 5 and (t % 4 == 0 or t > 18):
                 scores = torch.cat([(importance[n] * uncertainty[n]).flatten() for n in names])
                 mask = torch.ones_like(scores, dtype=torch.bool)
                 mask[scores.argsort(stable=True)[: round((1 - ratio) * len(scores))]] = False
