@@ -3,10 +3,13 @@
 import ast
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 from copies import COPIES, ROOT, TARGETS, wanted_text
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer
 
 
 PACKAGE = Path(__file__).parents[1] / "hf_moebert"
@@ -37,6 +40,15 @@ STAY = {"mpo", "mpoe", "multitask"}
 TRAVELS = {"configuration", "functional", "modeling"}
 # What code that travels may import besides its flat siblings
 EVERYWHERE = {"torch", "numpy", "safetensors", "transformers", "huggingface_hub"} | sys.stdlib_module_names
+# Private attributes of transformers that have no public equivalent: the implementations that a config resolved to, the
+# Auto class that a class is saved for, and the tensors that a class does not save, or shares
+WITHOUT_PUBLIC_WAY = {
+    "_attn_implementation",
+    "_auto_class",
+    "_experts_implementation",
+    "_keys_to_ignore_on_save",
+    "_tied_weights_keys",
+}
 
 METHODS = sorted(path.name for path in (PACKAGE / "methods").iterdir() if (path / "__init__.py").is_file())
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -145,6 +157,25 @@ def test_nothing_unsafe_and_nothing_left_behind(path):
     assert not names & {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "yaml.load", "print"}, path
     assert not {n.split(".")[0] for n in imported(path)} & {"pickle", "dill", "joblib", "marshal", "shelve"}, path
     assert not re.search(r"\b(TODO|FIXME|XXX)\b", path.read_text()), path
+
+
+@cache
+def private_names():
+    """Return what transformers keeps to itself: private attributes of the classes that this package meets."""
+    met = (AutoModel, HfQuantizer, PreTrainedConfig, PreTrainedModel)
+    classes = {base for cls in met for base in cls.__mro__}
+    ours = {name for cls in classes if cls.__module__.startswith("transformers") for name in vars(cls)}
+    return {name for name in ours if re.match(r"_[a-z]", name)} | {"_weight_conversions"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_private_state_of_transformers_is_left_alone(path):
+    """A class may override a private method of its base; nothing reads or writes private state from outside."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in {"self", "cls", "super()"}:
+            assert node.attr not in private_names() - WITHOUT_PUBLIC_WAY, f"{path}:{node.lineno} {node.attr}"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert node.value not in private_names() - WITHOUT_PUBLIC_WAY, f"{path}:{node.lineno} {node.value}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
