@@ -9,6 +9,10 @@ WORKERS ?= 2
 SEED ?= 0
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 PY = $(VENV)/bin/python
+# As many threads as workers, for more would wait for each other; a worker keeps the tests of a file, which share fixtures.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
+# Pytest translates the tests once, not in every run.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test quick newest check copies style quality types security benchmark wheel clean
 
@@ -33,7 +37,7 @@ $(VENV)/.transformers_suite: $(VENV)/.installed
 	touch $@
 
 test: $(VENV)/.demo $(VENV)/.transformers_suite
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) tests  # as many threads as workers: more would wait for each other
+	$(PYTEST) tests
 
 style: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .
@@ -56,7 +60,7 @@ copies:
 	$(PYTHON) tests/copies.py
 
 quick: $(VENV)/.transformers_suite
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m "not process" tests
+	$(PYTEST) -m "not process" tests
 
 # An environment of its own, made anew; no constraints file of the machine holds a release back.
 newest:

@@ -3,9 +3,11 @@
 import json
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from golden.read import assert_same, example_of, load, read, tensors_of
+from transformers.exporters import OnnxExporter
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hf_moebert
@@ -64,7 +66,9 @@ def test_every_type_of_model_is_there():
 
 @pytest.mark.process
 def test_this_release_can_write_its_own(tmp_path, monkeypatch):
-    """`write.py` reads back each form that it wrote."""
+    """`write.py` reads back each form that it wrote; it throws the graph of a tagger away, so none is made."""
+    graph = SimpleNamespace(save_pretrained=lambda folder: Path(folder, "export.json").write_text("{}"))
+    monkeypatch.setattr(OnnxExporter, "export", lambda *args: graph)
     monkeypatch.syspath_prepend(GOLDEN)
     runpy.run_path(str(GOLDEN / "write.py"))["write_all"](tmp_path / "next")
     assert registered() <= {config["model_type"] for config in configs(tmp_path)}

@@ -6,6 +6,7 @@ import multiprocessing
 import threading
 from pathlib import Path
 
+import new_process
 import numpy as np
 import pytest
 import torch
@@ -81,7 +82,10 @@ def test_queue_compares_every_model_order_padding_and_setting(queue, queue_argum
     assert capsys.readouterr().out.count("| moebert, float32; length-sorted, padding skipped | ") == 2
 
 
-def test_queue_runs_in_a_process_whose_end_is_noticed(queue, queue_arguments):
+def test_queue_runs_in_a_process_whose_end_is_noticed(queue, queue_arguments, monkeypatch):
+    new_process.start_server()
+    context = multiprocessing.get_context("forkserver")  # starts sooner than the one of the benchmark
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
     part = queue.read_queue(queue_arguments)
     connection = queue.start("dense, plain", queue_arguments, part)
     assert connection.recv() == "ready"
