@@ -23,6 +23,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -32,6 +33,7 @@ from pathlib import Path
 import torch
 from faults_files import ARTEFACTS, Artefact
 from faults_runs import KINDS, find_checkpoint, train
+from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from hf_moebert.checkpoints.tensor_files import digest
@@ -56,6 +58,7 @@ def in_child(work: Callable[[], None], output: Path, *, seconds: float | None = 
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
+        tqdm.set_lock(threading.RLock())  # its own is shared by all forks: who is killed with it would stop the others
         code = 1
         try:
             work()
