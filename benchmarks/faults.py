@@ -23,7 +23,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections import Counter
@@ -33,7 +32,6 @@ from pathlib import Path
 import torch
 from faults_files import ARTEFACTS, Artefact
 from faults_runs import KINDS, find_checkpoint, train
-from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from hf_moebert.checkpoints.tensor_files import digest
@@ -58,7 +56,7 @@ def in_child(work: Callable[[], None], output: Path, *, seconds: float | None = 
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        tqdm.set_lock(threading.RLock())  # its own is shared by all forks: who is killed with it would stop the others
+        transformers_logging.disable_progress_bar()  # forks share its lock: who is killed with it stops the others
         code = 1
         try:
             work()
@@ -170,9 +168,8 @@ def try_kills_of_saves(name: str, folder: Path, number: int, seed: int) -> Count
     known = write_versions(artefact, place)
 
     def save() -> None:
-        while True:
-            for version in (0, 1):
-                artefact.write(place, version)
+        for attempt in range(1000):  # until it is killed, or orphaned
+            artefact.write(place, attempt % 2)
 
     for _ in range(number):
         in_child(save, folder / "log", seconds=chance.uniform(0, 0.3))
@@ -286,7 +283,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     logging.getLogger("hf_moebert").setLevel(logging.ERROR)
     numbers = {"damage": args.damages, "kill": args.kills, "full": args.sizes}
     with tempfile.TemporaryDirectory() as temporary:
