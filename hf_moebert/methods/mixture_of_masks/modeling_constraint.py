@@ -39,9 +39,10 @@ class MaskBudget(nn.Module):
 
     def __init__(self, num_budgets: int) -> None:
         super().__init__()
-        self.multipliers = nn.Parameter(torch.zeros(2, num_budgets))  # of the gap and its square; to be maximised
+        # Of the gap and its square; to be maximised
+        self.multipliers = nn.Parameter(torch.zeros(2, num_budgets, dtype=torch.float32))
         self.clock: Tensor = nn.Buffer(torch.zeros((), dtype=torch.int64))  # counted optimiser steps
-        self.schedule: Tensor = nn.Buffer(torch.zeros(SCHEDULE_SIZE))  # zeros before a run
+        self.schedule: Tensor = nn.Buffer(torch.zeros(SCHEDULE_SIZE, dtype=torch.float32))  # zeros before a run
         self.sparsity: Tensor = nn.Buffer(torch.zeros(num_budgets), persistent=False)  # expected in the last forward
 
 

@@ -33,6 +33,7 @@ class MoMModel(ConstrainedModel):
     """Base of all models with masks; a subclass only adds the class of transformers that it extends."""
 
     config: MoMFields
+    _tp_plan: dict[str, str] = {}  # nothing is sharded: see `base_model_tp_plan` of the configurations
     # Patterns of names; all that match become float32, also integers such as `masks.is_open` and `budget.clock`
     _keep_in_fp32_modules_strict = {"masks.scores", "router.weight", "budget.multipliers", "budget.schedule"}
 

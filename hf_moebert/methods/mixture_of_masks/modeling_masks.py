@@ -22,7 +22,7 @@ class MaskRouter(nn.Linear):
     """A router whose logits are computed in float32 whatever the model's dtype or autocast."""
 
     def __init__(self, config: MoMFields, hidden_size: int) -> None:
-        super().__init__(hidden_size, config.num_experts, bias=False)
+        super().__init__(hidden_size, config.num_experts, bias=False, dtype=torch.float32)
         self.top_k = config.num_experts_per_tok
 
     def reset_parameters(self) -> None:
@@ -55,7 +55,7 @@ class Masks(nn.Module):
         shape = (config.num_experts, num_units // config.group_size)
         self.scores: nn.Parameter | None = None
         if config.mask_stage == "learned":
-            self.scores = nn.Parameter(torch.empty(shape))  # (experts, groups)
+            self.scores = nn.Parameter(torch.empty(shape, dtype=torch.float32))  # (experts, groups)
             self.reset_parameters()
         else:
             self.is_open: Tensor = nn.Buffer(torch.ones(shape, dtype=torch.uint8))  # (experts, groups)

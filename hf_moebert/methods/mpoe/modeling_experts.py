@@ -58,7 +58,7 @@ class MPOEFeedForward(nn.Module):
         self.act_fn = ACT2FN[activation]
         self.inner_dropout, self.outer_dropout = nn.Dropout(inner_dropout), nn.Dropout(outer_dropout)
         hidden = next(iter(self.sizes.values()))[1]
-        self.router = Router(hidden, self.num_experts)
+        self.router = Router(hidden, self.num_experts, dtype=torch.float32)  # whatever the model's dtype
         self.centres, self.auxiliary, self.biases = nn.ParameterDict(), nn.ModuleDict(), nn.ParameterDict()
         self.shapes = {name: core_shapes(**chain) for name, chain in config.plan_shapes().items()}
         for name, shapes in self.shapes.items():

@@ -84,16 +84,16 @@ class MPOEGPT2LMHeadModel(MPOEMixin, GPT2LMHeadModel):
         self._check_ids("labels", labels, self.config.vocab_size, ignored=True)
         given = input_ids if inputs_embeds is None else inputs_embeds
         length = 0 if given is None else given.shape[1]
-        cache = past_key_values if cache is None else cache
-        length += 0 if cache is None else cache.get_seq_length()
+        named = {"past_key_values": past_key_values, "cache": cache}
+        past = {name: value for name, value in named.items() if value is not None}
+        length += sum(value.get_seq_length() for value in past.values())
         if given is not None and position_ids is None and not 0 < length <= self.config.n_positions:
             raise ValueError(
                 f"Sequences must have 1 to {self.config.n_positions} tokens, got {length}. Truncate longer ones."
             )
         with recording() as records:
             outputs = super().forward(
-                input_ids,
-                cache,
+                input_ids=input_ids,
                 attention_mask=attention_mask,
                 token_type_ids=token_type_ids,
                 position_ids=position_ids,
@@ -104,6 +104,7 @@ class MPOEGPT2LMHeadModel(MPOEMixin, GPT2LMHeadModel):
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
                 return_dict=True,
+                **past,
                 **kwargs,
             )
         share: Tensor | float = 1.0

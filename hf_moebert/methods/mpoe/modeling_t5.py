@@ -77,19 +77,21 @@ class MPOET5ForConditionalGeneration(MPOEMixin, T5ForConditionalGeneration):
         for name, ids in (("input_ids", input_ids), ("decoder_input_ids", decoder_input_ids)):
             self._check_ids(name, ids, self.shared.num_embeddings)
         self._check_ids("labels", labels, self.shared.num_embeddings, ignored=True)
+        named = {"past_key_values": past_key_values, "cache": cache}
+        past = {name: value for name, value in named.items() if value is not None}
         with recording() as records:
             outputs = super().forward(
-                input_ids,
-                attention_mask,
-                decoder_input_ids,
-                decoder_attention_mask,
-                encoder_outputs,
-                past_key_values if cache is None else cache,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                decoder_input_ids=decoder_input_ids,
+                decoder_attention_mask=decoder_attention_mask,
+                encoder_outputs=encoder_outputs,
                 inputs_embeds=inputs_embeds,
                 decoder_inputs_embeds=decoder_inputs_embeds,
                 labels=labels,
                 use_cache=use_cache,
                 return_dict=True,
+                **past,
                 **kwargs,
             )
         if labels is not None and not (labels != -100).any():  # the base class's mean over no target is NaN

@@ -8,7 +8,7 @@ import torch
 from tiny_masks import GPT2, SIZES, T5
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers_suite import TransformersSuiteUnavailableError, load
+from transformers_suite import PROVOKED, TransformersSuiteUnavailableError, load
 
 from hf_moebert.methods.mixture_of_masks.configuration_mixture_of_masks import MoMT5Config
 from hf_moebert.methods.mixture_of_masks.modeling_masked import MaskBudget, MoMModel
@@ -25,7 +25,7 @@ try:
 except TransformersSuiteUnavailableError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, PROVOKED]
 
 
 class TinyModels:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_mpo import SIZES, WORDS
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
-from transformers_suite import TransformersSuiteUnavailableError, load
+from transformers_suite import PROVOKED, TransformersSuiteUnavailableError, load
 
 from hf_moebert.methods.mpo import modeling_quantizer
 from hf_moebert.methods.mpo.conversion import compress_mpo
@@ -20,7 +20,7 @@ try:
 except TransformersSuiteUnavailableError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, PROVOKED]
 
 
 class TinyModels:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers_suite import TransformersSuiteUnavailableError, load
+from transformers_suite import PROVOKED, TransformersSuiteUnavailableError, load
 
 from hf_moebert.methods.mpoe import (
     MPOEBertForSequenceClassification,
@@ -23,7 +23,7 @@ try:
 except TransformersSuiteUnavailableError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, PROVOKED]
 
 
 class TinyModels:
