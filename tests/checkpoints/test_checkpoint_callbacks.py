@@ -87,10 +87,10 @@ def test_the_manifest_is_written_when_nothing_of_ours_is_left_to_write(tmp_path,
         raise KeyboardInterrupt
 
     make_trainer("pruning", tmp_path, save_steps=4).train()
-    (tmp_path / "checkpoint-8" / MANIFEST_FILE).unlink()
     monkeypatch.setattr("hf_moebert.checkpoints.callbacks.write_manifest", die)
     with pytest.raises(KeyboardInterrupt):
-        make_trainer("pruning", tmp_path, save_steps=8).train()
+        make_trainer("pruning", tmp_path, save_steps=8, seed=1).train()
+    assert (tmp_path / "checkpoint-8" / MANIFEST_FILE).exists()  # of the first run, and so of other files
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
 

@@ -3,7 +3,6 @@
 import filecmp
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+
+from hf_moebert.checkpoints.tensor_files import drafting
 
 from .configuration_multitask import TASK_NAME, MultiTaskBertConfig
 from .functional import chain_hashes
@@ -69,6 +70,9 @@ def write_folder(folder: Path, state: Mapping[str, Tensor], config: MultiTaskBer
         folder: Folder to write to; it exists.
         state: State of the whole model.
         config: Configuration of the model, with the fingerprints of the trunk in `state`.
+
+    Raises:
+        OSError: If the folder cannot be written to.
     """
     files: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
@@ -84,18 +88,19 @@ def write_folder(folder: Path, state: Mapping[str, Tensor], config: MultiTaskBer
         old = _read_index(folder, local_files_only=True)  # needed for removed tasks, until config.json is replaced
     except (OSError, ValueError):
         old = {}
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as draft:
+    with drafting(folder / SAFE_WEIGHTS_INDEX_NAME) as draft:
+        draft.mkdir()
         for place, tensors in files.items():
-            save_file(tensors, Path(draft) / place, metadata={"format": "pt"})
+            save_file(tensors, draft / place, metadata={"format": "pt"})
         for name, weight_map in (("both", old | index), (SAFE_WEIGHTS_INDEX_NAME, index)):
             text = json.dumps({"metadata": sizes, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
-            (Path(draft) / name).write_text(text, encoding="utf-8")
+            (draft / name).write_text(text, encoding="utf-8")
         config.save_pretrained(draft)
         for place in files:
-            _settle(Path(draft) / place, folder / place)
-        _settle(Path(draft) / "both", folder / SAFE_WEIGHTS_INDEX_NAME)
+            _settle(draft / place, folder / place)
+        _settle(draft / "both", folder / SAFE_WEIGHTS_INDEX_NAME)
         for place in ("config.json", SAFE_WEIGHTS_INDEX_NAME):
-            _settle(Path(draft) / place, folder / place)
+            _settle(draft / place, folder / place)
     for path in folder.glob(BRANCH_FILE.format("*")):
         if path.name not in files:
             path.unlink()
