@@ -55,7 +55,7 @@ class CheckpointManifestCallback(TrainerCallback):
         if not state.is_hyper_param_search:  # whose trials share a folder, and save in folders of their own
             self._lock = lock_folder(args.output_dir)
         if state.global_step:
-            self._check_whole(self.find_checkpoint(args, state))
+            self.check_whole(self.find_checkpoint(args, state))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the callback's own files, and the manifest after those of the last callback."""
@@ -105,11 +105,21 @@ class CheckpointManifestCallback(TrainerCallback):
         if changes and not self.allow_changes:
             raise ValueError(
                 f"A resumed run must have the recipe it began with, but {'; '.join(changes)}. Undo the change, or "
-                f"pass `allow_changes=True` to {type(self).__name__}."
+                f"pass `allow_changes=True` to {self.owner}."
             )
         state.stateful_callbacks[place] = stored
 
-    def _check_whole(self, folder: Path) -> None:
+    @property
+    def owner(self) -> str:
+        """Name of the class whose constructor a user gives `allow_changes`."""
+        return type(self).__name__
+
+    def check_whole(self, folder: Path) -> None:
+        """Refuse a checkpoint that is not as its manifest says; one without manifest must have the Trainer's files.
+
+        Raises:
+            ValueError: If a file is missing or has changed, unless `allow_changes`.
+        """
         if not folder.is_dir() or self.allow_changes:
             return
         fault = find_fault(folder)
@@ -119,7 +129,7 @@ class CheckpointManifestCallback(TrainerCallback):
         if fault:
             raise ValueError(
                 f"{str(folder)!r} must be as it was saved to resume from it, but {fault}. Resume from the folder that "
-                f"`last_complete_checkpoint` returns, or pass `allow_changes=True` to {type(self).__name__}."
+                f"`last_complete_checkpoint` returns, or pass `allow_changes=True` to {self.owner}."
             )
 
     def _unlock(self) -> None:

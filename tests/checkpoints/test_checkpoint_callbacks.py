@@ -205,6 +205,13 @@ def test_another_length_is_refused_unless_allowed(begun, kind):
     resume(kind, folder, max_steps=6, allow_changes=True)
 
 
+def test_a_student_is_told_before_transformers_reads_a_damaged_file(begun):
+    folder = begun("distillation")
+    (folder / "checkpoint-2" / "optimizer.pt").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"optimizer.pt has 1 bytes .* pass `allow_changes=True` to DistillationTra"):
+        resume("distillation", folder)
+
+
 def test_a_recipe_is_found_wherever_the_checkpoint_lies(begun, tmp_path):
     folder = begun("gradient mask")
     with pytest.raises(ValueError, match=r"keep: 0.5 -> 0.6"):

@@ -84,19 +84,21 @@ class DistillationTrainer(Trainer):
         self._teacher_inputs = set(inspect.signature(inner.forward).parameters) - set(find_labels(type(inner)))
         self._teacher_checked = False
         self._reset_terms()
-        self.add_callback(DistillationRecipeCallback(self.distillation, allow_changes=allow_changes))
+        self._recipe_callback = DistillationRecipeCallback(self.distillation, allow_changes=allow_changes)
+        self.add_callback(self._recipe_callback)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as the stock `Trainer` does.
 
         Raises:
-            ValueError: If `resume_from_checkpoint` is not a checkpoint of the student.
+            ValueError: If `resume_from_checkpoint` is not a whole checkpoint of the student.
             FloatingPointError: If the teacher or a term of the loss is NaN or infinite.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
             refuse_foreign_checkpoint(Path(resume_from_checkpoint), self.model.config, self.teacher.config)
+            self._recipe_callback.check_whole(Path(resume_from_checkpoint))
         self._reset_terms()
         if self.args.push_to_hub:
             self.save_model()  # pushes during training take the model's code from here, and weights from checkpoints

@@ -22,6 +22,11 @@ class DistillationRecipeCallback(CheckpointManifestCallback):
         super().__init__(allow_changes=allow_changes)
         self.config = config
 
+    @property
+    def owner(self) -> str:
+        """Name of the class whose constructor a user gives `allow_changes`."""
+        return "DistillationTrainer"
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
