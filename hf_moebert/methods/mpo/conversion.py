@@ -94,13 +94,15 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
         are of the dtype of their cores.
 
     Raises:
-        ValueError: If the model has no matrix product operators.
+        ValueError: If the model has no matrix product operators, or is offloaded.
     """
     if not isinstance(model, PreTrainedModel) or getattr(model, "quantization_method", None) != "mpo":
         raise ValueError(
             f"`model` must hold matrices as chains of cores, as `compress_mpo` makes them, got {type(model).__name__} "
             "without any. Merge an adapter with `merge_and_unload`; a dense model needs nothing."
         )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("`model` must hold its weights in memory, some are offloaded. Load it without `device_map`.")
     cores = [core for matrix in list_matrices(model).values() for core in matrix.chain()]
     dense = copy.deepcopy(model, {id(core): core for core in cores})  # the copies of cores would be dropped at once
     weights = {module: nn.Parameter(module.weight.detach().clone()) for module in list_matrices(dense).values()}

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tiny_mpo import MODELS, logits, make
 from transformers import AutoModel
 
@@ -20,6 +21,7 @@ FAMILIES = pytest.mark.parametrize("name", LAYERS)
 
 
 @FAMILIES
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 @pytest.mark.parametrize("offloaded", ["layers", "vocabulary"])
 def test_offloaded_cores_give_the_same_outputs(name, offloaded, tmp_path):
     model = compress_mpo(make(name))
@@ -35,6 +37,12 @@ def test_offloaded_cores_give_the_same_outputs(name, offloaded, tmp_path):
     for _ in range(2):  # nothing that a call loads may be needed, or kept, for the next one
         assert torch.equal(logits(name, loaded), logits(name, model))
     assert any(core.is_meta for core in loaded.parameters())
+    with pytest.raises(ValueError, match=r"must hold its weights in memory, some are offloaded\. Load it without"):
+        to_dense(loaded)
+    loaded.save_pretrained(tmp_path / "again")
+    first, again = (load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "again"))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in first.items())
 
 
 # The vocabulary
