@@ -126,17 +126,29 @@ def drafting(place: str | os.PathLike[str]) -> Iterator[Path]:
     """
     place = Path(place)
     draft = place.with_name(f".{place.name}.{platform.node()}-{os.getpid()}.draft")
+    with naming(place):
+        try:
+            for path in place.parent.glob(f".{glob.escape(place.name)}.{platform.node()}-*.draft"):
+                if not _is_running(int(path.name.removesuffix(".draft").rpartition("-")[2])):
+                    _remove(path)
+            yield draft
+        finally:
+            _remove(draft)
+
+
+@contextmanager
+def naming(place: str | os.PathLike[str]) -> Iterator[None]:
+    """Name a file or folder in the errors of a block that writes it.
+
+    Raises:
+        OSError: If the block fails to write.
+    """
     try:
-        for path in place.parent.glob(f".{glob.escape(place.name)}.{platform.node()}-*.draft"):
-            if not _is_running(int(path.name.removesuffix(".draft").rpartition("-")[2])):
-                _remove(path)
-        yield draft
+        yield
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"{str(place)!r} cannot be written: {error}. Free some space, or choose another folder."
         ) from error
-    finally:
-        _remove(draft)
 
 
 def sync(path: Path) -> None:

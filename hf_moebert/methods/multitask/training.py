@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from hf_moebert.checkpoints.locks import lock_folder
+from hf_moebert.checkpoints.tensor_files import naming
 from hf_moebert.methods.distillation import DistillationConfig, DistillationTrainer
 
 from .configuration_multitask import check_task_name
@@ -114,6 +115,7 @@ class MultiTaskSweep:
         Raises:
             ValueError: If the folder holds a run of other settings, another process trains in `output_dir`, or the
                 score is not finite.
+            OSError: If the run cannot be saved.
         """
         folder, settings = self.folder(task, run), self.settings(task, run)
         if (result := read_result(folder)) is not None:
@@ -142,7 +144,9 @@ class MultiTaskSweep:
                 f"The score of {task!r}, {run.name}, must be finite, got {score}. Check its `score`, or train with a"
                 " smaller `learning_rate`."
             )
-        self._plain(task, run, trainer.model).save_pretrained(folder)
+        model = self._plain(task, run, trainer.model)
+        with naming(folder):
+            model.save_pretrained(folder)
         write_result(folder, {"score": score, "settings": settings, "command": " ".join(sys.argv)})
         return score
 

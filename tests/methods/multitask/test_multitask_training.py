@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
     BertConfig,
@@ -423,6 +424,17 @@ def test_a_flipped_byte_in_stored_states_is_found(tmp_path):
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"states-1.safetensors' must be as it was written.*Delete it, and it is"):
         cache_states(trunk, data, tmp_path, depths=[1])
+
+
+def test_a_run_that_cannot_be_saved_is_named(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device")
+
+    small = sweep(tmp_path, MultiTaskSweepConfig([1], [1]), names=["qq"])
+    monkeypatch.setattr(BertForSequenceClassification, "save_pretrained", fail)
+    with pytest.raises(OSError, match=r"qq/teacher-1' cannot be written: .*No space left.* Free some space"):
+        small.make("qq", Run("teacher", 1))
+    assert not (tmp_path / "qq/teacher-1/result.json").exists()
 
 
 def test_states_that_do_not_fit_on_the_disk_leave_nothing(tmp_path):
