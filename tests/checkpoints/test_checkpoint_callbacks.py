@@ -288,10 +288,15 @@ def test_a_second_sweep_in_the_folder_of_another_process_is_refused(tmp_path, mo
 
 
 @pytest.mark.process
-def test_the_lock_ends_with_its_process(tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_lock_ends_with_its_process(tmp_path, workers):
+    """Even if processes that it forked, such as those of a data loader, live on for a while."""
     ready, child = tmp_path / "ready", os.fork()
     if not child:
         held = lock_folder(tmp_path)
+        if workers and not os.fork():
+            time.sleep(5)
+            os._exit(0)
         ready.touch()
         time.sleep(60 if held else 0)
         os._exit(0)
