@@ -4,6 +4,7 @@ What takes seconds to import is imported in the fixtures: the process that hands
 """
 
 import gc
+import logging
 import re
 from functools import partial
 
@@ -28,6 +29,16 @@ def frozen_heap():
     """Exempt everything imported so far from garbage collections: each run of a Trainer forces one."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def log_levels():
+    """Give the loggers back the levels that a command or a program sets for its process."""
+    loggers = [logging.getLogger(name) for name in ("hf_moebert", "transformers")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture
