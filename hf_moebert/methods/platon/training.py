@@ -112,11 +112,9 @@ class PlatonPruningCallback(CheckpointManifestCallback):
         if self.pruner is None or not state.is_world_process_zero or logs.keys().isdisjoint({"loss", "train_loss"}):
             return
         sparsity = self.pruner.measure_sparsity()
-        sizes = {name: parameter.numel() for name, parameter in self.pruner.parameters.items()}
-        zeros = sum(round(share * sizes[name]) for name, share in sparsity.items())
         logs |= {
             "platon_ratio": self.pruner.ratio,
-            "platon_sparsity": zeros / self.pruner.numel,
+            "platon_sparsity": self.pruner.average_sparsity(sparsity),
             "platon_revived": self.pruner.revived,
         }
         if math.isfinite(self.pruner.threshold):  # nothing was pruned yet, and JSON has no infinity
@@ -134,7 +132,7 @@ class PlatonPruningCallback(CheckpointManifestCallback):
         """Warn if training stopped before the final ratio was reached."""
         super().on_train_end(args, state, control)
         if not self._running.is_final:
-            left = sum(int(torch.count_nonzero(p)) for p in self._running.parameters.values()) / self._running.numel
+            left = 1 - self._running.average_sparsity(self._running.measure_sparsity())
             logger.warning(
                 f"Training stopped after {self._running.clock} steps, before the final ratio"
                 f" {self.config.keep_ratio} was reached: {left:.1%} of the weights are not zero."

@@ -37,8 +37,8 @@ class Pruner:
         total_steps: Optimiser steps of the run.
 
     Attributes:
-        parameters: The pruned parameters, by name.
-        keep: Masks, by name. Shapes `(numel,)`.
+        parameters: The parameters whose scores count, by name.
+        keep: Masks, by name: of all parameters, or of the writers of whole units. Shapes `(numel,)`.
         clock: Number of counted steps; a step skipped for an overflow does not count.
         ratio: Share of the weights that the last mask was to keep.
         threshold: Smallest score that the last mask kept.
@@ -60,7 +60,8 @@ class Pruner:
             logger.warning(f"`shrink` cannot remove the pruned units of a {type(model).__name__}: they stay as zeros.")
         self.statistics = Statistics(self.parameters, config)
         self.selector = UnitSelector(self.statistics, groups) if groups else WeightSelector(self.statistics)
-        self.keep = {n: torch.ones(p.numel(), dtype=torch.bool, device=p.device) for n, p in self.parameters.items()}
+        masked = {name: self.parameters[name] for name in self.selector.sizes}
+        self.keep = {n: torch.ones(p.numel(), dtype=torch.bool, device=p.device) for n, p in masked.items()}
         self.clock, self.dropped = 0, 0
         self.ratio, self.threshold, self.revived = 1.0, -math.inf, 0.0
         self._observed = False
@@ -124,8 +125,8 @@ class Pruner:
 
     def apply_masks(self) -> None:
         """Set the weights to zero that the last masks do not keep."""
-        for name, parameter in self.parameters.items():
-            apply_mask_(parameter.detach().view(-1), self.keep[name])
+        for name, keep in self.keep.items():
+            apply_mask_(self.parameters[name].detach().view(-1), keep)
 
     def _renew_masks(self) -> None:
         if self.config.criterion != "platon" and not self.statistics.is_finite():  # NaN cannot be ranked
@@ -135,8 +136,9 @@ class Pruner:
         self.threshold, self.revived = selection.threshold, selection.revived / self.numel
         self._compare_processes()
         if selection.emptied:
-            logger.warning_once(
-                f"Nothing is left of {selection.emptied} of the parameters. Use `min_keep` to keep a share of each."
+            logger.warning_once(  # without numbers: another text would be said again
+                "Nothing is left of a parameter whose `platon_sparsity/...` in `log_history` is 1. Use `min_keep` to"
+                " keep a share of each."
             )
 
     def _compare_processes(self) -> None:
@@ -154,15 +156,17 @@ class Pruner:
 
     @property
     def numel(self) -> int:
-        """Number of pruned weights."""
-        return sum(parameter.numel() for parameter in self.parameters.values())
+        """Number of weights that can be pruned."""
+        return sum(self.selector.sizes.values())
 
     def measure_sparsity(self) -> dict[str, float]:
-        """Return the share of zeros of each parameter, by name."""
-        return {
-            name: 1 - int(torch.count_nonzero(parameter)) / parameter.numel()
-            for name, parameter in self.parameters.items()
-        }
+        """Return the share of zeros of each parameter that has a mask, by name."""
+        masked = {name: self.parameters[name] for name in self.keep}
+        return {name: 1 - int(torch.count_nonzero(p)) / p.numel() for name, p in masked.items()}
+
+    def average_sparsity(self, sparsity: dict[str, float]) -> float:
+        """Average the shares of `measure_sparsity`: of single weights, or of weights of units without a writer."""
+        return sum(round(share * self.selector.sizes[name]) for name, share in sparsity.items()) / self.numel
 
     def _fingerprint(self) -> int:
         """Hash the weights to a number that shows whether a state belongs to them."""
@@ -224,7 +228,7 @@ class Pruner:
         if mismatched := sorted(own.keys() ^ tensors.keys()) + reshaped:
             raise ValueError(
                 f"{file} must hold the statistics of this model and criterion, but these are missing, extra or of"
-                f" another shape: {', '.join(mismatched)}. Resume the run that wrote it."
+                f" another shape: {', '.join(mismatched)}. Resume the run that wrote it, with the release that did."
             )
         if state["weights"] != self._fingerprint():
             raise ValueError(

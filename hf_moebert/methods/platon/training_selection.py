@@ -36,10 +36,15 @@ class Piece:
 
 
 class WeightSelector:
-    """A selector of single weights over all parameters together, or of two of every four."""
+    """A selector of single weights over all parameters together, or of two of every four.
+
+    Attributes:
+        sizes: Of each parameter that gets a mask, the number of weights that the mask stands for.
+    """
 
     def __init__(self, statistics: Statistics) -> None:
         self.statistics, self.config = statistics, statistics.config
+        self.sizes = {name: parameter.numel() for name, parameter in statistics.parameters.items()}
         self.pieces: list[Piece] = []
         for name, parameter in statistics.parameters.items():
             experts = len(parameter) if parameter.dim() == 3 else 1
@@ -100,7 +105,17 @@ class WeightSelector:
 
 
 class UnitSelector:
-    """A selector of whole neurons and heads by the mean score of their weights: our own design."""
+    """A selector of whole neurons and heads by the mean score of their weights: our own design.
+
+    Masks hold the columns of the writers alone. They are what silences a unit, and they still get a gradient through
+    its rows, so that the unit can come back; with the rows at zero, too, neither would.
+
+    Attributes:
+        sizes: Of each writer, the number of weights of its units.
+
+    Raises:
+        ValueError: If `keep_ratio` is less than the share of one unit of each group.
+    """
 
     def __init__(self, statistics: Statistics, groups: list[UnitGroup]) -> None:
         self.statistics, self.groups = statistics, groups
@@ -108,6 +123,20 @@ class UnitSelector:
         # Of each group: the rows of the readers' weights and biases, and the columns of the writer.
         self.rows = [[names[p] for r in group.readers for p in r.parameters(recurse=False)] for group in groups]
         self.columns = [names[group.writer.weight] for group in groups]
+        members = zip(self.rows, self.columns, strict=True)
+        numels = [sum(statistics.parameters[name].numel() for name in [*rows, column]) for rows, column in members]
+        self.sizes = dict(zip(self.columns, numels, strict=True))
+        self._check_floor()
+
+    def _check_floor(self) -> None:
+        units = sum(size // group.num_units for group, size in zip(self.groups, self.sizes.values(), strict=True))
+        smallest, ratio = units / sum(self.sizes.values()), self.statistics.config.keep_ratio
+        if ratio < smallest:
+            raise ValueError(
+                f"`keep_ratio` must be at least {math.ceil(smallest * 1e4) / 1e4} with granularity 'structured', got"
+                f" {ratio}: every layer keeps its best neuron and head, which are that much of this model. Keep more,"
+                " or prune single weights."
+            )
 
     def update_masks_(self, masks: Mapping[str, Tensor], ratio: float) -> Selection:
         """Mark the units that are kept, as many as come closest to this ratio of the weights."""
@@ -145,12 +174,9 @@ class UnitSelector:
         return self.statistics.score(name, slice(0, self.statistics.parameters[name].numel()))
 
     def _write_masks_(self, masks: Mapping[str, Tensor], index: int, kept: Tensor) -> int:
-        """Write the kept units of a group to the masks of its parameters; return the number of revived weights."""
-        group, revived = self.groups[index], 0
-        shape = (group.blocks, group.num_units, -1)
-        rows = [(masks[name].view(shape), kept[None, :, None]) for name in self.rows[index]]
-        columns = masks[self.columns[index]].view(-1, group.num_units, group.unit_size)
-        for mask, new in [*rows, (columns, kept[None, :, None])]:
-            revived += int(torch.count_nonzero(new > mask))
-            mask.copy_(new.expand_as(mask))
-        return revived
+        """Write the kept units of a group to the mask of its writer; return the number of revived weights."""
+        group, name = self.groups[index], self.columns[index]
+        mask = masks[name].view(-1, group.num_units, group.unit_size)  # (out, units, unit_size)
+        revived = int(torch.count_nonzero(kept > mask[0, :, 0]))
+        mask.copy_(kept[None, :, None].expand_as(mask))
+        return revived * self.sizes[name] // group.num_units

@@ -68,7 +68,10 @@ class Statistics:
         """
         for name, value in self.tensors.get("value", {}).items():
             weight = self.parameters[name].detach().view(-1).float()
-            torch.where(keep[name], weight, value, out=value)
+            if name in keep:
+                torch.where(keep[name], weight, value, out=value)
+            else:
+                value.copy_(weight)
 
     def restore_values(self) -> bool:
         """Give the weights their stored values back; return whether any were stored."""

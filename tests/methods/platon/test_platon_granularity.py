@@ -1,6 +1,7 @@
 """Whole units and two of every four: what is pruned, and what is refused."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from hf_moebert import (
 )
 from hf_moebert.methods.platon.modeling_units import find_unit_groups
 from hf_moebert.methods.platon.training_parameters import find_prunable
+from hf_moebert.methods.platon.training_pruner import Pruner
 
 
 STRUCTURED = ["bert", "roberta", "distilbert", "vit"]
@@ -58,12 +60,69 @@ def in_float64(model, inputs):
     return copy.deepcopy(model).double()(**inputs).logits
 
 
+UNITS = {"granularity": "structured", "keep_ratio": 0.5}
+
+
+@pytest.mark.parametrize("criterion", ["platon", "movement", "magnitude"])
+@pytest.mark.parametrize("family", STRUCTURED)
+def test_removed_units_have_gradients(prune, family, criterion):
+    model = build(family)
+    data = make_data(family)
+    trainer = prune(model, UNITS | {"criterion": criterion}, data=data)
+    model.zero_grad()
+    rows = [data[index] for index in range(8)]
+    model(**{key: torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in rows[0]}).loss.backward()
+    pruner, removed, reached = pruner_of(trainer), 0, 0
+    assert set(pruner.keep) == {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if any(module is group.writer for group in find_unit_groups(model))
+    }
+    for name, keep in pruner.keep.items():
+        weight = pruner.parameters[name]
+        assert torch.equal(weight.detach().flatten() != 0, keep)
+        removed += int((~keep).sum())
+        reached += int((weight.grad.flatten()[~keep] != 0).sum())
+    assert removed
+    assert reached > 0.95 * removed
+
+
+def test_removed_units_come_back(tiny_bert, prune):
+    trainer = prune(tiny_bert(), UNITS | {"window": 1}, data="text")
+    assert sum(log.get("platon_revived", 0) for log in trainer.state.log_history) > 0
+
+
+def test_the_sparsity_of_units_is_that_of_all_their_weights(tiny_bert, prune):
+    model = tiny_bert()
+    trainer = prune(model, UNITS, data="text")
+    left = shrink(model).num_parameters() - model.num_parameters() + pruner_of(trainer).numel
+    logged = next(log for log in reversed(trainer.state.log_history) if "platon_sparsity" in log)
+    assert logged["platon_sparsity"] == pytest.approx(1 - left / pruner_of(trainer).numel)
+
+
 @pytest.mark.parametrize("family", STRUCTURED)
 def test_every_layer_keeps_a_neuron_and_a_head(prune, family):
     model = build(family)
-    prune(model, {"granularity": "structured", "keep_ratio": 0.001}, data=family)
-    groups = find_unit_groups(shrink(model))
-    assert [group.num_units for group in groups] == [1] * 4
+    groups = find_unit_groups(model)
+    sizes = [sum(p.numel() for r in g.readers for p in r.parameters()) + g.writer.weight.numel() for g in groups]
+    floor = sum(size / group.num_units for size, group in zip(sizes, groups, strict=True)) / sum(sizes)
+    lowest = math.ceil(floor * 1e4) / 1e4
+    with pytest.raises(ValueError, match=f"`keep_ratio` must be at least {lowest} with granularity 'structured', got"):
+        prune(model, {"granularity": "structured", "keep_ratio": 0.99 * floor}, data=family)
+    trainer = prune(model, {"granularity": "structured", "keep_ratio": lowest}, data=family)
+    assert [group.num_units for group in find_unit_groups(shrink(model))] == [1] * 4
+    assert pruner_of(trainer).average_sparsity(pruner_of(trainer).measure_sparsity()) == pytest.approx(1 - floor)
+
+
+def test_states_with_masks_of_the_rows_are_refused(tiny_bert, prune, tmp_path):
+    pruner = pruner_of(prune(tiny_bert(), UNITS))
+    pruner.keep["bert.encoder.layer.0.intermediate.dense.bias"] = torch.ones(32, dtype=torch.bool)  # as 0.1.0 did
+    pruner.save(tmp_path, 20)
+    fresh = Pruner(tiny_bert(), pruner.config, 20)
+    with pytest.raises(
+        ValueError, match=r"extra .* keep.bert.encoder.layer.0.intermediate.dense.bias. Resume the run"
+    ):
+        fresh.load(tmp_path, 20)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5", "albert"])
