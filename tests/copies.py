@@ -6,8 +6,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 METHODS = "hf_moebert/methods"
+TRAVELLERS = ("masked_crf", "mixture_of_masks", "moebert", "platon")  # methods whose code is saved with a checkpoint
 # Where each shared file is copied to. Imports of its neighbours are rewritten to the names that these have there.
 COPIES = {
+    "hf_moebert/checkpoints/strict_config.py": tuple(f"{METHODS}/{x}/configuration_strict.py" for x in TRAVELLERS),
+    "hf_moebert/checkpoints/strict_model.py": tuple(f"{METHODS}/{x}/modeling_strict.py" for x in TRAVELLERS),
     "hf_moebert/architectures/functional_losses.py": (f"{METHODS}/moebert/functional_losses.py",),
     "hf_moebert/architectures/families.py": (
         f"{METHODS}/mixture_of_masks/modeling_families.py",

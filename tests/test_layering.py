@@ -41,11 +41,13 @@ TRAVELS = {"configuration", "functional", "modeling"}
 # What code that travels may import besides its flat siblings
 EVERYWHERE = {"torch", "numpy", "safetensors", "transformers", "huggingface_hub"} | sys.stdlib_module_names
 # Private attributes of transformers that have no public equivalent: the implementations that a config resolved to, the
-# Auto class that a class is saved for, and the tensors that a class does not save, or shares
+# Auto class that a class is saved for, and the tensors that a class does not save, does not need, or shares
 WITHOUT_PUBLIC_WAY = {
     "_attn_implementation",
     "_auto_class",
     "_experts_implementation",
+    "_keys_to_ignore_on_load_missing",
+    "_keys_to_ignore_on_load_unexpected",
     "_keys_to_ignore_on_save",
     "_tied_weights_keys",
 }

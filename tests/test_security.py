@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from test_cli import COMMANDS, invoke, one_line
 from tiny_classifiers import EXAMPLES, save_classifier
 from tiny_tasks import make_task, save_merged
-from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
 
 from hf_moebert import MoEBertConfig, MoEBertForSequenceClassification
 from hf_moebert.checkpoints.folders import list_files
@@ -196,6 +196,15 @@ def test_adapters_in_pickles_are_refused(door, root, monkeypatch):
     ):
         call(root)
     assert not (root / "packed").exists()
+
+
+@pytest.mark.parametrize("folder", ["classifier", "merged"])
+@holds("The classes of this package read a `pytorch_model.bin` only with `use_safetensors=False`.")
+def test_classes_read_no_pickle(folder, root):
+    bring_pickle(root / folder)
+    for auto in (AutoModel, AutoModelForSequenceClassification) if folder == "classifier" else (AutoModel,):
+        with pytest.raises(OSError, match="safetensors"):
+            auto.from_pretrained(root / folder)
 
 
 def test_all_loading_asks_for_safetensors():

@@ -8,13 +8,15 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
 from unittest import SkipTest, TestCase
+from unittest.mock import patch
 
 import pytest
 from filelock import FileLock
@@ -34,6 +36,14 @@ MARKERS = (
 )
 # What the suite provokes on purpose: everywhere else, a deprecation in transformers is an error
 PROVOKED = pytest.mark.filterwarnings("default:`past_key_values` is deprecated:FutureWarning")
+LENIENT = (
+    "test_base_model_prefix_loads_base_weights",
+    "test_can_init_all_missing_weights",
+    "test_can_load_ignoring_mismatched_shapes",
+    "test_correct_missing_keys",
+    "test_load_with_mismatched_shapes",
+    "test_model_weights_reload_no_missing_tied_weights",
+)
 # Modules that the suite imports and the archive leaves out: two mixins for exporters and generation, which do not
 # concern an encoder, and the values that its config test passes through every config.
 STUBS = {
@@ -64,7 +74,23 @@ def load(module: str) -> ModuleType:
     loaded = importlib.import_module(f"{PACKAGE}.{module}")
     if hasattr(loaded, "ModelTesterMixin"):
         loaded.ModelTesterMixin.subTest = run_part
+        for name in LENIENT:
+            setattr(loaded.ModelTesterMixin, name, leniently(getattr(loaded.ModelTesterMixin, name)))
     return loaded
+
+
+def leniently(test: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a test that loads checkpoints which ours refuse by design: without weights, or with another head."""
+
+    @wraps(test)
+    def run(self: TestCase) -> None:
+        with ExitStack() as stack:
+            for name, module in list(sys.modules.items()):
+                if name.startswith("hf_moebert.") and hasattr(module, "refuse"):
+                    stack.enter_context(patch.object(module, "refuse"))
+            test(self)
+
+    return run
 
 
 @contextmanager

@@ -1,27 +1,33 @@
 """Load a checkpoint completely, or refuse it."""
 
-from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from .forms import allow
 from .remote_code import explain_refused_code
+from .strict_model import RULES, load_strictly
 
 
-def load_model(folder: str | PathLike[str]) -> PreTrainedModel:
-    """Load a checkpoint, dense or packed, as the class named in its config.json.
+def load_model(folder: str | PathLike[str], **options: bool) -> PreTrainedModel:
+    """Load a checkpoint, dense or in a form of ours, as the class named in its config.json.
 
     Args:
         folder: A checkpoint of a class that is registered with an Auto class.
+        **options: The arguments of `StrictModel.from_pretrained` that let something pass: `allow_missing`,
+            `allow_unexpected`, `allow_cast` and `allow_nonfinite`.
 
     Raises:
-        ValueError: If the class is not registered, needs code of the folder, or if weights are missing or damaged.
+        ValueError: If the class is not registered or needs code of the folder, if weights are missing, unknown,
+            damaged, not finite or of another kind, or if an option does not exist.
+        RuntimeError: If weights have another size.
         OSError: If the folder is no checkpoint.
     """
+    known = [f"allow_{rule}" for rule in RULES]
+    if wrong := options.keys() - set(known):
+        raise ValueError(f"`options` must be among {', '.join(known)}, got {sorted(wrong)}. Check the spelling.")
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"`folder` must hold config.json and model.safetensors, got {str(folder)!r}.")
     with explain_refused_code(folder):
@@ -30,39 +36,13 @@ def load_model(folder: str | PathLike[str]) -> PreTrainedModel:
     name = (config.architectures or [None])[0]
     if name not in classes:
         raise ValueError(f"`architectures` of {str(folder)!r} must be one of {sorted(classes)}, got {name!r}.")
-    try:
-        model, report = classes[name].from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{str(folder)!r} must hold the weights of a {name}, but: {error}") from error
-    if report["missing_keys"]:
-        raise ValueError(f"{str(folder)!r} must hold all weights, but lacks {sorted(report['missing_keys'])}.")
-    return model
-
-
-def open_tensors(files: Iterable[str | PathLike[str]]) -> dict[str, Any]:
-    """Open weights files without reading their tensors.
-
-    Args:
-        files: All weights files of a checkpoint.
-
-    Returns:
-        Slices as safetensors returns them, by the tensors' names: `get_shape`, `get_dtype`, `[...]`.
-
-    Raises:
-        ValueError: If one is no complete safetensors file.
-    """
-    tensors: dict[str, Any] = {}
-    for file in map(Path, files):
-        try:
-            opened = safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(
-                f"A checkpoint must be of complete safetensors files, got {str(file)!r}: {error}. Copy or save it "
-                "again."
-            ) from error
-        for name in list(opened.keys()):
-            tensors[name] = opened.get_slice(name)
-    return tensors
+    cls = classes[name]
+    if getattr(cls, "loads_strictly", False):
+        return cls.from_pretrained(folder, **options)
+    if getattr(config, "quantization_config", None) is not None:
+        with allow(*(option.removeprefix("allow_") for option, on in options.items() if on)):
+            return cls.from_pretrained(folder, use_safetensors=True)
+    return load_strictly(cls.from_pretrained, folder, **options)[0]
 
 
 def _find_classes(config: PretrainedConfig) -> dict[str, type[PreTrainedModel]]:

@@ -10,7 +10,7 @@ import copy
 import math
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -27,16 +27,15 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     WeightTransform,
-    rename_source_key,
 )
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .folders import is_pickle, is_weights, list_files
-from .loading import load_model, open_tensors
+from .forms import StrictQuantizer, check_options, mark
+from .loading import load_model
 from .manifests import hash_file
 from .swapping import find_mixture, swap
 from .tensor_files import drafting
@@ -155,6 +154,7 @@ def _write_config(
 ) -> None:
     config = copy.deepcopy(config)
     config.quantization_config = BitmaskConfig(files=files, replaced_files=replaced_files)
+    mark(config)
     config.save_pretrained(folder)
 
 
@@ -184,7 +184,7 @@ class BitmaskConfig(QuantizationConfigMixin):
         replaced_files: As `files`, of weights in whose place these were being put when a process was killed.
 
     Raises:
-        ValueError: If a newer release wrote it.
+        ValueError: If a newer release wrote it, or a field does not exist.
     """
 
     dequantize = True  # transformers then treats the loaded model as one that was never quantized
@@ -194,13 +194,14 @@ class BitmaskConfig(QuantizationConfigMixin):
         format_version: str = FORMAT_VERSION,
         files: dict[str, str] | None = None,
         replaced_files: dict[str, str] | None = None,
-        **_: Any,
+        **unknown: Any,
     ) -> None:
         if format_version != FORMAT_VERSION:
             raise ValueError(
                 f"`format_version` of a packed checkpoint must be {FORMAT_VERSION!r} for this release, got "
                 f"{format_version!r}. Update hf_moebert."
             )
+        check_options("bitmask", unknown)
         self.quant_method = "bitmask"
         self.format_version, self.files, self.replaced_files = format_version, files, replaced_files
 
@@ -226,19 +227,10 @@ class BitmaskConfig(QuantizationConfigMixin):
 
 
 @register_quantizer("bitmask")
-class BitmaskQuantizer(HfQuantizer):
+class BitmaskQuantizer(StrictQuantizer):
     """A quantizer that unpacks a checkpoint while transformers loads it, tensor by tensor."""
 
-    requires_calibration = True  # transformers then refuses it for a checkpoint that is not packed
-
-    def is_serializable(self) -> bool:
-        """Return True: a loaded model is dense and can be saved."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Return True: a loaded model is dense and can be trained."""
-        return True
+    suffix = SUFFIX
 
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform], model: PreTrainedModel
@@ -256,7 +248,7 @@ class BitmaskQuantizer(HfQuantizer):
         with torch.device("cpu"):  # transformers builds the model on the meta device
             files = list(kwargs.get("checkpoint_files") or [])
             self.quantization_config.check_hashes(files)
-            check_files(files, model)
+            check_tensors(self.check_stored(model, files), model)
 
 
 class _Unpacking(WeightConverter):
@@ -300,30 +292,27 @@ class _Unpack(ConversionOps):
         return {name: tensor}
 
 
-def check_files(files: Iterable[str | PathLike[str]], model: PreTrainedModel) -> None:
+def check_tensors(stored: Mapping[str, Any], model: PreTrainedModel) -> None:
     """Refuse weights that would not restore the whole model.
 
     Args:
-        files: All weights files of a packed checkpoint.
+        stored: Slices of a packed checkpoint, by the names that they have in the model.
         model: The model they are for; it may be on the meta device.
 
     Raises:
-        ValueError: If a file is no complete safetensors file, or if a tensor that the model wants lacks its half or
-            has another shape, dtype or number of values than the other half calls for.
+        ValueError: If a tensor that the model wants lacks its half, or has another shape, dtype or number of values
+            than the other half calls for.
     """
-    slices = open_tensors(files)
     wanted = model.state_dict()
-    for name in {name.removesuffix(SUFFIX): None for name in slices}:
-        # a head's checkpoint may be loaded into the bare model, and the other way round
-        target, _ = rename_source_key(name, [], [], model.base_model_prefix, wanted)
-        if target in wanted and (fault := _find_fault(name, slices, wanted[target].shape)):
+    for name in {name.removesuffix(SUFFIX): None for name in stored}:
+        if name in wanted and (fault := _find_fault(name, stored, wanted[name].shape)):
             raise ValueError(
-                f"{name!r} of a packed checkpoint {fault}. Copy it again or save it again with `save_packed`; to load "
-                "it into a model of other sizes, save it dense first."
+                f"{name!r} of the packed checkpoint {model.config.name_or_path!r} {fault}. Copy it again or save it "
+                "again with `save_packed`; to load it into a model of other sizes, save it dense first."
             )
 
 
-def _find_fault(name: str, slices: dict[str, Any], shape: torch.Size) -> str | None:
+def _find_fault(name: str, slices: Mapping[str, Any], shape: torch.Size) -> str | None:
     values, bitmask = slices.get(name), slices.get(name + SUFFIX)
     if values is None:
         return f"must hold the values of {name + SUFFIX!r}, but is missing"

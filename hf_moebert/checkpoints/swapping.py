@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .forms import FORM_MARK
 from .manifests import hash_file
 from .tensor_files import sync
 
@@ -72,6 +73,7 @@ def _describe(folder: Path) -> dict[str, Any] | None:
     """Return what config.json says of the model, without the form of its weights."""
     try:
         config = dict(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
+        config["fusion_config"] = [mark for mark in config.get("fusion_config") or () if mark != FORM_MARK]
     except (OSError, ValueError, TypeError, RecursionError):
         return None
     config.pop("quantization_config", None)

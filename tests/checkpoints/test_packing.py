@@ -21,6 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_moebert.checkpoints.forms import allow
 from hf_moebert.checkpoints.loading import load_model
 from hf_moebert.checkpoints.packing import BitmaskConfig, pack, pack_folder, packed_bytes, save_packed, unpack
 
@@ -144,7 +145,11 @@ def test_the_bare_model_loads_from_a_heads_checkpoint_and_back(packed, tmp_path)
     bare = AutoModel.from_pretrained(packed)
     assert_equal_bits(bare, model.bert)
     save_packed(bare, tmp_path / "bare")
-    assert_equal_bits(AutoModelForSequenceClassification.from_pretrained(tmp_path / "bare").bert, model.bert)
+    with pytest.raises(ValueError, match="must hold all weights .* not so for classifier.bias, classifier.weight"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "bare")
+    with allow("missing"):
+        classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bare")
+    assert_equal_bits(classifier.bert, model.bert)
 
 
 def test_a_large_model_is_sharded(tmp_path):
@@ -168,8 +173,8 @@ LOAD = """
 from transformers import AutoModel, AutoModelForSequenceClassification
 try:
     AutoModel.from_pretrained("bert/packed")
-except RuntimeError:
-    pass
+except ValueError as error:
+    assert "pip install hf_moebert" in str(error), error
 else:
     raise AssertionError("transformers alone took a packed checkpoint")
 import hf_moebert, torch
@@ -185,8 +190,7 @@ def test_a_new_process_loads_it_after_the_import_and_refuses_it_before(tmp_path)
     for name in ("bert", "moebert"):
         save_packed(MODELS[name][0](), tmp_path / name / "packed")
         MODELS[name][0]().save_pretrained(tmp_path / name / "dense")
-    answer = new_process.run(LOAD, cwd=tmp_path)
-    assert "attention.self.query.weight" in answer.stderr  # the report of what does not fit
+    new_process.run(LOAD, cwd=tmp_path)
 
 
 # Size
@@ -249,7 +253,7 @@ def forget_hashes(folder):
 )
 def test_damage_is_named(packed, edit, message):
     change(packed, edit)
-    with pytest.raises(ValueError, match=f"'{QUERY}' of a packed checkpoint .*{message}"):
+    with pytest.raises(ValueError, match=f"'{QUERY}' of the packed checkpoint .*{message}"):
         AutoModelForSequenceClassification.from_pretrained(packed)
 
 
@@ -268,7 +272,7 @@ def test_pickles_are_not_read(packed):
     torch.save(load_file(packed / "model.safetensors"), packed / "pytorch_model.bin")
     (packed / "model.safetensors").unlink()
     forget_hashes(packed)
-    with pytest.raises(ValueError, match="must be of complete safetensors files, got '.*pytorch_model.bin'"):
+    with pytest.raises(ValueError, match=r"must be of safetensors files, got \['.*pytorch_model.bin'\]"):
         AutoModel.from_pretrained(packed)
 
 
@@ -328,7 +332,7 @@ def test_load_model_refuses_what_it_cannot_name(tmp_path):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     change(tmp_path, lambda tensors: tensors.pop(QUERY))
-    with pytest.raises(ValueError, match=f"must hold all weights, but lacks .*{QUERY}"):
+    with pytest.raises(ValueError, match=f"must hold all weights of .* not so for {QUERY}"):
         load_model(tmp_path)
 
 

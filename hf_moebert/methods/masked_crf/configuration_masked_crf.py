@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.bert.configuration_bert import BertConfig
 
+from .configuration_strict import StrictConfig, strict
 from .functional_tags import check_options
 
 
@@ -28,7 +28,7 @@ class CrfFields:
         illegal_score: Score of an illegal move under "soft"; -100 in the paper's code.
 
     Raises:
-        StrictDataclassError: If a value has the wrong type or breaks a rule; the message names rule and remedy.
+        ValueError: If a value has the wrong type or breaks a rule; the message names rule and remedy.
 
     Source: Wei et al. 2021, https://arxiv.org/abs/2103.10682; "ignore" and "repair" are our own design.
     """
@@ -55,16 +55,17 @@ class CrfFields:
 
 
 @strict
-class BertCrfConfig(CrfFields, BertConfig):
-    """Configuration of a BERT token classifier with a CRF; see `CrfFields`."""
+class BertCrfConfig(CrfFields, StrictConfig, BertConfig):
+    """Configuration of a BERT token classifier with a CRF; see `CrfFields`.
+
+    Args:
+        frozen_layers: Number of layers that stayed as they were pre-trained, for a model of many tasks.
+    """
 
     model_type = "bert_crf"
     keys_to_ignore_at_inference = ["logits", "marginals", "hidden_states", "attentions"]
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        """Accept the config.json of a stock BERT as well, whose model type is another."""
-        kwargs.pop("model_type", None)
-        super().__post_init__(**kwargs)
+    frozen_layers: int | None = None
 
     @classmethod
     def from_dense(cls, config: PreTrainedConfig, **fields: Any) -> Self:
@@ -82,14 +83,11 @@ class BertCrfConfig(CrfFields, BertConfig):
             raise ValueError(
                 f"`model` must be a BERT, got {config.model_type!r}. Use `CrfForTokenClassification` for others."
             )
-        dense = config.to_dict()
-        for name in ("model_type", "architectures", "transformers_version", "dtype", "auto_map"):
-            dense.pop(name, None)
-        return cls(**(dense | fields))
+        return cls(**(cls.fields_of_dense(config) | fields))
 
 
 @strict
-class CrfConfig(CrfFields, PreTrainedConfig):
+class CrfConfig(CrfFields, StrictConfig, PreTrainedConfig):
     """Configuration of a CRF on top of any token classifier of transformers; see `CrfFields`.
 
     Args:
@@ -104,12 +102,6 @@ class CrfConfig(CrfFields, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Copy the names of the tags from the token classifier."""
-        model_type = kwargs.pop("model_type", self.model_type)
-        if model_type != self.model_type:
-            raise ValueError(
-                f"`model` must have been saved with a CRF, got a config of the type {model_type!r}. Load it with "
-                "`AutoModelForTokenClassification` and use `CrfForTokenClassification.from_dense`."
-            )
         super().__post_init__(**kwargs)
         tagger: Any = self.tagger  # a configuration by now, even if a dict was given
         self.id2label, self.label2id = tagger.id2label, tagger.label2id

@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_masked_crf import BertCrfConfig, CrfConfig
 from .modeling_crf import MaskedCRF
+from .modeling_strict import StrictModel
 
 
 logger = logging.get_logger(__name__)
@@ -41,7 +42,7 @@ class CrfTokenClassifierOutput(TokenClassifierOutput):
     marginals: Tensor | None = None
 
 
-class CrfTagger(PreTrainedModel):
+class CrfTagger(StrictModel):
     """Base class of token classifiers with a CRF, which scores the logits of a token classifier as emissions."""
 
     accepts_loss_kwargs = False  # losses are means over the batch: the Trainer divides by accumulation steps

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.models.bert.configuration_bert import BertConfig
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
@@ -13,6 +12,8 @@ from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.t5.configuration_t5 import T5Config
+
+from .configuration_strict import StrictConfig, strict
 
 
 STAGES = ("learned", "fixed", "compact")
@@ -39,7 +40,7 @@ class MoMFields:
         expert_sizes: Only in `per_layer_config`.
 
     Raises:
-        StrictDataclassError: If a value has the wrong type or breaks a rule; the message names rule and remedy.
+        ValueError: If a value has the wrong type or breaks a rule; the message names rule and remedy.
 
     Source: Liu et al. 2025, "Masks Can be Learned as an Alternative to Experts", ACL, for masks as experts; the fields
     are our own design.
@@ -74,10 +75,7 @@ class MoMFields:
             config: Configuration of a model of the base class, or of this class.
             **fields: Fields of this class.
         """
-        dense = config.to_dict()
-        for name in ("model_type", "architectures", "transformers_version", "dtype", "auto_map"):
-            dense.pop(name, None)
-        return cls(**(dense | fields | {"attn_implementation": config._attn_implementation}))
+        return cls(**(cls.fields_of_dense(config) | fields))  # type: ignore[attr-defined]  # of `StrictConfig`
 
     @property
     def num_blocks(self) -> int:
@@ -131,7 +129,7 @@ class MoMFields:
 
     def validate_blocks(self) -> None:
         """Refuse blocks that do not exist."""
-        blocks = self.blocks
+        blocks = self.blocks if self.layers is None else self.layers
         if not blocks or blocks != sorted(set(blocks)) or any(not 0 <= block < self.num_blocks for block in blocks):
             raise ValueError(
                 f"`layers` must name blocks from 0 to {self.num_blocks - 1}, ascending and each once, got "
@@ -140,7 +138,7 @@ class MoMFields:
 
 
 @strict
-class MoMLlamaConfig(MoMFields, LlamaConfig):
+class MoMLlamaConfig(MoMFields, StrictConfig, LlamaConfig):
     """Configuration of a Llama with masked feed-forward networks: the arguments of `LlamaConfig` and `MoMFields`."""
 
     model_type = "mom_llama"
@@ -148,7 +146,7 @@ class MoMLlamaConfig(MoMFields, LlamaConfig):
 
 
 @strict
-class MoMMistralConfig(MoMFields, MistralConfig):
+class MoMMistralConfig(MoMFields, StrictConfig, MistralConfig):
     """Configuration of a Mistral with masked feed-forward networks, with the arguments of `MistralConfig`."""
 
     model_type = "mom_mistral"
@@ -156,7 +154,7 @@ class MoMMistralConfig(MoMFields, MistralConfig):
 
 
 @strict
-class MoMQwen2Config(MoMFields, Qwen2Config):
+class MoMQwen2Config(MoMFields, StrictConfig, Qwen2Config):
     """Configuration of a Qwen2 with masked feed-forward networks, with the arguments of `Qwen2Config`."""
 
     model_type = "mom_qwen2"
@@ -164,7 +162,7 @@ class MoMQwen2Config(MoMFields, Qwen2Config):
 
 
 @strict
-class MoMQwen3Config(MoMFields, Qwen3Config):
+class MoMQwen3Config(MoMFields, StrictConfig, Qwen3Config):
     """Configuration of a Qwen3 with masked feed-forward networks, with the arguments of `Qwen3Config`."""
 
     model_type = "mom_qwen3"
@@ -172,7 +170,7 @@ class MoMQwen3Config(MoMFields, Qwen3Config):
 
 
 @strict
-class MoMGPT2Config(MoMFields, GPT2Config):
+class MoMGPT2Config(MoMFields, StrictConfig, GPT2Config):
     """Configuration of a GPT-2 with masked feed-forward networks, with the arguments of `GPT2Config`."""
 
     model_type = "mom_gpt2"
@@ -181,7 +179,7 @@ class MoMGPT2Config(MoMFields, GPT2Config):
 
 
 @strict
-class MoMBertConfig(MoMFields, BertConfig):
+class MoMBertConfig(MoMFields, StrictConfig, BertConfig):
     """Configuration of a BERT with masked feed-forward networks, with the arguments of `BertConfig`."""
 
     model_type = "mom_bert"
@@ -189,7 +187,7 @@ class MoMBertConfig(MoMFields, BertConfig):
 
 
 @strict
-class MoMT5Config(MoMFields, T5Config):
+class MoMT5Config(MoMFields, StrictConfig, T5Config):
     """Configuration of a T5 with masked feed-forward networks, with the arguments of `T5Config`.
 
     `per_layer_config` counts the layers of the encoder: the sizes of the decoder are in the same entries.

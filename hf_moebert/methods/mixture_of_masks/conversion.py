@@ -69,7 +69,7 @@ def from_dense(
 
     Raises:
         ValueError: If the model, masks or importance do not fit.
-        StrictDataclassError: If an option breaks a rule of `MoMFields`.
+        ValueError: If an option breaks a rule of `MoMFields`.
 
     Source: Liu et al. 2025, "Masks Can be Learned as an Alternative to Experts", ACL, for masks as experts that
     are all active at the start. The options are our own design.

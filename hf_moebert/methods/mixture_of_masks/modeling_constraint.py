@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
@@ -20,6 +19,7 @@ from .functional import (
 from .functional_routing import balance_loss, expert_load, real_tokens
 from .modeling_masks import MaskedFeedForward, RoutedFeedForward
 from .modeling_routing import Routing, recording
+from .modeling_strict import StrictModel
 
 
 logger = logging.get_logger(__name__)
@@ -64,7 +64,7 @@ def add_constraint(forward: Callable) -> Callable:
     return wrapped
 
 
-class ConstrainedModel(PreTrainedModel):
+class ConstrainedModel(StrictModel):
     """A model whose training loss holds its masks to a target sparsity."""
 
     config: MoMFields

@@ -150,36 +150,6 @@ class MoMModel(ConstrainedModel):
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, std=ROUTER_STD)
 
-    @classmethod
-    def from_pretrained(
-        cls, *args: Any, output_loading_info: bool = False, allow_nonfinite: bool = False, **kwargs: Any
-    ) -> Any:
-        """Load as the base class does, but refuse checkpoints with missing or non-finite weights.
-
-        Args:
-            *args: As for the base class.
-            output_loading_info: As for the base class.
-            allow_nonfinite: Whether weights may be NaN or infinite.
-            **kwargs: As for the base class.
-
-        Raises:
-            ValueError: If the checkpoint is incomplete, or a weight is not finite.
-        """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        misfits = [name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]]
-        if lost := sorted([*info["missing_keys"], *misfits]):
-            raise ValueError(
-                f"The checkpoint must hold all weights, masks, routers and experts in their sizes, it lacks {lost}. "
-                "Convert a dense model with `from_dense`, or get the whole checkpoint."
-            )
-        broken = [name for name, p in model.named_parameters() if not (p.is_meta or p.isfinite().all())]
-        if broken and not allow_nonfinite:
-            raise ValueError(
-                f"The checkpoint must hold finite weights, these are not: {broken}. Train again with a smaller "
-                "learning rate, or load with `allow_nonfinite=True` to look at them."
-            )
-        return (model, info) if output_loading_info else model
-
 
 @contextmanager
 def _as_dense(config: MoMFields) -> Iterator[None]:

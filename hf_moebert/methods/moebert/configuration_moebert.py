@@ -1,12 +1,11 @@
 """The configuration of a MoEBERT."""
 
-import dataclasses
-import difflib
 from typing import Any, Self
 
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.models.bert.configuration_bert import BertConfig
+
+from .configuration_strict import StrictConfig, strict
 
 
 HASH_ROUTINGS = ("hash-random", "hash-balanced")
@@ -15,7 +14,7 @@ GATE_SCALINGS = ("straight-through", "probability", "reference")
 
 
 @strict
-class MoEBertConfig(BertConfig):
+class MoEBertConfig(StrictConfig, BertConfig):
     """Configuration of a BERT whose feed-forward networks are mixtures of experts.
 
     Takes all arguments of `BertConfig`; `intermediate_size` is the width of the dense feed-forward network that the
@@ -42,7 +41,7 @@ class MoEBertConfig(BertConfig):
         output_expert_load: Whether the number of real tokens that each expert processed is returned.
 
     Raises:
-        StrictDataclassError: If a value has the wrong type or breaks a rule; the message names rule and remedy.
+        ValueError: If a value has the wrong type or breaks a rule; the message names rule and remedy.
 
     Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, section 3.
     """
@@ -79,15 +78,7 @@ class MoEBertConfig(BertConfig):
                 f'`model` must have BERT\'s architecture (`model_type` "bert"), got {config.model_type!r}. Other '
                 "architectures are not supported yet."
             )
-        known = {field.name for field in dataclasses.fields(cls)}
-        for name in fields.keys() - known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean `{close[0]}`?" if close else ""
-            raise ValueError(f"`{name}` is not a field of MoEBertConfig.{hint}")
-        dense = config.to_dict()
-        for name in ("model_type", "architectures", "transformers_version", "dtype", "auto_map"):
-            dense.pop(name, None)
-        return cls(**(dense | fields))
+        return cls(**(cls.fields_of_dense(config) | fields))
 
     @property
     def converted_layers(self) -> list[int]:
@@ -136,7 +127,7 @@ class MoEBertConfig(BertConfig):
     def validate_layers(self) -> None:
         """Refuse layers that do not exist, and decoders."""
         self.layers = self.layers  # checks the type of what came under the name of version 0.1, too
-        layers = self.converted_layers
+        layers = self.layers or []
         if layers != sorted(set(layers)) or any(not 0 <= layer < self.num_hidden_layers for layer in layers):
             raise ValueError(
                 f"`layers` must name layers from 0 to {self.num_hidden_layers - 1}, ascending and each once, got "

@@ -25,6 +25,7 @@ from .modeling_dense import check_dense, check_importance, check_token_counts, l
 from .modeling_experts import MoEBertExperts
 from .modeling_layers import MoEBertEncoder, MoEBertHashRouter, MoEBertLayer, Route
 from .modeling_routing import RoutingOutput
+from .modeling_strict import StrictModel
 
 
 logger = logging.get_logger(__name__)
@@ -47,8 +48,8 @@ class MoEBertModelOutput(MoEBertOutput, BaseModelOutputWithPooling):
     """Output of `MoEBertModel`."""
 
 
-class MoEBertPreTrainedModel(BertPreTrainedModel):
-    """Base class of all MoEBERTs: initialisation, loading, growing the vocabulary, and conversion of a dense model."""
+class MoEBertPreTrainedModel(StrictModel, BertPreTrainedModel):
+    """Base class of all MoEBERTs: initialisation, growing the vocabulary, and conversion of a dense model."""
 
     config: MoEBertConfig
     accepts_loss_kwargs = False  # losses are means over the batch: the Trainer divides by accumulation steps
@@ -77,37 +78,6 @@ class MoEBertPreTrainedModel(BertPreTrainedModel):
                 init.zeros_(bias)
         elif isinstance(module, MoEBertHashRouter):
             init.copy_(module.table, module.draw_table(self.config.vocab_size))
-
-    @classmethod
-    def from_pretrained(
-        cls, *args: Any, output_loading_info: bool = False, allow_nonfinite: bool = False, **kwargs: Any
-    ) -> Any:
-        """Load like the base class, but never make up experts, gates or tables that the checkpoint lacks.
-
-        Args:
-            *args: As for the base class.
-            output_loading_info: As for the base class.
-            allow_nonfinite: Whether weights may be NaN or infinite.
-            **kwargs: As for the base class.
-
-        Raises:
-            ValueError: If the routed layers are incomplete, e.g. in the checkpoint of a dense BERT, or a weight is
-                not finite.
-        """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        lost = sorted(name for name in info["missing_keys"] if ".moe." in name or name.endswith("router.table"))
-        if lost:
-            raise ValueError(
-                f"The checkpoint must hold all experts and routers, it lacks {lost}. Convert a dense BERT with "
-                f"`{cls.__name__}.from_dense`, or get the whole checkpoint."
-            )
-        broken = [name for name, p in model.named_parameters() if not (p.is_meta or p.isfinite().all())]
-        if broken and not allow_nonfinite:
-            raise ValueError(
-                f"The checkpoint must hold finite weights, these are not: {broken}. Train again with a smaller "
-                "learning rate, or load with `allow_nonfinite=True` to look at them."
-            )
-        return (model, info) if output_loading_info else model
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize the embeddings like the base class, and the hash tables with them."""

@@ -6,6 +6,8 @@ from typing import Any
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_moebert.checkpoints.forms import check_options
+
 from .functional_shapes import check_bonds, full_bonds
 
 
@@ -56,13 +58,14 @@ class MPOCompressionConfig(QuantizationConfigMixin):
         gauge: str = "symmetric",
         sizes: dict[str, list[int]] | None = None,
         format_version: str = FORMAT_VERSION,
-        **_: Any,
+        **unknown: Any,
     ) -> None:
         if format_version != FORMAT_VERSION:
             raise ValueError(
                 f"`format_version` of matrix product operators must be {FORMAT_VERSION!r} for this release, got "
                 f"{format_version!r}. Update hf_moebert."
             )
+        check_options("mpo", unknown)
         self.quant_method = "mpo"
         self.matrices = matrices
         self.tied = tied or {}

@@ -1,6 +1,6 @@
 """Loading of compressed models: build the layers that config.json describes, before transformers loads the weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -8,13 +8,10 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantizer
 
-from hf_moebert.checkpoints.loading import open_tensors
+from hf_moebert.checkpoints.forms import StrictQuantizer
 
 from .configuration_mpo import MPOCompressionConfig
 from .modeling_matrix import MPOMatrix, list_matrices
@@ -122,24 +119,14 @@ def _resize(
 
 
 @register_quantizer("mpo")
-class MPOQuantizer(HfQuantizer):
+class MPOQuantizer(StrictQuantizer):
     """The quantizer `mpo`, which builds the layers of a compressed checkpoint before its weights are loaded."""
 
-    requires_calibration = True  # transformers then refuses it for a checkpoint that is not compressed
     quantization_config: MPOCompressionConfig
-
-    def is_serializable(self) -> bool:
-        """Allow `save_pretrained`."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Allow the Trainer to train a model."""
-        return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Allow it to do so without adapters."""
+        """Allow the Trainer to train a model without adapters."""
         return True
 
     @property
@@ -153,40 +140,35 @@ class MPOQuantizer(HfQuantizer):
             layer = model.get_submodule(path)
             assert isinstance(layer, MPOMatrix)
             shape["bonds"] = list(layer.bonds)
-        return None, {}
+        return super().get_state_dict_and_metadata(model)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         replace_matrices(model, self.quantization_config)
-        check_files(kwargs.get("checkpoint_files") or [], model)
+        check_cores(self.check_stored(model, kwargs.get("checkpoint_files") or []), model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for module in model.modules():
             if isinstance(module, MPOMatrix) and not self.quantization_config.train_centre:
                 module.centre.requires_grad_(False)
         fix_vocabulary(model)
-        return model
+        return super()._process_model_after_weight_loading(model, **kwargs)
 
 
-def check_files(files: Sequence[str], model: PreTrainedModel) -> None:
+def check_cores(stored: Mapping[str, Any], model: PreTrainedModel) -> None:
     """Refuse a checkpoint that lacks cores or has them in other shapes than config.json says.
 
     Args:
-        files: All weights files of the checkpoint.
+        stored: Slices of the checkpoint, by the names that they have in the model.
         model: With layers of zero cores; it may be on the meta device.
 
     Raises:
-        ValueError: If a file is no complete safetensors file, or with the first tensor that is wrong.
+        ValueError: With the first tensor that is wrong.
     """
-    wanted = {
-        f"{path}.cores.{k}": core for path, m in list_matrices(model).items() for k, core in enumerate(m.chain())
-    }
-    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
-    names, shapes = model.state_dict(), {}
-    for name, tensor in open_tensors(files).items():
-        place, _ = rename_source_key(name, renamings, [], model.base_model_prefix, names)
-        shapes[place] = tensor.get_shape()
-    for name, core in wanted.items() if files else ():
-        if (saved := shapes.get(name)) != list(core.shape):
-            raise ValueError(
-                f"The checkpoint must hold {name!r} of shape {list(core.shape)}, got {saved}. Copy or save it again."
-            )
+    for path, matrix in list_matrices(model).items() if stored else ():
+        for index, core in enumerate(matrix.chain()):
+            name = f"{path}.cores.{index}"
+            if (saved := stored[name].get_shape() if name in stored else None) != list(core.shape):
+                raise ValueError(
+                    f"{model.config.name_or_path!r} must hold {name!r} of shape {list(core.shape)}, got {saved}. Copy "
+                    "or save it again."
+                )

@@ -4,12 +4,12 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.models.bert.configuration_bert import BertConfig
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.t5.configuration_t5 import T5Config
 
+from hf_moebert.checkpoints.strict_config import StrictConfig, strict
 from hf_moebert.methods.mpo.functional_decomposition import GAUGES
 from hf_moebert.methods.mpo.functional_shapes import (
     cap_bonds,
@@ -44,7 +44,7 @@ class MPOEFields:
         output_router_logits: Whether the routers' logits are returned.
 
     Raises:
-        StrictDataclassError: If a value has the wrong type or breaks a rule; the message names rule and remedy.
+        ValueError: If a value has the wrong type or breaks a rule; the message names rule and remedy.
 
     Source: Gao et al. 2022, https://arxiv.org/abs/2203.01104.
     """
@@ -78,10 +78,7 @@ class MPOEFields:
                 f"`model` must be dense and have the architecture {cls.dense_model_type!r}, got "
                 f"{config.model_type!r}. T5, GPT-2 and BERT have a class each."
             )
-        dense = config.to_dict()
-        for name in ("model_type", "architectures", "transformers_version", "dtype", "auto_map"):
-            dense.pop(name, None)
-        return cls(**(dense | fields))
+        return cls(**(cls.fields_of_dense(config) | fields))  # type: ignore[attr-defined]  # of `StrictConfig`
 
     @property
     def num_blocks(self) -> int:
@@ -138,7 +135,7 @@ class MPOEFields:
 
     def validate_layers(self) -> None:
         """Refuse blocks that do not exist."""
-        layers = self.converted_layers
+        layers = self.mpoe_layers or []
         if layers != sorted(set(layers)) or any(not 0 <= layer < self.num_blocks for layer in layers):
             raise ValueError(
                 f"`mpoe_layers` must name blocks from 0 to {self.num_blocks - 1}, ascending and each once, got "
@@ -172,7 +169,7 @@ class MPOEFields:
 
 
 @strict
-class MPOET5Config(MPOEFields, T5Config):
+class MPOET5Config(MPOEFields, StrictConfig, T5Config):
     """Configuration of a T5 whose feed-forward networks are experts: the arguments of `T5Config` and `MPOEFields`."""
 
     model_type = "mpoe_t5"
@@ -195,7 +192,7 @@ class MPOET5Config(MPOEFields, T5Config):
 
 
 @strict
-class MPOEGPT2Config(MPOEFields, GPT2Config):
+class MPOEGPT2Config(MPOEFields, StrictConfig, GPT2Config):
     """Configuration of a GPT-2 whose feed-forward networks are experts, with the arguments of `GPT2Config`."""
 
     model_type = "mpoe_gpt2"
@@ -209,7 +206,7 @@ class MPOEGPT2Config(MPOEFields, GPT2Config):
 
 
 @strict
-class MPOEBertConfig(MPOEFields, BertConfig):
+class MPOEBertConfig(MPOEFields, StrictConfig, BertConfig):
     """Configuration of a BERT whose feed-forward networks are experts, with the arguments of `BertConfig`."""
 
     model_type = "mpoe_bert"

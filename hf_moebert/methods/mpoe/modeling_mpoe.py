@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput, logging
 
 from hf_moebert.architectures.functional_routing import balance_loss, expert_load
 from hf_moebert.architectures.routing import Routing
+from hf_moebert.checkpoints.strict_model import StrictModel
 
 from .configuration_mpoe import MPOEFields
 from .modeling_experts import ROUTER_STD, MPOEFeedForward
@@ -22,7 +23,7 @@ WATCH_FORWARDS = 100  # training forwards without a token after which an expert 
 Config = TypeVar("Config", bound=MPOEFields)
 
 
-class MPOEMixin(PreTrainedModel):
+class MPOEMixin(StrictModel):
     """The base class of all models here; a model names its dense weights and builds its networks."""
 
     accepts_loss_kwargs = False  # losses are means over the batch, so that the Trainer divides by accumulation steps
@@ -148,38 +149,6 @@ class MPOEMixin(PreTrainedModel):
             state[f"{path}.router.weight"] = drawn.to(weight.device)
             state[f"{path}.router.bias"] = torch.zeros(network.num_experts, device=weight.device)
         return state | {name: tensor.clone() for name, tensor in dense.items()}
-
-    @classmethod
-    def from_pretrained(
-        cls, *args: Any, output_loading_info: bool = False, allow_nonfinite: bool = False, **kwargs: Any
-    ) -> Any:
-        """Load like the base class, but refuse a checkpoint that lacks experts or routers.
-
-        Args:
-            *args: As for the base class.
-            output_loading_info: As for the base class.
-            allow_nonfinite: Whether weights may be NaN or infinite.
-            **kwargs: As for the base class.
-
-        Raises:
-            ValueError: If experts are incomplete, e.g. in the checkpoint of a dense model, or a weight is not finite.
-        """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        paths = tuple(f"{path}." for path in model.networks())
-        misfits = [name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]]
-        lost = sorted(name for name in [*info["missing_keys"], *misfits] if paths and name.startswith(paths))
-        if lost:
-            raise ValueError(
-                f"The checkpoint must hold all experts and routers in their sizes, it lacks {lost}. "
-                f"Convert a dense model with `{cls.__name__}.from_dense`, or get the whole checkpoint."
-            )
-        broken = [name for name, p in model.named_parameters() if not (p.is_meta or p.isfinite().all())]
-        if broken and not allow_nonfinite:
-            raise ValueError(
-                f"The checkpoint must hold finite weights, these are not: {broken}. Train again with a smaller "
-                "learning rate, or load with `allow_nonfinite=True` to look at them."
-            )
-        return (model, info) if output_loading_info else model
 
     def _finish(
         self,

@@ -5,10 +5,11 @@ import re
 from dataclasses import field
 from typing import Any, Self
 
-from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers.models.bert.configuration_bert import BertConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from hf_moebert.checkpoints.strict_config import StrictConfig, strict
 
 
 # Fields in which each task must agree with the trunk
@@ -29,7 +30,7 @@ RESERVED = nn.ModuleDict()  # a task cannot have the name of an attribute of the
 
 
 @strict
-class MultiTaskBertConfig(BertConfig):
+class MultiTaskBertConfig(StrictConfig, BertConfig):
     """Configuration of many tasks on one trunk; the arguments of `BertConfig` are the trunk's.
 
     Args:
@@ -40,7 +41,7 @@ class MultiTaskBertConfig(BertConfig):
             is built or saved.
 
     Raises:
-        StrictDataclassError: If a value has the wrong type or breaks a rule; the message names rule and remedy.
+        ValueError: If a value has the wrong type or breaks a rule; the message names rule and remedy.
 
     Source: Wei et al. 2022, https://arxiv.org/abs/2107.05377; the format of config.json is our own.
     """

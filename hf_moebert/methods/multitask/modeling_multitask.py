@@ -1,6 +1,7 @@
 """Many tasks on one trunk, which runs once and only as deep as the tasks of a request need."""
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, cast
 
@@ -45,6 +46,12 @@ class MultiTaskBertModel(StoredByTask):
             own.num_hidden_layers -= own.frozen_layers
             own._attn_implementation = config._attn_implementation
             self.branches[name] = new_branch(head, own)
+        # An interrupted save may have left weights of tasks and layers that config.json does not describe.
+        tasks, layers = "|".join(map(re.escape, config.tasks)), "|".join(map(str, range(config.num_hidden_layers)))
+        self._keys_to_ignore_on_load_unexpected = [
+            rf"^branches\.(?!(?:{tasks})\.)",
+            rf"^trunk\.layer\.(?!(?:{layers})\.)",
+        ]
         self.post_init()
 
     @property

@@ -10,16 +10,13 @@ from torch import Tensor
 from transformers.models.bert.modeling_bert import BertPreTrainedModel
 
 from hf_moebert.checkpoints.packing import has_adapters
+from hf_moebert.checkpoints.strict_model import HUB_OPTIONS, StrictModel
 
 from .configuration_multitask import MultiTaskBertConfig
-from .modeling_files import check_folder, check_hashes, hash_branch, hash_trunk, is_left_over, write_folder
+from .modeling_files import check_folder, check_hashes, hash_branch, hash_trunk, write_folder
 
 
-# Options that `from_pretrained` and `cached_file` of transformers share
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
-
-class StoredByTask(BertPreTrainedModel):
+class StoredByTask(StrictModel, BertPreTrainedModel):
     """Base class that saves and loads one file for the trunk and one for each branch."""
 
     config: MultiTaskBertConfig
@@ -95,25 +92,17 @@ class StoredByTask(BertPreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str] | None,
-        *args: Any,
-        output_loading_info: bool = False,
-        allow_nonfinite: bool = False,
-        **kwargs: Any,
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Load as transformers does, but only files that belong together.
+        """Load as `StrictModel` does, but only files that belong together.
 
         Args:
             pretrained_model_name_or_path: Folder, or name on the Hub; None with a `config` and a `state_dict`.
-            *args: As in transformers.
-            output_loading_info: As in transformers.
-            allow_nonfinite: Whether weights may be NaN or infinite.
-            **kwargs: As in transformers.
+            *args: As in `StrictModel`.
+            **kwargs: As in `StrictModel`.
 
         Raises:
-            ValueError: If the trunk is not the one that the tasks were trained on, weights are missing, or a weight
-                is not finite.
+            ValueError: If the trunk is not the one that the tasks were trained on, or as in `StrictModel`.
         """
         hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         config = kwargs.get("config")
@@ -123,20 +112,9 @@ class StoredByTask(BertPreTrainedModel):
             )
         if pretrained_model_name_or_path is not None:  # else there are a config and a `state_dict`
             check_folder(pretrained_model_name_or_path, config, **hub)
-        sealed = config.dtype  # loading in another dtype may change it
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        unexpected = [name for name in info["unexpected_keys"] if not is_left_over(name, config)]
-        if lost := sorted(info["missing_keys"]) + sorted(unexpected):
-            raise ValueError(
-                f"The files must hold the weights of the tasks in config.json and no others, which is not so for "
-                f"{lost}. Save the model again with `save_pretrained`."
-            )
-        broken = [name for name, p in model.named_parameters() if not (p.is_meta or p.isfinite().all())]
-        if broken and not allow_nonfinite:
-            raise ValueError(
-                f"The files must hold finite weights, these are not: {broken}. Replace their tasks, or load with "
-                "`allow_nonfinite=True` to look at them."
-            )
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.trunk.requires_grad_(False)  # transformers made new parameters
+        sealed = config.dtype  # loading in another dtype may change it
         model._sealed_dtype = getattr(torch, sealed) if isinstance(sealed, str) else sealed
-        return (model, info) if output_loading_info else model
+        return loaded

@@ -2,18 +2,19 @@
 
 from typing import Any, Self
 
-from huggingface_hub.dataclasses import strict
 from transformers import BertConfig, DistilBertConfig, PreTrainedConfig, RobertaConfig, ViTConfig
 
+from .configuration_strict import StrictConfig, strict
 
-class ShrunkConfig(PreTrainedConfig):
+
+class ShrunkConfig(StrictConfig, PreTrainedConfig):
     """Base of the configurations of all shrunk families: the widths of each layer, in `per_layer_config`.
 
     The widths outside of `per_layer_config` are those of the dense model. They define the size of a head, and they
     hold for the layers that `per_layer_config` does not name.
 
     Raises:
-        StrictDataclassError: If a width does not exist or is not in [1, that of the dense model].
+        ValueError: If a width does not exist or is not in [1, that of the dense model].
     """
 
     unit_names = {"neurons": "intermediate_size", "heads": "num_attention_heads"}  # names of the widths in this family
@@ -32,13 +33,12 @@ class ShrunkConfig(PreTrainedConfig):
             config: Configuration of a dense model of the family, or of a shrunk one.
             widths: Number of units of each layer, by kind.
         """
-        dense = config.to_dict()
-        for name in ("model_type", "architectures", "transformers_version", "dtype", "auto_map", "per_layer_config"):
-            dense.pop(name, None)
+        dense = cls.fields_of_dense(config)
+        dense.pop("per_layer_config", None)
         layers = {
             index: {cls.unit_names[kind]: count for kind, count in layer.items()} for index, layer in enumerate(widths)
         }
-        return cls(**dense, per_layer_config=layers, attn_implementation=config._attn_implementation)
+        return cls(**dense, per_layer_config=layers)
 
     @property
     def widths(self) -> list[dict[str, int]]:

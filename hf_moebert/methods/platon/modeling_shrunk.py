@@ -31,6 +31,7 @@ from .configuration_shrunk import (
     ShrunkRobertaConfig,
     ShrunkViTConfig,
 )
+from .modeling_strict import StrictModel
 from .modeling_units import narrow_layers
 
 
@@ -47,7 +48,7 @@ def shrunk_classes() -> dict[type[PreTrainedModel], type["ShrunkModel"]]:
     return {cls.__bases__[1]: cls for cls in ShrunkModel.__subclasses__()}
 
 
-class ShrunkModel(PreTrainedModel):
+class ShrunkModel(StrictModel):
     """Base of all shrunk models: layers of different widths, and how they are saved."""
 
     config: ShrunkConfig

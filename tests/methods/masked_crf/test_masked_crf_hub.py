@@ -12,6 +12,7 @@ from hf_moebert.methods.masked_crf import CrfTokenClassificationPipeline
 
 
 CODE = {"configuration_masked_crf.py", "modeling_masked_crf.py", "modeling_crf.py", "pipeline.py"}
+CODE |= {"configuration_strict.py", "modeling_strict.py"}
 CODE |= {f"functional{name}.py" for name in ("", "_decoding", "_numpy", "_passes", "_tags", "_words")}
 TEXT = "New Yorkers in the London and New York"
 PUBLISH = """

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from tiny_masks import KINDS, LAYERS, LLAMA, T5, make_dense, make_fixed, make_masked
 from transformers import AutoConfig, LlamaConfig
 
@@ -62,7 +61,7 @@ def test_configs_of_0_1_0_are_read(tmp_path):
     assert "masked_layers" not in back.to_dict()
     assert back.hidden_size == config.n_embd  # the names of the base class still hold
     file.write_text(json.dumps(stored | {"masked_layers": [7]}))
-    with pytest.raises(StrictDataclassClassValidationError, match=r"`layers` must name blocks .* got \[7\]"):
+    with pytest.raises(ValueError, match=r"`layers` must name blocks .* got \[7\]"):
         AutoConfig.from_pretrained(tmp_path)
 
 
@@ -121,19 +120,19 @@ WRONG = [
 
 @pytest.mark.parametrize(("fields", "text"), WRONG)
 def test_fields_that_break_a_rule_are_refused(fields, text):
-    with pytest.raises(StrictDataclassClassValidationError, match=text):
+    with pytest.raises(ValueError, match=text):
         MoMBertConfig(num_hidden_layers=2, **fields)
 
 
 @pytest.mark.parametrize("fields", [{"num_experts": "4"}, {"group_size": 1.5}, {"layers": "all"}])
 def test_fields_of_the_wrong_type_are_refused(fields):
-    with pytest.raises(StrictDataclassFieldValidationError, match=f"'{next(iter(fields))}'"):
+    with pytest.raises(ValueError, match=f"'{next(iter(fields))}'"):
         MoMLlamaConfig(**fields)
 
 
 def test_blocks_of_a_t5_are_counted_through_its_decoder():
     assert MoMT5Config(num_layers=2, num_decoder_layers=3, layers=[4]).num_blocks == 5
-    with pytest.raises(StrictDataclassClassValidationError, match="from 0 to 4, ascending"):
+    with pytest.raises(ValueError, match="from 0 to 4, ascending"):
         MoMT5Config(num_layers=2, num_decoder_layers=3, layers=[5])
 
 
@@ -146,5 +145,5 @@ def test_options_of_from_dense_are_refused_by_the_same_rules():
         ({"budget": "all"}, "`mask_budget` must be one of"),
         ({"layers": [7]}, "`layers` must name blocks from 0 to 1"),
     ):
-        with pytest.raises(StrictDataclassClassValidationError, match=text):
+        with pytest.raises(ValueError, match=text):
             from_dense(dense, **options)

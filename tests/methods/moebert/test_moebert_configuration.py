@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, strategies as st
 from transformers import AutoConfig, BertConfig, RobertaConfig
 
@@ -36,7 +35,7 @@ def test_configs_of_version_0_1_load_and_are_saved_anew(tmp_path):
 @pytest.mark.parametrize("name", ["layers", "moe_layers"])
 @pytest.mark.parametrize("value", [[12], [1.0], [True], ["1"], "abc", 3])
 def test_layers_are_validated_under_either_name(name, value):
-    with pytest.raises(StrictDataclassError, match="layers"):
+    with pytest.raises(ValueError, match="layers"):
         MoEBertConfig(**{name: value})
 
 
@@ -47,7 +46,7 @@ def test_sizes_are_accepted_exactly_when_the_neurons_suffice(num_experts, expert
     if enough:
         assert MoEBertConfig(intermediate_size=64, **sizes).expert_size == expert_size
     else:
-        with pytest.raises(StrictDataclassError, match="must be"):
+        with pytest.raises(ValueError, match="must be"):
             MoEBertConfig(intermediate_size=64, **sizes)
 
 
@@ -75,7 +74,7 @@ def test_sizes_are_accepted_exactly_when_the_neurons_suffice(num_experts, expert
     ],
 )
 def test_bad_fields_are_refused(fields, message):
-    with pytest.raises(StrictDataclassError, match=message):
+    with pytest.raises(ValueError, match=message):
         MoEBertConfig(**fields)
 
 
@@ -88,7 +87,7 @@ def test_from_dense_keeps_what_the_dense_config_says():
 
 
 def test_from_dense_refuses_typos_and_other_architectures():
-    with pytest.raises(ValueError, match="`num_expert` is not a field of MoEBertConfig. Did you mean `num_experts`?"):
+    with pytest.raises(ValueError, match="`num_expert` is no field of MoEBertConfig. Did you mean `num_experts`?"):
         MoEBertConfig.from_dense(BertConfig(), num_expert=4)
     with pytest.raises(ValueError, match="must have BERT's architecture .* got 'roberta'"):
         MoEBertConfig.from_dense(RobertaConfig())

@@ -21,8 +21,8 @@ from hf_moebert.methods.moebert import from_dense
 
 pytestmark = pytest.mark.process
 SIZES = {"num_experts": 4, "expert_size": 16, "num_shared_neurons": 8}
-CODE = {f"modeling_{name}.py" for name in ("dense", "experts", "export", "layers", "moebert", "routing")}
-CODE |= {"configuration_moebert.py", "functional.py", "functional_routing.py"}
+CODE = {f"modeling_{name}.py" for name in ("dense", "experts", "export", "layers", "moebert", "routing", "strict")}
+CODE |= {"configuration_moebert.py", "configuration_strict.py", "functional.py", "functional_routing.py"}
 HEADS_CODE = {"modeling_heads.py", "functional_losses.py"}
 START = """
 import json, os, pathlib, sys
@@ -86,7 +86,7 @@ told["body"] = load(AutoModel, "tester/body")(ids).last_hidden_state.tolist()
 told["body of a head"] = load(AutoModel, "tester/classes")(ids).last_hidden_state.tolist()
 told["tags"] = load(AutoModelForTokenClassification, "tester/tags")(ids).logits.tolist()
 told["spans"] = load(AutoModelForQuestionAnswering, "tester/spans")(ids).start_logits.tolist()
-told["new head"] = load(AutoModelForTokenClassification, "tester/classes")(ids).logits.shape[-1]
+told["new head"] = load(AutoModelForTokenClassification, "tester/classes", allow_unexpected=True)(ids).logits.shape[-1]
 classify = pipeline("text-classification", model="tester/classes", trust_remote_code=True)
 told["pipeline"] = classify("w1 w2")[0]["label"]
 model.save_pretrained(folder / "again")

@@ -33,6 +33,7 @@ from hf_moebert import (
     save_packed,
     to_dense,
 )
+from hf_moebert.checkpoints.forms import allow
 from hf_moebert.measuring.footprint import measure_footprint
 from hf_moebert.methods.mpo.conversion import find_matrices
 from hf_moebert.methods.mpo.functional import contract
@@ -141,7 +142,8 @@ def test_the_body_loads_from_a_model_with_a_head_and_the_other_way_round(tmp_pat
         expected = model.bert(IDS).pooler_output
         assert torch.equal(body(IDS).pooler_output, expected)
     body.save_pretrained(tmp_path / "body")
-    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "body").eval()
+    with allow("missing"):
+        again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "body").eval()
     with torch.no_grad():
         assert torch.equal(again.bert(IDS).pooler_output, expected)
 
@@ -387,7 +389,7 @@ QUERY = "bert.encoder.layer.0.attention.self.query"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c, w: w.pop(f"{QUERY}.cores.1"), rf"must hold '{QUERY}.cores.1' of shape .*, got None"),
+        (lambda c, w: w.pop(f"{QUERY}.cores.1"), rf"must hold all weights .* not so for {QUERY}.cores.1\."),
         (lambda c, w: w.update({f"{QUERY}.cores.1": torch.zeros(2, 2)}), "of shape .*, got .2, 2."),
         (lambda c, w: c["matrices"][QUERY].update(bonds=[4, 4, 4]), "`bonds` must name 4 sizes"),
         (lambda c, w: c["matrices"][QUERY].update(bonds=[4, 4, 4, 400]), "must be from 1 to"),
@@ -413,7 +415,8 @@ def test_another_architecture_is_refused(tmp_path):
 def test_another_head_leaves_the_first_ones_modules_out(tmp_path):
     model = compress_mpo(make("bert-mlm"), bond=4)
     model.save_pretrained(tmp_path)
-    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    with allow("missing", "unexpected"):
+        classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert not classifier.config.quantization_config.tied
     for name, matrix in matrices(classifier).items():
         assert torch.equal(matrix.weight, matrices(model)[name].weight)

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import BertConfig, GPT2Config, T5Config
 from transformers.hf_argparser import HfArgumentParser
 
@@ -40,7 +39,7 @@ WRONG = [
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize(("fields", "text"), WRONG)
 def test_wrong_fields_are_refused(config, fields, text):
-    with pytest.raises(StrictDataclassError, match=text):
+    with pytest.raises(ValueError, match=text):
         config(**fields)
 
 
@@ -58,7 +57,7 @@ def test_wrong_fields_are_refused(config, fields, text):
 def test_chains_that_do_not_fit_are_refused(change, text):
     shapes = MPOEBertConfig(hidden_size=24, intermediate_size=48, num_attention_heads=4).plan_shapes()
     shapes["up"] = shapes["up"] | change
-    with pytest.raises(StrictDataclassError, match=text):
+    with pytest.raises(ValueError, match=text):
         MPOEBertConfig(hidden_size=24, intermediate_size=48, num_attention_heads=4, mpoe_shapes=shapes)
 
 

@@ -224,7 +224,7 @@ def test_files_that_lack_tensors_are_refused_with_all_names(folder):
 def test_tasks_without_weights_and_weights_without_tasks_are_refused(merged, folder):
     config = json.loads((folder / "config.json").read_text())
     edit_json(folder / "config.json", lambda config: config["tasks"].update(new=config["tasks"]["qq"]))
-    with pytest.raises(ValueError, match=r"branches\.new\.bert.*branches\.new\.classifier"):
+    with pytest.raises(ValueError, match=r"not so for branches\.new\.bert.* and \d+ more"):
         MultiTaskBertModel.from_pretrained(folder)
     config["tasks"]["qqp"].pop("sha256")
     (folder / "config.json").write_text(json.dumps(config))
@@ -370,7 +370,7 @@ def test_weights_that_are_no_numbers_are_refused(merged, folder):
     with torch.no_grad():
         merged.branches["qq"].classifier.bias[0] = float("nan")
     merged.save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"finite weights, these are not: \['branches.qq.classifier.bias'\]"):
+    with pytest.raises(ValueError, match=r"finite weights of .* not so for branches.qq.classifier.bias\."):
         MultiTaskBertModel.from_pretrained(folder)
     assert MultiTaskBertModel.from_pretrained(folder, allow_nonfinite=True).tasks == sorted(NAMES)
 
