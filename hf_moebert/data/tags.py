@@ -200,7 +200,7 @@ def _continues(previous: str, tag: str) -> bool:
     """Check whether two neighbouring tags are inside one entity, in any scheme."""
     before, kind = _split(previous)
     prefix, same = _split(tag)
-    return prefix in {"I", "E", "L"} and before in {"B", "I"} and kind == same
+    return prefix in {"I", "M", "E", "L"} and before in {"B", "I", "M"} and kind == same
 
 
 def _label(places: list[int | None], place: int, tags: list[int]) -> int:

@@ -18,8 +18,9 @@ class CrfFields:
     """The fields that both configurations add to those of transformers; `id2label` names the tags.
 
     Args:
-        tag_scheme: How tags spell segments: "IOB2", "IOBES", "BILOU", "IOB1", "none" (every tag may follow every
-            other), or "auto", which infers it from the tags.
+        tag_scheme: How tags spell segments: "IOB1", "IOB2", "IOE1", "IOE2", "IOBES", "BILOU", "BMES", or by another
+            name, such as "BIO" and "BIOES"; "none" (every tag may follow every other); or "auto", which infers it
+            from the tags.
         mask_transitions: Where illegal sequences are forbidden: in "training" and decoding, in "decoding" only, or
             nowhere ("off").
         illegal_labels: How the training loss treats labels that break the scheme, if `mask_transitions="training"`:

@@ -1,12 +1,13 @@
 """Tag schemes: which tag may follow which, and how segments are written in tags.
 
-A tag is "O", or a prefix and a type, "B-PER"; the type may hold dashes, and may be missing ("B").
+A tag is "O", or a prefix and a type, "B-PER"; the type may hold dashes, and may be missing ("B"). Special labels
+among them, such as "[PAD]", are outside of segments.
 """
 
 import itertools
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +18,28 @@ SCHEMES = {
     "IOB2": ("B", "I", "I", "B"),
     "IOBES": ("B", "I", "E", "S"),
     "BILOU": ("B", "I", "L", "U"),
-    "IOB1": ("I",) * 4,
+    "BMES": ("B", "M", "E", "S"),
+    "IOB1": ("I",) * 4,  # and "B" where a segment follows one of its type
+    "IOE1": ("I",) * 4,  # and "E" where one of its type follows a segment
+    "IOE2": ("I", "I", "E", "E"),
 }
-PREFIXES = {"IOB2": "BIO", "IOB1": "BIO", "IOBES": "BIESO", "BILOU": "BILUO"}
-MISSPELT_PREFIX = re.compile(r"^[BIESLUbieslu][_:/]|^[bieslu]-|[-_][BIESLU]$")
-CHOICES = ("auto", *SCHEMES, "none")
+PREFIXES = {
+    "IOB2": "BIO",
+    "IOB1": "BIO",
+    "IOE1": "IEO",
+    "IOE2": "IEO",
+    "IOBES": "BIESO",
+    "BILOU": "BILUO",
+    "BMES": "BMESO",
+}
+ALIASES = {"BIO": "IOB2", "BIO2": "IOB2", "BIOES": "IOBES", "BILUO": "BILOU", "BMESO": "BMES", "BMEOS": "BMES"}
+LETTERS = set("BIESLUM")
+MISSPELT_PREFIX = re.compile(r"^[BIESLUM][_:/]|^[bieslum][-_:/]|[-_][BIESLUM]$")
+SPECIAL = re.compile(r"\[.+\]|<.+>|X")  # "[PAD]", "</s>", and "X", as some data sets tag later pieces of words
+CHOICES = ("auto", *SCHEMES, *ALIASES, "none")
 MASKS = ("training", "decoding", "off")
 POLICIES = ("error", "ignore", "repair", "soft")
+MAX_TAGS = 4096  # 64 MiB of transitions in float32, and as many again for their gradient and each moment
 
 
 class Legality(NamedTuple):
@@ -65,49 +81,90 @@ def split_tag(tag: str) -> tuple[str, str]:
     return prefix, kind
 
 
+def plain_tags(tags: Sequence[str], scheme: str) -> list[str]:
+    """Return tags with "O" in place of special labels, such as "[PAD]", "</s>" and "X"; under "none" as they are."""
+    return [*tags] if scheme == "none" else ["O" if SPECIAL.fullmatch(tag) else tag for tag in tags]
+
+
+def name_scheme(scheme: str) -> str:
+    """Return the name of a scheme by which it is known here: "BIO" is "IOB2".
+
+    Raises:
+        ValueError: If there is no such scheme.
+    """
+    if scheme not in CHOICES or scheme == "auto":
+        raise ValueError(f"`tag_scheme` must be one of {', '.join(CHOICES)}, got {scheme!r}.")
+    return ALIASES.get(scheme, scheme)
+
+
 def infer_scheme(labels: Sequence[str]) -> str:
     """Infer the scheme from the tags of a model or a data set.
 
-    "L" and "U" mean BILOU, "E" and "S" IOBES, else "B" means IOB2, and "I" alone IOB1. Labels without any prefix, as
-    for parts of speech, follow no scheme: "none".
+    It is the one that has all the prefixes, and in which every tag can be reached and left: "I-PER" without "B-PER"
+    means IOB1, as in CoNLL-2003. Where each type has "B" and "I" it is IOB2, as everybody who says BIO means it; the
+    loss names rows that break it. Labels without any prefix, as for parts of speech, follow no scheme: "none".
 
     Args:
-        labels: All tags.
+        labels: All tags. Special ones, such as "[PAD]", "</s>" and "X", do not count where others have prefixes.
 
     Raises:
-        ValueError: If the labels are the default names of a model, mix schemes, only some have a prefix, or prefixes
-            are spelled in another way ("b-per", "B_PER", "PER-B").
+        ValueError: If the labels are the default names of a model, mix schemes, only some have a prefix, prefixes
+            are spelled in another way ("b-per", "B_PER", "PER-B"), or two schemes fit.
     """
     if any(label == f"LABEL_{index}" for index, label in enumerate(labels)):
         raise ValueError(
             f"`id2label` must name the tags, got {list(labels)[:3]}. Set `id2label` when the model is made, or "
             "`tag_scheme` to 'none' if every tag may follow every other."
         )
-    prefixes = {split_tag(label)[0] for label in labels} - {"O"}
-    prefixed = any("-" in label and split_tag(label)[0] in set("BIESLU") for label in labels)
-    if not prefixed and not (prefixes and prefixes <= set("BIESLU")):
+    prefixes = {split_tag(label)[0] for label in plain_tags(labels, "auto")} - {"O"}
+    prefixed = any("-" in label and split_tag(label)[0] in LETTERS for label in labels)
+    if not prefixed and not (prefixes and prefixes <= LETTERS):
         if misspelt := [label for label in labels if MISSPELT_PREFIX.search(label)]:
             raise ValueError(
                 f"`id2label` must spell prefixes as in 'B-PER', got {misspelt[:3]}. Rename the tags, or set "
                 "`tag_scheme` to 'none' if every tag may follow every other."
             )
         return "none"
-    signs = {"BILOU": "LU", "IOBES": "ES", "IOB2": "B", "IOB1": "I"}
-    found = next(scheme for scheme, letters in signs.items() if prefixes & set(letters))
-    check_scheme(labels, found)
+    fitting = [scheme for scheme in SCHEMES if prefixes <= set(PREFIXES[scheme]) and _can_use_all(labels, scheme)]
+    if {"IOE1", "IOE2"} <= set(fitting):
+        raise ValueError(
+            f"`tag_scheme` must be named for tags that may be of IOE1 or IOE2, got {list(labels)[:5]}. Set it to "
+            "'IOE2' if every segment ends in 'E', to 'IOE1' if only those do that another of their type follows."
+        )
+    if fitting:
+        return fitting[0]
+    found = _nearest_scheme(prefixes)
+    legal_moves(labels, found)  # names what does not fit
     return found
 
 
+def _can_use_all(labels: Sequence[str], scheme: str) -> bool:
+    try:
+        legal_moves(labels, scheme)
+    except ValueError:
+        return False
+    return True
+
+
+def _nearest_scheme(prefixes: set[str]) -> str:
+    """Return the scheme that prefixes point to, even if it lacks some of them."""
+    if "B" not in prefixes and prefixes <= set("IE"):
+        return "IOE2"
+    signs = {"BILOU": "LU", "BMES": "M", "IOBES": "ES", "IOB2": "BI"}
+    return next(scheme for scheme, letters in signs.items() if prefixes & set(letters))
+
+
 def check_scheme(labels: Sequence[str], scheme: str) -> None:
-    """Check that all labels are tags of a scheme.
+    """Check that all labels are tags of a scheme, or special ones.
 
     Raises:
         ValueError: If there is no such scheme, or a label has no prefix or a foreign one.
     """
-    if scheme not in (*SCHEMES, "none"):
-        raise ValueError(f"`tag_scheme` must be one of {', '.join(CHOICES)}, got {scheme!r}.")
-    wrong = [label for label in labels if scheme != "none" and split_tag(label)[0] not in set(PREFIXES[scheme])]
-    if wrong:
+    scheme = name_scheme(scheme)
+    if scheme == "none":
+        return
+    plain = plain_tags(labels, scheme)
+    if wrong := [label for label in plain if split_tag(label)[0] not in set(PREFIXES[scheme])]:
         raise ValueError(
             f"`id2label` must hold tags of the scheme {scheme}, {', '.join(PREFIXES[scheme])}, got {wrong[:5]}. "
             "Rename them, or set `tag_scheme` to another scheme, or to 'none' if every tag may follow every other."
@@ -118,23 +175,49 @@ def legal_moves(labels: Sequence[str], scheme: str) -> Legality:
     """Compute which tags may follow each other, come first and come last.
 
     Args:
-        labels: Tags in the order of their indices; some tags of the scheme may be missing.
-        scheme: "IOB2", "IOBES", "BILOU", "IOB1", or "none", where everything is legal.
+        labels: Tags in the order of their indices; some tags of the scheme may be missing. Special ones, such as
+            "[PAD]" and "X", are outside of segments, as "O" is.
+        scheme: A key of `SCHEMES` or of `ALIASES`, or "none", where everything is legal.
 
     Raises:
-        ValueError: If labels do not fit the scheme, or no sequence could ever end after one of them.
+        ValueError: If there are more than `MAX_TAGS` labels, they do not fit the scheme, or a tag cannot be reached
+            or left.
 
-    Source: Wei et al. 2021, https://arxiv.org/abs/2103.10682, section 2; IOB1 and BILOU are the schemes' own rules.
+    Source: Wei et al. 2021, https://arxiv.org/abs/2103.10682, section 2; all but IOB2 and IOBES are the schemes' own
+    rules, as in Sang and Veenstra 1999, https://aclanthology.org/E99-1023.
     """
+    check_number(labels)
     check_scheme(labels, scheme)
-    tags = [split_tag(label) for label in labels]
-    kind: dict[str, Any] = {"dtype": torch.bool, "device": "cpu"}  # transformers builds models on the meta device
-    moves = torch.tensor([[_may_follow(a, b, scheme) for b in tags] for a in tags], **kind)
-    start = torch.tensor([_may_follow(("O", ""), b, scheme) for b in tags], **kind)
-    end = torch.tensor([_may_follow(a, ("O", ""), scheme) for a in tags], **kind)
-    legality = Legality(moves.view(len(tags), len(tags)), start, end)
-    _check_exits(labels, scheme, legality)
+    scheme = name_scheme(scheme)
+    tags = [split_tag(tag) for tag in plain_tags(labels, scheme)]
+    prefixes, types = ["O", *sorted({prefix for prefix, _ in tags} - {"O"})], sorted({kind for _, kind in tags})
+    places = {prefix: place for place, prefix in enumerate(prefixes)}
+    numbers = {kind: number for number, kind in enumerate(types)}
+    with torch.device("cpu"):  # transformers builds models on the meta device
+        prefix = torch.tensor([places[tag[0]] for tag in tags], dtype=torch.long)  # (tags,)
+        kind = torch.tensor([numbers[tag[1]] for tag in tags], dtype=torch.long)  # (tags,)
+        within, across = (  # each (prefixes, prefixes): of two tags of one type, and of two types
+            torch.tensor([[_may_follow((a, ""), (b, other), scheme) for b in prefixes] for a in prefixes])
+            for other in ("", "other")
+        )
+    pairs = prefix[:, None], prefix[None]
+    moves = torch.where(kind[:, None] == kind, within[pairs], across[pairs])  # (tags, tags)
+    legality = Legality(moves, across[0, prefix], across[prefix, 0])
+    _check_use(labels, scheme, legality)
     return legality
+
+
+def check_number(labels: Sequence[str]) -> None:
+    """Refuse more tags than a table of all pairs has room for.
+
+    Raises:
+        ValueError: If there are.
+    """
+    if len(labels) > MAX_TAGS:
+        raise ValueError(
+            f"`id2label` must name at most {MAX_TAGS} tags, got {len(labels)}: a CRF scores each pair of them. Use "
+            "the token classifier without a CRF, or fewer types."
+        )
 
 
 def _may_follow(before: tuple[str, str], after: tuple[str, str], scheme: str) -> bool:
@@ -144,29 +227,40 @@ def _may_follow(before: tuple[str, str], after: tuple[str, str], scheme: str) ->
     same_type = before[1] == after[1]
     if scheme == "IOB1":  # "B" only separates two neighbours of one type
         return after[0] != "B" or (before[0] in "BI" and same_type)
-    inner = after[0] in ("I", "E", "L")
+    if scheme == "IOE1":  # "E" does
+        return before[0] != "E" or (after[0] in "IE" and same_type)
+    inner = after[0] in ("I", "E", "L", "M")
     if scheme == "IOB2":
         return not inner or (before[0] in "BI" and same_type)
-    is_open = before[0] in ("B", "I")
+    is_open = before[0] in ("B", "I", "M")
+    if scheme == "IOE2":
+        return not is_open or (inner and same_type)
     return (inner and same_type) if is_open else not inner
 
 
-def _check_exits(labels: Sequence[str], scheme: str, legality: Legality) -> None:
-    """Refuse labels that lack tags of the scheme without which some row could not be tagged."""
-    leads_out = legality.end.clone()  # (tags,)
-    for _ in labels:
-        leads_out |= (legality.moves & leads_out).any(1)
-    stuck = [label for label, out in zip(labels, leads_out.tolist(), strict=True) if not out]
-    if stuck:
-        raise ValueError(
-            f"`id2label` must let every tag lead to the end of a sequence, {stuck} do not under {scheme}. Add the "
-            "tags of the scheme that are missing, or set `tag_scheme` to 'none'."
-        )
+def _check_use(labels: Sequence[str], scheme: str, legality: Legality) -> None:
+    """Refuse labels that lack tags of the scheme without which another is of no use, or some row cannot be tagged."""
+    for there, end in (
+        ("be reached from the start", _spread(legality.start, legality.moves.T)),
+        ("lead to the end", _spread(legality.end, legality.moves)),
+    ):
+        if stuck := [label for label, found in zip(labels, end.tolist(), strict=True) if not found]:
+            raise ValueError(
+                f"`id2label` must let every tag {there} of a sequence, {stuck[:5]} do not under {scheme}. Add the "
+                "tags of the scheme that are missing, or set `tag_scheme` to another scheme, or to 'none'."
+            )
     if not (legality.start & legality.end).any():  # such a tag may also follow itself, however many words there are
         raise ValueError(
-            f"`id2label` must hold a tag that one word may have alone, as 'O', got {list(labels)} under {scheme}. Add "
-            "it, or set `tag_scheme` to 'none'."
+            f"`id2label` must hold a tag that one word may have alone, as 'O', got {list(labels)[:5]} under {scheme}. "
+            "Add it, or set `tag_scheme` to 'none'."
         )
+
+
+def _spread(found: Tensor, moves: Tensor) -> Tensor:
+    """Return the tags `(tags,)` from which legal moves lead to those that were found."""
+    while not torch.equal(wider := found | (moves & found).any(1), found):
+        found = wider
+    return found
 
 
 def are_legal(tags: Tensor, lengths: Tensor, legality: Legality) -> Tensor:
@@ -191,13 +285,14 @@ def are_legal(tags: Tensor, lengths: Tensor, legality: Legality) -> Tensor:
 def find_segments(tags: Sequence[str]) -> list[Segment]:
     """Read segments off tags of any scheme, even if they break its rules, as the CoNLL evaluation does.
 
-    A segment continues while its type stays the same, up to the next "B", "S" or "U", or through an "E" or "L".
+    A segment continues while its type stays the same, up to the next "B", "S" or "U", or through an "E" or "L";
+    "M" is read as "I".
     """
     segments: list[Segment] = []
     start, current, before = 0, "", "O"  # prefix and type of the word before
     for word, tag in enumerate([*tags, "O"]):
         prefix, kind = split_tag(tag)
-        goes_on = before in ("B", "I") and prefix in ("I", "E", "L") and kind == current
+        goes_on = before in ("B", "I", "M") and prefix in ("I", "E", "L", "M") and kind == current
         if not goes_on:
             if before != "O":
                 segments.append(Segment(current, start, word))
@@ -212,17 +307,20 @@ def write_segments(segments: Sequence[Segment], words: int, scheme: str) -> list
     Raises:
         ValueError: If there is no such scheme.
     """
-    check_scheme([], scheme)
+    scheme = name_scheme(scheme)
     if scheme == "none":
-        raise ValueError("`scheme` must write segments, got 'none'. Use IOB2, IOBES, BILOU or IOB1.")
+        raise ValueError(f"`scheme` must write segments, got 'none'. Use one of {', '.join(SCHEMES)}.")
     first, inner, last, only = SCHEMES[scheme]
     tags, previous = ["O"] * words, Segment("", -1, -1)
     for segment in segments:
         length = segment.stop - segment.start
-        prefixes = only if length == 1 else first + inner * (length - 2) + last
-        if scheme == "IOB1" and previous.stop == segment.start and previous.type == segment.type:
-            prefixes = "B" + prefixes[1:]
+        prefixes = (only,) if length == 1 else (first, *(inner,) * (length - 2), last)
         dash = "-" if segment.type else ""
+        if previous.stop == segment.start and previous.type == segment.type:
+            if scheme == "IOB1":
+                prefixes = ("B", *prefixes[1:])
+            if scheme == "IOE1":
+                tags[segment.start - 1] = f"E{dash}{segment.type}"
         tags[segment.start : segment.stop] = [f"{prefix}{dash}{segment.type}" for prefix in prefixes]
         previous = segment
     return tags
@@ -254,7 +352,7 @@ def repair_tags(tags: Sequence[str], labels: Sequence[str], scheme: str) -> list
 
     Source: our own design; segments are read as in the CoNLL evaluation.
     """
-    segments = find_segments(tags)
+    segments = find_segments(plain_tags(tags, scheme))
     while not set(written := write_segments(segments, len(tags), scheme)) <= set(labels):
         missing = next(word for word, tag in enumerate(written) if tag not in labels)
         kept = [segment for segment in segments if not segment.start <= missing < segment.stop]
@@ -271,5 +369,6 @@ def count_breaks(tags: Sequence[str], scheme: str) -> int:
         ValueError: If a tag does not belong to the scheme.
     """
     check_scheme(tags, scheme)
-    around = [("O", ""), *map(split_tag, tags), ("O", "")]
+    scheme = name_scheme(scheme)
+    around = [("O", ""), *map(split_tag, plain_tags(tags, scheme)), ("O", "")]
     return sum(not _may_follow(before, after, scheme) for before, after in itertools.pairwise(around))

@@ -8,7 +8,16 @@ from torch import Tensor, nn
 from .functional import log_partition, marginals, sequence_score
 from .functional_decoding import best_sequences, make_finite, viterbi
 from .functional_passes import Scores
-from .functional_tags import Legality, are_legal, check_options, infer_scheme, legal_moves, repair_tags
+from .functional_tags import (
+    Legality,
+    are_legal,
+    check_number,
+    check_options,
+    infer_scheme,
+    legal_moves,
+    name_scheme,
+    repair_tags,
+)
 from .functional_words import pack_words, unpack_words
 
 
@@ -22,7 +31,7 @@ class MaskedCRF(nn.Module):
 
     Args:
         labels: Name of each tag, such as "O", "B-PER", "I-PER".
-        tag_scheme: "IOB2", "IOBES", "BILOU", "IOB1", "none" (every sequence is legal), or "auto": inferred.
+        tag_scheme: A key of `SCHEMES` or `ALIASES`, "none" (every sequence is legal), or "auto": inferred.
         mask_transitions: "training" masks in the loss and in decoding, "decoding" in decoding only, "off" nowhere.
         illegal_labels: How the loss treats illegal labels under "training": "error" refuses them; "ignore" leaves
             such rows out; "repair" keeps their segments and rewrites them legally; "soft" gives illegal moves the
@@ -53,10 +62,11 @@ class MaskedCRF(nn.Module):
         check_options(tag_scheme, mask_transitions, illegal_labels, illegal_score)
         self.labels = list(labels)
         if not self.labels or len(set(self.labels)) < len(self.labels):
-            raise ValueError(f"`labels` must be names that differ, at least one, got {self.labels}.")
+            raise ValueError(f"`labels` must be names that differ, at least one, got {self.labels[:5]}.")
+        check_number(self.labels)
         if mask_transitions == "off" and tag_scheme == "auto":
             tag_scheme = "none"  # nothing to infer, and nothing to refuse
-        self.tag_scheme = infer_scheme(self.labels) if tag_scheme == "auto" else tag_scheme
+        self.tag_scheme = infer_scheme(self.labels) if tag_scheme == "auto" else name_scheme(tag_scheme)
         self.mask_transitions, self.illegal_labels = mask_transitions, illegal_labels
         self.illegal_score = illegal_score
         self.transitions = nn.Parameter(torch.zeros(len(self.labels), len(self.labels)))  # (tags, tags)
@@ -224,6 +234,19 @@ class MaskedCRF(nn.Module):
         illegal = self.illegal_score if use == "training" and self.illegal_labels == "soft" else -torch.inf
         masks = (self.legal, self.legal_start, self.legal_end)
         return Scores(*(score.masked_fill(~mask, illegal) for score, mask in zip(scores, masks, strict=True)))
+
+    def illegal_rows(self, tags: Tensor, mask: Tensor) -> Tensor:
+        """Return which rows of tags break the scheme.
+
+        Args:
+            tags: Anything off words. Shape `(batch, seq)`.
+            mask: True at words. Shape `(batch, seq)`.
+
+        Returns:
+            Booleans of shape `(batch,)`.
+        """
+        packed, lengths, _ = pack_words(tags, mask)  # (words, batch)
+        return ~are_legal(packed, lengths, Legality(self.legal, self.legal_start, self.legal_end))
 
     def _treat_illegal(self, tags: Tensor, lengths: Tensor, policy: str) -> tuple[Tensor, Tensor]:
         """Apply the policy to rows of illegal labels; `tags` is `(words, batch)`.

@@ -128,6 +128,11 @@ class CrfTagger(StrictModel):
                 f"Labels that break the tag scheme {self.crf.tag_scheme} are left out of the evaluation loss. Set "
                 "`illegal_labels` to 'repair' to count them."
             )
+        if self.crf.mask_transitions == "decoding" and self.crf.illegal_rows(labels, mask).any():
+            logger.warning_once(
+                f"Some labels break the tag scheme {self.crf.tag_scheme}, and are never decoded. Name the scheme of "
+                "the data in `tag_scheme`, or correct the data."
+            )
         loss = -likelihood.sum() / counted.sum().clamp(min=1)
         if getattr(outputs, "aux_loss", None) is not None:  # balances the load of experts
             loss = loss + outputs.aux_loss * getattr(self.config.tagger, "router_aux_loss_coef", 0.0)

@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import TokenClassificationPipeline
 from transformers.pipelines.token_classification import AggregationStrategy
 
-from .functional_tags import SCHEMES, Segment, find_segments, split_tag
+from .functional_tags import SCHEMES, Segment, find_segments, plain_tags, split_tag
 
 
-# Prefixes of the first, the inner and the last piece of a word, by the prefix of the word
-PIECE_PREFIXES = {"B": "BII", "I": "III", "E": "IIE", "L": "IIL", "S": "BIE", "U": "BIL"}
+# Prefixes of the first, the inner and the last piece of a word, by the prefix of the word; BMES writes "M" for "I"
+PIECE_PREFIXES = {"B": "BII", "I": "III", "M": "III", "E": "IIE", "L": "IIL", "S": "BIE", "U": "BIL"}
 
 
 class Word(NamedTuple):
@@ -131,7 +131,7 @@ class CrfTokenClassificationPipeline(TokenClassificationPipeline):
             return []
         tags, marginals = self._read_tags(chosen, together=len(windows) > 1)
         scores = marginals.gather(1, tags[:, None])[:, 0].tolist()
-        names = [self.model.config.id2label[tag] for tag in tags.tolist()]
+        names = plain_tags([self.model.config.id2label[tag] for tag in tags.tolist()], self.model.crf.tag_scheme)
         return [
             Word(name, score, [self._describe_token(window, position) for position in positions])
             for name, score, (window, positions) in zip(names, scores, chosen, strict=True)
@@ -171,7 +171,7 @@ class CrfTokenClassificationPipeline(TokenClassificationPipeline):
         prefix, kind = split_tag(tag)
         if count == 1 or prefix not in PIECE_PREFIXES or (not kind and self.model.crf.tag_scheme not in SCHEMES):
             return [tag] * count
-        spelled = PIECE_PREFIXES[prefix]
+        spelled = PIECE_PREFIXES[prefix].replace("I", "M" if self.model.crf.tag_scheme == "BMES" else "I")
         return [piece + tag[1:] for piece in spelled[0] + spelled[1] * (count - 2) + spelled[2]]
 
 

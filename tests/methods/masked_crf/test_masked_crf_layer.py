@@ -304,7 +304,7 @@ def test_no_rows_and_no_positions():
         ({"labels": []}, "`labels` must be names that differ"),
         ({"labels": ["O", "O"]}, "`labels` must be names that differ"),
         ({"labels": ["LABEL_0", "LABEL_1"]}, "`id2label` must name the tags"),
-        ({"labels": IOB2, "tag_scheme": "BIO"}, "`tag_scheme` must be one of"),
+        ({"labels": IOB2, "tag_scheme": "BIOUS"}, "`tag_scheme` must be one of"),
         ({"labels": IOB2, "mask_transitions": True}, "`mask_transitions` must be one of"),
         ({"labels": IOB2, "illegal_labels": "drop"}, "`illegal_labels` must be one of"),
         ({"labels": IOB2, "illegal_score": 1.0}, r"`illegal_score` must be in \[-1e6, 0\)"),

@@ -74,11 +74,11 @@ def test_loss_tags_and_marginals_are_those_of_the_layer(family):
     assert all(parameter.grad is not None for parameter in model.crf.parameters())
 
 
-@pytest.mark.parametrize("scheme", ["IOB2", "IOBES", "BILOU", "IOB1"])
+@pytest.mark.parametrize("scheme", ["IOB2", "IOBES", "BILOU", "BMES", "IOB1", "IOE1", "IOE2"])
 @torch.no_grad()
 def test_every_scheme_is_found_and_obeyed(scheme):
     labels = labels_of(scheme)
-    model = make("any bert", labels, tag_scheme="IOB1" if scheme == "IOB1" else "auto")
+    model = make("any bert", labels, tag_scheme=scheme if scheme in ("IOB1", "IOE1", "IOE2") else "auto")
     assert model.crf.tag_scheme == scheme
     for row in model(**make_batch(8, 12, pad=0)).predictions:
         assert count_breaks([labels[tag] for tag in row], scheme) == 0
@@ -207,9 +207,14 @@ def test_policies_about_illegal_labels():
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None), policy
 
 
-def test_masks_in_decoding_alone_take_any_labels():
-    outputs = make(mask_transitions="decoding").train()(**illegal_batch())
-    assert outputs.loss.isfinite()
+def test_masks_in_decoding_alone_take_any_labels_with_a_warning(monkeypatch):
+    warned = []
+    monkeypatch.setattr(modeling_masked_crf.logger, "warning_once", warned.append)
+    model = make(mask_transitions="decoding").train()
+    assert model(**make_batch(labels=True)).loss.isfinite()
+    assert not warned
+    assert model(**illegal_batch()).loss.isfinite()
+    assert "Some labels break the tag scheme IOB2" in warned[0]
 
 
 def test_evaluation_leaves_illegal_rows_out_with_a_warning(monkeypatch):
@@ -343,7 +348,7 @@ def test_what_is_no_tagger_is_refused():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tag_scheme": "BIO"}, "`tag_scheme` must be one of auto, IOB2"),
+        ({"tag_scheme": "BIOUS"}, "`tag_scheme` must be one of auto, IOB2"),
         ({"mask_transitions": "always"}, "`mask_transitions` must be one of training, decoding, off"),
         ({"illegal_labels": "drop"}, "`illegal_labels` must be one of error, ignore, repair, soft"),
         ({"illegal_score": 3.0}, "`illegal_score` must be in"),

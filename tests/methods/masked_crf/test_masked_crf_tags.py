@@ -3,9 +3,14 @@
 import itertools
 
 import pytest
-from hypothesis import given, strategies as st
+import seqeval.scheme
+from hypothesis import given, settings, strategies as st
+from seqeval.scheme import Entities
 
+from hf_moebert.methods.masked_crf import MaskedCRF
 from hf_moebert.methods.masked_crf.functional_tags import (
+    ALIASES,
+    MAX_TAGS,
     PREFIXES,
     SCHEMES,
     Segment,
@@ -14,6 +19,7 @@ from hf_moebert.methods.masked_crf.functional_tags import (
     find_segments,
     infer_scheme,
     legal_moves,
+    plain_tags,
     repair_tags,
     write_segments,
 )
@@ -100,8 +106,18 @@ def test_legal_is_what_segments_can_be_written_as(scheme):
         (["O", "B-X", "I-X"], "IOB2"),
         (["O", "B", "I"], "IOB2"),
         (["O", "I-X"], "IOB1"),
+        (["O", "I-PER", "I-LOC", "B-LOC"], "IOB1"),  # CoNLL-2003: no two persons are neighbours
+        (["O", "B-X", "I-Y", "B-Y"], "IOB2"),
+        (["O", "E-X"], "IOE2"),
+        (["O", "I-X", "I-Y", "E-Y"], "IOE1"),
+        (["O", "I-X", "E-X", "E-Y"], "IOE2"),
         (["O", "B-X", "I-X", "E-X", "S-X"], "IOBES"),
-        (["O", "B-X", "I-X", "S-X"], "IOBES"),
+        (["O", "B-X", "M-X", "E-X", "S-X"], "BMES"),
+        (["B", "M", "E", "S"], "BMES"),
+        (["B", "E", "S"], "IOBES"),
+        (["O", "B", "I", "E", "S"], "IOBES"),
+        (["[PAD]", "O", "B-X", "I-X", "X", "[CLS]", "[SEP]"], "IOB2"),
+        (["O", "B", "I", "</s>"], "IOB2"),
         (["O", "B-X", "U-X", "L-X"], "BILOU"),
         (["O", "U-X"], "BILOU"),
         (["NOUN", "VERB", "X"], "none"),
@@ -119,7 +135,12 @@ def test_schemes_are_read_off_the_labels(labels, scheme):
     [
         (["LABEL_0", "LABEL_1"], "`id2label` must name the tags"),
         (["O", "B-X", "L-X", "E-X"], "must hold tags of the scheme BILOU"),
-        (["O", "B-X", "I-X", "[CLS]"], r"got \['\[CLS\]'\]"),
+        (["O", "B-X", "I-X", "PER"], r"got \['PER'\]"),
+        (["O", "I-X", "E-X"], "may be of IOE1 or IOE2"),
+        (["O", "B-X", "I-X", "S-X"], r"lead to the end of a sequence, \['B-X', 'I-X'\] do not under IOBES"),
+        (["O", "B-X", "I-Y"], "be reached"),
+        (["O", "E-X", "S-X"], "be reached"),
+        (["O", "M", "S"], r"be reached from the start of a sequence, \['M'\] do not under BMES"),
         (["O", "B-X", "I-X", "b-Y"], r"got \['b-Y'\]"),
         (["o", "b-x", "i-x"], "must spell prefixes as in 'B-PER', got"),
         (["O", "B_X", "I_X"], "must spell prefixes"),
@@ -134,12 +155,68 @@ def test_labels_of_no_scheme_are_refused(labels, message):
 def test_labels_that_lead_nowhere_are_refused():
     with pytest.raises(ValueError, match=r"\['B-X'\] do not under IOBES"):
         legal_moves(["O", "B-X", "S-Y"], "IOBES")
-    with pytest.raises(ValueError, match="must hold a tag that one word may have alone"):
+    with pytest.raises(ValueError, match=r"be reached from the start of a sequence, \['I-X'\] do not under IOB2"):
         legal_moves(["I-X"], "IOB2")
     with pytest.raises(ValueError, match="must hold a tag that one word may have alone"):
         legal_moves(["B-X", "E-X"], "IOBES")  # rows of an odd number of words
+    with pytest.raises(ValueError, match=r"be reached from the start of a sequence, \['I-Y'\] do not under IOB2"):
+        legal_moves(["O", "B-X", "I-X", "I-Y"], "IOB2")
     with pytest.raises(ValueError, match="`tag_scheme` must be one of"):
-        legal_moves(["O"], "BIO")
+        legal_moves(["O"], "BIOUS")
+
+
+@pytest.mark.parametrize(("alias", "scheme"), ALIASES.items())
+def test_usual_names_mean_the_scheme(alias, scheme):
+    labels = labels_of(scheme, "XY")
+    for ours, other in zip(legal_moves(labels, alias), legal_moves(labels, scheme), strict=True):
+        assert ours.equal(other)
+    assert convert_tags(["B-X", "I-X"], alias) == convert_tags(["B-X", "I-X"], scheme)
+    assert MaskedCRF(labels, tag_scheme=alias).tag_scheme == scheme
+
+
+def test_special_labels_are_outside_of_segments():
+    labels = ["[PAD]", "O", "B-X", "I-X", "X"]
+    legality = legal_moves(labels, "IOB2")
+    assert legality.moves[0].equal(legality.moves[1])
+    assert legality.moves[:, 4].equal(legality.moves[:, 1])
+    assert not legality.moves[[0, 1, 4], 3].any()
+    assert repair_tags(["X", "I-X", "[PAD]"], labels, "IOB2") == ["O", "B-X", "O"]
+    assert plain_tags(["X", "NOUN"], "none") == ["X", "NOUN"]
+
+
+def test_the_number_of_tags_has_a_limit():
+    labels = labels_of("IOBES", [str(kind) for kind in range(MAX_TAGS // 4 - 1)])
+    assert legal_moves(labels, "IOBES").moves.shape == (MAX_TAGS - 3,) * 2
+    many = [f"U-{number}" for number in range(MAX_TAGS + 1)]
+    for scheme in ("auto", "none"):
+        with pytest.raises(ValueError, match="must name at most 4096 tags, got 4097"):
+            MaskedCRF(many, tag_scheme=scheme)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from([*SCHEMES]), st.sets(st.sampled_from(["a", "b-c", "I", "7"]), min_size=1), st.booleans(), st.data()
+)
+def test_sets_of_labels_are_told_or_asked_for(scheme, types, typeless, data):
+    """A data set's own sequences are legal in the scheme that its labels are taken for, if they have all tags."""
+    labels = ["O", *PREFIXES[scheme].replace("O", "")] if typeless else labels_of(scheme, sorted(types))
+    labels = data.draw(st.permutations(labels))
+    if scheme.startswith("IOE"):
+        with pytest.raises(ValueError, match="IOE1 or IOE2"):
+            infer_scheme(labels)
+    else:
+        assert infer_scheme(labels) == {"IOB1": "IOB2"}.get(scheme, scheme)
+
+
+@settings(max_examples=50, deadline=None)
+@given(segmentations(), st.sampled_from(["IOB1", "IOB2", "IOE1", "IOE2", "IOBES", "BILOU"]))
+def test_seqeval_reads_the_same_segments(drawn, scheme):
+    segments, words = drawn
+    names = {kind: f"t{index}" for index, kind in enumerate(sorted({segment.type for segment in segments}))}
+    renamed = [segment._replace(type=names[segment.type]) for segment in segments]  # seqeval splits at every dash
+    tags = write_segments(renamed, words, scheme)
+    (found,) = Entities([tags], getattr(seqeval.scheme, scheme)).entities
+    assert [(entity.tag, entity.start, entity.end) for entity in found] == renamed
 
 
 def test_incomplete_sets_of_labels_are_used_as_they_are():

@@ -19,7 +19,15 @@ from hf_moebert import BertCrfForTokenClassification, CrfForTokenClassification,
 
 VOCAB = 60
 TYPES = ("PER", "B-I-O")  # dashes and prefixes inside a type are no prefixes
-PREFIXES = {"IOB2": "BI", "IOBES": "BIES", "BILOU": "BILU", "IOB1": "IB"}
+PREFIXES = {
+    "IOB2": "BI",
+    "IOBES": "BIES",
+    "BILOU": "BILU",
+    "BMES": "BMES",
+    "IOB1": "IB",
+    "IOE1": "IE",
+    "IOE2": "IE",
+}
 LABELS = ["O", "B-PER", "I-PER", "B-B-I-O", "I-B-I-O"]
 WORDS = ["new", "york", "##er", "##s", "in", "the", "lon", "##don", "and", "."]
 
