@@ -31,7 +31,7 @@ def test_groups_are_ordered_by_layer_and_kind(family):
         assert (group.num_units, group.unit_size) == ((UNITS, 1) if group.kind == "neurons" else (HEADS, 8))
         gated = ARCHITECTURES[family] is ARCHITECTURES["llama"]
         assert len(group.readers) == (3 if group.kind == "heads" else 2 if gated else 1)
-        assert {len(reader.weight) for reader in group.readers} == {group.num_units * group.unit_size}
+        assert {len(reader.weight) for reader in group.readers} == {group.num_units * group.unit_size * group.blocks}
 
 
 def test_heads_are_units_where_they_are_independent():

@@ -41,7 +41,8 @@ class CachedStates(torch.utils.data.Dataset):
     """
 
     def __init__(self, file: str | Path, examples: Dataset) -> None:
-        self.file, self.examples = Path(file), examples.select_columns(_kept_columns(examples))
+        kept = _kept_columns(examples)
+        self.file, self.examples = Path(file), examples.select_columns(kept) if kept else [{}] * len(examples)
         self.offsets = _read_offsets(self.file).tolist()
         if len(self.offsets) - 1 != len(examples):
             raise ValueError(
