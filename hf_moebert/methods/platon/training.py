@@ -11,6 +11,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from hf_moebert.checkpoints.callbacks import CheckpointManifestCallback
+from hf_moebert.training.optimizers import refuse_averaging
 from hf_moebert.training.sharding import refuse_sharded
 
 from .recipe import PlatonConfig
@@ -39,8 +40,8 @@ class PlatonPruningCallback(CheckpointManifestCallback):
 
     Raises:
         ValueError: When training begins, if nothing can be pruned, the run is too short for the schedule, the model
-            is sharded (FSDP, DeepSpeed), or the checkpoint has no matching state; and as
-            `CheckpointManifestCallback`.
+            is sharded (FSDP, DeepSpeed), the optimizer evaluates other weights than it trains, or the checkpoint has
+            no matching state; and as `CheckpointManifestCallback`.
         FloatingPointError: While training, if gradients stay NaN or infinite.
 
     Source: Zhang et al. 2022, https://arxiv.org/abs/2206.12562.
@@ -65,6 +66,7 @@ class PlatonPruningCallback(CheckpointManifestCallback):
         super().on_train_begin(args, state, control)
         model: nn.Module = kwargs["model"]
         refuse_sharded(model, "Pruning must see whole parameters and their gradients")
+        refuse_averaging(kwargs["optimizer"], "Pruning must see the weights that are evaluated and saved")
         self.pruner = None  # frees its memory before the next one allocates as much
         self.pruner = Pruner(model, self.config, state.max_steps)  # a new one: `train` may be called twice
         if state.global_step:
