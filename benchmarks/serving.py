@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 import torch
-import uvicorn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -43,6 +42,7 @@ from hf_moebert.methods.multitask.modeling_multitask import MultiTaskBertModel
 from hf_moebert.methods.multitask.pipeline import MultiTaskPipeline, group_by_length
 from hf_moebert.reporting.tables import markdown_table
 from hf_moebert.serving import DynamicBatcher, ServingLimits, build_app
+from hf_moebert.serving.server import LimitedServer
 
 
 MEASURES = ("requests/s", "p50", "p99")
@@ -209,7 +209,7 @@ async def behind_batcher(predictor: Any, limits: ServingLimits) -> AsyncIterator
 @asynccontextmanager
 async def behind_server(predictor: Any, limits: ServingLimits) -> AsyncIterator[Ask]:
     """Yield a function that asks a server in a thread."""
-    server = uvicorn.Server(uvicorn.Config(build_app(predictor, limits=limits), port=0, log_level="warning"))
+    server = LimitedServer(build_app(predictor, limits=limits), port=0)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

@@ -240,6 +240,15 @@ def serve(
     max_body_bytes: Annotated[int, typer.Option(min=1, help=LIMIT_HELP["max_body_bytes"])] = LIMITS.max_body_bytes,
     max_characters: Annotated[int, typer.Option(min=1, help=LIMIT_HELP["max_characters"])] = LIMITS.max_characters,
     timeout_s: Annotated[float, typer.Option(min=0.001, help=LIMIT_HELP["timeout_s"])] = LIMITS.timeout_s,
+    max_header_bytes: Annotated[
+        int, typer.Option(min=1, help=LIMIT_HELP["max_header_bytes"])
+    ] = LIMITS.max_header_bytes,
+    header_timeout_s: Annotated[
+        float, typer.Option(min=0.001, help=LIMIT_HELP["header_timeout_s"])
+    ] = LIMITS.header_timeout_s,
+    keep_alive_s: Annotated[float, typer.Option(min=0.001, help=LIMIT_HELP["keep_alive_s"])] = LIMITS.keep_alive_s,
+    max_connections: Annotated[int, typer.Option(min=1, help=LIMIT_HELP["max_connections"])] = LIMITS.max_connections,
+    grace_s: Annotated[float, typer.Option(min=0.001, help=LIMIT_HELP["grace_s"])] = LIMITS.grace_s,
     threads: Threads = None,
     allow_updates: Annotated[
         Path | None,
@@ -248,8 +257,9 @@ def serve(
 ) -> None:
     """Answer texts over HTTP with all tasks of a model, until Ctrl-C or SIGTERM."""
     try:
-        from hf_moebert.serving.app import build_app, run_server
+        from hf_moebert.serving.app import build_app
         from hf_moebert.serving.limits import ServingLimits
+        from hf_moebert.serving.server import run_server
     except ImportError as error:
         raise ValueError(f"`serve` needs more packages, {error}. Use `pip install hf_moebert[serve]`.") from error
     _quiet_libraries()
@@ -257,7 +267,19 @@ def serve(
         import torch
 
         torch.set_num_threads(threads)
-    limits = ServingLimits(max_batch, max_wait_ms, queue_size, max_body_bytes, max_characters, timeout_s)
+    limits = ServingLimits(
+        max_batch=max_batch,
+        max_wait_ms=max_wait_ms,
+        queue_size=queue_size,
+        max_body_bytes=max_body_bytes,
+        max_characters=max_characters,
+        timeout_s=timeout_s,
+        max_header_bytes=max_header_bytes,
+        header_timeout_s=header_timeout_s,
+        keep_alive_s=keep_alive_s,
+        max_connections=max_connections,
+        grace_s=grace_s,
+    )
     predictor = _load_tasks(model)
     served = build_app(predictor, limits=limits, allow_updates=allow_updates)
     names = ", ".join(predictor.describe_tasks())

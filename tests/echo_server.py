@@ -6,9 +6,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import uvicorn
-
 from hf_moebert.serving import ServingLimits, build_app, run_server
+from hf_moebert.serving.server import LimitedServer
 
 
 class Echo:
@@ -53,7 +52,7 @@ class Echo:
 @contextmanager
 def running(app):
     """Serve in a thread on a free port, and yield the URL."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="on", log_level="warning"))
+    server = LimitedServer(app, port=0)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -1,3 +1,4 @@
-from .app import Predictor as Predictor, build_app as build_app, run_server as run_server
+from .app import Predictor as Predictor, build_app as build_app
 from .batching import DynamicBatcher as DynamicBatcher
 from .limits import ServingLimits as ServingLimits
+from .server import run_server as run_server

@@ -1,26 +1,25 @@
-"""HTTP server of any `Predictor`, which answers texts."""
+"""Application that answers texts by any `Predictor`."""
 
 import asyncio
 import logging
-import signal
-import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import ClientDisconnect
 
 from hf_moebert.architectures.protocols import Predictor
 
 from .batching import BatcherClosed, DynamicBatcher, QueueFull
 from .limits import ServingLimits
 from .monitoring import Metrics, MonitoringMiddleware
-from .requests import PredictRequest, UpdateRequest, count_characters, folder_inside, read_body
+from .requests import BodyReader, PredictRequest, UpdateRequest, count_characters, folder_inside, wait_for_departure
 
 
 logger = logging.getLogger(__name__)
@@ -34,6 +33,7 @@ class Service:
         self.updates = None if updates is None else updates.resolve(strict=True)
         self.batcher = DynamicBatcher(self._run, limits)
         self.metrics = Metrics(lambda: self.batcher.depth)
+        self.reader = BodyReader(limits)
         self._updating = asyncio.Lock()
 
     @asynccontextmanager
@@ -42,13 +42,18 @@ class Service:
         yield
         await asyncio.to_thread(self.batcher.close)
 
+    def begin_closing(self, linger: float) -> None:
+        """Answer what was accepted, refuse the rest with 503, and wait `linger` seconds for the end of a body."""
+        self.batcher.stop()
+        self.reader.close(linger)
+
     async def predict(self, request: Request) -> Response:
         """Answer POST /predict: one input or several, by some tasks or all."""
-        asked = await read_body(request, PredictRequest, self.limits)
+        asked = await self.reader.read(request, PredictRequest)
         inputs = asked.inputs if isinstance(asked.inputs, list) else [asked.inputs]
         self._check(inputs, asked.tasks)
         with self.metrics.latency.time():
-            return JSONResponse({"results": await self._answer(inputs, asked.tasks)})
+            return JSONResponse({"results": await self._answer(request, inputs, asked.tasks)})
 
     async def list_tasks(self) -> Response:
         """Answer GET /tasks: a description of each task."""
@@ -57,7 +62,7 @@ class Service:
     async def put_task(self, name: str, request: Request) -> Response:
         """Answer PUT /tasks/{name}: load a task while others are answered, and put it between two batches."""
         root = self._root()
-        asked = await read_body(request, UpdateRequest, self.limits)
+        asked = await self.reader.read(request, UpdateRequest)
         folder = folder_inside(root, asked.folder)
         async with self._updating:
             try:
@@ -80,8 +85,8 @@ class Service:
 
     async def health(self) -> Response:
         """Answer GET /health: 200 as long as requests are accepted."""
-        alive = self.batcher.alive
-        return JSONResponse({"status": "ok" if alive else "closing"}, 200 if alive else 503)
+        alive, stuck = self.batcher.alive, self.batcher.stuck
+        return JSONResponse({"status": "ok" if alive else "stuck" if stuck else "closing"}, 200 if alive else 503)
 
     async def show_metrics(self) -> Response:
         """Answer GET /metrics in the text format of Prometheus."""
@@ -93,29 +98,55 @@ class Service:
         answers = iter(self.predictor.answer(flat))
         return [[next(answers) for _ in inputs] for inputs, _ in requests]
 
-    async def _answer(self, inputs: list[Any], tasks: list[str] | None) -> list[Any]:
+    async def _answer(self, request: Request, inputs: list[Any], tasks: list[str] | None) -> list[Any]:
         length = max(count_characters(one) for one in inputs)
+        if self.batcher.stuck:
+            raise HTTPException(503, "A batch takes too long. Ask another server.", {"Retry-After": "1"})
         try:
             future = self.batcher.submit((inputs, tasks), size=len(inputs), length=length)
         except QueueFull as error:
             raise HTTPException(429, str(error), {"Retry-After": "1"}) from error
         except BatcherClosed as error:
-            raise HTTPException(503, "The server is closing. Ask another one.") from error
+            raise self._closing() from error
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), self.limits.timeout_s)
-        except TimeoutError as error:
-            raise HTTPException(504, f"No answer within {self.limits.timeout_s} seconds. Try again later.") from error
+            return await self._wait(request, future)
+        except (HTTPException, ClientDisconnect):
+            raise
+        except BatcherClosed as error:
+            raise self._closing() from error
         except Exception:
             self._check(inputs, tasks)  # a task may have been removed meanwhile
             raise
 
+    async def _wait(self, request: Request, future: Future) -> Any:
+        """Wait for an answer as long as there is someone to get it; otherwise give its seats in the queue back."""
+        answer = asyncio.wrap_future(future)
+        departure = asyncio.ensure_future(wait_for_departure(request))
+        try:
+            first = asyncio.FIRST_COMPLETED
+            await asyncio.wait({answer, departure}, timeout=self.limits.timeout_s, return_when=first)
+            if departure.done():
+                raise ClientDisconnect
+            if not answer.done():
+                raise HTTPException(504, f"No answer within {self.limits.timeout_s} seconds. Try again later.")
+            return answer.result()
+        finally:
+            departure.cancel()
+            answer.cancel()
+            future.cancel()
+
     async def _between(self, call: Any) -> None:
         try:
-            await asyncio.wrap_future(self.batcher.between(call))
+            await asyncio.wait_for(asyncio.wrap_future(self.batcher.between(call)), self.limits.timeout_s)
         except BatcherClosed as error:
-            raise HTTPException(503, "The server is closing. Ask another one.") from error
+            raise self._closing() from error
+        except TimeoutError as error:
+            raise HTTPException(504, f"No turn within {self.limits.timeout_s} seconds. Try again later.") from error
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
+
+    def _closing(self) -> HTTPException:
+        return HTTPException(503, "The server is closing. Ask another one.", {"Connection": "close"})
 
     def _check(self, inputs: list[Any], tasks: list[str] | None) -> None:
         if not 1 <= len(inputs) <= self.limits.max_batch:
@@ -159,33 +190,20 @@ def build_app(
         OSError: If the directory does not exist.
     """
     service = Service(predictor, limits or ServingLimits(), allow_updates)
-    app = FastAPI(title="hf_moebert", docs_url=None, redoc_url=None, openapi_url=None, lifespan=service.lifespan)
+    app = FastAPI(
+        title="hf_moebert",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        lifespan=service.lifespan,
+        redirect_slashes=False,  # a redirect would lead to the Host that the client names
+    )
+    app.state.service = service
     app.add_middleware(MonitoringMiddleware, metrics=service.metrics)
     app.add_api_route("/predict", service.predict, methods=["POST"])
-    app.add_api_route("/tasks", service.list_tasks, methods=["GET"])
+    app.add_api_route("/tasks", service.list_tasks, methods=["GET", "HEAD"])
     app.add_api_route("/tasks/{name}", service.put_task, methods=["PUT"])
     app.add_api_route("/tasks/{name}", service.delete_task, methods=["DELETE"])
-    app.add_api_route("/health", service.health, methods=["GET"])
-    app.add_api_route("/metrics", service.show_metrics, methods=["GET"])
+    app.add_api_route("/health", service.health, methods=["GET", "HEAD"])
+    app.add_api_route("/metrics", service.show_metrics, methods=["GET", "HEAD"])
     return app
-
-
-def run_server(app: FastAPI, *, host: str, port: int, announce: Callable[[str], object]) -> None:
-    """Serve until SIGINT or SIGTERM, then answer all accepted requests and return.
-
-    Args:
-        app: Application from `build_app`.
-        host: Address to listen on.
-        port: Port to listen on; 0 for any free one.
-        announce: Called with the URL of the server as soon as it accepts connections.
-
-    Raises:
-        OSError: If the address is not available.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    config = uvicorn.Config(app, lifespan="on", log_level="warning", access_log=False, server_header=False)
-    with socket.create_server((host, port), family=family, backlog=config.backlog) as listener:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn calls it again at the end
-        with suppress(KeyboardInterrupt):
-            announce(f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}")
-            uvicorn.Server(config).run(sockets=[listener])

@@ -4,7 +4,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -40,9 +40,12 @@ class DynamicBatcher:
     given to `between` keep their place in the queue: requests accepted before them are answered before them, requests
     accepted after them are answered after them.
 
+    Whatever a batch raises, a `BaseException` too, ends in the futures of its requests. Should the worker end for any
+    other reason, `dead` is true, and all that waited fails.
+
     Args:
         run: Answers a list of requests with a list of results, in order. Runs in the worker thread only.
-        limits: Limits, of which `max_batch`, `max_wait_ms` and `max_waiting` apply.
+        limits: Limits, of which `max_batch`, `max_wait_ms`, `max_waiting` and `timeout_s` apply.
     """
 
     def __init__(
@@ -51,10 +54,11 @@ class DynamicBatcher:
         limits: ServingLimits,
     ) -> None:
         self.max_batch, self.max_waiting = limits.max_batch, limits.max_waiting
-        self._run, self._max_wait = run, limits.max_wait_ms / 1000
+        self._run, self._max_wait, self._timeout = run, limits.max_wait_ms / 1000, limits.timeout_s
         self._waiting: deque[_Waiting] = deque()
         self._size = 0  # waiting inputs
         self._calls = 0  # waiting calls
+        self._started: float | None = None  # of the batch that runs
         self._closed = False
         self._changed = threading.Condition()
         self._worker = threading.Thread(target=self._work, name="batcher", daemon=True)
@@ -68,10 +72,23 @@ class DynamicBatcher:
     @property
     def alive(self) -> bool:
         """True as long as requests are accepted and answered."""
-        return self._worker.is_alive() and not self._closed
+        return not (self._closed or self.dead or self.stuck)
+
+    @property
+    def dead(self) -> bool:
+        """True once the worker ended, be it closed or not."""
+        return not self._worker.is_alive()
+
+    @property
+    def stuck(self) -> bool:
+        """True while a batch runs for longer than a request waits, so that no answer would come in time."""
+        started = self._started
+        return started is not None and time.monotonic() - started > self._timeout
 
     def submit(self, request: Any, *, size: int = 1, length: int = 0) -> Future:
-        """Queue a request; `asyncio.wrap_future` makes its future awaitable, and cancelling it withdraws the request.
+        """Queue a request; `asyncio.wrap_future` makes its future awaitable.
+
+        Cancelling the future withdraws a request that waits, and gives its seats in the queue back at once.
 
         Args:
             request: Element of the list that `run` takes.
@@ -105,11 +122,15 @@ class DynamicBatcher:
         with self._changed:
             return self._append(_Waiting(None, 0, 0, call))
 
-    def close(self) -> None:
-        """Accept no more requests, answer those accepted, and end the worker."""
+    def stop(self) -> None:
+        """Accept no more requests; the worker answers those accepted, and ends."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def close(self) -> None:
+        """Accept no more requests, answer those accepted, and wait until the worker has ended."""
+        self.stop()
         self._worker.join()
 
     def __enter__(self) -> Self:
@@ -122,32 +143,59 @@ class DynamicBatcher:
         if self._closed:
             raise BatcherClosed("This batcher is closed. Make a new one.")
         self._waiting.append(entry)
-        self._size += entry.size
-        self._calls += entry.call is not None
+        self._count(entry, 1)
         self._changed.notify_all()
+        entry.future.add_done_callback(lambda future: self._withdraw(entry) if future.cancelled() else None)
         return entry.future
 
+    def _withdraw(self, entry: _Waiting) -> None:
+        """Take a cancelled entry out of the queue; one that was taken for a batch is not there."""
+        with self._changed:
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+                self._count(entry, -1)
+
+    def _count(self, entry: _Waiting, sign: int) -> None:
+        self._size += sign * entry.size
+        self._calls += sign * (entry.call is not None)
+
     def _work(self) -> None:
-        while batch := self._take():
-            if live := [entry for entry in batch if entry.future.set_running_or_notify_cancel()]:
-                self._answer(live)
+        try:
+            while batch := self._take():
+                if live := [entry for entry in batch if entry.future.set_running_or_notify_cancel()]:
+                    self._started = time.monotonic()
+                    self._answer(live)
+                    self._started = None
+        finally:
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """Fail what still waits when the worker ends: nothing, unless it ended by a fault."""
+        with self._changed:
+            self._closed = True
+            left = list(self._waiting)
+        for entry in left:
+            if entry.future.set_running_or_notify_cancel():
+                entry.future.set_exception(BatcherClosed("The worker of this batcher has ended. Make a new one."))
 
     def _take(self) -> list[_Waiting]:
         """Wait for the next batch; an empty one ends the worker."""
         with self._changed:
-            while not self._waiting and not self._closed:
-                self._changed.wait()
-            while self._waiting and not self._closed and not self._calls and self._size < self.max_batch:
-                patience = self._waiting[0].since + self._max_wait - time.monotonic()
-                if patience <= 0:
-                    break
+            while not self._closed and (patience := self._patience()) != 0:
                 self._changed.wait(patience)
             batch = self._choose() if self._waiting else []
-            chosen = {id(entry) for entry in batch}
-            self._waiting = deque(entry for entry in self._waiting if id(entry) not in chosen)
-            self._size -= sum(entry.size for entry in batch)
-            self._calls -= sum(entry.call is not None for entry in batch)
+            for entry in batch:
+                self._waiting.remove(entry)
+                self._count(entry, -1)
             return batch
+
+    def _patience(self) -> float | None:
+        """Return the seconds until the next batch starts, `None` while nothing waits."""
+        if not self._waiting:
+            return None
+        if self._calls or self._size >= self.max_batch:
+            return 0
+        return max(0, self._waiting[0].since + self._max_wait - time.monotonic())
 
     def _choose(self) -> list[_Waiting]:
         first = self._waiting[0]
@@ -167,9 +215,9 @@ class DynamicBatcher:
     def _answer(self, batch: list[_Waiting]) -> None:
         try:
             results = self._results(batch)
-        except Exception as error:  # noqa: BLE001  # every error is passed on through the future
+        except BaseException as error:  # noqa: BLE001  # a tokenizer's panic is no `Exception`; all go through the future
             if len(batch) == 1:
-                batch[0].future.set_exception(error)
+                batch[0].future.set_exception(_passable(error))
             else:  # find the faulty request
                 for entry in batch:
                     self._answer([entry])
@@ -184,3 +232,12 @@ class DynamicBatcher:
         if len(results) != len(batch):
             raise RuntimeError(f"`run` must return a result for each of {len(batch)} requests, got {len(results)}.")
         return results
+
+
+def _passable(error: BaseException) -> Exception:
+    """Return an error that a future can carry and that ends no event loop, with the original as its cause."""
+    if isinstance(error, Exception) and not isinstance(error, (StopIteration, CancelledError)):
+        return error
+    failure = RuntimeError(f"The batch ended with {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure

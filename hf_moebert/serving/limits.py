@@ -3,7 +3,7 @@
 The command line loads this file without the package: it imports the standard library alone.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,19 @@ class ServingLimits:
     max_body_bytes: int = field(default=1_000_000, metadata={"help": "Largest body of a request."})
     max_characters: int = field(default=20_000, metadata={"help": "Most characters of an input."})
     timeout_s: float = field(default=30.0, metadata={"help": "Seconds until a request is given up."})
+    max_header_bytes: int = field(default=16_384, metadata={"help": "Largest headers of a request."})
+    header_timeout_s: float = field(
+        default=10.0, metadata={"help": "Seconds until a connection without whole headers is closed."}
+    )
+    keep_alive_s: float = field(
+        default=5.0, metadata={"help": "Seconds an answered connection is kept for its next request."}
+    )
+    max_connections: int = field(
+        default=2000, metadata={"help": "Most open connections; beyond, those that send no request are closed first."}
+    )
+    grace_s: float = field(
+        default=20.0, metadata={"help": "Seconds within which the process ends after SIGTERM, whatever is unanswered."}
+    )
 
     def __post_init__(self) -> None:
         if self.max_batch < 1:
@@ -33,8 +46,8 @@ class ServingLimits:
                 f"`queue_size` must be at least `max_batch` = {self.max_batch}, got {self.queue_size}. Leave it out "
                 f"for {8 * self.max_batch}, or lower `max_batch`."
             )
-        for name in ("max_body_bytes", "max_characters", "timeout_s"):
-            if (value := getattr(self, name)) <= 0:
+        for name in (one.name for one in fields(self)[3:]):
+            if not (value := getattr(self, name)) > 0:
                 default = type(self).__dataclass_fields__[name].default
                 raise ValueError(f"`{name}` must be above 0, got {value}. Use {default}.")
 

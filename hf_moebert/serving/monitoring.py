@@ -1,5 +1,6 @@
 """Monitoring of a server: its metrics, and the middleware that counts answers and reports unexpected errors."""
 
+import asyncio
 import logging
 import uuid
 from collections.abc import Callable
@@ -48,7 +49,11 @@ class MonitoringMiddleware:
             await self.app(scope, receive, send_and_note)
         except ClientDisconnect:
             status = 499
-        except Exception:
+        except asyncio.CancelledError:  # the server ends, and this task here
+            if not status:
+                closing = {"detail": "The server is closing. Ask another one."}
+                await JSONResponse(closing, 503, {"Connection": "close"})(scope, receive, send_and_note)
+        except BaseException:  # a `SystemExit` of a library would end the event loop
             error_id = uuid.uuid4().hex[:12]
             logger.exception("Error %s while answering %s %r", error_id, scope["method"], scope["path"])
             if not status:

@@ -11,6 +11,7 @@ from .limits import ServingLimits
 
 
 FAIL_FAST = Field(fail_fast=True)  # a message for each of a million wrong elements would waste time
+CLOSE = {"Connection": "close"}  # what follows on this connection may be the rest of a body
 Name = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 Part = str | Annotated[list[str], FAIL_FAST]
 Input = str | Annotated[dict[Name, Part], Field(fail_fast=True, max_length=4)]
@@ -32,28 +33,66 @@ class UpdateRequest(BaseModel):
     folder: str
 
 
-async def read_body(request: Request, form: type[Body], limits: ServingLimits) -> Body:
-    """Read and validate a body, within the limits of size and time, whatever its headers claim.
+class BodyReader:
+    """Reads bodies of requests within the limits of size and time, whatever their headers claim.
 
-    Raises:
-        HTTPException: With status 400, 408, 413 or 422 if it is refused.
+    Args:
+        limits: Limits, of which `max_body_bytes` and `timeout_s` apply.
     """
-    body, limit = bytearray(), limits.max_body_bytes
-    try:
-        async with asyncio.timeout(limits.timeout_s):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise HTTPException(413, f"The body must have at most {limit} bytes.", {"Connection": "close"})
-    except TimeoutError as error:
-        raise HTTPException(408, f"The body must arrive within {limits.timeout_s} seconds.") from error
-    try:
-        return form.model_validate_json(bytes(body))
-    except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False, include_input=False)
-        status = 400 if found[0]["type"] == "json_invalid" else 422
-        reasons = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'body'}: {one['msg']}" for one in found[:3])
-        raise HTTPException(status, f"{reasons:.500}") from error
+
+    def __init__(self, limits: ServingLimits) -> None:
+        self._limit, self._seconds = limits.max_body_bytes, limits.timeout_s
+        self._reading: set[asyncio.Timeout] = set()
+        self._closing = False
+
+    def close(self, seconds: float) -> None:
+        """Refuse every body that is not whole by now, and wait at most some seconds for its end."""
+        self._closing, self._seconds = True, min(seconds, self._seconds)
+        latest = asyncio.get_running_loop().time() + self._seconds
+        for reading in self._reading:
+            reading.reschedule(min(latest, reading.when() or latest))
+
+    async def read(self, request: Request, form: type[Body]) -> Body:
+        """Read and validate a body.
+
+        Raises:
+            HTTPException: With status 400, 408, 413 or 422 if it is refused, and with 503 once the reader is closed.
+        """
+        body, late = await self._receive(request)
+        if self._closing:
+            raise HTTPException(503, "The server is closing. Ask another one.", CLOSE)
+        if late:
+            raise HTTPException(408, f"The body must arrive within {self._seconds} seconds.", CLOSE)
+        try:
+            return form.model_validate_json(body)
+        except ValidationError as error:
+            found = error.errors(include_url=False, include_context=False, include_input=False)
+            status = 400 if found[0]["type"] == "json_invalid" else 422
+            reasons = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'body'}: {one['msg']}" for one in found[:3])
+            raise HTTPException(status, f"{reasons:.500}") from error
+
+    async def _receive(self, request: Request) -> tuple[bytes, bool]:
+        """Return a body, and whether it is cut because it came too slowly."""
+        body = bytearray()
+        patience = asyncio.timeout(self._seconds)
+        try:
+            async with patience:
+                self._reading.add(patience)
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > self._limit:
+                        raise HTTPException(413, f"The body must have at most {self._limit} bytes.", CLOSE)
+        except TimeoutError:
+            return bytes(body), True
+        finally:
+            self._reading.discard(patience)
+        return bytes(body), False
+
+
+async def wait_for_departure(request: Request) -> None:
+    """Return once the client of a request, whose body was read, has closed its connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def count_characters(inputs: Any) -> int:

@@ -34,6 +34,12 @@ def test_the_queue_grows_with_the_batch(limits, waiting):
         ({"max_body_bytes": 0}, "`max_body_bytes` must be above 0, got 0. Use 1000000."),
         ({"max_characters": 0}, "`max_characters` must be above 0, got 0. Use 20000."),
         ({"timeout_s": 0}, "`timeout_s` must be above 0, got 0. Use 30.0."),
+        ({"timeout_s": float("nan")}, "`timeout_s` must be above 0, got nan. Use 30.0."),
+        ({"max_header_bytes": 0}, "`max_header_bytes` must be above 0, got 0. Use 16384."),
+        ({"header_timeout_s": -1}, "`header_timeout_s` must be above 0, got -1. Use 10.0."),
+        ({"keep_alive_s": 0}, "`keep_alive_s` must be above 0, got 0. Use 5.0."),
+        ({"max_connections": 0}, "`max_connections` must be above 0, got 0. Use 2000."),
+        ({"grace_s": 0}, "`grace_s` must be above 0, got 0. Use 20.0."),
     ],
 )
 def test_limits_that_are_too_small_are_refused(limits, message):

@@ -37,6 +37,7 @@ LOADERS = {
     "TokenClassification": AutoModelForTokenClassification,
     "QuestionAnswering": AutoModelForQuestionAnswering,
 }
+PROBE = 8  # tokens
 OUTPUTS = ("logits", "start_logits", "end_logits", "marginals", "predictions")
 
 
@@ -143,7 +144,8 @@ class MultiTaskPipeline(Pipeline):
         """Load a single-task model for `put_task` from a local folder, without running code in it.
 
         Raises:
-            ValueError: If config.json names no single-task model, or one that needs code of the folder.
+            ValueError: If config.json names no single-task model, or one that needs code of the folder, or if weights
+                or the answers to a probe are not finite.
             OSError: If the folder holds no checkpoint of safetensors files.
         """
         with explain_refused_code(folder):
@@ -155,9 +157,11 @@ class MultiTaskPipeline(Pipeline):
                 f"`architectures` of config.json must name a class for {' or '.join(LOADERS)}, got {names}. Save a "
                 "fine-tuned model of one task."
             )
-        return loader.from_pretrained(
+        model = loader.from_pretrained(
             folder, dtype=self.model.dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
         )
+        refuse_nonfinite(model, folder)
+        return model
 
     def put_task(self, name: str, model: PreTrainedModel) -> None:
         """Add a task, or replace the task of this name; the others stay as they are.
@@ -264,6 +268,25 @@ class MultiTaskPipeline(Pipeline):
         if unable := [name for name in tasks if name not in able]:
             raise ValueError(f"`tasks` must be among {able} to read {list(form)}, got {unable}. Leave it out for all.")
         return list(tasks)
+
+
+@torch.no_grad()
+def refuse_nonfinite(model: PreTrainedModel, folder: str | PathLike[str]) -> None:
+    """Refuse a single-task model with weights that are not finite, or one that computes such numbers of a probe.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    broken = [name for name, tensor in model.named_parameters() if not tensor.isfinite().all()]
+    if not broken:
+        ids = torch.arange(PROBE, device=model.device)[None] % model.config.vocab_size  # (1, seq)
+        outputs = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
+        broken = [key for key in OUTPUTS if outputs.get(key) is not None and not outputs[key].isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"The model in {str(folder)!r} must be finite, in its weights and in its answer to a probe, got NaN or "
+            f"infinity in {', '.join(broken[:3])}. Train it again with a lower learning rate, or in float32."
+        )
 
 
 def kind_of(branch: PreTrainedModel) -> str:
