@@ -1,12 +1,13 @@
 """The pipeline "masked-crf": from text to the segments of the best legal tag sequence."""
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import TokenClassificationPipeline
+from transformers import BatchEncoding, TokenClassificationPipeline
 from transformers.pipelines.token_classification import AggregationStrategy
 
 from .functional_tags import SCHEMES, Segment, find_segments, plain_tags, split_tag
@@ -14,6 +15,7 @@ from .functional_tags import SCHEMES, Segment, find_segments, plain_tags, split_
 
 # Prefixes of the first, the inner and the last piece of a word, by the prefix of the word; BMES writes "M" for "I"
 PIECE_PREFIXES = {"B": "BII", "I": "III", "M": "III", "E": "IIE", "L": "IIL", "S": "BIE", "U": "BIL"}
+BOUNDARIES = ("tokenizer", "blanks")
 
 
 class Word(NamedTuple):
@@ -30,6 +32,10 @@ class CrfTokenClassificationPipeline(TokenClassificationPipeline):
     The CRF sees the first piece of each word, as in training; later pieces follow their word. All strategies of
     `aggregation_strategy` but "none" return the decoded segments, since no word has two tags. Texts of more than one
     window (`stride`) are decoded as one sequence, each word scored where it is farthest from the edge of a window.
+
+    The words of a text are those of the tokenizer, which splits off punctuation, or with `word_boundaries="blanks"`
+    what blanks separate: the same as the list of these words, for text that was split into words before. A tokenizer
+    that splits no words gets those between blanks.
 
     Our own design: the score of a token is the marginal probability of its word's tag, and the score of a segment is
     the lowest of its words, an upper bound of the probability of the segment.
@@ -55,6 +61,12 @@ class CrfTokenClassificationPipeline(TokenClassificationPipeline):
                 "Load it with `AutoTokenizer`."
             )
 
+    def _sanitize_parameters(self, word_boundaries: str | None = None, **kwargs: Any) -> tuple[dict, dict, dict]:
+        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        if word_boundaries not in (None, *BOUNDARIES):
+            raise ValueError(f"`word_boundaries` must be one of {', '.join(BOUNDARIES)}, got {word_boundaries!r}.")
+        return preprocess | ({"word_boundaries": word_boundaries} if word_boundaries else {}), forward, postprocess
+
     def preprocess(
         self, sentence: str | list[str], offset_mapping: Any = None, **preprocess_params: Any
     ) -> Iterator[dict[str, Any]]:
@@ -65,34 +77,54 @@ class CrfTokenClassificationPipeline(TokenClassificationPipeline):
                 f"The input must be {'a list of words' if split else 'a text'} without `offset_mapping`, got "
                 f"{type(sentence).__name__}. Set `is_split_into_words` for lists of words."
             )
-        encoded = self.tokenizer(
-            sentence,
-            is_split_into_words=split,
-            return_tensors="pt",
-            return_offsets_mapping=True,
-            truncation=self.tokenizer.model_max_length > 0,
-            **preprocess_params.get("tokenizer_params", {}),
-        )
-        encoded.pop("overflow_to_sample_mapping", None)
-        offsets, before = encoded.pop("offset_mapping"), [0]  # (windows, seq, 2)
-        if split:
+        options = preprocess_params.get("tokenizer_params", {})
+        if isinstance(sentence, str):
+            text = sentence
+            encoded, before = self._encode_text(text, preprocess_params.get("word_boundaries"), options)
+        else:
             delimiter = preprocess_params.get("delimiter") or ""
-            for word in sentence:
+            text, before = delimiter.join(sentence), [0]
+            for word in sentence[:-1]:
                 before.append(before[-1] + len(word) + len(delimiter))
-            sentence = delimiter.join(sentence)
+            encoded = self._encode(sentence, options)
+        encoded.pop("overflow_to_sample_mapping", None)
+        windows = encoded.pop("offset_mapping").tolist()  # (windows, seq, 2)
         begins: dict[int, int] = {}  # word: its first character; a window may start inside a word
-        for window, places in enumerate(offsets):
+        for window, places in enumerate(windows):
             words = encoded.word_ids(window)
-            starts = _find_starts(words, places[:, 0].tolist(), begins)
-            if split:
-                places = places + torch.tensor([before[word or 0] for word in words])[:, None]  # (seq, 2)
+            spans = [_trim(text, start, end, before, word) for (start, end), word in zip(places, words, strict=True)]
+            words = _drop_blanks(words, spans)
+            starts = _find_starts(words, [start for start, _ in spans], begins)
             yield {
                 **{name: value[window][None] for name, value in encoded.items()},
                 "word_mask": torch.tensor([starts]),  # (1, seq)
                 "words": torch.tensor([[0 if word is None else word + 1 for word in words]]),  # (1, seq), 0: none
-                "offsets": places[None],  # (1, seq, 2)
-                "is_last": window == len(offsets) - 1,
+                "offsets": torch.tensor([spans]),  # (1, seq, 2)
+                "is_last": window == len(windows) - 1,
             }
+
+    def _encode_text(
+        self, text: str, boundaries: str | None, options: dict[str, Any]
+    ) -> tuple[BatchEncoding, list[int]]:
+        """Tokenize a text, and return the place that the offsets of each word count from; none if from the text's.
+
+        A tokenizer that keeps words together would give a whole text one tag: its words are then split at blanks.
+        """
+        if boundaries != "blanks":
+            encoded = self._encode(text, options)
+            if not _joins_words(encoded, text):
+                return encoded, []
+        words = list(re.finditer(r"\S+", text))
+        return self._encode([word.group() for word in words], options), [word.start() for word in words]
+
+    def _encode(self, words: str | list[str], options: dict[str, Any]) -> BatchEncoding:
+        return self.tokenizer(
+            words,
+            return_tensors="pt",
+            return_offsets_mapping=True,
+            truncation=self.tokenizer.model_max_length > 0,
+            **options | {"is_split_into_words": not isinstance(words, str)},
+        )
 
     def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
         bookkeeping = {name: model_inputs.pop(name) for name in ("words", "offsets", "is_last")}
@@ -121,7 +153,7 @@ class CrfTokenClassificationPipeline(TokenClassificationPipeline):
 
     def _read_words(self, windows: list[dict[str, Any]]) -> list[Word]:
         """Collect the words of all windows of a text, each from where it is farthest from an edge."""
-        found: dict[int, tuple[int, dict[str, Any], list[int]]] = {}  # word: its margin, window and positions
+        found: dict[int, tuple[tuple[int, int], dict[str, Any], list[int]]] = {}  # word: margin, window and positions
         for window in windows:
             for word, (margin, positions) in _find_words(window["words"][0].tolist()).items():
                 if window["word_mask"][0, positions[0]] and (word not in found or margin > found[word][0]):
@@ -175,6 +207,34 @@ class CrfTokenClassificationPipeline(TokenClassificationPipeline):
         return [piece + tag[1:] for piece in spelled[0] + spelled[1] * (count - 2) + spelled[2]]
 
 
+def _joins_words(encoded: BatchEncoding, text: str) -> bool:
+    """Check whether the tokenizer takes several words, with blanks between them, as one."""
+    for window, places in enumerate(encoded["offset_mapping"].tolist()):
+        spans: dict[int, tuple[int, int]] = {}  # first and last character of each word
+        for word, (start, end) in zip(encoded.word_ids(window), places, strict=True):
+            if word is not None:
+                spans[word] = (spans.get(word, (start, end))[0], end)
+        if any(len(text[start:end].split()) > 1 for start, end in spans.values()):
+            return True
+    return False
+
+
+def _trim(text: str, start: int, end: int, before: list[int], word: int | None) -> tuple[int, int]:
+    """Return the characters of a token in the text, without the blanks that some tokenizers count with it."""
+    if word is None:
+        return start, end
+    shift = before[word] if before else 0
+    piece = text[start + shift : end + shift]
+    blanks = len(piece) - len(piece.lstrip())
+    return start + shift + blanks, start + shift + blanks + len(piece.strip())
+
+
+def _drop_blanks(words: list[int | None], spans: list[tuple[int, int]]) -> list[int | None]:
+    """Return the word of each token, None for those of words that are nothing but blanks."""
+    seen = {word for word, (start, end) in zip(words, spans, strict=True) if start < end}
+    return [word if word in seen else None for word in words]
+
+
 def _find_starts(words: list[int | None], characters: list[int], begins: dict[int, int]) -> list[bool]:
     """Return which tokens of a window begin a word; `begins` remembers words from window to window."""
     starts, before = [], None
@@ -184,13 +244,14 @@ def _find_starts(words: list[int | None], characters: list[int], begins: dict[in
     return starts
 
 
-def _find_words(words: list[int]) -> dict[int, tuple[int, list[int]]]:
-    """Find the positions of each word of a window, and its distance to the window's nearer edge."""
+def _find_words(words: list[int]) -> dict[int, tuple[tuple[int, int], list[int]]]:
+    """Find the positions of each word of a window, its distance to the window's nearer edge, and its length."""
     positions = [position for position, word in enumerate(words) if word]
     found = {}
     for word, group in groupby(positions, key=words.__getitem__):
         places = list(group)
-        found[word] = (min(places[0] - positions[0], positions[-1] - places[-1]), places)
+        distance = min(places[0] - positions[0], positions[-1] - places[-1])
+        found[word] = ((distance, len(places)), places)  # a window may hold the first pieces of a word alone
     return found
 
 

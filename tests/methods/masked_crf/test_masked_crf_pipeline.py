@@ -4,8 +4,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from tiny_crf import LABELS, PREFIXES, labels_of, make, make_dense, make_tokenizer
-from transformers import RobertaTokenizer, pipeline
+from transformers import LlamaTokenizer, RobertaTokenizer, pipeline
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hf_moebert.methods.masked_crf import CrfTokenClassificationPipeline
@@ -149,6 +150,78 @@ def test_tokenizers_of_bytes():
     pipe = CrfTokenClassificationPipeline(model=model, tokenizer=tokenizer)
     for text in (*TEXTS, "Zoë é 🙂 in"):
         assert told(pipe(text, aggregation_strategy="average")) == segments_of(pipe, text)
+
+
+def make_joining_pipeline(tokenizer, labels="IOBES"):
+    """A RoBERTa whose emissions do not depend on the context, with a tokenizer."""
+    tokenizer.model_max_length = 60
+    model = make("roberta", labels_of(labels))
+    model.resize_token_embeddings(len(tokenizer))
+    return CrfTokenClassificationPipeline(model=model, tokenizer=tokenizer)
+
+
+def letters(*symbols):
+    characters = [chr(code) for code in range(33, 127)] + ["\u2581"]
+    return {symbol: number for number, symbol in enumerate([*symbols, *characters])}
+
+
+@pytest.mark.parametrize("stride", [0, 5])
+def test_tokenizers_that_split_no_words(stride):
+    """Metaspace keeps a whole text together: its words are those between blanks, as in a list of words."""
+    pipe = make_joining_pipeline(LlamaTokenizer(vocab=letters("<unk>", "<s>", "</s>"), merges=[]))
+    pipe.tokenizer.pad_token = "</s>"
+    assert set(pipe.tokenizer("in the London").word_ids()) <= {None, 0}
+    options = {"aggregation_strategy": "simple"} | ({"stride": stride} if stride else {})
+    if stride:
+        pipe.tokenizer.model_max_length = 24
+    for text in ("in the London and New York", " in  the\nLondon, "):
+        found, words = pipe(text, **options, ignore_labels=[]), text.split()
+        listed = pipe([words], **options, is_split_into_words=True, ignore_labels=[])[0]
+        assert [(x["entity_group"], text[x["start"] : x["end"]].split()) for x in found] == [
+            (x["entity_group"], " ".join(words)[x["start"] : x["end"]].split()) for x in listed
+        ]
+        assert [word for x in found for word in text[x["start"] : x["end"]].split()] == words
+        assert stride or int(next(pipe.preprocess(text))["word_mask"].sum()) == len(words)
+
+
+def test_spans_have_no_blanks_around_them():
+    """A byte-level tokenizer may count the blank before a word with it, and takes a second blank for a word."""
+    symbols = ["<s>", "<pad>", "</s>", "<unk>", *bytes_to_unicode().values(), "<mask>"]
+    tokenizer = RobertaTokenizer(
+        vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[], trim_offsets=False
+    )
+    pipe = make_joining_pipeline(tokenizer)
+    text = "in  the London and\n New York ."
+    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    assert any(text[start:end].isspace() for start, end in offsets)
+    for strategy in ("none", "simple"):
+        for ignored in (["O"], []):
+            found = pipe(text, aggregation_strategy=strategy, ignore_labels=ignored)
+            assert found
+            pieces = [text[x["start"] : x["end"]] for x in found]
+            assert pieces == [piece.strip() for piece in pieces]
+    words = next(pipe.preprocess(text, tokenizer_params={}))
+    assert int(words["word_mask"].sum()) == len(text.split())
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.text("abNLy.,'#@é", min_size=1, max_size=6), min_size=1, max_size=6), st.sampled_from([*PREFIXES]))
+def test_texts_split_at_blanks_are_lists_of_words(words, scheme):
+    pipe = make_pipeline(scheme)
+    options = {"aggregation_strategy": "simple", "ignore_labels": []}
+    listed = pipe([words], **options, is_split_into_words=True)[0]
+    assert pipe(" ".join(words), **options, word_boundaries="blanks") == listed
+
+
+def test_words_of_the_tokenizer_are_split_at_punctuation():
+    pipe = make_pipeline()
+    starts = {
+        boundaries: int(next(pipe.preprocess("London.in the", word_boundaries=boundaries))["word_mask"].sum())
+        for boundaries in ("tokenizer", "blanks")
+    }
+    assert starts == {"tokenizer": 4, "blanks": 2}
+    with pytest.raises(ValueError, match="`word_boundaries` must be one of tokenizer, blanks, got 'words'"):
+        pipe("London", word_boundaries="words")
 
 
 def test_windows_are_decoded_as_one_text():
