@@ -11,7 +11,9 @@ from typing import Any
 
 import peft.mapping
 import torch
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_moebert.architectures.families import ARCHITECTURES
@@ -41,6 +43,19 @@ class MPOModel(BaseTuner):
     prefix = "mpo_"
     tuner_layer_cls = MPOLayer
     target_module_mapping = TARGETS
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add the adapter; of 'all-linear' layers, those of the head train as a whole and are saved with it instead.
+
+        A head is often new: adapted, its base would be drawn anew wherever the adapter is loaded. PEFT knows the heads
+        of some `task_type` alone.
+        """
+        config = self.peft_config[adapter_name]
+        if config.init_weights and config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            excluded = config.exclude_modules if isinstance(config.exclude_modules, set) else set()
+            heads = {*(config.modules_to_save or []), *_find_heads(model)} - excluded
+            config.modules_to_save = sorted(heads) or None
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _create_and_replace(
         self,
@@ -84,6 +99,15 @@ def _wrap(target: nn.Module, name: str) -> MPOLayer:
         f" not quantised, got `{name}`, a {type(target).__name__}. Leave it out with `exclude_modules`, or load the"
         " model without quantisation."
     )
+
+
+def _find_heads(model: nn.Module) -> list[str]:
+    """Name the parts of a model beside its body that have weights, but for output embeddings, which are trained."""
+    if not isinstance(model, PreTrainedModel) or model.base_model is model:
+        return []
+    outputs = model.get_output_embeddings()
+    parts = [(name, part) for name, part in model.named_children() if part is not model.base_model]
+    return [name for name, part in parts if any(True for _ in part.parameters()) and outputs not in [*part.modules()]]
 
 
 def _register() -> None:

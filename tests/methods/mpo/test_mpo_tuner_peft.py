@@ -180,14 +180,40 @@ def test_by_default_attention_and_feed_forward_matrices_are_adapted(kind):
 def test_all_linear_a_pattern_and_single_layers():
     everything = adapted(trained=False, target_modules="all-linear", exclude_modules=["classifier"])
     everything.add_adapter("second", MPOConfig(target_modules="all-linear"))
-    assert {"model.bert.pooler.dense", "model.classifier"} < set(layers(everything.base_model))
-    assert list(everything.base_model.model.classifier.mpo_auxiliary) == ["second"]
+    assert "model.bert.pooler.dense" in layers(everything.base_model)
+    assert "model.classifier" not in layers(everything.base_model)
+    assert everything.peft_config["default"].modules_to_save is None  # excluded is excluded
+    assert everything.peft_config["second"].modules_to_save == ["classifier"]
     one = adapted(trained=False, target_modules=r".*layer\.1.*\.query")
     assert list(layers(one.base_model)) == ["model.bert.encoder.layer.1.attention.self.query"]
     one = adapted(trained=False, target_modules=["key"], layers_to_transform=[0], layers_pattern="layer")
     assert list(layers(one.base_model)) == ["model.bert.encoder.layer.0.attention.self.key"]
     gpt2 = adapted("gpt2", trained=False, target_modules="all-linear")
     assert len(layers(gpt2)) == 8
+
+
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
+@pytest.mark.parametrize("kind", ["bert", "albert", "distilbert"])
+def test_all_linear_saves_a_new_head(kind, task_type, tmp_path):
+    """The head of the model that the adapter is loaded into is another random one."""
+    base, x = build(kind), ids()
+    model = get_peft_model(copy.deepcopy(base), MPOConfig(target_modules="all-linear", task_type=task_type))
+    assert not [name for name in layers(model) if name.split(".")[-1] in {"classifier", "pre_classifier"}]
+    train(model, x)
+    expected = logits(model, x)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if "classifier" in name:
+                parameter.normal_()
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path), x), expected)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5", "llama"])
+def test_all_linear_leaves_output_embeddings_frozen(kind):
+    model = get_peft_model(build(kind), MPOConfig(target_modules="all-linear"))
+    assert not model.peft_config["default"].modules_to_save
+    assert not any("lm_head" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def test_layers_that_albert_repeats_are_adapted_once():
