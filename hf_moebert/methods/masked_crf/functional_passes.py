@@ -178,11 +178,16 @@ def _close_exactly(filtered: Filtered, lengths: Tensor, end: Tensor) -> tuple[Te
 def smooth_words_exactly(
     share: Tensor, inflow: Tensor, at_end: Tensor, lengths: Tensor, transitions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Run the backward pass like `smooth_words`, on the result of `filter_words_exactly`."""
+    """Run the backward pass like `smooth_words`, on the result of `filter_words_exactly`.
+
+    The shares of a tag's origins are normalised among themselves: beside emissions of 1e14, the sum that `inflow` is
+    has lost its last digits, and the shares in it would add up to more than 1.
+    """
     expected, moves = _place_at_last_word(at_end, lengths, share), torch.zeros_like(transitions)
     for word in range(len(share) - 1, 0, -1):
-        origin = share[word - 1][:, :, None] + transitions - inflow[word][:, None, :]  # (batch, tags, tags)
-        flow = origin.exp().nan_to_num(nan=0.0) * expected[word][:, None, :]  # NaN where nothing flows into the tag
+        origin = (share[word - 1][:, :, None] + transitions).softmax(1)  # (batch, tags, tags)
+        reached = (inflow[word] > -torch.inf)[:, None, :]  # (batch, 1, tags); NaN where nothing flows into the tag
+        flow = torch.where(reached, origin, 0) * expected[word][:, None, :]  # (batch, tags, tags)
         expected[word - 1] += flow.sum(2)
         moves += flow.sum(0)
     return expected, moves

@@ -158,6 +158,11 @@ def _find_words(
                 f"`word_mask` must be given with an `attention_mask` of shape {tuple(attention_mask.shape)}, which "
                 "does not say where words are. Or use one of the shape (batch, seq)."
             )
+        logger.warning_once(
+            "Without `word_mask` and `labels` every token counts as a word, special tokens and later pieces of words "
+            'too. Use `pipeline("masked-crf", ...)`, which marks words: "token-classification" reads `logits` alone, '
+            "and ignores the CRF."
+        )
         return attention_mask.to(emissions.device).bool()
     return torch.ones(emissions.shape[:2], dtype=torch.bool, device=emissions.device)
 

@@ -11,7 +11,7 @@ from hf_moebert.methods.masked_crf.functional_tags import PREFIXES, count_breaks
 
 
 IOB2 = ["O", "B-X", "I-X", "B-Y", "I-Y"]
-SCHEMES = ("IOB2", "IOBES", "BILOU", "IOB1")
+SCHEMES = ("IOB2", "IOBES", "BILOU", "BMES", "IOB1", "IOE1", "IOE2")
 
 
 def labels_of(scheme, types="XY"):
@@ -121,6 +121,23 @@ def test_probabilities_of_legal_sequences_add_up_to_one():
     likelihood, counted = soft.likelihood_and_rows(emissions, gold, mask)
     torch.testing.assert_close(likelihood[counted].exp().sum(), torch.tensor(1.0))
     assert 0 < counted.sum() < 5**4
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    scheme=st.sampled_from([*SCHEMES, "none"]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    exponent=st.integers(-3, 38),
+    discrete=st.booleans(),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_marginals_of_any_finite_emissions_add_up_to_one(scheme, dtype, exponent, discrete, seed):
+    crf = random_crf(labels_of("IOB2" if scheme == "none" else scheme), seed=seed, tag_scheme=scheme)
+    emissions, mask = random_rows(len(crf.labels), seed=seed)
+    emissions = emissions.sign() if discrete else emissions  # many ties
+    found = crf.marginals((emissions.double() * 10.0**exponent).clamp(-3e38, 3e38).to(dtype), mask)
+    assert (found >= 0).all()
+    torch.testing.assert_close(found.sum(-1), mask.to(dtype), atol=1e-5, rtol=0)
 
 
 ILLEGAL = torch.tensor([[0, 2, 2, 0], [0, 1, 2, 0], [2, 0, 0, 0]])  # O I-X I-X O; O B-X I-X O; I-X O O O

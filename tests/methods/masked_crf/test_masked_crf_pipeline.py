@@ -9,7 +9,7 @@ from tiny_crf import LABELS, PREFIXES, labels_of, make, make_dense, make_tokeniz
 from transformers import LlamaTokenizer, RobertaTokenizer, pipeline
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from hf_moebert.methods.masked_crf import CrfTokenClassificationPipeline
+from hf_moebert.methods.masked_crf import CrfTokenClassificationPipeline, modeling_masked_crf
 from hf_moebert.methods.masked_crf.functional_tags import count_breaks, find_segments
 
 
@@ -264,6 +264,17 @@ def test_inputs_that_do_not_fit():
         pipe("the London", offset_mapping=[(0, 3), (4, 10)])
     with pytest.raises(ValueError, match="must be a text .*, got list. Set `is_split_into_words`"):
         pipe([["the", "London"]])
+
+
+@pytest.mark.parametrize("kind", ["bert", "any bert"])
+def test_the_stock_task_warns_that_it_ignores_the_crf(kind, monkeypatch):
+    warned = []
+    monkeypatch.setattr(modeling_masked_crf.logger, "warning_once", warned.append)
+    pipe = make_pipeline(kind=kind)
+    pipe("the London")
+    assert not warned
+    pipeline("token-classification", model=pipe.model, tokenizer=pipe.tokenizer)("the London")
+    assert '"token-classification" reads `logits` alone, and ignores the CRF' in warned[0]
 
 
 def test_the_task_is_registered():
