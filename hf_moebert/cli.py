@@ -290,9 +290,9 @@ def _load_tasks(source: str) -> Any:
     from transformers import AutoConfig, pipeline
 
     from hf_moebert import MultiTaskBertModel
-    from hf_moebert.checkpoints.remote_code import explain_refused_code
+    from hf_moebert.checkpoints.remote_code import refuse_code
 
-    with explain_refused_code(source):
+    with refuse_code(source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.model_type != MultiTaskBertModel.config_class.model_type:
             raise ValueError(f"`model` must be a merged multi-task model, got {config.model_type!r} in {source!r}.")

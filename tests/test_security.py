@@ -24,7 +24,7 @@ from hf_moebert import MoEBertConfig, MoEBertForSequenceClassification
 from hf_moebert.checkpoints.folders import list_files
 from hf_moebert.checkpoints.loading import load_model
 from hf_moebert.checkpoints.packing import pack_folder
-from hf_moebert.checkpoints.remote_code import explain_refused_code
+from hf_moebert.checkpoints.remote_code import refuse_code
 from hf_moebert.measuring.comparison import measure
 from hf_moebert.reporting.hub import publish
 from hf_moebert.reporting.model_card import TEMPLATE
@@ -272,12 +272,12 @@ def test_the_base_of_an_adapter_is_checked(root):
     (root / "adapter").mkdir()
     update(root / "adapter" / "adapter_config.json", {"base_model_name_or_path": str(root / "classifier")})
     (root / "adapter" / "adapter_model.safetensors").touch()
-    with explain_refused_code(root / "adapter"):
+    with refuse_code(root / "adapter"):
         pass
     update(root / "classifier" / "config.json", {"experts_implementation": "paged|own/kernel"})
     with (
         pytest.raises(ValueError, match=r"names the kernels \['paged\|own/kernel'\]"),
-        explain_refused_code(root / "adapter"),
+        refuse_code(root / "adapter"),
     ):
         pass
 

@@ -7,7 +7,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from .forms import allow
-from .remote_code import explain_refused_code
+from .remote_code import refuse_code
 from .strict_model import RULES, load_strictly
 
 
@@ -30,7 +30,7 @@ def load_model(folder: str | PathLike[str], **options: bool) -> PreTrainedModel:
         raise ValueError(f"`options` must be among {', '.join(known)}, got {sorted(wrong)}. Check the spelling.")
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"`folder` must hold config.json and model.safetensors, got {str(folder)!r}.")
-    with explain_refused_code(folder):
+    with refuse_code(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     classes = _find_classes(config)
     name = (config.architectures or [None])[0]

@@ -1,4 +1,4 @@
-"""Refuse folders and repositories that run code of their own when they are loaded."""
+"""Refuse folders that bring code of their own: nothing here runs it, or asks whether to."""
 
 import json
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME, find_adapte
 
 
 @contextmanager
-def explain_refused_code(source: str | PathLike[str]) -> Iterator[None]:
+def refuse_code(source: str | PathLike[str]) -> Iterator[None]:
     """Refuse a source that runs code when it is loaded, and name a remedy.
 
     The calls inside pass `trust_remote_code=False`; left out, transformers would ask at the terminal. What that does

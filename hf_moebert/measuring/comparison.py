@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_moebert.checkpoints.remote_code import explain_refused_code
+from hf_moebert.checkpoints.remote_code import refuse_code
 from hf_moebert.data import encode_text
 from hf_moebert.inference.linears import Precision, check_precision
 from hf_moebert.inference.optimize import optimize_for_inference
@@ -177,7 +177,7 @@ def _threads(number: int | None) -> Iterator[None]:
 
 def _load(source: str, max_length: int) -> _Loaded:
     try:
-        with explain_refused_code(source):
+        with refuse_code(source):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 source, trust_remote_code=False, use_safetensors=True, output_loading_info=True

@@ -264,6 +264,17 @@ def test_every_class_refuses_a_misspelt_field_of_its_own(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", OURS)
+def test_files_of_the_first_version_may_hold_what_their_dense_models_had(kind, tmp_path):
+    legacy = {"pooler_num_attention_heads": 12, "position_embedding_type": "absolute", "finetuning_task": "sst2"}
+    assert not hasattr(with_fields(kind, tmp_path, **legacy), "pooler_num_attention_heads")
+
+
+def test_files_of_the_first_version_may_not_hold_a_misspelt_field_of_ours(tmp_path):
+    with pytest.raises(ValueError, match="`num_expert` is no field of MoEBertConfig. Did you mean `num_experts`"):
+        with_fields("moebert", tmp_path, num_expert=8)
+
+
+@pytest.mark.parametrize("kind", OURS)
 def test_what_is_saved_loads(kind, tmp_path):
     config = AutoConfig.from_pretrained(GOLDEN / KINDS[kind])
     config.note = "an attribute of the user's"

@@ -120,8 +120,13 @@ class StrictConfig(_Base):
 
     @classmethod
     def _refuse_field(cls, name: str, *, lenient: bool) -> None:
-        """Refuse an unknown field; if lenient, leave one that is not misspelt out with a warning."""
-        close = difflib.get_close_matches(name, sorted(cls.known_fields()), n=1, cutoff=0.8 if lenient else 0.6)
+        """Refuse an unknown field; if lenient, only one that is a misspelt field of ours, and warn of others."""
+        fields = [cls, *(base for base in cls.__mro__ if base.__module__.startswith("transformers."))]
+        ours, *theirs = [
+            {field.name for field in dataclasses.fields(x)} for x in fields if dataclasses.is_dataclass(x)
+        ]
+        names = ours.difference(*theirs) if lenient else cls.known_fields()
+        close = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.8 if lenient else 0.6)
         if lenient and not close:
             logger.warning(f"`{name}` is left out, because it is no field of {cls.__name__}.")
             return

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.pipelines.base import pad_collate_fn
 
-from hf_moebert.checkpoints.remote_code import explain_refused_code
+from hf_moebert.checkpoints.remote_code import refuse_code
 
 from .functional_answers import (
     QUESTION,
@@ -148,7 +148,7 @@ class MultiTaskPipeline(Pipeline):
                 or the answers to a probe are not finite.
             OSError: If the folder holds no checkpoint of safetensors files.
         """
-        with explain_refused_code(folder):
+        with refuse_code(folder):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         names = config.architectures or [""]
         loader = LOADERS.get(names[0].partition("For")[2])
