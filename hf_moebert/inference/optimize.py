@@ -6,7 +6,7 @@ dict and checkpoint stay what they are.
 """
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from .optimized import (
     OptimizedLinear,
     OptimizedModule,
     is_plain_linear,
+    make_optimized_class,
 )
 from .unpadding import Unpadding, unpadding_unsupported_reason
 
@@ -62,8 +63,8 @@ def optimize_for_inference(
             in which a sentence begins with padding keeps it, because heads read the first place of each row.
 
     Returns:
-        The same model, in eval mode. `revert_optimizations` undoes it, and has to before `pickle`; calling this again
-        replaces it.
+        The same model, in eval mode. `revert_optimizations` undoes it; calling this again replaces it. Copies, also
+        in other processes, are optimised as well, and so is a model that was moved to another dtype and back.
 
     Raises:
         ValueError: If the precision does not exist, or the model is not one of transformers in float32.
@@ -166,9 +167,3 @@ def is_bert_attention(module: Any) -> bool:
 def class_name(module: Any) -> str:
     """Return the full name of a module's class."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-@cache
-def make_optimized_class(mixin: type, original: type) -> type:
-    """Make the class of an optimised module; the original class stays among its bases."""
-    return type(f"Optimized{original.__name__}", (mixin, original), {"__module__": original.__module__})

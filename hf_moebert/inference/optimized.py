@@ -5,6 +5,7 @@ somebody changed, it does what its original class does.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,9 +23,14 @@ class OptimizedModule:
     """A mixin that replaces a module's linear layers in inference, and rebuilds them when weights change."""
 
     training: bool
+    __getstate__: Callable[[], Any]
     make_linear: Callable[..., InferenceLinear]
     optimized_device: torch.device
     built: Derived[InferenceLinears]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        """Return how copies and pickles make the class anew, which no module holds under its name."""
+        return new_optimized, type(self).__bases__, self.__getstate__()
 
     def replaced_linears(self) -> list[nn.Linear]:
         """Return the linear layers that are replaced in inference."""
@@ -64,6 +70,18 @@ class OptimizedModule:
         """Check whether weights and input are in float32, on the device the model was optimised for."""
         tensors = [x, *(source for source in self.source_tensors() if source is not None)]
         return all(tensor.dtype == torch.float32 and tensor.device == self.optimized_device for tensor in tensors)
+
+
+@cache
+def make_optimized_class(mixin: type, original: type) -> type:
+    """Make the class of an optimised module; the original class stays among its bases."""
+    return type(f"Optimized{original.__name__}", (mixin, original), {"__module__": original.__module__})
+
+
+def new_optimized(mixin: type, original: type) -> Any:
+    """Make an empty module of an optimised class, for a copy."""
+    made = make_optimized_class(mixin, original)  # type: ignore[arg-type]  # classes are hashable
+    return made.__new__(made)
 
 
 def is_plain_linear(linear: nn.Module) -> bool:
@@ -120,7 +138,7 @@ class OptimizedAttention(OptimizedModule):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
         three = (self.self.query, self.self.key, self.self.value)
         context = self.attend(torch.cat([linear(hidden_states) for linear in three], dim=-1), None, sentences)
-        return self.output(context, hidden_states), None
+        return self.output(context.to(hidden_states.dtype), hidden_states), None
 
     def attend(self, qkv: Tensor, mask: Tensor | None, sentences: Sentences | None) -> Tensor:
         """Split into heads and attend, `(batch, seq, 3 * heads * head_size)` to `(batch, seq, heads * head_size)`."""

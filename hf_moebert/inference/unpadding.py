@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -91,7 +92,7 @@ class Unpadding:
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
-        self.base, self.signature = base, inspect.signature(base.forward)
+        self.base = base
         self.handles: list[RemovableHandle] = [
             base.register_forward_pre_hook(self.pack, with_kwargs=True),
             base.encoder.register_forward_hook(self.unpack, with_kwargs=True),
@@ -104,7 +105,10 @@ class Unpadding:
 
     def pack(self, base: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Replace a padded batch by one row of its real tokens; anything else passes as it is."""
-        given = self.signature.bind(*args, **kwargs).arguments
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or base.training:
+            return None
+        given = signature_of(type(base)).bind(base, *args, **kwargs).arguments
+        given.pop("self")
         given |= given.pop("kwargs", {})
         mask, tokens = given.get("attention_mask"), given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
@@ -123,9 +127,7 @@ class Unpadding:
         return (), given | {"attention_mask": None, "sentences": sentences}
 
     def can_unpad(self, given: dict[str, Any]) -> bool:
-        """Check whether this call is plain inference that records nothing for each token."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or self.base.training:
-            return False
+        """Check whether this call stays within sentences, and records nothing for each token."""
         config = self.base.config
         if any(given.get(name) or getattr(config, name, False) for name in PER_TOKEN_OUTPUTS):
             return False
@@ -163,6 +165,12 @@ class Unpadding:
             return sentences.unpack(output[0]), *output[1:]
         output.last_hidden_state = sentences.unpack(output.last_hidden_state)
         return output
+
+
+@cache
+def signature_of(kind: type[PreTrainedModel]) -> inspect.Signature:
+    """Return the signature of a class's `forward`, `self` included."""
+    return inspect.signature(kind.forward)
 
 
 def unpadding_unsupported_reason(base: PreTrainedModel, is_bert_attention: Callable[[Any], bool]) -> str | None:

@@ -1,6 +1,7 @@
 """Optimised models: the same outputs, the same checkpoint, and a way back."""
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -421,6 +422,55 @@ def test_a_copy_is_optimised_and_independent():
     torch.testing.assert_close(twin(**batch).logits, expected, atol=1e-6, rtol=1e-6)
     assert not is_optimized(revert_optimizations(twin))
     torch.testing.assert_close(twin(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes_run_as_without_and_a_way_back(name, dtype):
+    model, batch = optimize_for_inference(make(name)), padded()
+    expected = make(name).to(dtype)(**batch)
+    found = model.to(dtype)(**batch)
+    assert_equal_on_real_tokens(found, expected, batch["attention_mask"], atol=0.1)
+    for part in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        again = part(**batch)
+        assert_equal_on_real_tokens(again, found, batch["attention_mask"], atol=0)
+    back = model.float()(**batch)
+    assert_equal_on_real_tokens(back, make(name).to(dtype).float()(**batch), batch["attention_mask"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", ["float32", *PRECISIONS])
+@pytest.mark.parametrize("name", MODELS)
+def test_pickled_models_are_optimised_and_can_be_reverted(name, precision):
+    """Workers that are spawned get a model as a pickle."""
+    model, batch = optimize_for_inference(make(name), precision=precision), padded()
+    expected = model(**batch)
+    found = pickle.loads(pickle.dumps(model))
+    assert [type(module) for module in found.modules()] == [type(module) for module in model.modules()]
+    assert_equal_on_real_tokens(found(**batch), expected, batch["attention_mask"], atol=0)
+    plain = revert_optimizations(found)
+    assert not is_optimized(plain)
+    assert_equal_on_real_tokens(plain(**batch), make(name)(**batch), batch["attention_mask"])
+
+
+def answer(model, batch, queue):
+    with torch.no_grad():
+        queue.put((is_optimized(model), model(**batch).logits.tolist()))
+
+
+@pytest.mark.process
+@torch.no_grad()
+def test_spawned_processes_run_optimised_models():
+    model, batch = optimize_for_inference(make()), padded()
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    process = context.Process(target=answer, args=(model, batch, queue))
+    process.start()
+    optimized, logits = queue.get()
+    process.join()
+    assert optimized
+    torch.testing.assert_close(torch.tensor(logits), model(**batch).logits)
 
 
 @torch.no_grad()

@@ -1,5 +1,8 @@
 """Optimised MoEBERT: every routing and head gives the same outputs, with and without padding."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from transformers import logging
@@ -170,3 +173,18 @@ def test_means_of_sentences_in_one_row_are_those_of_the_batch():
     mask = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]).bool()
     x = torch.randn(3, 4, 5)
     torch.testing.assert_close(sentence_means(x[mask].unsqueeze(0), [3, 0, 1]), masked_mean(x, mask))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("routing", ["hash-random", "gate-token", "gate-sentence"])
+def test_other_dtypes_copies_and_pickles(routing):
+    model, batch = optimize_for_inference(make(routing=routing)), padded((6, 2, 9))
+    expected = model(**batch).last_hidden_state
+    for part in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert any(isinstance(module, OptimizedExperts) for module in part.modules())
+        assert torch.equal(part(**batch).last_hidden_state, expected)
+    half = model.to(torch.bfloat16)(**batch).last_hidden_state
+    assert half.dtype == torch.bfloat16
+    assert half.isfinite().all()
+    wanted = make(routing=routing).to(torch.bfloat16).float()(**batch).last_hidden_state
+    torch.testing.assert_close(model.float()(**batch).last_hidden_state[:, 0], wanted[:, 0], atol=1e-5, rtol=1e-5)
