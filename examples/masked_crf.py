@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hf_moebert.data import encode_tokens, tag_names_of
-from hf_moebert.methods.masked_crf import from_dense
+from hf_moebert.methods.masked_crf import from_dense, make_optimizer
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -47,14 +47,14 @@ arguments = TrainingArguments(
     report_to="none",
 )
 collator = DataCollatorForTokenClassification(tokenizer)
-Trainer(model, arguments, collator, encoded["train"]).train()
+optimizer = make_optimizer(model, arguments)  # scores of transitions have a rate of their own
+Trainer(model, arguments, collator, encoded["train"], optimizers=(optimizer, None)).train()
 model.save_pretrained(options.output_dir)
 tokenizer.save_pretrained(options.output_dir)
 
 reloaded = AutoModelForTokenClassification.from_pretrained(options.output_dir)
 predicted = Trainer(reloaded, arguments, collator).predict(encoded["validation"])
-words = predicted.label_ids != -100
-accuracy = (predicted.predictions == predicted.label_ids)[words].mean()
-tagger = pipeline("masked-crf", model=options.output_dir, aggregation_strategy="simple")
+right = (predicted.predictions == predicted.label_ids)[predicted.label_ids != -100]
 text = " ".join(data["validation"][0][options.tokens_column])
-print(f"accuracy {accuracy:.3f} over {words.sum():,} words; {text!r}: {tagger(text)}")
+tagger = pipeline("masked-crf", model=options.output_dir, aggregation_strategy="simple")
+print(f"accuracy {right.mean():.3f} over {len(right):,} words; {text!r}: {tagger(text)}")

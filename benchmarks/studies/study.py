@@ -21,6 +21,7 @@ from hf_moebert.measuring.latency import environment
 from hf_moebert.measuring.scores import Interval, Score, bootstrap_interval, paired_bootstrap
 from hf_moebert.reporting.report import picture_link
 from hf_moebert.reporting.tables import Rows, escape_markdown, markdown_table, short_number
+from hf_moebert.training.optimizers import make_adamw
 
 
 INTERVALS = "Means over the seeds; intervals (95 %) are bootstrapped over the validation examples."
@@ -284,15 +285,5 @@ def with_interval(interval: Interval, number: str) -> str:
 
 def make_optimizer(model: nn.Module, args: TrainingArguments, *, part: str, rate: float) -> torch.optim.AdamW:
     """Make the Trainer's default optimizer, with a learning rate of their own for parameters whose name has a part."""
-    decayed = Trainer.get_decay_parameter_names(None, model)
-    groups: list[dict[str, Any]] = [
-        {"params": [], "weight_decay": args.weight_decay},
-        {"params": [], "weight_decay": 0.0},
-        {"params": [], "weight_decay": 0.0, "lr": rate},
-    ]
-    for name, parameter in model.named_parameters():
-        group = 2 if part in name else int(name not in decayed)
-        groups[group]["params"].append(parameter)
-    groups = [group for group in groups if group["params"]]
-    betas = (args.adam_beta1, args.adam_beta2)
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
+    own = [parameter for name, parameter in model.named_parameters() if part in name]
+    return make_adamw(model, args, [{"params": own, "lr": rate}])

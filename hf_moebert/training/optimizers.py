@@ -1,6 +1,53 @@
-"""Refuse optimizers that a callback which changes weights cannot work beside."""
+"""The Trainer's optimizer with parameters that have rates of their own, and optimizers that callbacks refuse."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+
+ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+
+
+def make_adamw(
+    model: nn.Module, args: TrainingArguments, own: Sequence[dict[str, Any]], *, rate: float | None = None
+) -> torch.optim.AdamW:
+    """Make the Trainer's default optimizer, but for some parameters with settings of their own.
+
+    Give it to the stock Trainer by `optimizers=(optimizer, None)`: the Trainer makes the schedule.
+
+    Args:
+        model: As given to the Trainer.
+        args: As given to the Trainer.
+        own: Groups of parameters as torch takes them, with what differs. They have no weight decay.
+        rate: Learning rate of all other parameters that require gradients; by default that of `args`.
+
+    Raises:
+        ValueError: If `args` ask for another optimizer.
+    """
+    if args.optim not in ADAMW:
+        raise ValueError(
+            f"`optim` must be {' or '.join(repr(name.value) for name in ADAMW)}, got {args.optim.value!r}: parameters "
+            "with rates of their own are trained by AdamW. Leave `optim` out, or make an optimizer of your own."
+        )
+    taken = {id(parameter) for group in own for parameter in group["params"]}
+    names = set(Trainer.get_decay_parameter_names(cast(Any, None), model))
+    decayed: dict[str, Any] = {"params": [], "weight_decay": args.weight_decay}
+    undecayed: dict[str, Any] = {"params": [], "weight_decay": 0.0}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in taken:
+            (decayed if name in names else undecayed)["params"].append(parameter)
+    return torch.optim.AdamW(
+        [group for group in (decayed, undecayed, *own) if group["params"]],
+        lr=args.learning_rate if rate is None else rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=0.0,
+        fused=not args.fp16,  # as the Trainer's own; with fp16, a fused optimizer does not report a skipped step
+    )
 
 
 def refuse_averaging(optimizer: Any, rule: str) -> None:

@@ -1,11 +1,13 @@
 """The optimizer that learns masks: minimised over weights and scores, maximised over the multipliers."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from torch import nn
+from transformers import TrainingArguments
 from transformers.trainer_utils import unwrap_peft_model
+
+from hf_moebert.training.optimizers import make_adamw
 
 from .modeling_constraint import MaskBudget
 from .modeling_masked import MoMModel
@@ -35,37 +37,16 @@ def make_optimizer(
     routers = [network.router.weight for network in networks if network.router is not None]
     multipliers = [masked.budget.multipliers]
     own = {id(parameter) for parameter in [*scores, *routers, *multipliers]}
-    others = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in own}
     if recipe.freeze_backbone:
-        for parameter in others.values():
-            parameter.requires_grad_(False)
-    groups = [
-        *_group_by_decay(model, others, args.weight_decay),
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in own)
+    groups: list[dict[str, Any]] = [
         {"params": routers, "lr": recipe.router_rate},
         {"params": scores, CONSTANT_RATE: "score_rate", "eps": SCORE_EPSILON, "betas": SCORE_BETAS},
         {"params": multipliers, CONSTANT_RATE: "multiplier_rate", "eps": MULTIPLIER_EPSILON, "maximize": True},
     ]
-    groups = [group for group in groups if group["params"]]
     set_constant_rates(groups, recipe)
-    return torch.optim.AdamW(
-        groups,
-        lr=args.learning_rate if recipe.backbone_rate is None else recipe.backbone_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        weight_decay=0.0,
-        fused=not args.fp16,  # as the Trainer's own; with fp16, a fused optimizer does not report a skipped step
-    )
-
-
-def _group_by_decay(model: nn.Module, others: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Group trainable parameters into those with weight decay and those without, as the Trainer does."""
-    names = set(Trainer.get_decay_parameter_names(cast(Any, None), model))
-    decayed: list[Tensor] = []
-    undecayed: list[Tensor] = []
-    for name, parameter in others.items():
-        if parameter.requires_grad:
-            (decayed if name in names else undecayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    return make_adamw(model, args, groups, rate=recipe.backbone_rate)
 
 
 def set_constant_rates(groups: list[dict[str, Any]], recipe: MaskSparsityConfig) -> None:
