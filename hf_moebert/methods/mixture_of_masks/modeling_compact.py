@@ -144,8 +144,7 @@ class CompactFeedForward(RoutedFeedForward):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Add the outputs of shared and specific units, `(..., hidden)` to the same shape."""
-        assert self.router is not None  # with one expert there are no specific units
-        index, weights = self.router.route(self, hidden_states)
+        index, weights = self.route(hidden_states)
         output = self.experts(hidden_states.flatten(0, -2), index, weights.to(hidden_states.dtype))
         shared = self.project_down(self.activate(hidden_states))  # without shared units: the bias alone
         return self.outer_dropout(output.view_as(hidden_states) + shared)

@@ -170,7 +170,7 @@ class ConstrainedModel(StrictModel):
 
     def _check_checkpointing(self, record: Routing) -> None:
         router = record.network.router
-        trained = router is not None and router.weight.requires_grad
+        trained = router is not None and any(parameter.requires_grad for parameter in router.parameters())
         if torch.is_grad_enabled() and trained and not record.logits.requires_grad:
             raise ValueError(
                 "`use_reentrant` must be False with gradient checkpointing, or the balance loss has no gradient. Pass "

@@ -23,7 +23,6 @@ class MaskRouter(nn.Linear):
 
     def __init__(self, config: MoMFields, hidden_size: int) -> None:
         super().__init__(hidden_size, config.num_experts, bias=False, dtype=torch.float32)
-        self.top_k = config.num_experts_per_tok
 
     def reset_parameters(self) -> None:
         """Draw small weights, so that all experts are about equally probable at first."""
@@ -35,15 +34,6 @@ class MaskRouter(nn.Linear):
         autocast = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if autocast else nullcontext():  # an unneeded context costs time
             return F.linear(hidden_states.float(), self.weight.float())
-
-    def route(self, network: "RoutedFeedForward", hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose experts for each token, and record the decision: indices and weights, `(tokens, top_k)`."""
-        logits = self(hidden_states)  # (batch, seq, experts)
-        index, weights = choose_experts(logits.flatten(0, -2), self.top_k)
-        # Compilers cannot read a context variable: training breaks the graph here, inference skips the record
-        if self.training or not torch.compiler.is_compiling():
-            record(Routing(network, logits, index))
-        return index, weights
 
 
 class Masks(nn.Module):
@@ -113,8 +103,19 @@ class RoutedFeedForward(nn.Module):
         self.inner_dropout = dense.part("inner_dropout") or nn.Identity()
         self.outer_dropout = dense.part("outer_dropout") or nn.Identity()
         self.router = MaskRouter(config, matrix_of(self.up).shape[1]) if config.num_experts > 1 else None
+        self.top_k = config.num_experts_per_tok
         self.block = 0  # index among the blocks of the model
         self.load: Tensor | None = None  # tokens of each expert since the last log, (experts,)
+
+    def route(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose experts for each token, and record the decision: indices and weights, `(tokens, top_k)`."""
+        assert self.router is not None  # with one expert there is nothing to choose
+        logits = self.router(hidden_states)  # (batch, seq, experts), as a module: an adapter may wrap it
+        index, weights = choose_experts(logits.flatten(0, -2), self.top_k)
+        # Compilers cannot read a context variable: training breaks the graph here, inference skips the record
+        if self.training or not torch.compiler.is_compiling():
+            record(Routing(self, logits, index))
+        return index, weights
 
     def activate(self, hidden_states: Tensor) -> Tensor:
         """Compute the activations, `(..., hidden)` to `(..., units)`."""
@@ -167,5 +168,5 @@ class MaskedFeedForward(RoutedFeedForward):
         masks = self.masks().to(dtype)  # (experts, units)
         if self.router is None:
             return masks[0]
-        index, weights = self.router.route(self, hidden_states)
+        index, weights = self.route(hidden_states)
         return mix_masks(masks, index, weights).unflatten(0, hidden_states.shape[:-1])

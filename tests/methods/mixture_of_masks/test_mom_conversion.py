@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_masks import (
+    KINDS,
     LAYERS,
     STOCK,
     STRUCTURES,
@@ -119,6 +120,29 @@ def test_adapters_and_activations_that_would_be_lost_are_refused():
         network.act_fn = torch.nn.Sigmoid()
     with pytest.raises(ValueError, match="must be 0 at 0"):
         shrink(plain)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("targets", [["router"], "all-linear"])
+@pytest.mark.parametrize("stage", ["learned", "fixed", "compact"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_routers_take_adapters(kind, stage, targets):
+    model = make_masked(kind, num_experts=3) if stage == "learned" else make_fixed(kind, num_experts=3)
+    model = shrink(model) if stage == "compact" else model
+    plain = logits_of(model.eval(), kind)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=True)).eval()
+    assert torch.equal(logits_of(adapted, kind), plain)
+    adapted(**make_batch(kind, labels=True)).loss.backward()
+    gradients = {n: p.grad for n, p in adapted.named_parameters() if ".router.lora_B" in n}
+    assert len(gradients) == len(model.networks())
+    assert all(gradient is not None and gradient.any() for gradient in gradients.values())
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".router.lora_B" in name:
+                parameter.normal_(std=2.0)
+    assert not torch.equal(logits_of(adapted, kind), plain)
+    merged = logits_of(adapted, kind)
+    torch.testing.assert_close(logits_of(adapted.merge_and_unload(), kind), merged, atol=1e-4, rtol=1e-4)
 
 
 def test_masks_without_a_target_are_not_learned(caplog_of_transformers):
