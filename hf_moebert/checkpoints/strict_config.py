@@ -120,11 +120,10 @@ class StrictConfig(_Base):
     @classmethod
     def _refuse_field(cls, name: str, *, lenient: bool) -> None:
         """Refuse an unknown field; if lenient, only one that is a misspelt field of ours, and warn of others."""
-        fields = [cls, *(base for base in cls.__mro__ if base.__module__.startswith("transformers."))]
-        ours, *theirs = [
-            {field.name for field in dataclasses.fields(x)} for x in fields if dataclasses.is_dataclass(x)
-        ]
-        names = ours.difference(*theirs) if lenient else cls.known_fields()
+        dense = [base for base in cls.__mro__ if base.__module__.startswith("transformers.")]
+        theirs = {field.name for base in dense if dataclasses.is_dataclass(base) for field in dataclasses.fields(base)}
+        ours = {field.name for field in dataclasses.fields(cls)} - theirs
+        names = ours if lenient else cls.known_fields()
         close = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.8 if lenient else 0.6)
         if lenient and not close:
             logger.warning(f"`{name}` is left out, because it is no field of {cls.__name__}.")
