@@ -177,7 +177,7 @@ def test_nothing_is_written_as_pickle():
     "refuse a `pytorch_model.bin` and an `adapter_model.bin`."
 )
 def test_pickles_are_refused(door, root, monkeypatch):
-    monkeypatch.setattr("hf_moebert.serving.app.run_server", lambda *args, **kwargs: None)
+    monkeypatch.setattr("hf_moebert.serving.server.run_server", lambda *args, **kwargs: None)
     folder, _, call = DOORS[door]
     bring_pickle(root / folder)
     with pytest.raises((ValueError, OSError), match="safetensors|`folder` must hold a model of one task"):
@@ -187,7 +187,7 @@ def test_pickles_are_refused(door, root, monkeypatch):
 
 @pytest.mark.parametrize("door", DOORS)
 def test_adapters_in_pickles_are_refused(door, root, monkeypatch):
-    monkeypatch.setattr("hf_moebert.serving.app.run_server", lambda *args, **kwargs: None)
+    monkeypatch.setattr("hf_moebert.serving.server.run_server", lambda *args, **kwargs: None)
     folder, _, call = DOORS[door]
     (root / folder / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["query"]}')
     torch.save({}, root / folder / "adapter_model.bin")
@@ -257,7 +257,7 @@ def test_the_trap_works(root, asked):
     "every call, and a config.json that names kernels of the Hub is refused."
 )
 def test_no_code_of_a_folder_is_run(door, kind, root, asked, monkeypatch):
-    monkeypatch.setattr("hf_moebert.serving.app.run_server", lambda *args, **kwargs: None)
+    monkeypatch.setattr("hf_moebert.serving.server.run_server", lambda *args, **kwargs: None)
     canary = root / "canary"
     folder, _, call = DOORS[door]
     bring_code(root / folder, kind, canary)
