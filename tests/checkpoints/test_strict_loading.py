@@ -65,7 +65,7 @@ def refuse(folder, message):
 
 
 @pytest.mark.parametrize("folder", WHOLE, indirect=True)
-@pytest.mark.parametrize("place", [0, 0.5, 1])
+@pytest.mark.parametrize("place", [0, 1])
 def test_nothing_may_be_missing(folder, place):
     lost = []
 
@@ -86,7 +86,7 @@ def test_nothing_may_be_unknown(folder):
 
 
 @pytest.mark.parametrize("folder", WHOLE, indirect=True)
-@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
 def test_nothing_is_cast(folder, dtype, request):
     def cast(tensors):
         name = dense_name(tensors)
@@ -99,9 +99,9 @@ def test_nothing_is_cast(folder, dtype, request):
 
 
 @pytest.mark.parametrize("folder", WHOLE, indirect=True)
-@pytest.mark.parametrize("value", ["nan", "inf"])
-def test_every_number_is_finite(folder, value):
-    edit(folder, lambda tensors: tensors[dense_name(tensors)].flatten()[:1].fill_(float(value)))
+def test_every_number_is_finite(folder, request):
+    value = float("nan" if WHOLE.index(request.node.callspec.params["folder"]) % 2 else "inf")
+    edit(folder, lambda tensors: tensors[dense_name(tensors)].flatten()[:1].fill_(value))
     refuse(folder, "must hold finite weights")
     assert load_model(folder, allow_nonfinite=True)
 
@@ -117,12 +117,13 @@ def test_pickles_are_not_read(folder):
 
 
 @pytest.mark.parametrize("folder", WHOLE, indirect=True)
-@pytest.mark.parametrize("name", ["../model.safetensors", "{parent}/model.safetensors"])
-def test_an_index_names_files_beside_it(folder, name):
+def test_an_index_names_files_beside_it(folder, request):
+    relative = WHOLE.index(request.node.callspec.params["folder"]) % 2
+    name = "../model.safetensors" if relative else f"{folder.parent}/model.safetensors"
     shutil.copy(folder / "model.safetensors", folder.parent / "model.safetensors")
     names = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    index = {"metadata": {}, "weight_map": dict.fromkeys(names, name.format(parent=folder.parent))}
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, name)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"must (name safetensors files beside it|lie in its folder)"):
         load(folder)
@@ -136,7 +137,7 @@ def test_a_link_does_not_lead_out_of_the_folder(folder):
 
 
 @pytest.mark.parametrize("folder", WHOLE, indirect=True)
-@pytest.mark.parametrize("size", [0, 7, 100, -1])
+@pytest.mark.parametrize("size", [7, -1])
 def test_a_file_that_was_cut_short_is_named(folder, size):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:size])
