@@ -4,7 +4,6 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 from hf_moebert.serving import ServingLimits, build_app, run_server
 from hf_moebert.serving.server import LimitedServer
@@ -66,6 +65,6 @@ def running(app):
 
 
 if __name__ == "__main__":
-    updates = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-    served = build_app(Echo(0.5), limits=ServingLimits(max_batch=2), allow_updates=updates)
+    seconds, grace_s = map(float, sys.argv[1:] or (0.5, 20))
+    served = build_app(Echo(seconds), limits=ServingLimits(max_batch=2, grace_s=grace_s))
     run_server(served, host="127.0.0.1", port=0, announce=lambda url: print(url, flush=True))

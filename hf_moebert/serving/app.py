@@ -65,13 +65,7 @@ class Service:
         asked = await self.reader.read(request, UpdateRequest)
         folder = folder_inside(root, asked.folder)
         async with self._updating:
-            try:
-                task = await asyncio.to_thread(self.predictor.load_task, folder)
-            except Exception as error:
-                logger.warning("The folder %r of task %r cannot be loaded.", str(folder), name, exc_info=True)
-                raise HTTPException(
-                    422, "`folder` must hold a model of one task. The log of the server says why."
-                ) from error
+            task = await asyncio.to_thread(self._load, name, folder)
             await self._between(partial(self.predictor.put_task, name, task))
             return JSONResponse({"tasks": {name: self.predictor.describe_tasks()[name]}})
 
@@ -91,6 +85,15 @@ class Service:
     async def show_metrics(self) -> Response:
         """Answer GET /metrics in the text format of Prometheus."""
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    def _load(self, name: str, folder: Path) -> Any:
+        try:
+            return self.predictor.load_task(folder)
+        except BaseException as error:  # a panic of Rust is no `Exception`
+            logger.warning("The folder %r of task %r cannot be loaded.", str(folder), name, exc_info=True)
+            raise HTTPException(
+                422, "`folder` must hold a model of one task. The log of the server says why."
+            ) from error
 
     def _run(self, requests: list[tuple[list[Any], list[str] | None]]) -> list[list[Any]]:
         flat = [(one, tasks) for inputs, tasks in requests for one in inputs]

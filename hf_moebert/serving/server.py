@@ -21,6 +21,7 @@ from .limits import ServingLimits
 logger = logging.getLogger(__name__)
 
 LINGER_S = 1.0  # for requests that were sent before their clients could know that the server closes
+CLOSING_S = 0.2  # for connections to be closed, twice what uvicorn sleeps meanwhile
 SPARE_FILES = 100  # for all that is no connection
 BACKLOG = 2048
 
@@ -42,6 +43,7 @@ class LimitedServer(uvicorn.Server):
                 app,
                 http=partial(LimitedConnection, limits, {}),  # type: ignore[arg-type]
                 ws="none",
+                loop="asyncio",
                 lifespan="on",
                 log_level="warning",
                 access_log=False,
@@ -66,19 +68,44 @@ class LimitedServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer what was accepted while new requests are refused with 503, then close all connections.
 
-        What is not answered after nine tenths of `grace_s` is refused too.
+        Connections that are open at the end may send what is on its way, to be refused, for a second. What is not
+        answered after nine tenths of `grace_s` is refused too.
         """
         now, grace = asyncio.get_running_loop().time, self.service.limits.grace_s
-        start, linger = now(), min(LINGER_S, grace / 4)
+        latest, linger = now() + 0.9 * grace, min(LINGER_S, grace / 4)
         self.service.begin_closing(linger)
         self._end_process_after(grace)
-        while not self.force_exit and now() < start + 0.9 * grace:
-            lingering = self.server_state.connections and now() < start + linger
-            if self.service.batcher.dead and not lingering:
-                break
-            await asyncio.sleep(0.01)
-        self.config.timeout_graceful_shutdown = max(0, start + 0.9 * grace - now())  # type: ignore[assignment]
+        await self._wait_while(lambda: not self.service.batcher.dead, latest - CLOSING_S)
+        await self._stop_listening()
+        await self._wait_while(lambda: self.server_state.connections, min(now() + linger, latest - CLOSING_S))
+        self.config.timeout_graceful_shutdown = max(0, latest - CLOSING_S / 2 - now())
         await super().shutdown(sockets)
+
+    async def _wait_while(self, condition: Callable[[], object], latest: float) -> None:
+        while condition() and not self.force_exit and asyncio.get_running_loop().time() < latest:
+            await asyncio.sleep(0.01)
+
+    async def _stop_listening(self) -> None:
+        """Listen no more, and take every connection that the system holds: it would reset those that are left."""
+        loop = asyncio.get_running_loop()
+        listeners = [listener.dup() for server in self.servers for listener in server.sockets]
+        for server in self.servers:
+            for listener in server.sockets:
+                loop.remove_reader(listener.fileno())
+        await asyncio.sleep(0.05)  # for those that asyncio is taking; a server that is closed would drop them
+        for server in self.servers:
+            server.close()
+        waiting: list[socket.socket] = []
+        for listener in listeners:
+            with listener, suppress(OSError):  # until none is left
+                while True:
+                    waiting.append(listener.accept()[0])
+        for connection in waiting:
+            await loop.connect_accepted_socket(self._make_connection, connection)
+
+    def _make_connection(self) -> asyncio.Protocol:
+        make: Any = self.config.http_protocol_class
+        return make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until a signal or `should_exit`."""
