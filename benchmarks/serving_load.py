@@ -48,7 +48,7 @@ class LoadArguments:
     clients: int = field(default=1000, metadata={"help": "That ask at once in `crowd`."})
     half_open: int = field(default=400, metadata={"help": "Connections with half-sent headers."})
     honest: int = field(default=50, metadata={"help": "Clients beside them, and in `sigterm` and `growth`."})
-    asks: int = field(default=10, metadata={"help": "Requests of each of them in a round of `half_open`."})
+    asks: int = field(default=40, metadata={"help": "Requests of each of them in a round of `half_open`."})
     rounds: int = field(default=7, metadata={"help": "Pairs of rounds of `half_open`, with and without."})
     leaving: int = field(default=300, metadata={"help": "Clients that leave before their answer."})
     stops: int = field(default=10, metadata={"help": "Servers that get SIGTERM under load."})
@@ -228,6 +228,7 @@ async def half_open(server: Server, count: int, honest: int, asks: int, rounds: 
     for number in range(rounds):
         for beside in (False, True) if number % 2 else (True, False):
             slow = await open_halfway(server, count if beside else 0)
+            await asyncio.sleep(0.3)  # until the server has taken them, and closed those of the round before
             found[beside].append(float(np.percentile(await ask_steadily(server, honest, asks), 99)))
             for client in slow:
                 client.close()

@@ -6,13 +6,14 @@ import json
 import pickle
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
 import test_api
 import torch
 from datasets import Dataset
-from echo_server import Echo
+from echo_server import Echo, running
 from fastapi.testclient import TestClient
 from safetensors.torch import load_file
 from test_cli import COMMANDS, invoke, one_line
@@ -28,7 +29,7 @@ from hf_moebert.checkpoints.remote_code import refuse_code
 from hf_moebert.measuring.comparison import measure
 from hf_moebert.reporting.hub import publish
 from hf_moebert.reporting.model_card import TEMPLATE
-from hf_moebert.serving import build_app, run_server
+from hf_moebert.serving import ServingLimits, build_app, run_server
 
 
 ROOT = Path(__file__).parents[1]
@@ -420,3 +421,26 @@ def test_the_server_loads_tasks_from_its_directory_alone(root):
         with TestClient(build_app(Echo(), allow_updates=allowed)) as client:
             for folder in ("../classifier", str(root / "classifier"), "link", "linked", "."):
                 assert client.put("/tasks/new", json={"folder": folder}).status_code == status, folder
+
+
+@holds("It redirects nobody.")
+@pytest.mark.parametrize("path", ["/tasks/", "/predict/", "/health/", "//other.example"])
+def test_the_server_redirects_nobody(path):
+    with TestClient(build_app(Echo()), follow_redirects=False) as client:
+        assert client.get(path).status_code == 404
+
+
+@holds(
+    "It closes connections whose headers are not whole in `--header-timeout-s`, and it gives up bodies that are not "
+    "whole in `--timeout-s`."
+)
+@pytest.mark.parametrize("sent", [b"POST /pre", b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{"])
+def test_the_server_closes_slow_connections(sent):
+    assert {"header_timeout_s", "timeout_s"} <= {parameter.name for parameter in COMMANDS["serve"].params}
+    limits = ServingLimits(header_timeout_s=0.2, timeout_s=0.2)
+    with running(build_app(Echo(), limits=limits)) as url:
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        with socket.create_connection(address, timeout=10) as connection:
+            connection.sendall(sent)
+            found = connection.makefile("rb").read()
+    assert found.startswith(b"HTTP/1.1 408") if sent.endswith(b"{") else found == b""

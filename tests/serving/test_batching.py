@@ -147,6 +147,63 @@ def test_what_was_taken_back_is_not_run(gate):
         gone.result(0)
 
 
+def test_what_was_taken_back_gives_its_seats_back_at_once(gate):
+    batcher, _ = blocked(gate, max_batch=2, queue_size=2)
+    gone = batcher.submit(1, size=2)
+    with pytest.raises(QueueFull):
+        batcher.submit(2)
+    assert gone.cancel()
+    assert batcher.depth == 0
+    kept = batcher.submit(3, size=2)
+    gate.open.set()
+    batcher.close()
+    assert kept.result(0) == 6
+    assert gate.batches == [[0], [3]]
+
+
+@pytest.mark.parametrize("queue", ["submit", "between"])
+def test_the_worker_goes_on_when_all_that_waited_was_taken_back(queue):
+    with make_batcher(list, max_batch=2, max_wait_ms=50) as batcher:
+        for _ in range(3):
+            entry = batcher.submit(1) if queue == "submit" else batcher.between(print)
+            entry.cancel()
+        assert batcher.submit(2).result(10) == 2
+        assert batcher.alive
+
+
+class Panic(BaseException):
+    """As a tokenizer in Rust raises it."""
+
+
+@pytest.mark.parametrize("error", [Panic, SystemExit, KeyboardInterrupt, StopIteration, CancelledError])
+def test_whatever_a_batch_raises_the_worker_goes_on(error):
+    def fail_at_three(requests):
+        if 3 in requests:
+            raise error("no threes")
+        return requests
+
+    with make_batcher(fail_at_three, max_batch=4, max_wait_ms=60_000) as batcher:
+        futures = [batcher.submit(number) for number in range(4)]
+        assert [future.result(10) for future in futures[:3]] == [0, 1, 2]
+        with pytest.raises(RuntimeError, match=f"The batch ended with {error.__name__}: no threes"):
+            futures[3].result(10)
+        assert isinstance(batcher.between(lambda: fail_at_three([3])).exception(10), RuntimeError)
+        assert batcher.alive
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_that_ends_fails_what_waits_and_refuses_the_rest(gate, monkeypatch):
+    batcher, _ = blocked(gate)
+    waiting = batcher.submit(1)
+    monkeypatch.setattr(batcher, "_choose", lambda: 1 / 0)
+    gate.open.set()
+    assert isinstance(waiting.exception(10), BatcherClosed)
+    with pytest.raises(BatcherClosed):
+        batcher.submit(2)
+    batcher.close()
+    assert batcher.dead
+
+
 def test_closing_finishes_what_was_accepted_and_refuses_the_rest(gate):
     batcher, first = blocked(gate, max_batch=2)
     futures = [batcher.submit(number) for number in range(1, 6)]

@@ -319,6 +319,25 @@ def test_the_server_answers_as_the_pipeline(client, pipe):
         assert client.post("/predict", json={"inputs": inputs}).status_code == 422
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])  # the last is finite, and what it computes is not
+@pytest.mark.parametrize("name", KINDS)
+def test_a_task_that_is_not_finite_is_refused(client, tmp_path, name, value):
+    task = make_task(name)
+    with torch.no_grad():
+        task.base_model.encoder.layer[-1].output.dense.weight.fill_(value)
+    task.save_pretrained(tmp_path / "broken")
+    before = client.get("/tasks").json()
+    answer = client.put(f"/tasks/{name}", json={"folder": "broken"})
+    assert (answer.status_code, client.get("/tasks").json()) == (422, before)
+    assert client.post("/predict", json={"inputs": TEXT}).status_code == 200
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_task_that_is_finite_is_loaded(pipe, tmp_path, name):
+    make_task(name).save_pretrained(tmp_path)
+    assert not pipe.load_task(tmp_path).training
+
+
 def test_updates_under_load_give_the_old_or_the_new_answer(client):
     put = {seed: {"folder": f"sentiment-{seed}"} for seed in (0, 7)}
     assert client.put("/tasks/sentiment", json=put[0]).status_code == 200
