@@ -122,6 +122,10 @@ def measure(
         list[str] | None,
         typer.Option(help="Also measure each model optimised in float32, bfloat16 or int8. Repeat for several."),
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Load all models in float32, bfloat16 or float16; by default as they are stored."),
+    ] = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(help="Score to compute; by default what suits the problem. Repeat for several."),
@@ -152,6 +156,7 @@ def measure(
         _load_examples(validation_file, dataset_name, dataset_config_name, split),
         baseline=next(name for name, source in names.items() if source == baseline),
         optimized=optimized or (),
+        dtype=dtype,
         metrics=metric,
         columns=TextColumns(text_column, text_pair_column, label_column, max_length),
         latency=Latency(latency_batch, latency_seq, rounds),
@@ -188,12 +193,14 @@ def footprint(
     rounds: Rounds = 20,
 ) -> None:
     """Count parameters and zeros, and measure which sparse form pays on this machine."""
+    from dataclasses import asdict
+
     import torch
 
     from hf_moebert.checkpoints.loading import load_model
     from hf_moebert.measuring.footprint import measure_footprint
     from hf_moebert.measuring.sparse_forms import compare_sparse_forms, sparse_form_rows
-    from hf_moebert.reporting.tables import rich_table
+    from hf_moebert.reporting.tables import describe_sparsity, rich_table
 
     _quiet_libraries()
     if threads is not None:
@@ -201,10 +208,9 @@ def footprint(
     model = load_model(folder)
     size = measure_footprint(model, seq_len=seq, folder=folder)
     forms = compare_sparse_forms(model, batch=batch, seq=seq, rounds=rounds)
-    assert size.nonzero is not None
     typer.echo(f"parameters      {size.total:,}")
     typer.echo(f"active          {size.active:,} of them per token")
-    typer.echo(f"not zero        {size.nonzero:,}: {1 - size.nonzero / size.total:.1%} sparsity")
+    typer.echo(f"not zero        {size.nonzero:,}; sparsity: {describe_sparsity(asdict(size))}")
     typer.echo(f"bytes on disk   {size.bytes_on_disk:,}")
     _print_table(rich_table(sparse_form_rows(forms), title="Pruned matrices in each form, speed against dense"))
 
@@ -320,7 +326,7 @@ def _name_models(sources: list[str]) -> dict[str, str]:
 def _print_table(table: Any) -> None:
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 140  # a file or a log has room for whole rows
+    width = None if sys.stdout.isatty() else 160  # a file or a log has room for whole rows
     Console(width=width).print(table)
 
 

@@ -12,11 +12,19 @@ from importlib import metadata
 import pytest
 import typer
 from huggingface_hub.errors import StrictDataclassClassValidationError
-from pruned_models import make_bert
+from pruned_models import SIZES, make_bert
 from tiny_classifiers import EXAMPLES, classifiers  # noqa: F401
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 from typer.testing import CliRunner
 
 from hf_moebert import cli
+from hf_moebert.methods.platon import shrink
 from hf_moebert.reporting import hub
 from hf_moebert.serving import ServingLimits
 
@@ -367,9 +375,37 @@ def test_footprint_of_a_packed_copy_is_that_of_the_model(tmp_path):
         result = invoke("footprint", tmp_path / name, "--seq", 8, "--rounds", 2, "--threads", 1)
         assert result.exit_code == 0, result.output
         assert f"parameters      {total:,}" in result.stdout
-        assert f"{nonzero:,}: {1 - nonzero / total:.1%} sparsity" in result.stdout
+        (line,) = [line for line in result.stdout.splitlines() if line.startswith("not zero")]
+        assert f"{nonzero:,}; sparsity: 9" in line
+        assert f"% of pruned matrices, {1 - nonzero / total:.1%} of the model" in line
         for shown in ("dense", "packed", "csr", "2:4", "needs CUDA", "same speed", "inference"):
             assert shown in result.stdout
+
+
+def test_footprint_of_a_shrunk_model_and_of_one_that_sees(tmp_path):
+    dense = BertForSequenceClassification(BertConfig(**SIZES))
+    layer = dense.bert.encoder.layer[0]
+    for removed in (layer.intermediate.dense.weight, layer.intermediate.dense.bias, layer.output.dense.weight.T):
+        removed.data[:64] = 0
+    shrink(dense).save_pretrained(tmp_path / "narrow")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    ViTForImageClassification(ViTConfig(**sizes, image_size=32)).save_pretrained(tmp_path / "vit")
+    for name in ("narrow", "vit"):
+        result = invoke("footprint", tmp_path / name, "--seq", 8, "--rounds", 2, "--threads", 1)
+        assert result.exit_code == 0, result.output
+        assert "sparsity: nothing pruned" in result.stdout
+        assert "nothing to gain" in result.stdout
+        assert "Prune the model first" not in result.stdout
+
+
+def test_measure_loads_in_the_dtype_that_is_asked_for(classifiers, few_resamples, tmp_path):  # noqa: F811
+    BertForSequenceClassification.from_pretrained(classifiers / "small").bfloat16().save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(classifiers / "small").save_pretrained(tmp_path)
+    command = ["measure", tmp_path, "--baseline", classifiers / "large", "--optimized", "float32", *QUICK]
+    command += ["--validation-file", classifiers / "examples.jsonl"]
+    assert "float32" in one_line(invoke(*command))
+    result = invoke(*command, "--dtype", "float32")
+    assert result.exit_code == 0, result.output
 
 
 def test_footprint_of_damaged_weights(tmp_path):

@@ -33,6 +33,9 @@ from .metrics import metrics_for_task
 from .scores import CLASSIFICATION_SCORES, REGRESSION_SCORES, paired_bootstrap, predict_logits, score
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+
+
 @dataclass(frozen=True)
 class TextColumns:
     """The columns of a data set that hold texts and labels, and the length texts are truncated to."""
@@ -70,6 +73,7 @@ def measure(
     *,
     baseline: str,
     optimized: Sequence[str] = (),
+    dtype: str | None = None,
     metrics: Sequence[str] | None = None,
     columns: TextColumns | None = None,
     latency: Latency | None = None,
@@ -88,6 +92,7 @@ def measure(
         baseline: The name in `models` that the others are compared with.
         optimized: Precisions in which every model is measured once more, after `optimize_for_inference`, under the
             name `model, precision`.
+        dtype: "float32", "bfloat16" or "float16", to which all models are loaded; None leaves each as it was saved.
         metrics: Names known to `hf_moebert.measuring.scores.score`; by default those usual for the problem.
         columns: Columns of texts and labels; by default "text" and "label".
         latency: Timed forward passes; by default of one sequence of 128 tokens.
@@ -102,8 +107,8 @@ def measure(
 
     Raises:
         ValueError: If the baseline is not among the models, if a checkpoint lacks weights or needs code of its own, if
-            models differ in their labels, if a length does not fit a model, or if data, optimisation, metrics or
-            latency refuse their part.
+            its tokenizer is not that of the model, if models differ in their labels, if a length does not fit a
+            model, or if data, optimisation, metrics or latency refuse their part.
     """
     columns, latency = columns or TextColumns(), latency or Latency()
     if baseline not in models:
@@ -111,9 +116,13 @@ def measure(
     for name, value in (("max_examples", max_examples), ("threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}. Leave it out for the default.")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(
+            f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}. Leave it out for that of the files."
+        )
     variants = _list_variants(models, optimized)
     with _threads(threads):
-        loaded = {name: _load(source, columns.max_length) for name, source in models.items()}
+        loaded = {name: _load(source, columns.max_length, dtype) for name, source in models.items()}
         footprints = {
             name: measure_footprint(entry.model, seq_len=latency.seq, folder=entry.folder)
             for name, entry in loaded.items()
@@ -146,6 +155,7 @@ def measure(
         "settings": {
             "examples": len(dataset),
             "batch_size": batch_size,
+            "dtype": dtype,
             **asdict(columns),
             **{f"latency_{key}": value for key, value in asdict(latency).items()},
         },
@@ -175,12 +185,16 @@ def _threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _load(source: str, max_length: int) -> _Loaded:
+def _load(source: str, max_length: int, dtype: str | None) -> _Loaded:
     try:
         with refuse_code(source):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                source, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+                source,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                **({} if dtype is None else {"dtype": dtype}),
             )
     except OSError as error:
         raise ValueError(
@@ -192,11 +206,21 @@ def _load(source: str, max_length: int) -> _Loaded:
             f"`models` must be fine-tuned classifiers, {source!r} lacks {sorted(report['missing_keys'])}. "
             f"Fine-tune it first: random weights measure nothing."
         )
+    _check_tokenizer(source, tokenizer, model.get_input_embeddings().num_embeddings)
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and max_length > positions:
         raise ValueError(f"`max_length` must be at most the {positions} positions of {source!r}, got {max_length}.")
     folder = source if Path(source).is_dir() else snapshot_download(source, allow_patterns="*.safetensors")
     return _Loaded(model.eval(), tokenizer, folder)
+
+
+def _check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Refuse the stub that transformers makes of the special tokens where a folder holds no tokenizer."""
+    if 2 * len(tokenizer) < vocabulary:
+        raise ValueError(
+            f"`models` must hold the tokenizers that they were trained with, that of {source!r} knows "
+            f"{len(tokenizer)} tokens, and the model {vocabulary}. Save it in the folder: `tokenizer.save_pretrained`."
+        )
 
 
 def _optimize(loaded: _Loaded, precision: Any) -> _Loaded:

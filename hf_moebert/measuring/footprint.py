@@ -1,6 +1,6 @@
 """Count the cost of storing and running a model: parameters, bytes on disk and floating point operations."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from hf_moebert.architectures.protocols import PartlyActive
+from hf_moebert.checkpoints.packing import packed_bytes
 from hf_moebert.inference.optimized import OptimizedModule
 
 
@@ -24,6 +25,9 @@ class Footprint:
         total: Distinct parameters; a tied parameter counts once.
         active: Parameters used for one token.
         nonzero: Parameters that differ from zero, None for a model on the meta device.
+        pruned: Parameters of the matrices with zeros enough to be packed, none of them in a dense or narrower model;
+            None for a model on the meta device.
+        pruned_nonzero: Those of them that differ from zero.
         bytes_on_disk: Size of the safetensors files, None when no folder was given.
         flops_per_token: Floating point operations (two per multiply-add) of the forward pass for each token, None
             for a model that does not run on `input_ids`.
@@ -32,6 +36,8 @@ class Footprint:
     total: int
     active: int
     nonzero: int | None
+    pruned: int | None
+    pruned_nonzero: int | None
     bytes_on_disk: int | None
     flops_per_token: float | None
 
@@ -62,13 +68,25 @@ def measure_footprint(model: nn.Module, *, seq_len: int = 128, folder: str | Pat
         raise ValueError(f"`seq_len` must be at least {limit}, got {seq_len}. Use the length of a usual input.")
     parameters = list(model.parameters())
     on_meta = any(parameter.is_meta for parameter in parameters)
+    pruned = [] if on_meta else find_pruned_matrices(model)
     return Footprint(
         total=sum(parameter.numel() for parameter in parameters),
         active=_count_active(model),
-        nonzero=None if on_meta else sum(int(torch.count_nonzero(parameter)) for parameter in parameters),
+        nonzero=None if on_meta else _count_nonzero(parameters),
+        pruned=None if on_meta else sum(matrix.numel() for matrix in pruned),
+        pruned_nonzero=None if on_meta else _count_nonzero(pruned),
         bytes_on_disk=None if folder is None else count_bytes(Path(folder)),
         flops_per_token=_count_flops(model, seq_len) if _runs_on_ids(model) else None,
     )
+
+
+def find_pruned_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Return the matrices that take less space packed, because many of their entries are zero."""
+    return [weight for weight in model.parameters() if weight.dim() > 1 and packed_bytes(weight) < weight.nbytes]
+
+
+def _count_nonzero(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(int(torch.count_nonzero(parameter)) for parameter in parameters)
 
 
 def _count_active(model: nn.Module) -> int:

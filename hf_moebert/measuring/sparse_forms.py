@@ -10,7 +10,11 @@ from transformers import PreTrainedModel
 
 from hf_moebert.checkpoints.packing import packed_bytes
 from hf_moebert.inference.sparse import LAYOUTS, Layout, find_sparse_linears, to_sparse_linears
+from hf_moebert.measuring.footprint import find_pruned_matrices
 from hf_moebert.measuring.latency import SpeedUp, compare_latency
+
+
+NOTHING_TO_GAIN = "nothing to gain: no matrix has zeros enough; what was removed whole is gone already"
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,8 @@ class SparseForm:
 
     Attributes:
         form: "dense", "packed", "csr" or "2:4".
-        bytes: Size of the pruned matrices, on disk if packed, else in memory; None if the form is unavailable here.
+        bytes: Size of the pruned matrices, or of all if none is pruned, on disk if packed, else in memory; None if
+            the form is unavailable here.
         speed_up: Speed-up of the forward pass over dense; None where nothing was timed.
         meaning: The result in words.
     """
@@ -44,9 +49,9 @@ def compare_sparse_forms(
     A model whose neurons or heads were removed is narrower by itself, so that is no form of its own.
 
     Args:
-        model: A pruned model that runs on ids; it is left as it is.
+        model: A pruned model that runs on ids or on pictures; it is left as it is.
         batch: Sequences per timed pass.
-        seq: Tokens per sequence.
+        seq: Tokens per sequence; pictures have the size of the config.
         rounds: Timed passes of every form, in turns.
         max_kept: As in `to_sparse_linears`.
         seed: Seed of the timed ids and of the intervals.
@@ -55,12 +60,13 @@ def compare_sparse_forms(
         Dense, packed, csr and 2:4, in this order.
 
     Raises:
-        ValueError: If the model does not run on ids, or if a number does not fit it.
+        ValueError: If the model runs on neither, or if a number does not fit it.
     """
     inputs = _draw_inputs(model, batch, seq, seed)
-    pruned = [weight for weight in model.parameters() if weight.dim() > 1 and packed_bytes(weight) < weight.nbytes]
-    dense = sum(weight.nbytes for weight in pruned)
-    packed = sum(packed_bytes(weight) for weight in pruned)
+    pruned = find_pruned_matrices(model)
+    matrices = pruned or [weight for weight in model.parameters() if weight.dim() > 1]
+    dense = sum(weight.nbytes for weight in matrices)
+    packed = sum(packed_bytes(weight) for weight in matrices)
     copies, shares, refusals = {"dense": _copy_modules(model)}, {}, {}
     for layout in LAYOUTS:
         try:
@@ -78,7 +84,7 @@ def compare_sparse_forms(
     ]
     for layout in LAYOUTS:
         if layout in refusals:
-            forms.append(SparseForm(layout, None, None, refusals[layout]))
+            forms.append(SparseForm(layout, None, None, refusals[layout] if pruned else NOTHING_TO_GAIN))
         else:
             saved = _count_saved(model, shares[layout], layout)
             meaning = _describe_speed(speed_ups[layout], model, shares[layout])
@@ -93,10 +99,19 @@ def _draw_inputs(model: PreTrainedModel, batch: int, seq: int, seed: int) -> dic
             f"`batch` and `seq` must be at least 1 and `seq` at most {positions}, got {batch} and {seq}. Use those "
             "of a usual input."
         )
+    generator = torch.Generator().manual_seed(seed)
+    if model.main_input_name == "pixel_values" and hasattr(model.config, "image_size"):
+        size = model.config.image_size
+        shape = (batch, model.config.num_channels, *((size, size) if isinstance(size, int) else size))
+        pictures = torch.randn(shape, generator=generator)  # (batch, channels, height, width)
+        return {"pixel_values": pictures.to(model.device, model.dtype)}
     if model.main_input_name != "input_ids":
-        raise ValueError(f"`model` must run on `input_ids`, got {type(model).__name__} on {model.main_input_name!r}.")
+        raise ValueError(
+            f"`model` must run on `input_ids` or on `pixel_values` of one size, got {type(model).__name__} on "
+            f"{model.main_input_name!r}. Count its parameters with `measure_footprint`."
+        )
     vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(vocabulary, (batch, seq), generator=torch.Generator().manual_seed(seed))  # (batch, seq)
+    ids = torch.randint(vocabulary, (batch, seq), generator=generator)  # (batch, seq)
     names = ["input_ids", "decoder_input_ids"] if model.config.is_encoder_decoder else ["input_ids"]
     return dict.fromkeys(names, ids.to(model.device))
 
@@ -131,8 +146,8 @@ def _count_saved(model: nn.Module, shares: Mapping[str, float], layout: Layout) 
 
 
 def _describe_size(packed: int, dense: int) -> str:
-    if not dense:
-        return "nothing to gain: no matrix has zeros enough"
+    if packed == dense:
+        return NOTHING_TO_GAIN
     return f"file {packed / dense:.0%} of dense; same speed, because it is dense in memory"
 
 

@@ -80,9 +80,29 @@ def _measurement_row(name: str, model: Mapping[str, Any], is_baseline: bool) -> 
         )
     row["parameters stored"] = short_number(footprint["total"])
     row["effective"] = short_number(footprint["active"])
+    shares = _sparsities(footprint) if footprint["pruned"] else ()
+    row["zeros: pruned, all"] = ", ".join(f"{share:.0%}" for share in shares) or "-"
     row["on disk"] = short_number(footprint["bytes_on_disk"]) + "B"
     row["speed-up"] = "baseline" if is_baseline else _with_interval(speed_up, "median", "{:.2f}x")
     return row
+
+
+def describe_sparsity(footprint: Mapping[str, Any]) -> str:
+    """Write the share of zeros, in the pruned matrices and in the whole model, on one line.
+
+    Args:
+        footprint: The fields of a `measuring.footprint.Footprint`.
+    """
+    if not footprint["pruned"]:
+        return "nothing pruned"
+    pruned, everything = _sparsities(footprint)
+    return f"{pruned:.1%} of pruned matrices, {everything:.1%} of the model"
+
+
+def _sparsities(footprint: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the share of zeros in the pruned matrices, and in the whole model."""
+    pruned = 1 - footprint["pruned_nonzero"] / footprint["pruned"]
+    return pruned, 1 - footprint["nonzero"] / footprint["total"]
 
 
 def short_number(number: float) -> str:

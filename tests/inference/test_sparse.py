@@ -4,9 +4,18 @@ import copy
 
 import pytest
 import torch
-from pruned_models import make_bert, make_gpt2
+from pruned_models import make_bert, make_gpt2, prune
 from torch import nn
-from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration, ViTConfig, ViTModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+    WhisperConfig,
+    WhisperModel,
+)
 
 from hf_moebert.checkpoints.packing import packed_bytes
 from hf_moebert.inference import sparse
@@ -222,7 +231,9 @@ def test_a_dense_model_has_nothing_to_gain():
     rows = sparse_form_rows(compare_sparse_forms(model, seq=8, rounds=2))
     assert [row["speed-up"] for row in rows] == ["-"] * 4
     assert "nothing to gain" in rows[1]["meaning"]
-    assert "Prune the model first" in rows[2]["meaning"]
+    assert "nothing to gain" in rows[2]["meaning"]
+    matrices = sum(weight.nbytes for weight in model.parameters() if weight.dim() > 1)
+    assert [row["bytes"] for row in rows] == [f"{matrices:,}"] * 2 + ["-"] * 2
 
 
 def test_an_encoder_decoder_runs_too():
@@ -236,7 +247,12 @@ def test_a_shape_that_does_not_fit_is_refused(batch, seq):
         compare_sparse_forms(make_bert(), batch=batch, seq=seq)
 
 
-def test_a_model_of_images_is_refused():
+def test_models_of_pictures_run_too_and_those_of_sound_are_refused():
     config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=32)
-    with pytest.raises(ValueError, match="must run on `input_ids`, got ViTModel on 'pixel_values'"):
-        compare_sparse_forms(ViTModel(config))
+    forms = compare_sparse_forms(prune(ViTModel(config)), rounds=2)
+    assert [form.form for form in forms] == ["dense", "packed", "csr", "2:4"]
+    assert forms[2].speed_up is not None
+    with torch.device("meta"):
+        spoken = WhisperModel(WhisperConfig(encoder_layers=1, decoder_layers=1))
+    with pytest.raises(ValueError, match="on `input_ids` or on `pixel_values` of one size, got WhisperModel"):
+        compare_sparse_forms(spoken)

@@ -127,9 +127,32 @@ def test_refuses_a_model_with_the_name_of_an_optimised_one(classifiers, examples
         measure(sources, examples, baseline="a", optimized=["float32"], **QUICK)
 
 
+def test_refuses_a_model_without_its_tokenizer(classifiers, examples, tmp_path):  # noqa: F811
+    save_classifier(tmp_path, layers=1)
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"must hold the tokenizers .* knows 5 tokens, and the model 11\. Save the"):
+        measure({"a": str(tmp_path)}, examples, baseline="a", **QUICK)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_checkpoints_are_measured_in_the_dtype_that_is_asked_for(classifiers, examples, tmp_path, dtype):  # noqa: F811
+    source = str(classifiers / "large")
+    BertForSequenceClassification.from_pretrained(source).to(torch.bfloat16).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path)
+    models = {"half": str(tmp_path)}
+    with pytest.raises(ValueError, match='load with `dtype="float32"`'):
+        measure(models, examples, baseline="half", optimized=["float32"], **QUICK)
+    optimized = ["float32"] if dtype == "float32" else []
+    result = measure(models, examples, baseline="half", dtype=dtype, optimized=optimized, **QUICK)
+    assert len(result["models"]) == 1 + len(optimized)
+    assert result["settings"]["dtype"] == dtype
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"dtype": "half"}, "`dtype` must be one of float32, bfloat16, float16, got 'half'"),
         ({"optimized": ["float16"]}, "`precision` must be one of .*, got 'float16'"),
         ({"baseline": "small"}, r"`baseline` must be one of \['large'\], got 'small'"),
         ({"max_examples": 0}, "`max_examples` must be at least 1, got 0"),

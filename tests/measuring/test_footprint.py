@@ -1,11 +1,15 @@
 """Parameters, bytes and operations against counts made by hand."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
+from pruned_models import make_bert
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, T5Config, T5Model
 
 from hf_moebert.measuring.footprint import Footprint, measure_footprint
+from hf_moebert.reporting.tables import describe_sparsity
 
 
 TINY = {
@@ -66,7 +70,7 @@ def test_tied_parameters_count_once():
 
 def test_active_fraction_applies_to_own_parameters_only():
     model = nn.Sequential(nn.Linear(5, 3), Experts())
-    assert measure_footprint(model) == Footprint(18 + 60 + 10, 18 + 15 + 10, 18 + 60 + 5, None, None)
+    assert measure_footprint(model) == Footprint(18 + 60 + 10, 18 + 15 + 10, 18 + 60 + 5, 0, 0, None, None)
 
 
 def test_parameter_tied_to_experts_counts_as_its_busier_user():
@@ -82,6 +86,22 @@ def test_nonzero_sees_pruned_weights():
     nn.init.zeros_(model.weight)
     model.weight.data[0] = 2.0
     assert measure_footprint(model).nonzero == 4 + 4
+
+
+def test_zeros_of_pruned_matrices_are_counted_apart():
+    model = make_bert()
+    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
+    footprint = measure_footprint(model, seq_len=8)
+    assert 0 < footprint.pruned <= sum(weight.numel() for weight in matrices)
+    assert footprint.pruned_nonzero == pytest.approx(0.1 * footprint.pruned, rel=0.05)
+    words = describe_sparsity(asdict(footprint))
+    assert f"{1 - footprint.pruned_nonzero / footprint.pruned:.1%} of pruned matrices" in words
+    assert f"{1 - footprint.nonzero / footprint.total:.1%} of the model" in words
+    dense = measure_footprint(BertForSequenceClassification(BertConfig(**TINY)), seq_len=8)
+    assert (dense.pruned, dense.pruned_nonzero) == (0, 0)
+    assert describe_sparsity(asdict(dense)) == "nothing pruned"
+    with torch.device("meta"):
+        assert measure_footprint(BertModel(BertConfig(**TINY)), seq_len=8).pruned is None
 
 
 def test_bytes_on_disk_are_the_files_sizes(tmp_path):

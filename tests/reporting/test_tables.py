@@ -23,14 +23,21 @@ MEASUREMENT = {
     "models": {
         "dense": {
             "source": "a/dense",
-            "footprint": {"total": 2000, "active": 2000, "bytes_on_disk": 8100},
+            "footprint": {"total": 2000, "active": 2000, "nonzero": 1990, "pruned": 0, "bytes_on_disk": 8100},
             "scores": {"accuracy": {"value": 0.9, "low": 0.85, "high": 0.95}},
             "differences": None,
             "speed_up": None,
         },
         "small": {
             "source": "a/small",
-            "footprint": {"total": 1500, "active": 750, "bytes_on_disk": 6100},
+            "footprint": {
+                "total": 1500,
+                "active": 750,
+                "nonzero": 600,
+                "pruned": 1000,
+                "pruned_nonzero": 100,
+                "bytes_on_disk": 6100,
+            },
             "scores": {"accuracy": {"value": 0.88, "low": 0.83, "high": 0.93}},
             "differences": {"accuracy": {"value": -0.02, "low": -0.05, "high": 0.01}},
             "speed_up": {"median": 1.5, "low": 1.4, "high": 1.625},
@@ -111,6 +118,7 @@ def test_rich_table_shows_markup_as_text():
 
 def test_measurement_rows_compare_with_the_baseline():
     dense, small = measurement_rows(MEASUREMENT)
+    assert dense["zeros: pruned, all"] == "-"
     assert dense["accuracy difference"] == dense["speed-up"] == "baseline"
     assert small == {
         "model": "small",
@@ -118,6 +126,7 @@ def test_measurement_rows_compare_with_the_baseline():
         "accuracy difference": "-0.0200 [-0.0500, +0.0100]",
         "parameters stored": "1.5k",
         "effective": "750",
+        "zeros: pruned, all": "90%, 60%",
         "on disk": "6.1kB",
         "speed-up": "1.50x [1.40x, 1.62x]",
     }
