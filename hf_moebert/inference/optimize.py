@@ -137,9 +137,19 @@ def swap_classes(base: PreTrainedModel, make: Callable[..., InferenceLinear]) ->
                 unchanged.append(name)
     if unchanged:
         logger.warning(f"Linear layers that are wrapped, hooked or not in float32 stay as they are, in {unchanged}.")
+    if others := [name for name, module in base.named_modules() if is_other_linear(module)]:
+        logger.warning(
+            f"Linear layers of other forms, such as chains of cores, stay as they are, {len(others)} of them, first "
+            f"{others[0]!r}. Make the model dense first, as by `to_dense`."
+        )
     experts = getattr(base.config, "_experts_implementation", None)
     if experts in ("grouped_mm", "batched_mm"):
         logger.warning(f"Experts stay as they are: their implementation is {experts!r}, not 'sorted_mm' or 'eager'.")
+
+
+def is_other_linear(module: nn.Module) -> bool:
+    """Check whether a module is a linear layer of a form that has no faster class: chains, adapters, `Conv1D`."""
+    return not isinstance(module, nn.Linear) and (hasattr(module, "in_features") or hasattr(module, "nf"))
 
 
 def find_optimized_class(module: nn.Module) -> type[OptimizedModule] | None:

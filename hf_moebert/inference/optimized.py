@@ -80,7 +80,7 @@ def make_optimized_class(mixin: type, original: type) -> type:
 
 def new_optimized(mixin: type, original: type) -> Any:
     """Make an empty module of an optimised class, for a copy."""
-    made = make_optimized_class(mixin, original)  # type: ignore[arg-type]  # classes are hashable
+    made: Any = make_optimized_class(mixin, original)
     return made.__new__(made)
 
 

@@ -107,7 +107,8 @@ class Unpadding:
         """Replace a padded batch by one row of its real tokens; anything else passes as it is."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or base.training:
             return None
-        given = signature_of(type(base)).bind(base, *args, **kwargs).arguments
+        kind: Any = type(base)
+        given = signature_of(kind).bind(base, *args, **kwargs).arguments
         given.pop("self")
         given |= given.pop("kwargs", {})
         mask, tokens = given.get("attention_mask"), given.get("input_ids")

@@ -14,6 +14,7 @@ from contextlib import suppress
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from hf_moebert.architectures.protocols import OptimizedForInference
 from hf_moebert.checkpoints.packing import has_adapters
@@ -27,6 +28,7 @@ from .modeling_mpo import TiedMPOEmbedding, TiedMPOLinear, restore_layer
 from .modeling_quantizer import MPOQuantizer, replace_matrices, restore_ties
 
 
+logger = logging.get_logger(__name__)
 DENSE = (nn.Linear, Conv1D, nn.Embedding)
 
 
@@ -50,7 +52,7 @@ def compress_mpo(
         num_cores: Odd, at least 3.
         bond: A cap on every bond.
         max_error: Largest relative error of every matrix, in the Frobenius norm, in [0, 1), before the cores are
-            rounded to the model's dtype.
+            rounded to the model's dtype. A matrix whose chain would be larger than itself stays dense.
         keep_ratio: Parameters of all chosen matrices together, as a share of the dense ones; the bonds are about
             those with the least total error, see `choose_bonds`.
         gauge: As in `decompose`.
@@ -60,8 +62,8 @@ def compress_mpo(
         A new model of the same class. `to_dense` makes it dense again.
 
     Raises:
-        ValueError: If an option is out of range, if two of the three ways are given, if nothing is chosen, or if the
-            model is not dense.
+        ValueError: If an option is out of range, if two of the three ways are given, if nothing is chosen, if
+            `max_error` makes no matrix smaller, or if the model is not dense.
 
     Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205; choosing bonds by size or error is our own design.
     """
@@ -76,6 +78,10 @@ def compress_mpo(
         keep_ratio=keep_ratio,
         gauge=gauge,
     )
+    if max_error is not None:
+        chains = _keep_smaller(model, chains, max_error)
+        chosen = [paths for paths in chosen if paths[0] in chains]
+    _warn_of_growth(model, chains)
     tied = {path: paths[0] for paths in chosen for path in paths[1:]}
     compressed = _copy_rest(model, chosen)
     sizes = {path: list(model.get_parameter(f"{path}.weight").shape) for path in chains}
@@ -148,6 +154,41 @@ def _decompose(
         path: round_cores(cores, wanted, gauge=gauge)[0]
         for (path, (cores, _)), wanted in zip(chains.items(), bonds, strict=True)
     }
+
+
+def _keep_smaller(
+    model: PreTrainedModel, chains: dict[str, list[Tensor]], max_error: float
+) -> dict[str, list[Tensor]]:
+    """Return the chains that are smaller than their matrices, and tell of the others."""
+    kept = {path: cores for path, cores in chains.items() if _count(cores) < _size(model, path)}
+    if not kept:
+        raise ValueError(
+            f"`max_error` must allow chains smaller than their matrices, {max_error} does so for none of "
+            f"{len(chains)}. Allow a larger error, or leave it out for exact chains, which are larger."
+        )
+    if larger := [path for path in chains if path not in kept]:
+        logger.warning(
+            f"{len(larger)} of {len(chains)} matrices stay dense, because a chain within `max_error` {max_error} "
+            f"would be larger: {', '.join(larger)}."
+        )
+    return kept
+
+
+def _warn_of_growth(model: PreTrainedModel, chains: dict[str, list[Tensor]]) -> None:
+    total, dense = sum(map(_count, chains.values())), sum(_size(model, path) for path in chains)
+    if total > dense:
+        logger.warning(
+            f"The chains hold {total / dense:.2f} times the parameters of their matrices: bonds have still to be cut, "
+            "by `bond`, `max_error` or `keep_ratio`, or by an `MPOSqueezingCallback`."
+        )
+
+
+def _count(cores: list[Tensor]) -> int:
+    return sum(core.numel() for core in cores)
+
+
+def _size(model: PreTrainedModel, path: str) -> int:
+    return model.get_parameter(f"{path}.weight").numel()
 
 
 def _describe(chains: dict[str, list[Tensor]]) -> dict[str, dict[str, list[int]]]:
