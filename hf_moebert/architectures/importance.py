@@ -8,12 +8,14 @@ from typing import Any, Self
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env, reduce
+from accelerate.utils import extract_model_from_parallel, parse_flag_from_env, reduce
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, default_data_collator
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 from transformers.trainer_utils import RemoveColumnsCollator
+from transformers.utils.generic import find_labels
 
 from .functional_importance import neuron_importance, weights_times_gradients
 from .functional_losses import infer_problem_type, per_example_loss, span_loss, token_loss
@@ -54,14 +56,20 @@ def measure_importance(
         those of a decoder. Shape `(layers, intermediate)`.
 
     Raises:
-        ValueError: If the model's family is not known or it is not dense, the data set is empty or has no labels, or a
-            score is not finite.
+        ValueError: If the model's family is not known, it is not dense or has no head, the data set is empty, endless
+            or has no labels, ids or labels do not fit the model, or a score is not finite.
 
     Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, eq. 4. That a gated neuron's score is over its gate, up-
     and down-projection, and that layers shared by name are scored once, is our own choice.
     """
     if max_examples is not None and max_examples < 1:
         raise ValueError(f"`max_examples` must be at least 1, got {max_examples}. Leave it out to use all.")
+    model = _check_model(model)
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"`dataset` must have a length, got {type(dataset).__name__}: examples are drawn from all of it. Use "
+            "`Dataset.from_list(list(dataset.take(2048)))`."
+        )
     if len(dataset) == 0:
         raise ValueError("`dataset` is empty. Give the labelled examples the model was trained on.")
     if model.dtype not in (torch.float32, torch.float64):
@@ -89,7 +97,67 @@ def measure_importance(
     if not scores.isfinite().all():
         layers = (~scores.isfinite()).any(dim=1).nonzero().flatten().tolist()
         raise ValueError(f"The importance of layers {layers} is not finite. Check the model's weights and the labels.")
+    if not scores.any():
+        raise ValueError(
+            "`dataset` must have labels that a loss can be computed of, but every score is zero: all labels are -100, "
+            "or the head ignores the body. Check the labels of some examples."
+        )
     return scores
+
+
+def _check_model(model: Any) -> PreTrainedModel:
+    """Refuse what has no task loss, and unwrap what `torch.compile` has wrapped: its hooks would not be called."""
+    found: Any = extract_model_from_parallel(model, keep_torch_compile=False) if hasattr(model, "modules") else model
+    is_model = isinstance(found, PreTrainedModel)
+    if not is_model:
+        raise ValueError(
+            f"`model` must be a model of transformers, got {type(model).__name__}. Merge an adapter by "
+            "`merge_and_unload`."
+        )
+    if any(parameter.is_meta for parameter in found.parameters()):
+        raise ValueError("`model` must hold its weights in memory, some are offloaded. Load it without offloading.")
+    if not find_labels(type(found)) or type(found).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
+        raise ValueError(
+            f"`model` must have a head for classification, question answering or language modelling, got "
+            f"{type(found).__name__}. Importance needs the task loss."
+        )
+    return found
+
+
+def _check_batch(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
+    """Refuse ids outside of the vocabulary, and texts that have more tokens than positions are learned for."""
+    ids, words = batch.get("input_ids"), model.get_input_embeddings()
+    if ids is None or type(words) is not nn.Embedding:
+        return
+    wrong = ids[(ids < 0) | (ids >= words.num_embeddings)]
+    if wrong.numel():
+        raise ValueError(
+            f"`input_ids` must be in [0, {words.num_embeddings}), got {int(wrong[0])}. Use the model's tokenizer."
+        )
+    for name, table in model.named_modules():
+        if isinstance(table, nn.Embedding) and name.endswith(("position_embeddings", "wpe", "embed_positions")):
+            before = getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
+            if ids.shape[-1] > (longest := table.num_embeddings - before):
+                raise ValueError(
+                    f"`input_ids` must have at most {longest} tokens, got {ids.shape[-1]}. Tokenize with "
+                    "`truncation=True`."
+                )
+
+
+def _check_labels(labels: Tensor, logits: Tensor) -> None:
+    """Refuse classes that do not exist, and labels of another task than the logits."""
+    if logits.dim() == 3 and labels.shape != logits.shape[:2]:
+        raise ValueError(
+            f"Labels must have the shape {tuple(logits.shape[:2])} (batch, seq) of the tokens, got "
+            f"{tuple(labels.shape)}. Use data of the task of the model's head."
+        )
+    if labels.is_floating_point() or logits.shape[-1] == 1:
+        return
+    wrong = labels[((labels < 0) & (labels != -100)) | (labels >= logits.shape[-1])]
+    if wrong.numel():
+        raise ValueError(
+            f"Labels must be in [0, {logits.shape[-1]}), or -100, got {int(wrong[0])}. Check `num_labels`."
+        )
 
 
 @contextmanager
@@ -176,15 +244,22 @@ def example_losses(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
         )
     labels = next(iter(targets.values()))
     generates: Any = model.can_generate()
+    if generates and labels.dim() != 2:
+        raise ValueError(
+            f"Labels must have the shape (batch, seq) for {type(model).__name__}, got {tuple(labels.shape)}. Use data "
+            "of the task of the model's head."
+        )
     if generates and model.config.is_encoder_decoder and "decoder_input_ids" not in batch:
         batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
-    outputs = model(**batch)
+    _check_batch(model, batch)
+    outputs = model.forward(**batch)  # not what `model.compile()` made of it, which calls no hooks
     if "start_logits" in outputs:
         real = real_tokens(batch.get("attention_mask"), outputs.start_logits.shape).to(outputs.start_logits.device)
         lowest = torch.finfo(outputs.start_logits.dtype).min
         start, end = (x.masked_fill(~real, lowest) for x in (outputs.start_logits, outputs.end_logits))
         return span_loss(start, end, targets["start_positions"], targets["end_positions"])
     logits = outputs.logits
+    _check_labels(labels, logits)
     if logits.dim() == 2:
         kind = model.config.problem_type or infer_problem_type(model.config.num_labels, labels)
         return per_example_loss(logits, labels, kind)

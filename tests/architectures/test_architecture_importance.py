@@ -136,7 +136,7 @@ def test_the_model_is_left_as_it_was():
     one = measure_importance(model, examples, collate)
     assert torch.equal(one, measure_importance(model, examples, collate))
     outside = [example | {"input_ids": example["input_ids"] + VOCAB} for example in examples]
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="`input_ids` must be in"):
         measure_importance(model, outside, collate)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())

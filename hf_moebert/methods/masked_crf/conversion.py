@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .modeling_masked_crf import BertCrfForTokenClassification, CrfForTokenClassification, CrfTagger
+from .modeling_masked_crf import BertCrfForTokenClassification, CrfForTokenClassification, CrfTagger, check_tagger
 
 
 def from_dense(model: PreTrainedModel, **options: Any) -> CrfTagger:
@@ -22,6 +22,7 @@ def from_dense(model: PreTrainedModel, **options: Any) -> CrfTagger:
     Raises:
         ValueError: If the model is no token classifier, already has a CRF, or its labels do not fit the tag scheme.
     """
+    check_tagger(model)
     is_bert = model.config.model_type == "bert"
     head = BertCrfForTokenClassification if is_bert else CrfForTokenClassification
     return head.from_dense(model, **options)

@@ -139,6 +139,16 @@ class CrfTagger(StrictModel):
         return loss
 
 
+def check_tagger(model: Any) -> None:
+    """Refuse what is no token classifier, before its configuration is read."""
+    classes = {cls.__name__ for cls in type(model).__mro__}
+    if not isinstance(model, PreTrainedModel) or not any(name.endswith("ForTokenClassification") for name in classes):
+        raise ValueError(
+            f"`model` must be a token classifier, got {type(model).__name__}. Load it with "
+            "`AutoModelForTokenClassification`, with the `id2label` of the task, and merge adapters."
+        )
+
+
 def _find_words(
     emissions: Tensor, attention_mask: Tensor | None, labels: Tensor | None, word_mask: Tensor | None
 ) -> Tensor:
@@ -188,6 +198,7 @@ class BertCrfForTokenClassification(CrfTagger, BertForTokenClassification):
         Raises:
             ValueError: If the model is of another class, or its labels do not fit the tag scheme.
         """
+        check_tagger(model)
         return cls._with_tagger(BertCrfConfig.from_dense(model.config, **fields), model, "")
 
     @can_return_tuple
@@ -274,6 +285,7 @@ class CrfForTokenClassification(CrfTagger):
         Raises:
             ValueError: If the model is of another class, or its labels do not fit the tag scheme.
         """
+        check_tagger(model)
         return cls._with_tagger(CrfConfig.from_dense(model.config, **fields), model, "tagger")
 
     def get_input_embeddings(self) -> nn.Module:

@@ -13,17 +13,30 @@ EXPERT_STACKS = ("up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
 
 
 def check_dense(model: nn.Module, name: str) -> None:
-    """Refuse a model whose matrices are stored in another form than dense tensors."""
+    """Refuse a model that is not the dense BERT with the same head, or whose matrices are not dense tensors."""
+    wanted = name.replace("MoEBert", "Bert")
+    if wanted not in {cls.__name__ for cls in type(model).__mro__} or model.config.is_heterogeneous:
+        raise ValueError(
+            f"`model` must be a dense {wanted} to become a {name}, got {type(model).__name__}. Load it with "
+            f"`{wanted}.from_pretrained`, merge adapters, and convert it before it is shrunk or compiled."
+        )
     form = getattr(model, "quantization_method", None)
     if form is not None:
         raise ValueError(
             f"`model` must be dense to be cut into the experts of {name}, but its form is {form!r}. Call "
             "`to_dense(model)` first."
         )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("`model` must hold its weights in memory, some are offloaded. Load it without offloading.")
 
 
 def check_importance(importance: Tensor, expected: tuple[int, int]) -> None:
     """Refuse scores that are not finite, or not one for each neuron, `(layers, intermediate)`."""
+    if not hasattr(importance, "isfinite"):
+        raise ValueError(
+            f"`importance` must be a tensor, got {type(importance).__name__}. Use `torch.as_tensor`, or "
+            "`measure_importance`."
+        )
     if importance.shape != expected or not importance.isfinite().all():
         raise ValueError(
             f"`importance` must hold a finite score for each neuron, of shape {expected} (layers, intermediate), "

@@ -108,7 +108,8 @@ class MoEBertPreTrainedModel(StrictModel, BertPreTrainedModel):
             importance: Score of each neuron, from `measure_importance`. Shape `(layers, intermediate)`.
             num_experts: Experts per converted layer.
             expert_size: Neurons per expert; by default `intermediate_size // num_experts`, as in the paper.
-            num_shared_neurons: Neurons that every expert gets; by default `intermediate_size // 6`, as in the paper.
+            num_shared_neurons: Neurons that every expert gets; by default `intermediate_size // 6`, as in the paper,
+                but at most two thirds of an expert, the paper's share, so that many experts still differ.
             routing: See `MoEBertConfig`.
             token_counts: Occurrences of each token id in the training corpus, for `hash-balanced`. Shape `(vocab,)`.
             seed: Seed of hash tables and gates.
@@ -125,11 +126,15 @@ class MoEBertPreTrainedModel(StrictModel, BertPreTrainedModel):
         """
         check_dense(model, cls.__name__)
         dense_size = model.config.intermediate_size
+        count = num_experts if isinstance(num_experts, int) and num_experts > 0 else 1  # the config refuses others
+        expert_size = dense_size // count if expert_size is None else expert_size
+        if num_shared_neurons is None:
+            num_shared_neurons = min(dense_size // 6, expert_size * 2 // 3)
         config = cls.config_class.from_dense(
             model.config,
             num_experts=num_experts,
-            expert_size=dense_size // num_experts if expert_size is None else expert_size,
-            num_shared_neurons=dense_size // 6 if num_shared_neurons is None else num_shared_neurons,
+            expert_size=expert_size,
+            num_shared_neurons=num_shared_neurons,
             routing=routing,
             routing_seed=seed,
             **options,
@@ -140,7 +145,8 @@ class MoEBertPreTrainedModel(StrictModel, BertPreTrainedModel):
 
         with torch.random.fork_rng(devices=[]):  # gates are drawn from `seed`, and nothing else is disturbed
             torch.manual_seed(seed)
-            student = cls(config).to(dtype=model.dtype, device=model.device)
+            pooling = {"add_pooling_layer": False} if getattr(model, "pooler", model) is None else {}
+            student = cls(config, **pooling).to(dtype=model.dtype, device=model.device)
         load_experts(student, model, importance)
         if routing == "hash-balanced":
             router = student.base_model.router

@@ -27,7 +27,8 @@ def shrink(model: PreTrainedModel, *, multiple_of: int = 1) -> PreTrainedModel:
         A model of the registered class with the same head, and the same dtype, device and mode.
 
     Raises:
-        ValueError: If the model's family or head is not supported, or `multiple_of` is not positive.
+        ValueError: If the model's family or head is not supported, its weights are not in memory, or `multiple_of` is
+            not positive.
     """
     if not isinstance(multiple_of, int) or multiple_of < 1:
         raise ValueError(
@@ -41,6 +42,8 @@ def shrink(model: PreTrainedModel, *, multiple_of: int = 1) -> PreTrainedModel:
             f"`model` must be one of {sorted(stock.__name__ for stock in classes)}, got {type(model).__name__}. Load "
             "the checkpoint with one of these, or shrink its base model."
         )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("`model` must hold its weights in memory, some are offloaded. Load it without offloading.")
     kept = [(group, find_kept_units(group, multiple_of=multiple_of)) for group in groups]
     if all(len(units) == group.num_units for group, units in kept):
         logger.warning_once(
@@ -51,6 +54,7 @@ def shrink(model: PreTrainedModel, *, multiple_of: int = 1) -> PreTrainedModel:
     for group, units in kept:
         widths[group.layer][group.kind] = len(units)
     with torch.random.fork_rng(devices=[]):  # leaves the caller's random numbers alone
-        shrunk = cls(cls.config_class.from_dense(model.config, widths))
+        pooling = {"add_pooling_layer": False} if getattr(model, "pooler", model) is None else {}
+        shrunk = cls(cls.config_class.from_dense(model.config, widths), **pooling)
     shrunk.to(dtype=model.dtype, device=model.device).load_state_dict(cut_state(model, kept))
     return shrunk.train(model.training)

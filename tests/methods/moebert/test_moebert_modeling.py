@@ -403,7 +403,7 @@ def test_bad_conversions_are_refused(dense, importance):
         convert(dense, broken)
     with pytest.raises(ValueError, match=r"`token_counts` must have shape \(100,\) .* got None"):
         convert(dense, importance, "hash-balanced", token_counts=None)
-    with pytest.raises(ValueError, match="must have the body and head of a dense MoEBertForTokenClassification"):
+    with pytest.raises(ValueError, match="must be a dense BertForTokenClassification to become a MoEBertForToken"):
         MoEBertForTokenClassification.from_dense(dense, importance, **SIZES)
     with pytest.raises(ValueError, match="must have BERT's architecture"):
         convert(convert(dense, importance), importance)
