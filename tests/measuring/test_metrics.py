@@ -184,7 +184,7 @@ def test_squad_reads_a_dataset_column():
     assert scores == {"exact_match": 100, "f1": 100}
 
 
-SCHEMES = {"IOB2": "BI", "IOBES": "BIES", "BILOU": "BILU"}
+SCHEMES = {"IOB2": "BI", "IOBES": "BIES", "BILOU": "BILU", "IOB1": "BI", "IOE1": "IE", "IOE2": "IE"}
 
 
 def random_tags(scheme):
@@ -203,11 +203,11 @@ def test_an_illegal_span_counts_leniently_and_not_strictly():
 
 def test_tags_that_are_all_inner_are_read_strictly_under_a_named_scheme():
     """They may be IOB1, in which they are legal: to guess IOB2 would score perfect predictions 0."""
-    tags = [["O", "I-X", "I-X"]]
-    assert span_f1(tags, tags) == 1.0
-    for read in (lambda: span_f1(tags, tags, strict=True), lambda: count_illegal(tags)):
-        with pytest.raises(ValueError, match="`scheme` must be named"):
-            read()
+    for tags in ([["O", "I-X", "I-X"]], [["O", "I-X", "E-X"]], [["E-X"]]):
+        assert span_f1(tags, tags) == 1.0
+        for read in (lambda tags=tags: span_f1(tags, tags, strict=True), lambda tags=tags: count_illegal(tags)):
+            with pytest.raises(ValueError, match="`scheme` must be named"):
+                read()
 
 
 @pytest.mark.filterwarnings("error")
@@ -251,6 +251,9 @@ def test_spans_are_scored_as_by_seqeval(scheme, strict):
         ("B-x-y I-x-y I-x", "IOB2", {("x-y", 0, 1), ("x", 2, 2)}, 1),
         ("B-a- I-a- I-a", "IOB2", {("a-", 0, 1), ("a", 2, 2)}, 1),
         ("B I O I", "IOB2", {("", 0, 1), ("", 3, 3)}, 1),
+        ("B-a M-a E-a S-a M-b", "BMES", {("a", 0, 2), ("a", 3, 3), ("b", 4, 4)}, 1),
+        ("I-a B-a O I-b", "IOB1", {("a", 0, 0), ("a", 1, 1), ("b", 3, 3)}, 0),
+        ("I-a E-a E-a", "IOE2", {("a", 0, 1), ("a", 2, 2)}, 0),
         ("O O", "IOB2", set(), 0),
         ("", "IOBES", set(), 0),
     ],
@@ -281,8 +284,8 @@ def test_the_scheme_is_read_off_the_tags_of_both():
 @pytest.mark.parametrize(
     ("tags", "options", "message"),
     [
-        (["NOUN"], {}, r"Tags must be 'O', or B, I, E, S, L or U, a dash and a type, got prefixes \['NOUN'\]"),
-        (["B-a"], {"scheme": "IOB1"}, "`scheme` must be one of IOB2, IOBES, BILOU, got 'IOB1'. Read others leniently"),
+        (["NOUN"], {}, r"Tags must be 'O', or B, I, E, S, L, U or M, a dash and a type, got prefixes \['NOUN'\]"),
+        (["B-a"], {"scheme": "BIOUS"}, "`scheme` must be one of IOB2, IOBES, .*, got 'BIOUS'. Read others leniently"),
         (["E-a"], {"scheme": "IOB2", "mode": "strict"}, r"must be of IOB2, got the prefixes \['E'\]"),
         (["E-a", "L-a"], {"mode": "strict"}, r"must be of one scheme, got the prefixes \['E', 'L'\]"),
         (["B-a"], {"mode": "loose"}, "`mode` must be 'strict' or None, got 'loose'"),

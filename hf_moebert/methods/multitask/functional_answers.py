@@ -21,7 +21,7 @@ READERS = {
     TOKENS: (*CLASSIFIERS, "tagging"),
     QUESTION: ("question-answering",),
 }
-PREFIXES = ("B-", "I-", "E-", "L-", "S-", "U-")
+PREFIXES = ("B-", "I-", "M-", "E-", "L-", "S-", "U-")
 MAX_ANSWER_TOKENS = 30
 
 
@@ -144,12 +144,12 @@ def read_entities(found: Mapping[str, Tensor], labels: Mapping[int, str], exampl
     for (_, start, end), tag, score in zip(example.spans, tags.tolist(), scores.tolist(), strict=True):
         label = labels[tag]
         prefix, kind = (label[0], label[2:]) if label.startswith(PREFIXES) else ("-", label)
-        if prefix in "IEL" and kind == open_type:
+        if prefix in "IMEL" and kind == open_type:
             entities[-1]["end"] = end
             entities[-1]["scores"].append(score)
         elif label != "O":
             entities.append({"label": kind, "start": start, "end": end, "scores": [score]})
-        open_type = kind if prefix in "BI" else None
+        open_type = kind if prefix in "BIM" else None
     for entity in entities:
         scores_of_words = entity.pop("scores")
         entity["word"] = example.text[entity["start"] : entity["end"]]

@@ -12,15 +12,16 @@ import datasets
 import evaluate
 import numpy as np
 from seqeval.metrics.sequence_labeling import get_entities
-from seqeval.scheme import BILOU, IOB2, IOBES, Entities
+from seqeval.scheme import BILOU, IOB1, IOB2, IOBES, IOE1, IOE2, Entities
 
 
 Sequences = Sequence[Sequence[str]]  # the tags of each sentence
 Span = tuple[str, int, int]  # type, first word, last word
 
-SCHEMES = {"IOB2": IOB2, "IOBES": IOBES, "BILOU": BILOU}
-PREFIXES = {"IOB2": "BI", "IOBES": "BIES", "BILOU": "BILU"}
-AS_IOBES = {"L": "E", "U": "S"}  # lenient counting knows no BILOU
+# Those that prefixes are read as come first
+SCHEMES = {"IOB2": IOB2, "IOBES": IOBES, "BILOU": BILOU, "BMES": IOBES, "IOB1": IOB1, "IOE1": IOE1, "IOE2": IOE2}
+PREFIXES = {"IOB2": "BI", "IOBES": "BIES", "BILOU": "BILU", "BMES": "BMES", "IOB1": "BI", "IOE1": "IE", "IOE2": "IE"}
+AS_IOBES = {"L": "E", "U": "S", "M": "I"}  # lenient counting knows no BILOU, and neither way of counting BMES
 
 FOUND = np.dtype([("correct", np.int64), ("predicted", np.int64)])
 
@@ -31,7 +32,7 @@ def find_spans(tags: Sequences, strict: bool = False, *, scheme: str | None = No
     Args:
         tags: "O", or a prefix and a type, which may hold dashes itself: "B-x-y".
         strict: Whether spans that the scheme does not allow are dropped.
-        scheme: "IOB2", "IOBES" or "BILOU"; without it, read off the prefixes. Only strict reading needs it.
+        scheme: A key of `SCHEMES`; without it, read off the prefixes. Only strict reading needs it.
 
     Raises:
         ValueError: If a tag or the scheme is unknown, or a tag is none of the scheme.
@@ -127,11 +128,14 @@ def _check_scheme(tags: Sequences, strict: bool, scheme: str | None) -> str:
     if scheme is not None and scheme not in SCHEMES:
         raise ValueError(f"`scheme` must be one of {', '.join(SCHEMES)}, got '{scheme}'. Read others leniently.")
     seen = {tag.partition("-")[0] for tag in set(chain.from_iterable(tags)) - {"O"}}
-    if seen - set("BIESLU"):
-        raise ValueError(f"Tags must be 'O', or B, I, E, S, L or U, a dash and a type, got prefixes {sorted(seen)}.")
-    if strict and scheme is None and seen == {"I"}:
+    if seen - set("BIESLUM"):
         raise ValueError(
-            "`scheme` must be named to read tags strictly that are all 'I': they may be IOB1. Use 'IOB2'."
+            f"Tags must be 'O', or B, I, E, S, L, U or M, a dash and a type, got prefixes {sorted(seen)}."
+        )
+    if strict and scheme is None and seen and seen <= {"I", "E"}:
+        raise ValueError(
+            f"`scheme` must be named to read tags strictly whose prefixes are {sorted(seen)}: they may be IOB1, IOE1 "
+            "or IOE2, or cut from others. Use 'IOB2' if each span begins with 'B'."
         )
     fitting = [name for name, prefixes in PREFIXES.items() if seen <= set(prefixes)]
     if scheme is None and fitting:
@@ -149,7 +153,7 @@ def _code(tag: str, kinds: dict[str, int], strict: bool) -> str:
     if tag == "O":
         return tag
     prefix, _, kind = tag.partition("-")
-    prefix = prefix if strict else AS_IOBES.get(prefix, prefix)
+    prefix = AS_IOBES.get(prefix, prefix) if prefix == "M" or not strict else prefix
     return f"{prefix}-{kinds.setdefault(kind, len(kinds))}"
 
 
