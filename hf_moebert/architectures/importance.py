@@ -20,6 +20,7 @@ from transformers.utils.generic import find_labels
 from .functional_importance import neuron_importance, weights_times_gradients
 from .functional_losses import infer_problem_type, per_example_loss, span_loss, token_loss
 from .functional_routing import real_tokens
+from .heads import warn_of_untrained_head
 from .surgery import FeedForward, find_feed_forwards
 
 
@@ -65,6 +66,7 @@ def measure_importance(
     if max_examples is not None and max_examples < 1:
         raise ValueError(f"`max_examples` must be at least 1, got {max_examples}. Leave it out to use all.")
     model = _check_model(model)
+    warn_of_untrained_head(model, "the importance")
     if not hasattr(dataset, "__len__"):
         raise ValueError(
             f"`dataset` must have a length, got {type(dataset).__name__}: examples are drawn from all of it. Use "

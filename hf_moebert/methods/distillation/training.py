@@ -13,6 +13,7 @@ from transformers.trainer_utils import TrainOutput, unwrap_peft_model
 from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
+from hf_moebert.architectures.heads import warn_of_untrained_head
 from hf_moebert.checkpoints.resuming import last_complete_checkpoint
 
 from .functional import classification_loss, hidden_state_loss, multi_label_loss, regression_loss, span_loss
@@ -20,6 +21,7 @@ from .recipe import DistillationConfig
 from .training_checks import (
     agreed_problem_type,
     refuse_foreign_checkpoint,
+    refuse_noise,
     refuse_non_finite_outputs,
     refuse_other_labels,
     refuse_other_sizes,
@@ -70,6 +72,7 @@ class DistillationTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.distillation = DistillationConfig() if distillation is None else distillation
+        refuse_noise(self.args.neftune_noise_alpha)
         refuse_shared_parameters(self.model, teacher)
         names = ("vocab_size", "hidden_size") if self.distillation.hidden_states else ("vocab_size",)
         refuse_other_sizes(self.model.config, teacher.config, self.processing_class, names=names)
@@ -81,6 +84,7 @@ class DistillationTrainer(Trainer):
         teacher.requires_grad_(False).train(self.distillation.reference_teacher_dropout)
         self.teacher = teacher.to(self.args.device)
         inner = unwrap_peft_model(teacher)
+        warn_of_untrained_head(inner, "the student")
         self._teacher_inputs = set(inspect.signature(inner.forward).parameters) - set(find_labels(type(inner)))
         self._teacher_checked = False
         self._reset_terms()
@@ -210,7 +214,9 @@ class DistillationTrainer(Trainer):
             if labels is not None and self.distillation.mask_padding:
                 labelled = labels != -100
                 real = labelled if real is None else labelled & real
-            return classification_loss(student["logits"], teacher["logits"], real, temperature=temperature)
+            shared = min(outputs["logits"].shape[-1] for outputs in (student, teacher))  # a padded vocabulary has more
+            ours, theirs = (outputs["logits"][..., :shared] for outputs in (student, teacher))
+            return classification_loss(ours, theirs, real, temperature=temperature)
         problem_type = agreed_problem_type(self.model.config, self.teacher.config)
         if problem_type is None:  # the rule by which stock heads read an undeclared problem off its labels
             several = labels is not None and labels.is_floating_point()

@@ -26,19 +26,37 @@ def refuse_shared_parameters(student: nn.Module, teacher: nn.Module) -> None:
 def refuse_other_sizes(
     student: PreTrainedConfig, teacher: PreTrainedConfig, processing_class: Any, *, names: tuple[str, ...]
 ) -> None:
-    """Refuse models that differ in one of the named sizes, and a tokenizer with more tokens than they have."""
+    """Refuse models that differ in one of the named sizes, and a tokenizer with more tokens than they have.
+
+    A vocabulary may be the other's with padding, up to a multiple that suits kernels: the ids mean the same.
+    """
     for name in names:
         ours, theirs = getattr(student, name, None), getattr(teacher, name, None)
-        if ours != theirs:
+        if ours != theirs and not (name == "vocab_size" and ours and theirs and _is_padded(*sorted((ours, theirs)))):
             raise ValueError(
                 f"`{name}` must be equal in student and teacher, got {ours} and {theirs}. Use a teacher of the same"
                 " family: both read the same token ids, and their hidden states are compared without a projection."
             )
-    vocab_size = getattr(student, "vocab_size", None)
+    sizes = [size for size in (getattr(config, "vocab_size", None) for config in (student, teacher)) if size]
+    vocab_size = min(sizes, default=None)
     if isinstance(processing_class, PreTrainedTokenizerBase) and vocab_size and len(processing_class) > vocab_size:
         raise ValueError(
             f"`processing_class` must have at most the {vocab_size} tokens of the models, got {len(processing_class)}."
             " Use the tokenizer of the teacher, or call `resize_token_embeddings` on both models."
+        )
+
+
+def _is_padded(size: int, padded: int) -> bool:
+    """Check whether a size becomes another one when it is rounded up to a power of two of 8 to 512."""
+    return any(-(-size // multiple) * multiple == padded for multiple in (8, 16, 32, 64, 128, 256, 512))
+
+
+def refuse_noise(alpha: float | None) -> None:
+    """Refuse noise on the embeddings, which the student alone would see."""
+    if alpha is not None:
+        raise ValueError(
+            f"`neftune_noise_alpha` must be None with a teacher, got {alpha}: the student would have noise on its "
+            "embeddings, and the teacher none. Leave it out."
         )
 
 

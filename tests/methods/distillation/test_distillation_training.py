@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -432,6 +433,35 @@ OTHER_ORDER = {"id2label": {0: "good", 1: "fair", 2: "bad"}, "label2id": {"good"
 def test_a_teacher_of_another_kind_is_refused(tmp_path, ours, theirs, message):
     with pytest.raises(ValueError, match=message):
         distil(tmp_path, bert(**ours), bert(1, **theirs))
+
+
+@pytest.mark.parametrize("head", ["classifier", "words"])
+@pytest.mark.parametrize(("ours", "theirs"), [(30, 32), (32, 30), (33, 40), (100, 128)])
+def test_a_vocabulary_may_be_padded(tmp_path, head, ours, theirs):
+    cls = {"classifier": BertForSequenceClassification, "words": BertForMaskedLM}[head]
+    student, teacher = bert(cls=cls, vocab_size=ours), bert(1, cls=cls, vocab_size=theirs)
+    data = [{"input_ids": row["input_ids"] % 30, "labels": row["labels"]} for row in rows()]
+    if head == "words":
+        data = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in data]
+    trainer = distil(tmp_path, student, teacher, data=data)
+    trainer.train()
+    assert all(math.isfinite(log["loss_prediction"]) for log in trainer.state.log_history if "loss_prediction" in log)
+
+
+def test_noise_for_the_student_alone_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`neftune_noise_alpha` must be None with a teacher, got 5"):
+        distil(tmp_path, bert(), bert(1), neftune_noise_alpha=5)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_untrained_head_is_named(tmp_path, trained, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_moebert.architectures.heads.logger.warning", said.append)
+    teacher = bert(1)
+    torch.nn.init.constant_(teacher.classifier.bias, 0.1 if trained else 0.0)
+    distil(tmp_path, bert(), teacher)
+    assert len(said) == (not trained)
+    assert all("`classifier` has a bias of zeros, and the student would follow a random one" in text for text in said)
 
 
 def test_a_teacher_that_is_the_student_or_part_of_it_is_refused(tmp_path):

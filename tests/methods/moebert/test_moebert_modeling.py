@@ -405,7 +405,7 @@ def test_bad_conversions_are_refused(dense, importance):
         convert(dense, importance, "hash-balanced", token_counts=None)
     with pytest.raises(ValueError, match="must be a dense BertForTokenClassification to become a MoEBertForToken"):
         MoEBertForTokenClassification.from_dense(dense, importance, **SIZES)
-    with pytest.raises(ValueError, match="must have BERT's architecture"):
+    with pytest.raises(ValueError, match="must be a dense BertForSequenceClassification to become"):
         convert(convert(dense, importance), importance)
 
 
