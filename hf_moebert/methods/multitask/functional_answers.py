@@ -80,7 +80,9 @@ def check_part(name: str, value: Any, may_be_empty: bool) -> None:
 
 
 def word_spans(encoding: Any, text: str | list[str]) -> list[Span]:
-    """Return the first token of every word with the characters of the whole word.
+    """Return the first token of every word with the characters of the whole word, without blanks around it.
+
+    Blanks end a word of a text, also where the tokenizer keeps words together.
 
     Args:
         encoding: Encoding of one input by a fast tokenizer.
@@ -93,10 +95,14 @@ def word_spans(encoding: Any, text: str | list[str]) -> list[Span]:
         if word is None or encoding.sequence_ids[position] != 0:
             continue
         shift = starts[word] if starts else 0
-        if word == last:
-            spans[-1] = (*spans[-1][:2], end + shift)
+        piece = (text[word] if starts else text)[start:end]
+        first, end = end + shift - len(piece.lstrip()), start + shift + len(piece.rstrip())
+        if not piece.strip():
+            continue
+        if word == last and (starts or first <= spans[-1][2]):
+            spans[-1] = (*spans[-1][:2], max(end, spans[-1][2]))
         else:
-            spans.append((position, start + shift, end + shift))
+            spans.append((position, first, end))
         last = word
     return spans
 

@@ -12,7 +12,14 @@ import torch
 from fastapi.testclient import TestClient
 from hypothesis import given, settings, strategies as st
 from tiny_tasks import KINDS, TAGS, make_task, make_tasks, make_tokenizer, save_merged
-from transformers import BertForSequenceClassification, TextClassificationPipeline, pipeline
+from transformers import (
+    BertForSequenceClassification,
+    LlamaTokenizer,
+    RobertaTokenizer,
+    TextClassificationPipeline,
+    pipeline,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hf_moebert.methods.multitask.functional_answers import Example, read_answer, read_entities, read_input, word_spans
 from hf_moebert.methods.multitask.modeling_multitask import MultiTaskBertModel
@@ -107,6 +114,7 @@ def test_words_are_tagged_through_their_first_tokens(pipe):
         (["B-PER", "B-PER", "O", "I-PER"], [("PER", "anna"), ("PER", "lee"), ("PER", "rome")]),
         (["B-PER", "E-PER", "S-LOC", "I-LOC"], [("PER", "anna lee"), ("LOC", "in"), ("LOC", "rome")]),
         (["U-PER", "B-LOC", "I-LOC", "L-LOC"], [("PER", "anna"), ("LOC", "lee in rome")]),
+        (["B-PER", "M-PER", "E-PER", "M-LOC"], [("PER", "anna lee in"), ("LOC", "rome")]),
         (["O", "O", "O", "O"], []),
         (["NOUN", "NOUN", "ADP", "I-"], [("NOUN", "anna"), ("NOUN", "lee"), ("ADP", "in"), ("", "rome")]),
     ],
@@ -121,6 +129,23 @@ def test_prefixes_say_what_belongs_together(tags, entities):
     found = read_entities({"logits": logits}, dict(enumerate(labels)), Example(text, ("text",), None, spans, False))
     assert [(one["label"], one["word"]) for one in found] == entities
     assert all(text[one["start"] : one["end"]] == one["word"] for one in found)
+
+
+@pytest.mark.parametrize("kind", ["keeps words together", "counts blanks with words"])
+def test_words_end_at_blanks_whatever_the_tokenizer_does(kind):
+    characters = {symbol: number for number, symbol in enumerate(["<unk>", "\u2581", *"anleirom\n\u3000"])}
+    if kind == "keeps words together":
+        tokenizer = LlamaTokenizer(vocab=characters, merges=[])
+    else:
+        symbols = ["<s>", "<pad>", "</s>", "<unk>", *bytes_to_unicode().values(), "<mask>"]
+        vocab = {symbol: number for number, symbol in enumerate(symbols)}
+        tokenizer = RobertaTokenizer(vocab=vocab, merges=[], trim_offsets=False)
+    for text in ("anna lee  in\nrome", "rome", " anna\u3000lee "):
+        spans = word_spans(tokenizer(text).encodings[0], text)
+        assert [text[start:end] for _, start, end in spans] == text.split()
+        words = text.split()
+        listed = word_spans(make_tokenizer()(words, is_split_into_words=True).encodings[0], words)
+        assert [" ".join(words)[start:end] for _, start, end in listed] == words
 
 
 def test_tags_of_a_crf_are_its_path_and_their_scores_its_marginals():
