@@ -12,7 +12,7 @@ from .functional import assign_neurons, cut_experts
 EXPERT_STACKS = ("up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
 
 
-def check_dense(model: nn.Module, name: str) -> None:
+def check_dense(model: Any, name: str) -> None:
     """Refuse a model that is not the dense BERT with the same head, or whose matrices are not dense tensors."""
     wanted = name.replace("MoEBert", "Bert")
     if wanted not in {cls.__name__ for cls in type(model).__mro__} or model.config.is_heterogeneous:
