@@ -124,9 +124,14 @@ def train(
     """Train on the inputs alone, in their order; plain descent, for Adam makes much of rounding."""
     rows = [{name: x[i] for name, x in inputs.items()} for i in range(len(inputs["labels"]))]
     quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "seed": 0, "max_steps": STEPS}
-    quiet |= {"optim": "sgd", "learning_rate": 0.02, "per_device_train_batch_size": len(rows)}
+    make = getattr(callback, "make_optimizer", None)  # of AdamW
+    quiet |= {
+        "optim": "adamw_torch" if make else "sgd",
+        "learning_rate": 0.02,
+        "per_device_train_batch_size": len(rows),
+    }
     quiet |= {"save_steps": STOP, "save_strategy": "steps"}
-    start, make = options.pop("resume_from_checkpoint", None), getattr(callback, "make_optimizer", None)
+    start = options.pop("resume_from_checkpoint", None)
     args = TrainingArguments(str(folder), **quiet | options)
     optimizers = (make(model, args) if make else None, None)
     trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows, callbacks=[callback], optimizers=optimizers)

@@ -131,7 +131,7 @@ def test_refuses_a_model_without_its_tokenizer(classifiers, examples, tmp_path):
     save_classifier(tmp_path, layers=1)
     for file in tmp_path.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(ValueError, match=r"must hold the tokenizers .* knows 5 tokens, and the model 11\. Save the"):
+    with pytest.raises(ValueError, match=r"must hold the tokenizers .* knows 5 tokens, and the model 11\. Save it in"):
         measure({"a": str(tmp_path)}, examples, baseline="a", **QUICK)
 
 
