@@ -125,12 +125,8 @@ def train(
     rows = [{name: x[i] for name, x in inputs.items()} for i in range(len(inputs["labels"]))]
     quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "seed": 0, "max_steps": STEPS}
     make = getattr(callback, "make_optimizer", None)  # of AdamW
-    quiet |= {
-        "optim": "adamw_torch" if make else "sgd",
-        "learning_rate": 0.02,
-        "per_device_train_batch_size": len(rows),
-    }
-    quiet |= {"save_steps": STOP, "save_strategy": "steps"}
+    quiet |= {"optim": "adamw_torch" if make else "sgd", "learning_rate": 0.02}
+    quiet |= {"per_device_train_batch_size": len(rows), "save_steps": STOP, "save_strategy": "steps"}
     start = options.pop("resume_from_checkpoint", None)
     args = TrainingArguments(str(folder), **quiet | options)
     optimizers = (make(model, args) if make else None, None)

@@ -197,9 +197,8 @@ def test_files_hold_the_states_of_every_depth_and_are_not_computed_twice(tmp_pat
             torch.testing.assert_close(states[i]["inputs_embeds"], alone[0])
             assert states[i]["labels"] == data[i]["labels"]
             assert states[i].keys() == {"inputs_embeds", "attention_mask", "labels"}
-    alone = cache_states(trunk, data.select_columns("input_ids"), tmp_path / "bare", depths=[2])[
-        2
-    ]  # nothing but the trunk's
+    bare = data.select_columns("input_ids")  # nothing but what the trunk reads
+    alone = cache_states(trunk, bare, tmp_path / "bare", depths=[2])[2]
     assert torch.equal(alone[5]["inputs_embeds"], found[2][5]["inputs_embeds"])
     assert len(alone) == len(found[2])
     before = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
