@@ -76,6 +76,7 @@ benchmark: $(VENV)/.installed
 	$(PY) benchmarks/masks.py
 	$(PY) benchmarks/crf.py
 	$(PY) benchmarks/serving.py
+	$(PY) benchmarks/serving_load.py
 	$(PY) benchmarks/import_time.py
 
 wheel: $(VENV)/.installed

@@ -294,10 +294,8 @@ def process(load, *arguments):
 def test_no_request_is_lost_at_the_end(load):
     """Clients ask on while the server ends, and one never ends its body and one its headers."""
     with process(load, "0.02", "5") as server:
-        start = time.monotonic()
         outcomes = asyncio.run(load.stop(server, honest=10, delay=0.5))
-        assert server.process.wait(10) == 0
-        assert time.monotonic() - start < 7
+        assert server.process.wait(10) == 0  # it would be 1 beyond the grace of 5 seconds
     assert outcomes[200] > 0
     assert outcomes[503] > 0
     assert outcomes["lost"] == 0
