@@ -1,6 +1,7 @@
 """What every way from a dense model to a compressed one keeps, and what each refuses before it begins."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -96,6 +97,28 @@ def test_the_attention_stays_that_of_the_dense_model(way, attention):
         attentions = output.encoder_attentions if "t5" in way else output.attentions
         assert len(attentions) == 2
         assert all(tensor is not None for tensor in attentions)
+
+
+# Labels that are all to be ignored
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.parametrize("auto", [CLASSIFIER, TAGGER, AutoModelForMaskedLM])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+def test_shrunk_models_have_no_loss_of_no_label(family, auto, return_dict):
+    """The mean of the stock heads is NaN, and so would be every weight after a step."""
+    model = shrink(dense(family, auto)).train()
+    assert inspect.signature(model.forward) == inspect.signature(type(dense(family, auto)).forward.__get__(model))
+    ids = torch.randint(3, VOCAB, (2, 5))
+    labels = torch.full((2,) if auto is CLASSIFIER else (2, 5), -100)
+    if return_dict:
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        assert loss == 0
+        assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    labels[0] = 1
+    mixed = model.eval()(input_ids=ids, labels=labels, return_dict=return_dict)
+    assert torch.isfinite(mixed[0] if not return_dict else mixed.loss)
 
 
 # Bodies without pooler

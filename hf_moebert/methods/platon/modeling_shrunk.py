@@ -1,7 +1,11 @@
 """Models whose layers differ in width: pruned models without their zero units."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import (
     BertForMaskedLM,
     BertForQuestionAnswering,
@@ -22,7 +26,7 @@ from transformers import (
     ViTForImageClassification,
     ViTModel,
 )
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 from .configuration_shrunk import (
     ShrunkBertConfig,
@@ -48,10 +52,30 @@ def shrunk_classes() -> dict[type[PreTrainedModel], type["ShrunkModel"]]:
     return {cls.__bases__[1]: cls for cls in ShrunkModel.__subclasses__()}
 
 
+def _without_empty_loss(forward: Callable) -> Callable:
+    """Wrap the forward of a stock class: a mean over labels that are all -100, which is NaN, becomes zero."""
+
+    @functools.wraps(forward)  # with its signature, by which transformers chooses columns
+    def wrapped(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        outputs, labels = forward(self, *args, **kwargs), kwargs.get("labels")
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or torch.compiler.is_compiling():
+            return outputs
+        if isinstance(outputs, ModelOutput) and not (labels != -100).any():
+            outputs["loss"] = outputs["logits"].sum() * 0.0
+        return outputs
+
+    return wrapped
+
+
 class ShrunkModel(StrictModel):
     """Base of all shrunk models: layers of different widths, and how they are saved."""
 
     config: ShrunkConfig
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if ShrunkModel in cls.__bases__:
+            cls.forward = _without_empty_loss(cls.__bases__[1].forward)  # type: ignore[attr-defined,method-assign]
 
     def __init__(self, config: ShrunkConfig, *args: Any, **kwargs: Any) -> None:
         layers = config.to_dict().get("per_layer_config")
