@@ -331,8 +331,13 @@ def _is_number(value: object) -> bool:
 
 def _check_model(model: PreTrainedModel) -> None:
     method = getattr(model, "quantization_method", None)
+    is_model = isinstance(model, PreTrainedModel)
+    if not is_model:
+        raise ValueError(
+            f"`model` must be dense, but {type(model).__name__} is no model of transformers. Merge an adapter: "
+            "`merge_and_unload`."
+        )
     for wrong, fault, remedy in (
-        (not isinstance(model, PreTrainedModel), "no model of transformers", "Merge an adapter: `merge_and_unload`"),
         (method is not None, f"already compressed by {method!r}", "Take the dense model, or call `to_dense(model)`"),
         (has_adapters(model), "one with a PEFT adapter", "Merge or remove it"),
         (

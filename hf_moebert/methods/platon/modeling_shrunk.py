@@ -75,7 +75,7 @@ class ShrunkModel(StrictModel):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if ShrunkModel in cls.__bases__:
-            cls.forward = _without_empty_loss(cls.__bases__[1].forward)  # type: ignore[attr-defined,method-assign]
+            cls.forward = _without_empty_loss(cls.__bases__[1].forward)  # type: ignore[attr-defined]
 
     def __init__(self, config: ShrunkConfig, *args: Any, **kwargs: Any) -> None:
         layers = config.to_dict().get("per_layer_config")
