@@ -184,7 +184,7 @@ def test_squad_reads_a_dataset_column():
     assert scores == {"exact_match": 100, "f1": 100}
 
 
-SCHEMES = {"IOB2": "BI", "IOBES": "BIES", "BILOU": "BILU", "IOB1": "BI", "IOE1": "IE", "IOE2": "IE"}
+SCHEMES = {"IOB2": "BI", "IOBES": "BIES", "BILOU": "BILU", "IOB1": "BI", "IOE2": "IE"}
 
 
 def random_tags(scheme):
@@ -285,6 +285,7 @@ def test_the_scheme_is_read_off_the_tags_of_both():
     ("tags", "options", "message"),
     [
         (["NOUN"], {}, r"Tags must be 'O', or B, I, E, S, L, U or M, a dash and a type, got prefixes \['NOUN'\]"),
+        (["E-a"], {"scheme": "IOE1"}, "`scheme` must be one of IOB2, IOBES, .*, got 'IOE1'. Read others leniently"),
         (["B-a"], {"scheme": "BIOUS"}, "`scheme` must be one of IOB2, IOBES, .*, got 'BIOUS'. Read others leniently"),
         (["E-a"], {"scheme": "IOB2", "mode": "strict"}, r"must be of IOB2, got the prefixes \['E'\]"),
         (["E-a", "L-a"], {"mode": "strict"}, r"must be of one scheme, got the prefixes \['E', 'L'\]"),

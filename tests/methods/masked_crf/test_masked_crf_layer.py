@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from hf_moebert.measuring.metrics.seqeval.seqeval import find_spans
 from hf_moebert.methods.masked_crf import MaskedCRF
-from hf_moebert.methods.masked_crf.functional_tags import PREFIXES, count_breaks
+from hf_moebert.methods.masked_crf.functional_tags import PREFIXES, count_breaks, find_segments, plain_tags
 
 
 IOB2 = ["O", "B-X", "I-X", "B-Y", "I-Y"]
@@ -138,6 +139,24 @@ def test_marginals_of_any_finite_emissions_add_up_to_one(scheme, dtype, exponent
     found = crf.marginals((emissions.double() * 10.0**exponent).clamp(-3e38, 3e38).to(dtype), mask)
     assert (found >= 0).all()
     torch.testing.assert_close(found.sum(-1), mask.to(dtype), atol=1e-5, rtol=0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    scheme=st.sampled_from(SCHEMES),
+    types=st.sets(st.sampled_from("abcde"), min_size=1),
+    specials=st.sets(st.sampled_from(["[PAD]", "[CLS]", "X", "</s>"])),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_seqeval_finds_no_illegal_segment_in_what_is_decoded(scheme, types, specials, seed):
+    labels = [*specials, *labels_of(scheme, sorted(types))]
+    crf = random_crf(labels, seed=seed, scale=3.0, tag_scheme=scheme)
+    emissions, mask = random_rows(len(labels), rows=5, seq=12, seed=seed)
+    tags = [plain_tags(row, scheme) for row in names_of(crf, crf.decode(emissions, mask))]
+    wanted = [{(segment.type, segment.start, segment.stop - 1) for segment in find_segments(row)} for row in tags]
+    assert find_spans(tags) == wanted
+    if scheme != "IOE1":  # which seqeval does not read strictly
+        assert find_spans(tags, True, scheme=scheme) == wanted
 
 
 ILLEGAL = torch.tensor([[0, 2, 2, 0], [0, 1, 2, 0], [2, 0, 0, 0]])  # O I-X I-X O; O B-X I-X O; I-X O O O

