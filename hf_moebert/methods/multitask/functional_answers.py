@@ -95,7 +95,7 @@ def word_spans(encoding: Any, text: str | list[str]) -> list[Span]:
         if word is None or encoding.sequence_ids[position] != 0:
             continue
         shift = starts[word] if starts else 0
-        piece = "".join((text[word] if starts else text)[start:end])
+        piece = (text[word] if isinstance(text, list) else text)[start:end]
         first, end = end + shift - len(piece.lstrip()), start + shift + len(piece.rstrip())
         if not piece.strip():
             continue
