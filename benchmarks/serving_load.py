@@ -97,7 +97,7 @@ def save_model(folder: Path, seed: int) -> Expected:
 def serving(folder: Path, expected: Expected) -> Iterator[Server]:
     """Start a server, and end it if it still runs."""
     command = [sys.executable, "-m", "hf_moebert", "serve", str(folder), "--port", "0", "--threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # nosec B603 - this interpreter, and arguments of ours
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # no shell  # nosec B603
         line = process.stdout.readline() if process.stdout else ""
         try:
             yield Server(process, int(line.rpartition(":")[2]), expected)
