@@ -20,6 +20,7 @@ dense model with half of the units, for which nothing is routed.
 """
 
 import copy
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -248,11 +249,12 @@ def make_prefill(model: PreTrainedModel, ids: Tensor) -> Callable[[], None]:
 def make_decode(model: PreTrainedModel, ids: Tensor) -> Callable[[], None]:
     """Return what `generate` does with one token, whose traces in the cache are removed."""
     cache = DynamicCache(config=model.config)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24
     token = ids[:1, :1]
-    model(input_ids=ids[:1], past_key_values=cache)
+    model(input_ids=ids[:1], **{name: cache})
 
     def call() -> None:
-        model(input_ids=token, past_key_values=cache, logits_to_keep=1)
+        model(input_ids=token, **{name: cache}, logits_to_keep=1)
         cache.crop(-1)
 
     return call
