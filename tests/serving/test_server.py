@@ -22,6 +22,7 @@ from hf_moebert.serving import ServingLimits, build_app, run_server
 from hf_moebert.serving.server import LimitedServer
 
 
+pytestmark = pytest.mark.process  # servers on real sockets, whose time limits are waited for
 HEAD = b"POST /predict HTTP/1.1\r\nHost: a\r\n"
 BODY = b'{"inputs": "Ab"}'
 WHOLE = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
