@@ -129,7 +129,7 @@ class MoMFields:
 
     def validate_blocks(self) -> None:
         """Refuse blocks that do not exist."""
-        blocks = self.blocks if self.layers is None else self.layers
+        blocks = self.blocks
         if not blocks or blocks != sorted(set(blocks)) or any(not 0 <= block < self.num_blocks for block in blocks):
             raise ValueError(
                 f"`layers` must name blocks from 0 to {self.num_blocks - 1}, ascending and each once, got "
