@@ -1,6 +1,7 @@
 """Application that answers texts by any `Predictor`."""
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
@@ -23,6 +24,8 @@ from .requests import BodyReader, PredictRequest, UpdateRequest, count_character
 
 
 logger = logging.getLogger(__name__)
+
+PROBES: tuple[Any, ...] = ("a", {"question": "a", "context": "a"})  # inputs that some task can read
 
 
 class Service:
@@ -176,6 +179,25 @@ class Service:
         return self.updates
 
 
+def try_tasks(predictor: Predictor) -> None:
+    """Let each task answer a short input, if it reads one of the usual form.
+
+    Raises:
+        ValueError: If one fails, or answers with a number that is not finite; the message names the task.
+    """
+    for name in predictor.describe_tasks():
+        for probe in PROBES:
+            try:
+                predictor.check(probe, [name])
+            except ValueError:
+                continue  # another form
+            try:
+                json.dumps(predictor.answer([(probe, [name])]), allow_nan=False)
+            except Exception as error:
+                raise ValueError(f"The task {name!r} must be able to answer {probe!r}, but: {error}") from error
+            break
+
+
 def build_app(
     predictor: Predictor, *, limits: ServingLimits | None = None, allow_updates: Path | None = None
 ) -> FastAPI:
@@ -191,7 +213,9 @@ def build_app(
 
     Raises:
         OSError: If the directory does not exist.
+        ValueError: If a task cannot answer a short text, or with numbers that are not finite.
     """
+    try_tasks(predictor)
     service = Service(predictor, limits or ServingLimits(), allow_updates)
     app = FastAPI(
         title="hf_moebert",

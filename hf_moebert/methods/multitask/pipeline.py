@@ -1,6 +1,6 @@
 """The pipeline "multitask": answers of several tasks to a text, for which the trunk runs once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -127,7 +127,7 @@ class MultiTaskPipeline(Pipeline):
             For each request `{"answers": {task: answer}, "truncated": bool}`.
 
         Raises:
-            ValueError: As `check`.
+            ValueError: As `check`, or if a task computes numbers that are not finite.
         """
         items = [self.preprocess(inputs, tasks) for inputs, tasks in requests]
         lengths = [item["input_ids"].shape[1] for item in items]
@@ -233,6 +233,11 @@ class MultiTaskPipeline(Pipeline):
         branch = self.model.branches[name]
         extra = {"word_mask": words, "output_marginals": True} if hasattr(branch, "crf") else {}
         output = branch(inputs_embeds=states, attention_mask=mask, **extra)
+        if broken := _find_nonfinite(output):
+            raise ValueError(
+                f"The task {name!r} must compute finite numbers, got NaN or infinity in {', '.join(broken)}. Train it "
+                "again with a lower learning rate, or run it in float32."
+            )
         return {key: output[key].cpu() for key in OUTPUTS if output.get(key) is not None}
 
     def postprocess(self, model_outputs: dict[str, Any]) -> dict[str, Any]:
@@ -280,13 +285,17 @@ def refuse_nonfinite(model: PreTrainedModel, folder: str | PathLike[str]) -> Non
     broken = [name for name, tensor in model.named_parameters() if not tensor.isfinite().all()]
     if not broken:
         ids = torch.arange(PROBE, device=model.device)[None] % model.config.vocab_size  # (1, seq)
-        outputs = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
-        broken = [key for key in OUTPUTS if outputs.get(key) is not None and not outputs[key].isfinite().all()]
+        broken = _find_nonfinite(model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)))
     if broken:
         raise ValueError(
             f"The model in {str(folder)!r} must be finite, in its weights and in its answer to a probe, got NaN or "
             f"infinity in {', '.join(broken[:3])}. Train it again with a lower learning rate, or in float32."
         )
+
+
+def _find_nonfinite(outputs: Mapping[str, Any]) -> list[str]:
+    """Return the names of the outputs of a task that are not finite: tags and classes read off them are nonsense."""
+    return [key for key in OUTPUTS if outputs.get(key) is not None and not outputs[key].isfinite().all()]
 
 
 def kind_of(branch: PreTrainedModel) -> str:

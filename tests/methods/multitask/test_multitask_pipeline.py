@@ -357,6 +357,33 @@ def test_a_task_that_is_not_finite_is_refused(client, tmp_path, name, value):
     assert client.post("/predict", json={"inputs": TEXT}).status_code == 200
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_server_does_not_start_with_a_task_that_is_not_finite(name, value):
+    broken = make_pipeline({other: make_task(other) for other in KINDS})
+    with torch.no_grad():
+        broken.model.branches[name].base_model.encoder.layer[-1].output.dense.weight.fill_(value)
+    with pytest.raises(ValueError, match=rf"The task '{name}' must be able to answer .*, but: .* must compute finite"):
+        build_app(broken)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_task_that_is_not_finite_on_some_inputs_answers_them_with_an_error(name):
+    """One word makes what the branch computes infinite: its request fails alone, whatever is in the batch."""
+    tasks = make_pipeline({other: make_task(other) for other in ("sentiment", name)})
+    app = build_app(tasks, limits=ServingLimits(max_wait_ms=50))
+    words = tasks.model.trunk.embeddings.word_embeddings.weight
+    with torch.no_grad():
+        words[tasks.tokenizer.convert_tokens_to_ids("film")] = math.nan
+    with TestClient(app, raise_server_exceptions=False) as client, ThreadPoolExecutor() as pool:
+
+        def ask(text):
+            one = text if name != "answers" else {"question": text, "context": text}
+            return client.post("/predict", json={"inputs": one, "tasks": [name]}).status_code
+
+        assert list(pool.map(ask, ["good", "a film", "lee", "rome", "film"])) == [200, 500, 200, 200, 500]
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_a_task_that_is_finite_is_loaded(pipe, tmp_path, name):
     make_task(name).save_pretrained(tmp_path)
