@@ -16,6 +16,10 @@ COPIES = {
         f"{METHODS}/mixture_of_masks/modeling_families.py",
         f"{METHODS}/platon/modeling_families.py",
     ),
+    "hf_moebert/architectures/paths.py": (
+        f"{METHODS}/mixture_of_masks/modeling_paths.py",
+        f"{METHODS}/platon/modeling_paths.py",
+    ),
     "hf_moebert/architectures/surgery.py": (
         f"{METHODS}/mixture_of_masks/modeling_surgery.py",
         f"{METHODS}/platon/modeling_surgery.py",

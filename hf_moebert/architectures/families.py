@@ -1,134 +1,14 @@
-"""Where each family of models keeps its layers, attention and feed-forward networks: one row for each model type.
+"""Where each family of models keeps its layers, attention and feed-forward networks: one row for each model type."""
 
-All paths but that of a stack start at a layer; that of a stack starts at the body (`model.base_model`).
-"""
-
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
-
-@dataclass(frozen=True)
-class FeedForwardPaths:
-    """Paths of the parts of a feed-forward network.
-
-    Attributes:
-        up: The up-projection; of a gated network the one without activation. Where gate and up-projection are one
-            matrix, that one.
-        down: The down-projection.
-        activation: The activation function.
-        gate: The up-projection that is activated, if the network is gated.
-        inner_dropout: Dropout behind the activation.
-        outer_dropout: Dropout at the end.
-    """
-
-    up: str
-    down: str
-    activation: str
-    gate: str | None = None
-    inner_dropout: str | None = None
-    outer_dropout: str | None = None
-
-    @property
-    def matrices(self) -> dict[str, str]:
-        """Paths of the matrices by the name of the part."""
-        gate = {} if self.gate is None else {"gate": self.gate}
-        return gate | {"up": self.up, "down": self.down}
-
-    @property
-    def holder(self) -> str:
-        """Path of the module that holds the whole network and nothing else; empty if there is none."""
-        return _common_parent([*self.matrices.values(), self.activation])
-
-    @property
-    def entries(self) -> list[str]:
-        """Paths of the modules in front of the down-projection, which hold nothing else."""
-        inner = [self.up, self.activation] if self.gate is None else [self.gate, self.up, self.activation]
-        return [parent] if (parent := _common_parent(inner)) else inner
-
-    def under(self, path: str) -> "FeedForwardPaths":
-        """Return the same parts within a module."""
-        named = {name: value for name, value in vars(self).items() if value is not None}
-        return FeedForwardPaths(**{name: f"{path}.{value}" for name, value in named.items()})
+from .paths import Architecture, AttentionPaths, FeedForwardPaths, Stack
 
 
-@dataclass(frozen=True)
-class AttentionPaths:
-    """Paths of the parts of an attention.
-
-    Attributes:
-        readers: The projections to queries, keys and values; one path where they are one matrix.
-        writer: The output projection.
-        module: The module that computes the attention. Only needed for families whose heads can be removed.
-        head_size: Attribute in which that module keeps the size of a head. Likewise.
-    """
-
-    readers: tuple[str, ...]
-    writer: str
-    module: str = ""
-    head_size: str = ""
-
-    def under(self, path: str) -> "AttentionPaths":
-        """Return the same projections within a module."""
-        return AttentionPaths(tuple(f"{path}.{reader}" for reader in self.readers), f"{path}.{self.writer}")
-
-
-@dataclass(frozen=True)
-class Stack:
-    """A list of layers of one kind.
-
-    Attributes:
-        path: Path of the list in the body. A head may do without a stack: T5 for classification has no decoder.
-        attentions: The attentions of each layer; those for other sequences are only there if a model has them.
-        feed_forwards: Where the feed-forward network of a layer may be; the first one whose matrices are all there.
-    """
-
-    path: str
-    attentions: tuple[AttentionPaths, ...]
-    feed_forwards: tuple[FeedForwardPaths, ...]
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A row of the table: where all models of a family keep their parts.
-
-    Attributes:
-        stacks: Its lists of layers, in the order in which they are counted.
-        units: The kinds of units that can be removed whole, of "neurons" and "heads". Heads that share parts with
-            others (relative positions, grouped keys) are not among them, nor is anything in layers that are shared.
-        bert_like: Prefix of the full names of transformers' classes (`...Attention`, `...Layer`, `...Intermediate`,
-            `...Output`) if they compute what BERT's do; many others have parts of the same names, and do not.
-    """
-
-    stacks: tuple[Stack, ...]
-    units: tuple[str, ...] = ()
-    bert_like: str = ""
-
-    @property
-    def matrix_names(self) -> list[str]:
-        """Ends of names that select the matrices of attentions and feed-forward networks, and nothing else."""
-        paths: list[str] = []
-        for stack in self.stacks:
-            for attention in stack.attentions:
-                paths += [*attention.readers, attention.writer]
-            for feed_forward in stack.feed_forwards:
-                paths += feed_forward.matrices.values()
-        return sorted({_shortest_end(path) for path in paths})
-
-
-def _common_parent(paths: list[str]) -> str:
-    common = []
-    for names in zip(*(path.split(".")[:-1] for path in paths), strict=False):
-        if len(set(names)) > 1:
-            break
-        common.append(names[0])
-    return ".".join(common)
-
-
-def _shortest_end(path: str) -> str:
-    """Return the last name of a path, or the last two where poolers and heads have the last one, too."""
-    names = path.split(".")
-    return ".".join(names[-2:] if names[-1] in ("dense", "out_proj") else names[-1:])
+NEURONS, HEADS = ("neurons",), ("neurons", "heads")
+TWO_STACKS = "`per_layer_config` counts the layers of one stack, and the family has two"
 
 
 def _bert_like(file: str, name: str) -> Architecture:
@@ -157,7 +37,18 @@ BERT = Architecture(
             feed_forwards=(BERT_FEED_FORWARD,),
         ),
     ),
-    units=("neurons", "heads"),
+    units=HEADS,
+)
+MPNET = Architecture(
+    stacks=(
+        Stack(
+            path="encoder.layer",
+            attentions=(AttentionPaths(("q", "k", "v"), "o").under("attention.attn"),),
+            feed_forwards=(BERT_FEED_FORWARD,),
+        ),
+    ),
+    units=NEURONS,
+    kept="the heads of all layers share a table of relative positions",
 )
 DEBERTA = Architecture(
     stacks=(
@@ -167,7 +58,8 @@ DEBERTA = Architecture(
             feed_forwards=(BERT_FEED_FORWARD,),
         ),
     ),
-    units=("neurons",),
+    units=NEURONS,
+    kept="queries, keys and values of a head are one above the other, and their biases apart",
 )
 DEBERTA_V2 = Architecture(
     stacks=(
@@ -177,12 +69,15 @@ DEBERTA_V2 = Architecture(
                 AttentionPaths(
                     readers=("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
                     writer="attention.output.dense",
+                    module="attention.self",
+                    head_size="attention_head_size",
+                    extras=("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
                 ),
             ),
             feed_forwards=(BERT_FEED_FORWARD,),
         ),
     ),
-    units=("neurons",),
+    units=HEADS,
 )
 DISTILBERT = Architecture(
     stacks=(
@@ -199,40 +94,59 @@ DISTILBERT = Architecture(
             feed_forwards=(FeedForwardPaths(up="ffn.lin1", activation="ffn.activation", down="ffn.lin2"),),
         ),
     ),
-    units=("neurons", "heads"),
+    units=HEADS,
+    neurons="hidden_dim",
+    heads="n_heads",
 )
 VIT = Architecture(
     stacks=(
         Stack(
             path="layers",
-            attentions=(replace(SEPARATE.under("attention"), module="attention", head_size="head_dim"),),
+            attentions=(SEPARATE.under("attention", "head_dim"),),
             feed_forwards=(TWO_LAYERS.under("mlp"),),
         ),
     ),
-    units=("neurons", "heads"),
+    units=HEADS,
+)
+DINOV2 = Architecture(
+    stacks=(
+        Stack(
+            path="encoder.layer",
+            attentions=(SEPARATE.under("attention", "head_dim"),),
+            feed_forwards=(TWO_LAYERS.under("mlp"), GATED.under("mlp")),
+        ),
+    ),
+    units=HEADS,
 )
 ALBERT = Architecture(
     stacks=(
         Stack(
-            path="encoder.albert_layer_groups.0.albert_layers",
+            path="encoder.albert_layer_groups.*.albert_layers",
             attentions=(AttentionPaths(("query", "key", "value"), "dense").under("attention"),),
             feed_forwards=(FeedForwardPaths(up="ffn", activation="activation", down="ffn_output"),),
         ),
     ),
+    kept="`per_layer_config` counts layers, and these share their weights",
 )
 MODERNBERT = Architecture(
     stacks=(
         Stack(
             path="layers",
-            attentions=(AttentionPaths(("attn.Wqkv",), "attn.Wo"),),
-            feed_forwards=(FeedForwardPaths(up="mlp.Wi", activation="mlp.act", down="mlp.Wo"),),
+            attentions=(AttentionPaths(("Wqkv",), "Wo").under("attn", "head_dim"),),
+            feed_forwards=(FeedForwardPaths(up="Wi", activation="act", down="Wo", inner_dropout="drop").under("mlp"),),
         ),
     ),
+    units=HEADS,
 )
-LLAMA = Architecture(
-    stacks=(Stack(path="layers", attentions=(SEPARATE.under("self_attn"),), feed_forwards=(GATED.under("mlp"),)),),
-    units=("neurons",),
+NOMIC = Architecture(
+    stacks=(Stack("layers", (SEPARATE.under("self_attn", "head_dim"),), (GATED.under("mlp"),)),),
+    units=HEADS,
 )
+JINA = Architecture(
+    stacks=(Stack("layers", (SEPARATE.under("self_attn", "head_dim"),), (TWO_LAYERS.under("mlp"),)),),
+    units=HEADS,
+)
+LLAMA = replace(NOMIC, heads="num_key_value_heads")
 GPT2 = Architecture(
     stacks=(
         Stack(
@@ -246,6 +160,9 @@ GPT2 = Architecture(
             ),
         ),
     ),
+    units=NEURONS,
+    kept="its attention computes with the number of heads",
+    neurons="n_inner",
 )
 GPT_NEOX = Architecture(
     stacks=(
@@ -255,6 +172,8 @@ GPT_NEOX = Architecture(
             feed_forwards=(FeedForwardPaths(up="mlp.dense_h_to_4h", activation="mlp.act", down="mlp.dense_4h_to_h"),),
         ),
     ),
+    units=NEURONS,
+    kept="queries, keys and values of a head are one above the other in one matrix",
 )
 BLOOM = Architecture(
     stacks=(
@@ -266,19 +185,26 @@ BLOOM = Architecture(
             ),
         ),
     ),
+    units=NEURONS,
+    kept="queries, keys and values of a head are one above the other in one matrix",
 )
 PHI = Architecture(
     stacks=(
         Stack(
             path="layers",
-            attentions=(AttentionPaths(("q_proj", "k_proj", "v_proj"), "dense").under("self_attn"),),
+            attentions=(AttentionPaths(("q_proj", "k_proj", "v_proj"), "dense").under("self_attn", "head_dim"),),
             feed_forwards=(TWO_LAYERS.under("mlp"),),
         ),
     ),
+    units=HEADS,
+    heads="num_key_value_heads",
 )
 BART_ATTENTION = AttentionPaths(("q_proj", "k_proj", "v_proj"), "out_proj")
 OPT = Architecture(
     stacks=(Stack("decoder.layers", (BART_ATTENTION.under("self_attn"),), (TWO_LAYERS,)),),
+    units=NEURONS,
+    kept="its attention computes with the number of heads",
+    neurons="ffn_dim",
 )
 BART = Architecture(
     stacks=(
@@ -289,6 +215,7 @@ BART = Architecture(
             feed_forwards=(TWO_LAYERS,),
         ),
     ),
+    kept=TWO_STACKS,
 )
 T5_ATTENTION = AttentionPaths(("q", "k", "v"), "o")
 T5_PLAIN = FeedForwardPaths(up="wi", activation="act", down="wo", inner_dropout="dropout")
@@ -309,6 +236,7 @@ T5 = Architecture(
             feed_forwards=(T5_PLAIN.under("layer.2.DenseReluDense"), T5_GATED.under("layer.2.DenseReluDense")),
         ),
     ),
+    kept=TWO_STACKS,
 )
 
 ARCHITECTURES = {
@@ -319,18 +247,25 @@ ARCHITECTURES = {
     "camembert": _bert_like("camembert", "Camembert"),
     "deberta": DEBERTA,
     "deberta-v2": DEBERTA_V2,
+    "deit": VIT,
+    "dinov2": DINOV2,
     "distilbert": DISTILBERT,
     "electra": _bert_like("electra", "Electra"),
+    "ernie": _bert_like("ernie", "Ernie"),
+    "eurobert": LLAMA,
     "gemma": LLAMA,
     "gemma2": LLAMA,
     "gemma3_text": LLAMA,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
+    "jina_embeddings_v3": JINA,
     "llama": LLAMA,
     "mbart": BART,
     "mistral": LLAMA,
     "modernbert": MODERNBERT,
+    "mpnet": MPNET,
     "mt5": T5,
+    "nomic_bert": NOMIC,
     "opt": OPT,
     "phi": PHI,
     "qwen2": LLAMA,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_families import CONFIGS, make_model
+from tiny_families import CONFIGS, IMAGES, make_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -25,11 +25,14 @@ CROSS = {"gpt2": {"add_cross_attention": True}}  # by default there is no attent
 ENCODER = ["query", "key", "value", "output.dense", "intermediate.dense"]
 DECODER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BART = ["q_proj", "k_proj", "v_proj", "self_attn.out_proj", "encoder_attn.out_proj", "fc1", "fc2"]
+VIT = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 NEOX = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 T5 = ["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"]
 WRITTEN_OUT = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), ENCODER),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie"), ENCODER),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), DECODER),
+    **dict.fromkeys(("eurobert", "nomic_bert"), DECODER),
+    **dict.fromkeys(("vit", "deit", "jina_embeddings_v3"), VIT),
     **dict.fromkeys(("bart", "mbart", "opt"), BART),
     **dict.fromkeys(("gpt_neox", "bloom"), NEOX),
     **dict.fromkeys(("t5", "mt5"), T5),
@@ -40,7 +43,8 @@ WRITTEN_OUT = {
     "gpt2": ["c_attn", "q_attn", "c_proj", "c_fc"],
     "modernbert": ["Wqkv", "Wo", "Wi"],
     "phi": ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"],
-    "vit": ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],
+    "dinov2": [*VIT, "gate_proj", "up_proj", "down_proj"],
+    "mpnet": ["q", "k", "v", "o", "output.dense", "intermediate.dense"],
 }
 
 
@@ -72,7 +76,7 @@ def test_every_path_of_a_row_exists(family):
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_names_select_the_matrices_that_were_written_out(family):
-    auto = AutoModelForImageClassification if family == "vit" else AutoModelForSequenceClassification
+    auto = AutoModelForImageClassification if family in IMAGES else AutoModelForSequenceClassification
     models = [make_model(family, auto=auto), make_model(family, **CROSS.get(family, {}))]
     if family in ("t5", "mt5"):
         models.append(make_model(family, feed_forward_proj="gated-gelu"))
@@ -120,7 +124,7 @@ def test_a_head_may_do_without_a_stack():
 def test_classes_that_compute_as_berts_do_exist():
     for part in ("Attention", "Layer", "Intermediate", "Output"):
         names = find_bert_like_classes(part)
-        assert len(names) == 5
+        assert len(names) == 6
         for name in names:
             module, _, cls = name.rpartition(".")
             assert issubclass(getattr(__import__(module, fromlist=[cls]), cls), nn.Module)

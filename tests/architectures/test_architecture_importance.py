@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_families import LAYERS, UNITS, VOCAB, make_model
+from tiny_families import GATED, IMAGES, LAYERS, UNITS, VOCAB, make_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
@@ -16,6 +16,7 @@ from transformers import (
 
 from hf_moebert import measure_importance
 from hf_moebert.architectures import functional_importance
+from hf_moebert.architectures.families import ARCHITECTURES
 from hf_moebert.architectures.surgery import find_feed_forwards, matrix_of
 
 
@@ -30,21 +31,21 @@ HEADS = {
 }
 CASES = [  # plain and gated, `Conv1D`, fused, shared by layers, tokens in one dimension, two stacks
     *(("bert", head) for head in ("classes", "tokens", "spans", "masked")),
-    *((family, "next") for family in ("gpt2", "llama", "opt", "bloom", "gpt_neox", "phi", "gemma3_text")),
     *(("modernbert", head) for head in ("classes", "masked")),
     *((family, "targets") for family in ("t5", "t5 gated", "bart")),
-    ("albert", "classes"),
-    ("deberta-v2", "tokens"),
+    *((family, "images") for family in (*IMAGES, "dinov2 gated")),
     ("distilbert", "spans"),
     ("gpt2", "tokens"),
     ("t5", "classes"),
-    ("vit", "images"),
 ]
+ONE_STACK = {family for family, row in ARCHITECTURES.items() if len(row.stacks) == 1}
+CASES += [(family, "next") for family in ("gpt2", "llama", "opt", "bloom", "gpt_neox", "phi", "gemma3_text")]
+CASES += [(family, "tokens") for family in sorted(ONE_STACK.difference(IMAGES, (family for family, _ in CASES)))]
 
 
 def build(family, head, **fields):
     labels = {} if head in ("next", "masked", "targets", "spans") else {"num_labels": 3}
-    gated = {"feed_forward_proj": "gated-gelu"} if "gated" in family else {}
+    gated = GATED.get(family, {})
     return make_model(family.split()[0], auto=HEADS[head], **labels, **gated, **fields)
 
 

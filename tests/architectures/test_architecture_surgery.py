@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_families import HIDDEN, LAYERS, UNITS, make_model, run
+from tiny_families import GATED, HIDDEN, LAYERS, UNITS, WIDTHS, make_model, run
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
@@ -12,7 +12,6 @@ from hf_moebert.architectures.families import ARCHITECTURES
 from hf_moebert.architectures.surgery import find_feed_forwards, matrix_of, narrow
 
 
-GATED_T5 = {"feed_forward_proj": "gated-gelu"}
 PLACES = {  # of the network, in the order of blocks
     ("bert", AutoModelForSequenceClassification): ["bert.encoder.layer.{}.output.dense"],
     ("llama", AutoModelForCausalLM): ["model.layers.{}.mlp"],
@@ -23,6 +22,10 @@ PLACES = {  # of the network, in the order of blocks
         "decoder.block.{}.layer.2.DenseReluDense",
     ],
 }
+
+
+def build(family):
+    return make_model(family.split()[0], **GATED.get(family, {}))
 
 
 class Network(nn.Module):
@@ -57,16 +60,16 @@ def test_networks_are_found_in_the_order_of_blocks(family, auto):
 @pytest.mark.parametrize("family", [*ARCHITECTURES, "t5 gated"])
 def test_every_matrix_of_a_block_but_attention_is_found(family):
     """The oracle is the width: no other matrix has it."""
-    dense = make_model(family.split()[0], **GATED_T5 if "gated" in family else {})
-    width = 4 * HIDDEN if family == "bloom" else UNITS
+    dense = build(family)
+    width = WIDTHS[family.split()[0]]
     found = {path for network in find_feed_forwards(dense) for path in network.matrix_paths}
     linear = {name: m for name, m in dense.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     assert found == {name for name, m in linear.items() if {width, 2 * width} & set(m.weight.shape)}
 
 
-@pytest.mark.parametrize("family", [*sorted({*ARCHITECTURES} - {"bloom"}), "t5 gated"])  # bloom's adds the residual
+@pytest.mark.parametrize("family", [*sorted({*ARCHITECTURES} - {"bloom"}), *GATED])  # bloom's adds the residual
 def test_a_network_in_the_place_of_another_does_its_work(family):
-    dense = make_model(family.split()[0], **GATED_T5 if "gated" in family else {})
+    dense = build(family)
     wanted = run(dense)
     for network in find_feed_forwards(dense):
         network.replace_in(dense, Network(network))
@@ -77,10 +80,10 @@ def test_a_network_in_the_place_of_another_does_its_work(family):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "modernbert", "t5"])
+@pytest.mark.parametrize("family", [*ARCHITECTURES, *GATED])
 def test_narrowing_keeps_the_first_units(family, device):
     """The oracle is the model whose other units have no way out."""
-    dense, narrowed = make_model(family), make_model(family).to(device)
+    dense, narrowed = build(family), build(family).to(device)
     for network, small in zip(find_feed_forwards(dense), find_feed_forwards(narrowed), strict=True):
         small.narrow(5)
         assert small.num_units == 5

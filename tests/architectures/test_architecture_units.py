@@ -1,21 +1,23 @@
 """Units that belong together are found by the row of the family."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-from tiny_families import HEADS, LAYERS, UNITS, make_model, run
+from tiny_families import HEADS, LAYERS, WIDTHS, make_model, run
 from torch.nn.utils import parametrize
 
 from hf_moebert import MoEBertConfig, MoEBertModel
 from hf_moebert.architectures.families import ARCHITECTURES
+from hf_moebert.architectures.surgery import matrix_of, output_dim
 from hf_moebert.architectures.units import cut_state, find_kept_units, find_unit_groups, narrow_layers
 
 
 FAMILIES = [family for family, architecture in ARCHITECTURES.items() if architecture.units]
-# What is computed with the parts differs between these, and may differ between those that share a row
-DISTINCT = ("bert", "roberta", "distilbert", "vit", "deberta", "deberta-v2", "llama", "mistral", "qwen2", "qwen3")
+GROUPED = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "eurobert", "phi"}
+GATED = GROUPED - {"phi"} | {"nomic_bert"}
+WITH_HEADS = GROUPED | {"bert", "camembert", "deberta-v2", "deit", "dinov2", "distilbert", "electra", "ernie"}
+SEPARATE_POSITIONS = ("deberta-v2", {"share_att_key": False})
+WITH_HEADS |= {"jina_embeddings_v3", "modernbert", "nomic_bert", "roberta", "vit", "xlm-roberta"}
 
 
 def test_nothing_goes_where_nothing_is_zero():
@@ -28,39 +30,50 @@ def test_groups_are_ordered_by_layer_and_kind(family):
     groups, kinds = find_unit_groups(make_model(family)), ARCHITECTURES[family].units
     assert [(group.layer, group.kind) for group in groups] == [(layer, kind) for layer in (0, 1) for kind in kinds]
     for group in groups:
-        assert (group.num_units, group.unit_size) == ((UNITS, 1) if group.kind == "neurons" else (HEADS, 8))
-        gated = ARCHITECTURES[family] is ARCHITECTURES["llama"]
-        assert len(group.readers) == (3 if group.kind == "heads" else 2 if gated else 1)
-        assert {len(reader.weight) for reader in group.readers} == {group.num_units * group.unit_size * group.blocks}
+        heads = (2, 16) if family in GROUPED else (HEADS, 8)
+        assert (group.num_units, group.unit_size) == (heads if group.kind == "heads" else (WIDTHS[family], 1))
+        fused = family == "modernbert"
+        readers = (1 if fused else 3) if group.kind == "heads" else 2 if family in GATED else 1
+        assert len(group.readers) == readers
+        assert group.blocks == ((3 if group.kind == "heads" else 2) if fused else 1)
+        for reader in group.readers:
+            assert len(matrix_of(reader)) == group.num_units * group.rows_of_unit(reader) * group.blocks
 
 
 def test_heads_are_units_where_they_are_independent():
-    with_heads = {family for family in FAMILIES if "heads" in ARCHITECTURES[family].units}
-    assert with_heads == {"bert", "camembert", "distilbert", "electra", "roberta", "vit", "xlm-roberta"}
+    assert {family for family in FAMILIES if "heads" in ARCHITECTURES[family].units} == WITH_HEADS
 
 
-@pytest.mark.parametrize("family", DISTINCT)
+def rows_of(group, reader, parameter, units):
+    """A view of what the rows of a reader hold for some units."""
+    return parameter.movedim(output_dim(reader, parameter), 0).unflatten(0, (group.blocks, group.num_units, -1))[
+        :, units
+    ]
+
+
+@pytest.mark.parametrize(("family", "fields"), [*((family, {}) for family in FAMILIES), SEPARATE_POSITIONS])
 @torch.no_grad()
-def test_a_unit_without_columns_is_cut_off_from_the_output(family):
+def test_a_unit_without_columns_is_cut_off_from_the_output(family, fields):
     """The oracle is the model itself: whatever a unit's rows hold, they matter until its columns are zero."""
-    dense, model = make_model(family), make_model(family)
+    dense, model = make_model(family, **fields), make_model(family, **fields)
     for group in find_unit_groups(model):
-        size = group.unit_size
-        group.writer.weight[:, size : 3 * size] = 0  # units 1 and 2
+        matrix_of(group.writer).detach().unflatten(1, (group.num_units, -1))[:, 1] = 0
     want = run(model)
     assert not torch.allclose(run(dense), want, atol=1e-3)
     for group in find_unit_groups(model):
-        own = slice(group.unit_size, 3 * group.unit_size)
         for reader in group.readers:
             for parameter in reader.parameters():
-                before = parameter[own].clone()
-                parameter[own] = 5.0
+                own = rows_of(group, reader, parameter, slice(1, 2))
+                before = own.clone()
+                own.fill_(5.0)
                 torch.testing.assert_close(run(model), want, atol=1e-5, rtol=0)
-                parameter[own] = before
-        before = group.readers[-1].weight.clone()
-        group.readers[-1].weight[3 * group.unit_size :] *= 2  # the rows of others do matter
+                own.copy_(before)
+        reader = group.readers[-1]
+        others = rows_of(group, reader, reader.weight, slice(0, 1))
+        before = others.clone()
+        others.copy_(torch.randn_like(others))  # the rows of others do matter
         assert not torch.allclose(run(model), want, atol=1e-3)
-        group.readers[-1].weight.copy_(before)
+        others.copy_(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -111,29 +124,32 @@ def test_neurons_are_rounded_up(zeros, multiple_of, kept):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "fields"), [*((family, {}) for family in FAMILIES), SEPARATE_POSITIONS])
 @torch.no_grad()
-def test_cut_units_fit_a_narrowed_model(family, device):
-    model, narrowed = make_model(family), make_model(family).to(device)
-    kept = [(group, torch.tensor([1, 3] if group.kind == "heads" else [0, 2, 5])) for group in find_unit_groups(model)]
+def test_cut_units_fit_a_narrowed_model(family, fields, device):
+    model, narrowed = make_model(family, **fields), make_model(family, **fields).to(device)
+    kept = [(group, torch.tensor([1] if group.kind == "heads" else [0, 2, 5])) for group in find_unit_groups(model)]
     state = cut_state(model, kept)
-    narrow_layers(narrowed, [{"neurons": 3, "heads": 2}] * LAYERS)
+    narrow_layers(narrowed, [{"neurons": 3, "heads": 1}] * LAYERS)
     assert {n: x.shape for n, x in state.items()} == {n: x.shape for n, x in narrowed.state_dict().items()}
+    assert [(group.num_units, group.blocks) for group in find_unit_groups(narrowed)] == [
+        (len(units), group.blocks) for group, units in kept
+    ]
     if device == "meta":
         return
     narrowed.load_state_dict(state)
     for group, units in kept:
-        columns = group.writer.weight.unflatten(1, (group.num_units, group.unit_size))
+        columns = matrix_of(group.writer).detach().unflatten(1, (group.num_units, group.unit_size))
         columns[:, [unit for unit in range(group.num_units) if unit not in units]] = 0
     torch.testing.assert_close(run(narrowed), run(model), atol=1e-4, rtol=0)
 
 
-def test_a_fused_gate_is_cut_in_both_blocks(monkeypatch):
-    """What the README shows: one word in the row of ModernBERT, and its neurons can be removed."""
-    monkeypatch.setitem(ARCHITECTURES, "modernbert", replace(ARCHITECTURES["modernbert"], units=("neurons",)))
-    groups = find_unit_groups(make_model("modernbert"))
-    assert [(group.blocks, group.num_units) for group in groups] == [(2, UNITS)] * LAYERS
-    test_cut_units_fit_a_narrowed_model("modernbert", "cpu")
+@pytest.mark.parametrize("family", sorted(set(ARCHITECTURES) - set(FAMILIES)))
+def test_families_without_units_say_why(family):
+    reason = ARCHITECTURES[family].kept
+    assert reason
+    with pytest.raises(ValueError, match=f"one of .*'bert'.*, got '{family}', because {reason}. Prune single weights"):
+        find_unit_groups(make_model(family))
 
 
 def test_other_types_are_refused():
@@ -141,8 +157,6 @@ def test_other_types_are_refused():
     moebert = MoEBertModel(MoEBertConfig(**sizes, num_experts=2, expert_size=12, num_shared_neurons=0))
     with pytest.raises(ValueError, match="`intermediate.dense` of MoEBertLayer must be a plain .*got nothing. Merge"):
         find_unit_groups(moebert)
-    with pytest.raises(ValueError, match="neurons or heads can be removed, one of .*'bert'.*, got 'gpt2'. Prune"):
-        find_unit_groups(make_model("gpt2"))
     with pytest.raises(ValueError, match="got 'Linear'"):
         find_unit_groups(torch.nn.Linear(2, 2))
 
@@ -151,14 +165,14 @@ def test_other_types_are_refused():
 def test_other_modules_are_refused():
     adapted = inject_adapter_in_model(LoraConfig(target_modules=["query"]), make_model("bert"))
     with pytest.raises(
-        ValueError, match="`attention.self.query` of BertLayer must be a plain Linear, got .*lora.*Merge"
+        ValueError, match="`attention.self.query` of BertLayer must be a plain Linear or Conv1D, got .*lora.*Merge"
     ):
         find_unit_groups(adapted)
     with pytest.raises(
-        ValueError, match="`attention.self.query` of BertLayer must be a plain Linear, got .*lora.*Merge"
+        ValueError, match="`attention.self.query` of BertLayer must be a plain Linear or Conv1D, got .*lora.*Merge"
     ):
         find_unit_groups(get_peft_model(make_model("bert"), LoraConfig(target_modules=["query"])))
     masked = make_model("vit")
     parametrize.register_parametrization(masked.layers[1].mlp.fc2, "weight", torch.nn.Identity())
-    with pytest.raises(ValueError, match="`mlp.fc2` of ViTLayer must be a plain Linear"):
+    with pytest.raises(ValueError, match="`mlp.fc2` of ViTLayer must be a plain Linear or Conv1D"):
         find_unit_groups(masked)

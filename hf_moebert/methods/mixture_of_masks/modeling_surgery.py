@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .modeling_families import FeedForwardPaths, Stack, find_architecture
+from .modeling_families import find_architecture
+from .modeling_paths import FeedForwardPaths, Stack
 
 
 LINEAR = (nn.Linear, Conv1D)
@@ -101,15 +102,21 @@ def find_layers(model: PreTrainedModel) -> list[Layer]:
     names = {module: name for name, module in model.named_modules()}
     found = []
     for stack in architecture.stacks:
-        layers = get_part(model.base_model, stack.path)
-        if type(layers) is nn.ModuleList:
-            found += [Layer(names[layer], layer, stack) for layer in layers]
+        for layers in _expand(model.base_model, stack.path):
+            if type(layers) is nn.ModuleList:
+                found += [Layer(names[layer], layer, stack) for layer in layers]
     if not found:
         raise ValueError(
             f"`model` must keep its layers in {[stack.path for stack in architecture.stacks]}, but "
             f"{type(model.base_model).__name__} does not. Merge adapters first."
         )
     return found
+
+
+def _expand(body: nn.Module, path: str) -> list[Any]:
+    """Return what is at a path in which `*` stands for each module of a list."""
+    before, _, behind = path.partition(".*.")
+    return [get_part(group, behind) for group in get_part(body, before) or []] if behind else [get_part(body, path)]
 
 
 def find_feed_forwards(model: PreTrainedModel, *, missing_ok: bool = False) -> list[FeedForward]:
@@ -172,6 +179,11 @@ def matrix_of(linear: nn.Module) -> Tensor:
     """Return the weight of a linear module of either kind, `(out, in)`."""
     weight: Any = linear.weight
     return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def output_dim(linear: nn.Module, parameter: Tensor) -> int:
+    """Return the dimension of a weight or bias of a linear module of either kind that counts its outputs."""
+    return 1 if isinstance(linear, Conv1D) and parameter.dim() == 2 else 0
 
 
 def narrow(linear: nn.Module, *, rows: int | None = None, columns: int | None = None, blocks: int = 1) -> None:

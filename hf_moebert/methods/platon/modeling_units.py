@@ -5,18 +5,29 @@ Which weights belong together, and that a unit may go once no column of its writ
 structured rule of PLATON's paper is not known to us.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .modeling_families import ARCHITECTURES, find_architecture, name_family
-from .modeling_surgery import Layer, find_feed_forwards, find_layers, find_linear, get_part, narrow
+from .modeling_paths import AttentionPaths
+from .modeling_surgery import (
+    Layer,
+    find_feed_forwards,
+    find_layers,
+    find_linear,
+    get_part,
+    matrix_of,
+    narrow,
+    output_dim,
+)
 
 
-PLAIN = (nn.Linear,)  # what prunes and cuts units reads rows and columns off the weight as it is stored
+Linear: TypeAlias = nn.Linear | Conv1D
 
 
 @dataclass(frozen=True)
@@ -26,30 +37,41 @@ class UnitGroup:
     Attributes:
         layer: Index of the layer.
         kind: "neurons" or "heads".
-        readers: Modules whose output rows (of the weight and of the bias) belong to the units.
+        readers: Modules whose output rows (of the weight and of the bias) belong to the units: linear or `Conv1D`.
         writer: Module whose input columns belong to the units.
-        unit_size: Columns of the writer, and rows of each block of a reader, for one unit.
+        unit_size: Columns of the writer for one unit.
     """
 
     layer: int
     kind: str
-    readers: tuple[nn.Linear, ...]
-    writer: nn.Linear
+    readers: tuple[Linear, ...]
+    writer: Linear
     unit_size: int
 
     @property
     def num_units(self) -> int:
         """Units in the layer."""
-        return self.writer.in_features // self.unit_size
+        return matrix_of(self.writer).shape[1] // self.unit_size
 
     @property
     def blocks(self) -> int:
         """Matrices in each reader, one above the other: a fused gate and up-projection are two."""
-        return self.readers[0].out_features // self.writer.in_features
+        return len(matrix_of(self.readers[0])) // matrix_of(self.writer).shape[1]
+
+    @property
+    def reader_parameters(self) -> list[nn.Parameter]:
+        """Weights and biases of the readers."""
+        return [parameter for reader in self.readers for parameter in reader.parameters(recurse=False)]
+
+    def rows_of_unit(self, reader: Linear) -> int:
+        """Return the rows of each block of a reader that belong to one unit: heads may share their keys and values."""
+        return len(matrix_of(reader)) // (self.blocks * self.num_units)
 
 
 def find_unit_groups(model: PreTrainedModel) -> list[UnitGroup]:
     """Find the neurons and, where they are independent of each other, the heads of each layer.
+
+    Heads that read the same keys and values are one unit.
 
     Args:
         model: A stock model of a family whose units can be removed, with any head; or a shrunk one.
@@ -61,30 +83,33 @@ def find_unit_groups(model: PreTrainedModel) -> list[UnitGroup]:
         ValueError: If the family is not known or its units cannot be removed, or a layer is not built of plain linear
             modules.
     """
-    units = find_architecture(model).units
-    if not units:
+    architecture = find_architecture(model)
+    if not architecture.units:
         known = sorted(family for family, row in ARCHITECTURES.items() if row.units)
+        reason = f", because {architecture.kept}" if architecture.kept else ""
         raise ValueError(
             f"`model` must be of a family whose neurons or heads can be removed, one of {known}, got "
-            f"{name_family(model)!r}. Prune single weights instead."
+            f"{name_family(model)!r}{reason}. Prune single weights instead."
         )
     groups = []
     for index, (layer, network) in enumerate(zip(find_layers(model), find_feed_forwards(model), strict=True)):
-        if "neurons" in units:
-            *readers, writer = network.paths.matrices.values()
-            groups.append(_group_units(layer, index, "neurons", readers, writer))
-        if "heads" in units:
-            for attention in layer.stack.attentions:
-                size = getattr(get_part(layer.module, attention.module), attention.head_size)
-                groups.append(_group_units(layer, index, "heads", attention.readers, attention.writer, size))
+        if "neurons" in architecture.units:
+            *paths, writer = network.paths.matrices.values()
+            readers = [find_linear(layer.module, path) for path in paths]
+            groups.append(UnitGroup(index, "neurons", tuple(readers), find_linear(layer.module, writer), 1))
+        if "heads" in architecture.units:
+            groups += [_group_heads(layer, index, attention) for attention in layer.stack.attentions]
     return groups
 
 
-def _group_units(
-    layer: Layer, index: int, kind: str, readers: Sequence[str], writer: str, unit_size: int = 1
-) -> UnitGroup:
-    modules = tuple(find_linear(layer.module, path, PLAIN) for path in readers)
-    return UnitGroup(index, kind, modules, find_linear(layer.module, writer, PLAIN), unit_size)
+def _group_heads(layer: Layer, index: int, paths: AttentionPaths) -> UnitGroup:
+    writer = find_linear(layer.module, paths.writer)
+    readers = [find_linear(layer.module, path) for path in paths.readers]
+    size: int = getattr(get_part(layer.module, paths.module), paths.head_size)
+    columns = matrix_of(writer).shape[1]
+    count = min(columns, *(len(matrix_of(reader)) for reader in readers)) // size  # fewer keys than queries: groups
+    readers += [find_linear(layer.module, path) for path in paths.extras if get_part(layer.module, path) is not None]
+    return UnitGroup(index, "heads", tuple(readers), writer, columns // count)
 
 
 def find_kept_units(group: UnitGroup, *, multiple_of: int = 1) -> Tensor:
@@ -100,7 +125,7 @@ def find_kept_units(group: UnitGroup, *, multiple_of: int = 1) -> Tensor:
     Returns:
         Indices of the units, ascending. Shape `(kept,)`.
     """
-    columns = group.writer.weight.detach().unflatten(1, (group.num_units, group.unit_size))
+    columns = matrix_of(group.writer).detach().unflatten(1, (group.num_units, group.unit_size))
     needed = (columns != 0).any(dim=2).any(dim=0)  # (hidden, units, unit_size) -> (units,)
     step = multiple_of if group.kind == "neurons" else 1
     count = max(-(-int(needed.sum()) // step), 1) * step
@@ -118,15 +143,16 @@ def cut_state(model: PreTrainedModel, kept: list[tuple[UnitGroup, Tensor]]) -> d
     names = {module: name for name, module in model.named_modules()}
     state = model.state_dict()
     for group, units in kept:
-        rows = torch.arange(group.blocks * group.writer.in_features, device=units.device)
-        rows = rows.unflatten(0, (group.blocks, group.num_units, group.unit_size))[:, units]
-        columns = rows[0].flatten()  # (kept * unit_size,)
         for reader in group.readers:
-            for name, _ in reader.named_parameters():
+            rows = torch.arange(len(matrix_of(reader)), device=units.device)
+            rows = rows.unflatten(0, (group.blocks, group.num_units, -1))[:, units].flatten()
+            for name, parameter in reader.named_parameters():
                 key = f"{names[reader]}.{name}"
-                state[key] = state[key][rows.flatten()]
+                state[key] = state[key].index_select(output_dim(reader, parameter), rows)
+        columns = torch.arange(matrix_of(group.writer).shape[1], device=units.device)
+        columns = columns.unflatten(0, (group.num_units, -1))[units].flatten()  # (kept * unit_size,)
         key = f"{names[group.writer]}.weight"
-        state[key] = state[key][:, columns]
+        state[key] = state[key].index_select(1 - output_dim(group.writer, state[key]), columns)
     return state
 
 
@@ -140,19 +166,21 @@ def narrow_layers(model: PreTrainedModel, widths: list[dict[str, int]]) -> None:
     layers = find_layers(model)
     for group in find_unit_groups(model):
         count = widths[group.layer][group.kind]
-        size, blocks = count * group.unit_size, group.blocks
-        for reader in group.readers:
-            narrow(reader, rows=size, blocks=blocks)
-        narrow(group.writer, columns=size)
+        blocks, sizes = group.blocks, [group.rows_of_unit(reader) for reader in group.readers]
+        for reader, size in zip(group.readers, sizes, strict=True):
+            narrow(reader, rows=count * size, blocks=blocks)
+        narrow(group.writer, columns=count * group.unit_size)
         if group.kind == "heads":
-            _tell_heads(layers[group.layer], count, size)
+            _tell_heads(layers[group.layer], count * group.unit_size)
 
 
-def _tell_heads(layer: Layer, count: int, size: int) -> None:
+def _tell_heads(layer: Layer, columns: int) -> None:
+    """Tell the attention how many heads it has; some compute with it."""
     for paths in layer.stack.attentions:
         attention = get_part(layer.module, paths.module)
-        for name, value in (("num_attention_heads", count), ("n_heads", count), ("all_head_size", size)):
-            if hasattr(attention, name):  # transformers does not compute with them: they only tell the truth
+        heads = columns // getattr(attention, paths.head_size)
+        for name, value in (("num_attention_heads", heads), ("n_heads", heads), ("all_head_size", columns)):
+            if hasattr(attention, name):
                 setattr(attention, name, value)
 
 

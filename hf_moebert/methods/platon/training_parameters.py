@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -58,10 +58,7 @@ def find_grouped(model: nn.Module, groups: list[UnitGroup]) -> dict[str, nn.Para
     Raises:
         ValueError: If one of them is frozen.
     """
-    members: set[Tensor] = {
-        p for group in groups for reader in group.readers for p in reader.parameters(recurse=False)
-    }
-    members |= {group.writer.weight for group in groups}
+    members = {p for group in groups for p in (*group.reader_parameters, group.writer.weight)}
     chosen = {n.replace("_orig_mod.", ""): p for n, p in model.named_parameters() if p in members}
     frozen = [name for name, parameter in chosen.items() if not parameter.requires_grad]
     if frozen:

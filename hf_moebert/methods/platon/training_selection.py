@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .functional import chunks
 from .functional_selection import Selection, balance_factors, best_two_of_four, count_zeros, keep_largest_
+from .modeling_surgery import output_dim
 from .modeling_units import UnitGroup
 from .training_statistics import Statistics
 
@@ -119,12 +120,9 @@ class UnitSelector:
 
     def __init__(self, statistics: Statistics, groups: list[UnitGroup]) -> None:
         self.statistics, self.groups = statistics, groups
-        names: dict[Tensor, str] = {parameter: name for name, parameter in statistics.parameters.items()}
-        # Of each group: the rows of the readers' weights and biases, and the columns of the writer.
-        self.rows = [[names[p] for r in group.readers for p in r.parameters(recurse=False)] for group in groups]
-        self.columns = [names[group.writer.weight] for group in groups]
-        members = zip(self.rows, self.columns, strict=True)
-        numels = [sum(statistics.parameters[name].numel() for name in [*rows, column]) for rows, column in members]
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in statistics.parameters.items()}
+        self.columns = [self.names[group.writer.weight] for group in groups]
+        numels = [group.writer.weight.numel() + sum(p.numel() for p in group.reader_parameters) for group in groups]
         self.sizes = dict(zip(self.columns, numels, strict=True))
         self._check_floor()
 
@@ -160,23 +158,30 @@ class UnitSelector:
         group = self.groups[index]
         total = torch.zeros(group.num_units, device=group.writer.weight.device)
         numel = 0
-        for name in self.rows[index]:
-            scores = self._score_parameter(name).view(group.blocks, group.num_units, -1)  # (blocks, units, weights)
-            total += scores.sum((0, 2))
-            numel += scores.shape[0] * scores.shape[2]
-        scores = self._score_parameter(self.columns[index])
-        scores = scores.view(-1, group.num_units, group.unit_size)  # (out, units, unit_size)
+        for reader in group.readers:
+            for parameter in reader.parameters(recurse=False):
+                scores = self._score_parameter(self.names[parameter]).movedim(output_dim(reader, parameter), 0)
+                scores = scores.reshape(group.blocks, group.num_units, -1)  # (blocks, units, weights)
+                total += scores.sum((0, 2))
+                numel += scores.shape[0] * scores.shape[2]
+        scores = self._columns_by_unit(group, self._score_parameter(self.columns[index]))  # (out, units, unit_size)
         total += scores.sum((0, 2))
         numel += scores.shape[0] * scores.shape[2]
         return total / numel, torch.full_like(total, numel, dtype=torch.float64)
 
     def _score_parameter(self, name: str) -> Tensor:
-        return self.statistics.score(name, slice(0, self.statistics.parameters[name].numel()))
+        parameter = self.statistics.parameters[name]
+        return self.statistics.score(name, slice(0, parameter.numel())).view(parameter.shape)
+
+    def _columns_by_unit(self, group: UnitGroup, values: Tensor) -> Tensor:
+        """View one value for each weight of a writer as `(out, units, unit_size)`."""
+        rows = values.movedim(output_dim(group.writer, values), 0)  # (out, in)
+        return rows.unflatten(1, (group.num_units, group.unit_size))
 
     def _write_masks_(self, masks: Mapping[str, Tensor], index: int, kept: Tensor) -> int:
         """Write the kept units of a group to the mask of its writer; return the number of revived weights."""
         group, name = self.groups[index], self.columns[index]
-        mask = masks[name].view(-1, group.num_units, group.unit_size)  # (out, units, unit_size)
+        mask = self._columns_by_unit(group, masks[name].view(self.statistics.parameters[name].shape))
         revived = int(torch.count_nonzero(kept > mask[0, :, 0]))
         mask.copy_(kept[None, :, None].expand_as(mask))
         return revived * self.sizes[name] // group.num_units
