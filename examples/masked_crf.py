@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hf_moebert.data import encode_tokens, tag_names_of
-from hf_moebert.methods.masked_crf import from_dense, make_optimizer
+from hf_moebert.methods.masked_crf import from_dense
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -47,8 +47,7 @@ arguments = TrainingArguments(
     report_to="none",
 )
 collator = DataCollatorForTokenClassification(tokenizer)
-optimizer = make_optimizer(model, arguments)  # scores of transitions have a rate of their own
-Trainer(model, arguments, collator, encoded["train"], optimizers=(optimizer, None)).train()
+Trainer(model, arguments, collator, encoded["train"]).train()
 model.save_pretrained(options.output_dir)
 tokenizer.save_pretrained(options.output_dir)
 

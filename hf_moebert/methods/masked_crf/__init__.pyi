@@ -5,4 +5,3 @@ from .modeling_masked_crf import (
     CrfForTokenClassification as CrfForTokenClassification,
 )
 from .pipeline import CrfTokenClassificationPipeline as CrfTokenClassificationPipeline
-from .training import make_optimizer as make_optimizer

@@ -19,15 +19,16 @@ from .functional_tags import (
     repair_tags,
 )
 from .functional_words import pack_words, unpack_words
+from .modeling_rates import ScoresWithRate
 
 
-class MaskedCRF(nn.Module):
+class MaskedCRF(ScoresWithRate):
     """A linear-chain CRF over the words of each row that can forbid illegal tag sequences.
 
     Tensors are batch-first. `mask` is True at words, in any pattern: padding, special tokens and the later pieces of a
     word are skipped. A row may have no words. Sums are computed in float32, or in float64 for emissions in float64,
     under autocast as well. Scores of illegal moves are ordinary parameters; while masked they are never read, and
-    their gradient is zero.
+    their gradient is zero. While the loss is computed, scores move at a rate of their own, `score_rate`.
 
     Args:
         labels: Name of each tag, such as "O", "B-PER", "I-PER".
@@ -115,6 +116,8 @@ class MaskedCRF(nn.Module):
             Both of shape `(batch,)`, the second boolean.
         """
         self._check(emissions, mask, tags)
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.give_rate()
         policy = illegal_labels or self.illegal_labels
         with torch.autocast(emissions.device.type, enabled=False):
             words, lengths, _ = pack_words(_promote(emissions), mask)

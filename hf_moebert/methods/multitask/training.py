@@ -17,7 +17,6 @@ from transformers.utils import logging
 from hf_moebert.checkpoints.locks import lock_folder
 from hf_moebert.checkpoints.tensor_files import naming
 from hf_moebert.methods.distillation import DistillationConfig, DistillationTrainer
-from hf_moebert.methods.masked_crf import MaskedCRF, make_optimizer
 
 from .configuration_multitask import check_task_name
 from .functional import choose_depth, choose_uniform
@@ -237,8 +236,6 @@ class MultiTaskSweep:
             compute_metrics=lambda predictions: {"score": float(prepared.task.score(predictions))},
             **options,
         )
-        if any(isinstance(module, MaskedCRF) for module in model.modules()):
-            trainer.optimizer = make_optimizer(model, args)
         # Losses are means over the micro-batch. By default the Trainer trusts every model with `**kwargs` to divide by
         # the items of the whole batch, which stock heads do not do.
         trainer.model_accepts_loss_kwargs = False

@@ -12,7 +12,6 @@ from transformers import (
 )
 
 from hf_moebert import BertCrfForTokenClassification
-from hf_moebert.methods.masked_crf import make_optimizer
 from hf_moebert.methods.masked_crf.functional_tags import count_breaks
 
 
@@ -188,78 +187,3 @@ def test_masks_keep_illegal_moves_out_of_what_is_learnt(tmp_path, data):
         model = BertCrfForTokenClassification.from_dense(make_dense(), mask_transitions=mask)
         make_trainer(tmp_path, data, model, max_steps=3).train()
         assert bool(model.crf.transitions[~model.crf.legal].abs().sum() > 0) == moved
-
-
-# The rate of the scores
-
-
-def with_rates(trainer, **options):
-    trainer.optimizer = make_optimizer(trainer.model, trainer.args, **options)
-    return trainer
-
-
-def scores_of(model):
-    return {name: p for name, p in model.named_parameters() if ".crf." in f".{name}" and p.requires_grad}
-
-
-@pytest.mark.parametrize("family", ["bert", "any bert", "roberta", "distilbert", "deberta", "moebert"])
-def test_scores_move_at_a_rate_of_their_own(tmp_path, data, family):
-    """The Trainer's own optimizer moves them by its rate a step, which suits encoders only."""
-    moved = {}
-    for own in (False, True):
-        model = make(family, scores=False)
-        trainer = make_trainer(tmp_path, data, model, max_steps=10, learning_rate=1e-5)
-        (with_rates(trainer) if own else trainer).train()
-        moved[own] = max(float(p.detach().abs().max()) for p in scores_of(model).values())
-    assert moved[False] < 2e-4
-    assert moved[True] > 0.03
-
-
-def test_the_other_groups_are_those_of_the_trainer(tmp_path, data):
-    trainer = make_trainer(
-        tmp_path, data, learning_rate=1e-5, weight_decay=0.1, max_steps=4, lr_scheduler_type="linear"
-    )
-    stock = Trainer(trainer.model, trainer.args).create_optimizer().param_groups
-    scores = {id(p) for p in scores_of(trainer.model).values()}
-    groups = with_rates(trainer, score_rate=0.5).optimizer.param_groups
-    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(1e-5, 0.1), (1e-5, 0.0), (0.5, 0.0)]
-    assert {id(p) for p in groups[2]["params"]} == scores
-    for mine, theirs in zip(groups[:2], stock, strict=True):
-        assert [id(p) for p in mine["params"]] == [id(p) for p in theirs["params"] if id(p) not in scores]
-    trainer.train()
-    assert trainer.optimizer.param_groups[2]["lr"] == 0  # the schedule holds for all
-
-
-def test_scores_with_a_rate_resume(tmp_path, data):
-    options = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps"}
-    whole = with_rates(make_trainer(tmp_path, data, **options))
-    whole.train()
-    resumed = with_rates(make_trainer(tmp_path, data, **options))
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    for name, score in scores_of(whole.model).items():
-        assert torch.equal(resumed.model.get_parameter(name), score), name
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
-def test_scores_of_a_model_with_adapters(tmp_path):
-    config = {"target_modules": ["query"], "task_type": "TOKEN_CLS"}
-    model = get_peft_model(make(), LoraConfig(**config, modules_to_save=["classifier", "crf"]))
-    groups = make_optimizer(model, arguments(tmp_path)).param_groups
-    assert {id(p) for p in groups[-1]["params"]} == {id(p) for p in scores_of(model).values()}
-    assert len(groups[-1]["params"]) == 3
-    with pytest.raises(ValueError, match=r"got a PeftModelForTokenClassification whose CRF is frozen. .* name `crf`"):
-        make_optimizer(get_peft_model(make(), LoraConfig(**config)), arguments(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("model", "args", "options", "message"),
-    [
-        (make_dense, {}, {}, "`model` must have a CRF to train, got a BertForTokenClassification without"),
-        (make, {}, {"score_rate": 0}, "`score_rate` must be above 0, got 0"),
-        (make, {}, {"score_rate": float("nan")}, "`score_rate` must be above 0, got nan"),
-        (make, {"optim": "sgd"}, {}, "`optim` must be 'adamw_torch' or 'adamw_torch_fused', got 'sgd'"),
-    ],
-)
-def test_what_has_no_rate_of_its_own_is_refused(tmp_path, model, args, options, message):
-    with pytest.raises(ValueError, match=message):
-        make_optimizer(model(), arguments(tmp_path, **args), **options)
