@@ -288,3 +288,13 @@ def test_data_that_do_not_fit_are_refused(kind):
     make, data, message = BAD_DATA[kind]
     with pytest.raises(ValueError, match=message):
         measure_importance(make(), data())
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_untrained_head_is_named(trained, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_moebert.architectures.heads.logger.warning", said.append)
+    model = CLASSIFIER.from_config(CONFIGS["bert"])
+    torch.nn.init.constant_(model.classifier.bias, 0.1 if trained else 0.0)
+    moebert.from_dense(model, IMPORTANCE, num_experts=2, expert_size=48)
+    assert len(said) == (not trained)

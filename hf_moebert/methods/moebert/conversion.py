@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from hf_moebert.architectures.heads import warn_of_untrained_head
 from hf_moebert.architectures.importance import LABELS, load_batches
 from hf_moebert.checkpoints.tensor_files import read_tensors, save_tensors
 
@@ -56,6 +57,7 @@ def from_dense(model: PreTrainedModel, importance: Tensor, **options: Any) -> Mo
     """
     for dense_class, moebert_class in MOEBERTS.items():
         if isinstance(model, dense_class):
+            warn_of_untrained_head(model, "the student")
             return moebert_class.from_dense(model, importance, **options)
     names = ", ".join(dense_class.__name__ for dense_class in MOEBERTS)
     raise ValueError(f"`model` must be one of {names}, got {type(model).__name__}. Other heads have no MoEBERT.")

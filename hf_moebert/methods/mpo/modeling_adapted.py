@@ -43,11 +43,11 @@ class MPOLayer(nn.Module, BaseTunerLayer):
     base_layer: Any
     mpo_auxiliary: Any
     mpo_initial: Any
-    weight: Tensor
     merged: bool
     disable_adapters: bool
     active_adapters: list[str]
     set_adapter: Any
+    is_used = False  # whether an output, or the matrix in use, was ever asked for
 
     def __init__(self, base_layer: nn.Module, transposed: bool = False) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class MPOLayer(nn.Module, BaseTunerLayer):
         Raises:
             RuntimeError: If the adapter is still empty.
         """
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with torch.autocast(self._frozen().device.type, enabled=False):
             centre, start = self._constants(adapter_name)
             chain = _chain([core.to(centre.dtype) for core in self.mpo_auxiliary[adapter_name]], centre)
             delta = contract(chain, *start.shape) - start  # (rows, columns)
@@ -147,7 +147,9 @@ class MPOLayer(nn.Module, BaseTunerLayer):
         return super().train(mode)
 
     def _is_plain(self) -> bool:
-        """Check whether the base layer alone gives the output."""
+        """Check whether the base layer alone gives the output, which is asked for."""
+        if not torch.compiler.is_compiling():
+            self.is_used = True
         if self.disable_adapters and self.merged:
             self.unmerge()
         return self.disable_adapters or self.merged or not any(n in self.mpo_auxiliary for n in self.active_adapters)
@@ -211,7 +213,7 @@ class MPOLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # To the device only: PEFT would round the tensors to the base layer's dtype as well.
-        device = self.weight.device if device is None else device
+        device = self._frozen().device if device is None else device
         for cores in (part[adapter_name] for part in (self.mpo_auxiliary, self.mpo_initial) if adapter_name in part):
             if device.type != "meta" and not any(core.is_meta for core in cores):
                 cores.to(device)
@@ -219,6 +221,11 @@ class MPOLayer(nn.Module, BaseTunerLayer):
 
 class AdaptedLinear(MPOLayer):
     """`nn.Linear`, or transformers' `Conv1D`, with adapters of auxiliary tensors."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix in use, for modules that multiply by it instead of calling the layer."""
+        return self.base_layer.weight if self._is_plain() else self._weight_in_use()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(..., columns)` to `(..., rows)`."""

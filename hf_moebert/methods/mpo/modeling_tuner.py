@@ -15,10 +15,14 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from hf_moebert.architectures.families import ARCHITECTURES
+from hf_moebert.architectures.heads import find_untrained
 
 from .configuration_tuner import SUPPORTED_PEFT, ExtraPeftType, MPOConfig
+from .modeling_matrix import MPOMatrix, list_matrices
+from .modeling_mpo import TiedMPOEmbedding, TiedMPOLinear
 
 
 try:
@@ -27,6 +31,8 @@ try:
     from .modeling_adapted import AdaptedEmbedding, AdaptedLinear, MPOLayer
 except ImportError as error:
     raise ImportError(f"The MPO adapter needs {SUPPORTED_PEFT}, got {peft.__version__}: {error}.") from error
+
+logger = logging.get_logger(__name__)
 
 # What gets an adapter by default: the matrices of attentions and feed-forward networks
 TARGETS = {family: architecture.matrix_names for family, architecture in ARCHITECTURES.items()}
@@ -43,6 +49,7 @@ class MPOModel(BaseTuner):
     prefix = "mpo_"
     tuner_layer_cls = MPOLayer
     target_module_mapping = TARGETS
+    _is_first = True  # no batch was trained on so far
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add the adapter; of 'all-linear' layers, those of the head train as a whole and are saved with it instead.
@@ -51,10 +58,14 @@ class MPOModel(BaseTuner):
         of some `task_type` alone.
         """
         config = self.peft_config[adapter_name]
+        if config.init_weights and config.target_modules in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND):
+            _refuse_chains(model)
         if config.init_weights and config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             excluded = config.exclude_modules if isinstance(config.exclude_modules, set) else set()
             heads = {*(config.modules_to_save or []), *_find_heads(model)} - excluded
             config.modules_to_save = sorted(heads) or None
+        if config.init_weights and isinstance(model, PreTrainedModel):
+            _warn_of_frozen_head(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _create_and_replace(
@@ -84,6 +95,26 @@ class MPOModel(BaseTuner):
                 " share one matrix. Call `set_adapter` and run one batch for each adapter."
             )
         yield
+        if self._is_first and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._is_first = False
+            self._warn_of_unused()
+
+    def _warn_of_unused(self) -> None:
+        layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, MPOLayer)}
+        if unused := [name for name, layer in layers.items() if not layer.is_used]:
+            logger.warning(
+                f"Adapters learn nothing where their layers are not called, as after the first batch `"
+                f"{'`, `'.join(unused)}`: they take no part, or a module reads their weights. Leave them out with "
+                "`exclude_modules`, unless later batches use them."
+            )
+
+
+def _refuse_chains(model: nn.Module) -> None:
+    if chains := list_matrices(model):
+        raise ValueError(
+            f"`model` must be dense to get adapters, but {len(chains)} of its matrices are chains, whose own cores "
+            "train. Train it without adapters, use `to_dense(model)`, or name dense layers in `target_modules`."
+        )
 
 
 def _wrap(target: nn.Module, name: str) -> MPOLayer:
@@ -94,6 +125,12 @@ def _wrap(target: nn.Module, name: str) -> MPOLayer:
         return AdaptedLinear(target, transposed=isinstance(target, Conv1D))
     if plain and type(target) is nn.Embedding and target.max_norm is None and not target.sparse:
         return AdaptedEmbedding(target)
+    is_chain = isinstance(target, MPOMatrix | TiedMPOEmbedding | TiedMPOLinear)
+    if is_chain:
+        raise ValueError(
+            f"`target_modules` must be dense layers, got `{name}`, a {type(target).__name__}: its own cores train. "
+            "Leave it out, or use `to_dense(model)`."
+        )
     raise ValueError(
         "`target_modules` must be `nn.Linear`, `Conv1D` or `nn.Embedding` (without `max_norm` and `sparse`) that are"
         f" not quantised, got `{name}`, a {type(target).__name__}. Leave it out with `exclude_modules`, or load the"
@@ -108,6 +145,17 @@ def _find_heads(model: nn.Module) -> list[str]:
     outputs = model.get_output_embeddings()
     parts = [(name, part) for name, part in model.named_children() if part is not model.base_model]
     return [name for name, part in parts if any(True for _ in part.parameters()) and outputs not in [*part.modules()]]
+
+
+def _warn_of_frozen_head(model: PreTrainedModel, config: MPOConfig) -> None:
+    """Warn of a new head that would neither train nor be saved; PEFT itself cares for it if it knows the task."""
+    heads = {name.partition(".")[0] for name in find_untrained(model)}
+    if frozen := sorted(heads - set(config.modules_to_save or [])):
+        logger.warning(
+            f"The head of the {type(model).__name__} looks untrained, but `{'`, `'.join(frozen)}` would neither train "
+            f"as a whole nor be saved with the adapter. Use `MPOConfig(modules_to_save={frozen})`, or name the "
+            "`task_type`."
+        )
 
 
 def _register() -> None:

@@ -4,16 +4,23 @@ import torch
 from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
+    AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    FalconMambaConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MobileBertConfig,
+    MobileBertForMaskedLM,
     T5Config,
     T5ForConditionalGeneration,
+    WavLMConfig,
+    WavLMModel,
 )
 
 
@@ -66,3 +73,34 @@ def train(model, x, *, steps=3, weight_decay=0.0):
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
+
+
+# Models with modules that read the weights of their linear layers
+READ = {
+    "wavlm": ["q_proj", "k_proj", "v_proj", "out_proj"],
+    "mamba": ["dt_proj", "x_proj"],
+    "falcon_mamba": ["dt_proj"],
+    "mobilebert": ["predictions.transform.dense", "predictions.dense"],
+    "t5": ["q", "wo"],  # it reads a dtype
+}
+
+
+def read_directly(kind):
+    """A random model, the names of its layers that are read, and inputs."""
+    torch.manual_seed(0)
+    tokens = {"input_ids": ids()}
+    if kind == "wavlm":
+        drops = ("layerdrop", "hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout")
+        sizes = {"conv_dim": (8, 8), "conv_kernel": (3, 3), "conv_stride": (2, 2), "num_feat_extract_layers": 2}
+        sizes |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "mask_time_prob": 0.0}
+        model = WavLMModel(WavLMConfig(**USUAL, **sizes, **dict.fromkeys(drops, 0.0)))
+        return model, READ[kind], {"input_values": torch.randn(2, 200)}
+    if kind == "t5":
+        return build(kind), READ[kind], tokens | {"decoder_input_ids": tokens["input_ids"]}
+    if kind == "mobilebert":
+        sizes = {"embedding_size": 8, "true_hidden_size": 8, "intra_bottleneck_size": 8}
+        return MobileBertForMaskedLM(MobileBertConfig(**SMALL, **USUAL, **sizes)), READ[kind], tokens
+    config = (MambaConfig if kind == "mamba" else FalconMambaConfig)(
+        **SMALL, hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=4
+    )
+    return AutoModelForCausalLM.from_config(config), READ[kind], tokens

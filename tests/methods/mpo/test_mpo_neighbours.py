@@ -10,6 +10,7 @@ from tiny_mpo import MODELS, logits, make
 from transformers import AutoModel
 
 from hf_moebert import compress_mpo, to_dense
+from hf_moebert.methods.mpo import MPOConfig
 
 
 LAYERS = {"bert": "encoder", "gpt2": "h", "llama-tied": "layers"}
@@ -91,3 +92,13 @@ def test_methods_of_peft_for_dense_layers_refuse_chains(name, config):
         fields["feedforward_modules"] = []
     with pytest.raises(ValueError, match=r"^Target module MPO\w+\([\d, ]+bonds=\([\d, ]+\)\) is not supported\."):
         get_peft_model(compress_mpo(make(name)), config(**fields))
+
+
+@FAMILIES
+@pytest.mark.parametrize("targets", [None, "all-linear", "one"])
+def test_adapters_of_auxiliary_tensors_refuse_chains(name, targets):
+    message = "`target_modules` must be dense layers, got " if targets == "one" else r"but \d+ of its matrices are"
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(
+            compress_mpo(make(name)), MPOConfig(target_modules=[LINEAR[name]] if targets == "one" else targets)
+        )

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from mpo_adapters import MODELS, build, ids, inputs, logits, train
+from mpo_adapters import MODELS, READ, build, ids, inputs, logits, read_directly, train
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from peft_support import NEEDS_PEFT
 from torch import nn
@@ -37,12 +37,12 @@ def test_merged_and_unmerged_give_the_same_bits(kind):
     model, x = adapted(kind), ids()
     trained, plain = logits(model, x), logits(build(kind), x)
     assert not torch.equal(trained, plain)
-    weights = {name: layer.weight.clone() for name, layer in layers(model).items()}
+    weights = {name: layer.base_layer.weight.clone() for name, layer in layers(model).items()}
     model.merge_adapter(safe_merge=True)
     assert torch.equal(logits(model, x), trained)
-    assert not any(torch.equal(layer.weight, weights[name]) for name, layer in layers(model).items())
+    assert not any(torch.equal(layer.base_layer.weight, weights[name]) for name, layer in layers(model).items())
     model.unmerge_adapter()
-    assert all(torch.equal(layer.weight, weights[name]) for name, layer in layers(model).items())
+    assert all(torch.equal(layer.base_layer.weight, weights[name]) for name, layer in layers(model).items())
     assert torch.equal(logits(model, x), trained)
     merged = model.merge_and_unload()
     assert type(merged) is MODELS[kind][0]
@@ -77,6 +77,63 @@ def test_a_merge_leaves_what_is_tied_to_an_embedding(tmp_path):
     assert torch.equal(logits(MODELS["gpt2"][0].from_pretrained(tmp_path), x), trained)
 
 
+class ReadsTable(nn.Module):
+    """Adds the rows of a table without looking them up."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.linear = nn.Embedding(6, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        """Map `(rows, 6)` to `(6, 8)`."""
+        return self.linear(self.table.weight) + x.sum()
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_layers_whose_matrix_others_read_learn_and_merge(kind):
+    """Some modules multiply by `weight`, and never call the layer."""
+    base, targets, x = read_directly(kind)
+    model = get_peft_model(base, MPOConfig(target_modules=targets, num_cores=3)).eval()
+    first = model(**x)[0]
+    first.square().sum().backward()
+    learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None and p.grad.any() for p in learnt.values())
+    with torch.no_grad():
+        for parameter in learnt.values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        moved = model(**x)[0]
+        assert not torch.allclose(moved, first)
+        model.merge_adapter()
+        assert torch.equal(model(**x)[0], moved)
+        model.unmerge_adapter()
+        assert torch.equal(model(**x)[0], moved)
+        with model.disable_adapter():
+            assert torch.equal(model(**x)[0], first)
+
+
+def test_layers_that_are_not_called_are_named(monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_moebert.methods.mpo.modeling_tuner.logger.warning", said.append)
+    model = get_peft_model(ReadsTable(), MPOConfig(target_modules=["table", "linear"], num_cores=3))
+    for training in (False, True, True):
+        model.train(training)(ids())
+    assert len(said) == 1
+    assert "as after the first batch `table`: they take no part, or a module reads" in said[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"task_type": "SEQ_CLS"}, {"modules_to_save": ["classifier"]}])
+@pytest.mark.parametrize("targets", [None, ["query"]])
+def test_a_new_head_that_would_stay_frozen_is_named(monkeypatch, options, targets):
+    said = []
+    monkeypatch.setattr("hf_moebert.methods.mpo.modeling_tuner.logger.warning", said.append)
+    adapted(trained=False, target_modules=targets, **options)
+    assert [f"modules_to_save={['classifier']}" in text for text in said] == ([] if options else [True])
+    base = build("bert")
+    base.classifier.bias.data.fill_(0.1)
+    adapted(trained=False, base=base, target_modules=targets)
+    assert len(said) == (0 if options else 1)
+
+
 # ------------------------------------------------------------------------------------------------ several adapters
 
 
@@ -95,7 +152,7 @@ def test_adapters_add_up_switch_and_go():
     for layer in layers(model).values():
         names = [name for name in ("default", "second") if name in layer.mpo_auxiliary]
         with torch.no_grad():
-            expected = layer.weight + sum(layer.get_delta_weight(name) for name in names)
+            expected = layer.base_layer.weight + sum(layer.get_delta_weight(name) for name in names)
             torch.testing.assert_close(layer._weight_in_use(), expected)
     model.merge_adapter(["default"])
     with warnings.catch_warnings():
