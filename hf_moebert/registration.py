@@ -2,17 +2,17 @@
 
 from typing import Any
 
+import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from hf_moebert.methods.mixture_of_masks.configuration_mixture_of_masks import (
@@ -33,32 +33,8 @@ from hf_moebert.methods.mixture_of_masks.modeling_mixture_of_masks import (
     MoMQwen3ForCausalLM,
     MoMT5ForConditionalGeneration,
 )
-from hf_moebert.methods.platon.configuration_shrunk import (
-    ShrunkBertConfig,
-    ShrunkDistilBertConfig,
-    ShrunkRobertaConfig,
-    ShrunkViTConfig,
-)
-from hf_moebert.methods.platon.modeling_shrunk import (
-    ShrunkBertForMaskedLM,
-    ShrunkBertForQuestionAnswering,
-    ShrunkBertForSequenceClassification,
-    ShrunkBertForTokenClassification,
-    ShrunkBertModel,
-    ShrunkDistilBertForMaskedLM,
-    ShrunkDistilBertForQuestionAnswering,
-    ShrunkDistilBertForSequenceClassification,
-    ShrunkDistilBertForTokenClassification,
-    ShrunkDistilBertModel,
-    ShrunkRobertaForMaskedLM,
-    ShrunkRobertaForQuestionAnswering,
-    ShrunkRobertaForSequenceClassification,
-    ShrunkRobertaForTokenClassification,
-    ShrunkRobertaModel,
-    ShrunkViTForImageClassification,
-    ShrunkViTModel,
-)
 
+from .architectures.families import ARCHITECTURES
 from .checkpoints import packing  # noqa: F401 - registers the quantizer `bitmask`
 from .methods.masked_crf.configuration_masked_crf import BertCrfConfig, CrfConfig
 from .methods.masked_crf.modeling_masked_crf import BertCrfForTokenClassification, CrfForTokenClassification
@@ -81,6 +57,8 @@ from .methods.mpoe.modeling_t5 import MPOET5ForConditionalGeneration
 from .methods.multitask.configuration_multitask import MultiTaskBertConfig
 from .methods.multitask.modeling_multitask import MultiTaskBertModel
 from .methods.multitask.pipeline import MultiTaskPipeline
+from .methods.platon.configuration_shrunk import ShrunkConfig, shrunk_config
+from .methods.platon.modeling_shrunk import shrunk_class, stock_classes
 
 
 # The classes that `AutoModel….from_pretrained` finds after `import hf_moebert`. Their code is saved with a checkpoint
@@ -91,31 +69,6 @@ _TABLE: dict[Any, dict[Any, Any]] = {
         AutoModelForSequenceClassification: MoEBertForSequenceClassification,
         AutoModelForTokenClassification: MoEBertForTokenClassification,
         AutoModelForQuestionAnswering: MoEBertForQuestionAnswering,
-    },
-    ShrunkBertConfig: {
-        AutoModel: ShrunkBertModel,
-        AutoModelForSequenceClassification: ShrunkBertForSequenceClassification,
-        AutoModelForTokenClassification: ShrunkBertForTokenClassification,
-        AutoModelForQuestionAnswering: ShrunkBertForQuestionAnswering,
-        AutoModelForMaskedLM: ShrunkBertForMaskedLM,
-    },
-    ShrunkRobertaConfig: {
-        AutoModel: ShrunkRobertaModel,
-        AutoModelForSequenceClassification: ShrunkRobertaForSequenceClassification,
-        AutoModelForTokenClassification: ShrunkRobertaForTokenClassification,
-        AutoModelForQuestionAnswering: ShrunkRobertaForQuestionAnswering,
-        AutoModelForMaskedLM: ShrunkRobertaForMaskedLM,
-    },
-    ShrunkDistilBertConfig: {
-        AutoModel: ShrunkDistilBertModel,
-        AutoModelForSequenceClassification: ShrunkDistilBertForSequenceClassification,
-        AutoModelForTokenClassification: ShrunkDistilBertForTokenClassification,
-        AutoModelForQuestionAnswering: ShrunkDistilBertForQuestionAnswering,
-        AutoModelForMaskedLM: ShrunkDistilBertForMaskedLM,
-    },
-    ShrunkViTConfig: {
-        AutoModel: ShrunkViTModel,
-        AutoModelForImageClassification: ShrunkViTForImageClassification,
     },
     BertCrfConfig: {AutoModelForTokenClassification: BertCrfForTokenClassification},
     CrfConfig: {AutoModelForTokenClassification: CrfForTokenClassification},
@@ -137,14 +90,42 @@ _STAY = (
     MPOET5Config,
     MultiTaskBertConfig,
 )
+
+
+def _register(config: Any, models: dict[Any, Any], *, travels: bool) -> None:
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    for auto, model in models.items():
+        auto.register(config, model)
+        if travels:
+            model.register_for_auto_class(auto.__name__)
+    if travels:
+        config.register_for_auto_class()
+
+
+# Families of which no shrunk model was made or loaded yet: making all their classes would take a second
+_unused: dict[type, tuple[type, bool]] = {}
+
+
+def _register_shrunk(dense: Any, *, travels: bool) -> None:
+    """Register the configuration of the shrunk models of a family, and its models once there is a configuration."""
+    config = shrunk_config(dense)
+    _register(config, {}, travels=travels)
+    _unused[config] = (dense, travels)
+
+
+def _register_models(config: type) -> None:
+    dense, travels = _unused.pop(config, (None, False))
+    if dense is not None:
+        models = {getattr(transformers, auto): shrunk_class(stock) for auto, stock in stock_classes(dense).items()}
+        _register(config, models, travels=travels)
+
+
+ShrunkConfig.before_use.append(_register_models)
 for _config, _models in _TABLE.items():
-    AutoConfig.register(_config.model_type, _config)
-    for _auto, _model in _models.items():
-        _auto.register(_config, _model)
-        if not issubclass(_config, _STAY):
-            _model.register_for_auto_class(_auto.__name__)
-    if not issubclass(_config, _STAY):
-        _config.register_for_auto_class()
+    _register(_config, _models, travels=not issubclass(_config, _STAY))
+for _model_type, _row in ARCHITECTURES.items():
+    if _row.units:
+        _register_shrunk(CONFIG_MAPPING[_model_type], travels=True)
 
 # The pipelines that `pipeline(name, model=...)` finds.
 PIPELINE_REGISTRY.register_pipeline(

@@ -13,12 +13,12 @@ COPIES = {
     "hf_moebert/checkpoints/strict_model.py": tuple(f"{METHODS}/{x}/modeling_strict.py" for x in TRAVELLERS),
     "hf_moebert/architectures/functional_losses.py": (f"{METHODS}/moebert/functional_losses.py",),
     "hf_moebert/architectures/families.py": (
-        f"{METHODS}/mixture_of_masks/modeling_families.py",
-        f"{METHODS}/platon/modeling_families.py",
+        f"{METHODS}/mixture_of_masks/configuration_families.py",
+        f"{METHODS}/platon/configuration_families.py",
     ),
     "hf_moebert/architectures/paths.py": (
-        f"{METHODS}/mixture_of_masks/modeling_paths.py",
-        f"{METHODS}/platon/modeling_paths.py",
+        f"{METHODS}/mixture_of_masks/configuration_paths.py",
+        f"{METHODS}/platon/configuration_paths.py",
     ),
     "hf_moebert/architectures/surgery.py": (
         f"{METHODS}/mixture_of_masks/modeling_surgery.py",

@@ -60,6 +60,7 @@ DEBERTA = Architecture(
     ),
     units=NEURONS,
     kept="queries, keys and values of a head are one above the other, and their biases apart",
+    undeclared=("cls_dropout", "embedding_size", "talking_head"),
 )
 DEBERTA_V2 = Architecture(
     stacks=(
@@ -78,6 +79,17 @@ DEBERTA_V2 = Architecture(
         ),
     ),
     units=HEADS,
+    undeclared=(
+        "attention_head_size",
+        "cls_dropout",
+        "conv_act",
+        "conv_groups",
+        "conv_kernel_size",
+        "embedding_size",
+        "norm_rel_ebd",
+        "position_buckets",
+        "share_att_key",
+    ),
 )
 DISTILBERT = Architecture(
     stacks=(
@@ -107,6 +119,7 @@ VIT = Architecture(
         ),
     ),
     units=HEADS,
+    undeclared=("head_dim",),
 )
 DINOV2 = Architecture(
     stacks=(
@@ -117,6 +130,7 @@ DINOV2 = Architecture(
         ),
     ),
     units=HEADS,
+    undeclared=("head_dim",),
 )
 ALBERT = Architecture(
     stacks=(
@@ -137,14 +151,17 @@ MODERNBERT = Architecture(
         ),
     ),
     units=HEADS,
+    undeclared=("head_dim",),
 )
 NOMIC = Architecture(
     stacks=(Stack("layers", (SEPARATE.under("self_attn", "head_dim"),), (GATED.under("mlp"),)),),
     units=HEADS,
+    undeclared=("head_dim",),
 )
 JINA = Architecture(
     stacks=(Stack("layers", (SEPARATE.under("self_attn", "head_dim"),), (TWO_LAYERS.under("mlp"),)),),
     units=HEADS,
+    undeclared=("head_dim",),
 )
 LLAMA = replace(NOMIC, heads="num_key_value_heads")
 GPT2 = Architecture(
@@ -163,6 +180,7 @@ GPT2 = Architecture(
     units=NEURONS,
     kept="its attention computes with the number of heads",
     neurons="n_inner",
+    undeclared=("classifier_dropout", "hidden_dropout", "summary_last_dropout"),
 )
 GPT_NEOX = Architecture(
     stacks=(
@@ -174,6 +192,7 @@ GPT_NEOX = Architecture(
     ),
     units=NEURONS,
     kept="queries, keys and values of a head are one above the other in one matrix",
+    undeclared=("head_dim",),
 )
 BLOOM = Architecture(
     stacks=(
@@ -187,6 +206,7 @@ BLOOM = Architecture(
     ),
     units=NEURONS,
     kept="queries, keys and values of a head are one above the other in one matrix",
+    undeclared=("classifier_dropout",),
 )
 PHI = Architecture(
     stacks=(
@@ -198,6 +218,7 @@ PHI = Architecture(
     ),
     units=HEADS,
     heads="num_key_value_heads",
+    undeclared=("head_dim",),
 )
 BART_ATTENTION = AttentionPaths(("q_proj", "k_proj", "v_proj"), "out_proj")
 OPT = Architecture(

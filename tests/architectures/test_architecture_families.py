@@ -1,5 +1,10 @@
 """Every row of the table is true of a model of its family."""
 
+import dataclasses
+import importlib
+import inspect
+import re
+
 import pytest
 import torch
 from tiny_families import CONFIGS, IMAGES, make_model
@@ -18,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_moebert import MoEBertConfig
 from hf_moebert.architectures.families import ARCHITECTURES, find_architecture, find_bert_like_classes
 from hf_moebert.architectures.surgery import find_layers, get_part
+from hf_moebert.checkpoints.strict_config import EXTRAS
 
 
 CROSS = {"gpt2": {"add_cross_attention": True}}  # by default there is no attention to another sequence
@@ -88,6 +94,24 @@ def test_names_select_the_matrices_that_were_written_out(family):
         )
         assert derived == written
         assert derived
+
+
+# Read by classes that no method takes, or checked for by a copy of another family's code
+NOT_OURS = {"gemma3_text": {"image_token_id", "mm_tokens_per_image", "text_config", "vision_config"}}
+NOT_OURS |= {"electra": {"summary_first_dropout", "summary_proj_to_labels"}, "mbart": {"gradient_checkpointing"}}
+NOT_OURS |= {name: {"embedding_size"} for name in ("bert", "camembert", "ernie", "mpnet", "roberta", "xlm-roberta")}
+NOT_OURS |= {"t5": {"decoder_start_token_id"}, "phi": {"partial_rotary_factor"}}
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_what_models_read_off_their_configuration_is_declared_or_told(family):
+    config = type(make_model(family).config)
+    source = inspect.getsource(importlib.import_module(config.__module__.replace("configuration_", "modeling_")))
+    read = set(re.findall(r"\bconfig\.([a-z]\w*)", source))
+    read |= set(re.findall(r"(?:get|has)attr\((?:self\.)?config, \"(\w+)\"", source))
+    declared = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map) | set(dir(config))
+    told = {*ARCHITECTURES[family].undeclared, *NOT_OURS.get(family, ()), *vars(config()), *EXTRAS}
+    assert not {name for name in read - declared - told if not name.startswith("_")}
 
 
 def test_prefixes_of_this_package_are_no_part_of_a_family():

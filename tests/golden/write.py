@@ -32,6 +32,7 @@ from hf_moebert import (
     compress_mpo,
     save_packed,
 )
+from hf_moebert.architectures.surgery import matrix_of
 from hf_moebert.methods import mixture_of_masks, platon
 from hf_moebert.methods.masked_crf.modeling_export import export_crf
 from hf_moebert.methods.moebert.conversion import save_importance
@@ -137,7 +138,7 @@ def narrow(family: str, auto: str, **fields: Any) -> PreTrainedModel:
     pruned = dense(family, auto, **fields)
     for group in find_unit_groups(pruned):
         units = {"heads": [1][group.layer :], "neurons": range(3, 9 + group.layer)}[group.kind]
-        group.writer.weight.unflatten(1, (group.num_units, group.unit_size))[:, list(units)] = 0
+        matrix_of(group.writer).unflatten(1, (group.num_units, group.unit_size))[:, list(units)] = 0
     return platon.shrink(pruned)
 
 
@@ -273,6 +274,9 @@ FORMS: dict[str, Callable[[Path], None]] = {
     "shrunk-roberta": model(lambda: narrow("roberta", TAGGER, **TWO), TAGGER),
     "shrunk-distilbert": model(lambda: narrow("distilbert", FILLER, n_layers=2), FILLER),
     "shrunk-vit": model(lambda: narrow("vit", VIEWER, **TWO), VIEWER, "vit"),
+    "shrunk-llama": model(lambda: narrow("llama", SPEAKER, **TWO | {"num_attention_heads": 4}), SPEAKER),
+    "shrunk-modernbert": model(lambda: narrow("modernbert", FILLER, **TWO), FILLER),
+    "shrunk-gpt2": model(lambda: narrow("gpt2", SPEAKER, n_layer=2), SPEAKER),
     "packed": model(lambda: prune(dense("bert", CLASSIFIER)), CLASSIFIER, packed=True),
     "packed-shrunk": model(lambda: prune(narrow("bert", CLASSIFIER, **TWO)), CLASSIFIER, packed=True),
     "mpo": model(lambda: compress_mpo(dense("bert", FILLER), num_cores=3), FILLER),

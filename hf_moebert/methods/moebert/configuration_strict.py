@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sized
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from huggingface_hub.dataclasses import strict as strict_dataclass
 from huggingface_hub.errors import StrictDataclassError
@@ -94,6 +94,8 @@ class StrictConfig(_Base):
             labels than any model.
     """
 
+    undeclared: ClassVar[tuple[str, ...]] = ()  # names that the base class's models read, and it does not declare
+
     def __post_init__(self, **kwargs: Any) -> None:
         """Check the fields, before transformers computes anything from them."""
         model_type = kwargs.pop("model_type", self.model_type)
@@ -151,6 +153,7 @@ class StrictConfig(_Base):
         """Return the names of all fields, and of what transformers computes from them and writes to config.json."""
         names = {field.name for field in dataclasses.fields(cls)} | set(cls.attribute_map)
         names |= {name for name, _ in inspect.getmembers(cls, lambda member: isinstance(member, property))}
+        names.update(cls.undeclared)
         names |= vars(cls()).keys()  # computed from the fields, but written to config.json
         return frozenset(names | GenerationConfig().to_dict().keys())  # which transformers reads over
 

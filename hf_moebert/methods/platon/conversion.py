@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .modeling_shrunk import can_shrink, shrunk_classes
+from .modeling_shrunk import ShrunkModel, refuse_unshrinkable, shrunk_class
 from .modeling_units import cut_state, find_kept_units, find_unit_groups
 
 
@@ -19,7 +19,7 @@ def shrink(model: PreTrainedModel, *, multiple_of: int = 1) -> PreTrainedModel:
     output projection of the attention) are exactly zero. The outputs stay the same up to rounding.
 
     Args:
-        model: A stock BERT, RoBERTa, DistilBERT or ViT, or a shrunk one. It is not changed.
+        model: A stock model of a family whose units can be removed, or a shrunk one. It is not changed.
         multiple_of: Round the number of neurons up to a multiple of this by keeping some that are zero: kernels
             prefer multiples of 8. At least so many neurons, and one head, stay in every layer.
 
@@ -35,13 +35,8 @@ def shrink(model: PreTrainedModel, *, multiple_of: int = 1) -> PreTrainedModel:
             f"`multiple_of` must be an integer of at least 1, got {multiple_of!r}. Use 8 for tensor cores."
         )
     groups = find_unit_groups(model)
-    classes = shrunk_classes()
-    cls = classes.get(type(model), type(model))
-    if not can_shrink(model):
-        raise ValueError(
-            f"`model` must be one of {sorted(stock.__name__ for stock in classes)}, got {type(model).__name__}. Load "
-            "the checkpoint with one of these, or shrink its base model."
-        )
+    refuse_unshrinkable(model)
+    cls = type(model) if isinstance(model, ShrunkModel) else shrunk_class(type(model))
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("`model` must hold its weights in memory, some are offloaded. Load it without offloading.")
     kept = [(group, find_kept_units(group, multiple_of=multiple_of)) for group in groups]
@@ -53,8 +48,9 @@ def shrink(model: PreTrainedModel, *, multiple_of: int = 1) -> PreTrainedModel:
     widths: list[dict[str, int]] = [{} for _ in range(model.config.num_hidden_layers)]
     for group, units in kept:
         widths[group.layer][group.kind] = len(units)
+    full = {group.kind: group.num_units for group in groups}
     with torch.random.fork_rng(devices=[]):  # leaves the caller's random numbers alone
         pooling = {"add_pooling_layer": False} if getattr(model, "pooler", model) is None else {}
-        shrunk = cls(cls.config_class.from_dense(model.config, widths), **pooling)
+        shrunk = cls(cls.config_class.from_dense(model.config, widths, full), **pooling)
     shrunk.to(dtype=model.dtype, device=model.device).load_state_dict(cut_state(model, kept))
     return shrunk.train(model.training)

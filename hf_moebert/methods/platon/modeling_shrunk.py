@@ -5,36 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    BertForMaskedLM,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-    DistilBertForMaskedLM,
-    DistilBertForQuestionAnswering,
-    DistilBertForSequenceClassification,
-    DistilBertForTokenClassification,
-    DistilBertModel,
-    PreTrainedModel,
-    RobertaForMaskedLM,
-    RobertaForQuestionAnswering,
-    RobertaForSequenceClassification,
-    RobertaForTokenClassification,
-    RobertaModel,
-    ViTForImageClassification,
-    ViTModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 from transformers.utils import ModelOutput, logging
 
-from .configuration_shrunk import (
-    ShrunkBertConfig,
-    ShrunkConfig,
-    ShrunkDistilBertConfig,
-    ShrunkRobertaConfig,
-    ShrunkViTConfig,
-)
+from .configuration_families import ARCHITECTURES
+from .configuration_shrunk import ShrunkConfig, as_dense, shrunk_config
 from .modeling_strict import StrictModel
 from .modeling_units import narrow_layers
 
@@ -42,14 +20,45 @@ from .modeling_units import narrow_layers
 logger = logging.get_logger(__name__)
 
 
-def can_shrink(model: PreTrainedModel) -> bool:
-    """Check whether there is a registered class for the shrunk form of a model."""
-    return type(model) in shrunk_classes() or isinstance(model, ShrunkModel)
+# Where transformers names the class of each family for a head, by the name of the Auto class
+HEADS: dict[str, Any] = {
+    "AutoModel": modeling_auto.MODEL_MAPPING,
+    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    "AutoModelForMultipleChoice": modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
+    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING,
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    "AutoModelForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+}
 
 
-def shrunk_classes() -> dict[type[PreTrainedModel], type["ShrunkModel"]]:
-    """Return the shrunk class for each stock class."""
-    return {cls.__bases__[1]: cls for cls in ShrunkModel.__subclasses__()}
+def stock_classes(dense: type[PreTrainedConfig]) -> dict[str, type[PreTrainedModel]]:
+    """Return the classes of a family that have a shrunk form, by the name of the Auto class.
+
+    Args:
+        dense: Configuration of the family.
+    """
+    found = {}
+    for auto, mapping in HEADS.items():
+        stock = mapping.get(dense, None)
+        if stock is not None and not (auto == "AutoModelForCausalLM" and "AutoModelForMaskedLM" in found):
+            found[auto] = stock[0] if isinstance(stock, tuple) else stock
+    return found
+
+
+def refuse_unshrinkable(model: PreTrainedModel) -> None:
+    """Refuse a model whose class has no shrunk form.
+
+    Raises:
+        ValueError: If it is neither shrunk nor of a class that has a shrunk form.
+    """
+    known = stock_classes(type(model.config)).values()
+    if not isinstance(model, ShrunkModel) and type(model) not in known:
+        raise ValueError(
+            f"`model` must be one of {sorted(stock.__name__ for stock in known)}, got {type(model).__name__}. Load "
+            "the checkpoint with one of these, or shrink its base model."
+        )
 
 
 def _without_empty_loss(forward: Callable) -> Callable:
@@ -71,6 +80,7 @@ class ShrunkModel(StrictModel):
     """Base of all shrunk models: layers of different widths, and how they are saved."""
 
     config: ShrunkConfig
+    _tp_plan: dict[str, str] = {}  # nothing is sharded: see `base_model_tp_plan` of the configuration
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -78,13 +88,14 @@ class ShrunkModel(StrictModel):
             cls.forward = _without_empty_loss(cls.__bases__[1].forward)  # type: ignore[attr-defined]
 
     def __init__(self, config: ShrunkConfig, *args: Any, **kwargs: Any) -> None:
-        layers = config.to_dict().get("per_layer_config")
-        config.per_layer_config = None  # transformers builds the dense model
-        try:
+        with as_dense(config):
             super().__init__(config, *args, **kwargs)
-        finally:
-            config.per_layer_config = layers
         narrow_layers(self, config.widths)
+
+    def initialize_weights(self) -> None:
+        """Draw the weights that are not loaded."""
+        with as_dense(self.config):  # rotations ask for the number of heads
+            super().initialize_weights()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save as transformers does, with the modules' own names and all classes of the family in `auto_map`."""
@@ -95,124 +106,34 @@ class ShrunkModel(StrictModel):
         super().save_pretrained(*args, **kwargs)
 
 
-class ShrunkBertModel(ShrunkModel, BertModel):
-    """BERT with layers of different widths."""
-
-    config: ShrunkBertConfig
+_made: dict[type, type[ShrunkModel]] = {}  # by the stock class
 
 
-class ShrunkBertForSequenceClassification(ShrunkModel, BertForSequenceClassification):
-    """BERT with layers of different widths, for sequence classification."""
+def shrunk_class(stock: type[PreTrainedModel]) -> type[ShrunkModel]:
+    """Return the class of the shrunk form of a stock class, which the first call makes.
 
-    config: ShrunkBertConfig
-
-
-class ShrunkBertForTokenClassification(ShrunkModel, BertForTokenClassification):
-    """BERT with layers of different widths, for token classification."""
-
-    config: ShrunkBertConfig
-
-
-class ShrunkBertForQuestionAnswering(ShrunkModel, BertForQuestionAnswering):
-    """BERT with layers of different widths, for question answering."""
-
-    config: ShrunkBertConfig
-
-
-class ShrunkBertForMaskedLM(ShrunkModel, BertForMaskedLM):
-    """BERT with layers of different widths, for masked language modelling."""
-
-    config: ShrunkBertConfig
+    Args:
+        stock: A class of a family in the table whose units can be removed.
+    """
+    if stock in _made:
+        return _made[stock]
+    body = {
+        "__doc__": f"A {stock.__name__} with layers of different widths.",
+        "__module__": __name__,
+        "config_class": shrunk_config(stock.config_class),
+    }
+    cls: Any = type(f"Shrunk{stock.__name__}", (ShrunkModel, stock), body)
+    globals()[cls.__name__] = _made[stock] = cls
+    return cls
 
 
-class ShrunkRobertaModel(ShrunkModel, RobertaModel):
-    """RoBERTa with layers of different widths."""
-
-    config: ShrunkRobertaConfig
-
-
-class ShrunkRobertaForSequenceClassification(ShrunkModel, RobertaForSequenceClassification):
-    """RoBERTa with layers of different widths, for sequence classification."""
-
-    config: ShrunkRobertaConfig
+def __getattr__(name: str) -> Any:
+    """Make the class of a shrunk model when it is asked for by name."""
+    stock: Any = getattr(transformers, name.removeprefix("Shrunk"), None) if name.startswith("Shrunk") else None
+    row = ARCHITECTURES.get(getattr(getattr(stock, "config_class", None), "model_type", ""))
+    if row is None or not row.units:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return shrunk_class(stock)
 
 
-class ShrunkRobertaForTokenClassification(ShrunkModel, RobertaForTokenClassification):
-    """RoBERTa with layers of different widths, for token classification."""
-
-    config: ShrunkRobertaConfig
-
-
-class ShrunkRobertaForQuestionAnswering(ShrunkModel, RobertaForQuestionAnswering):
-    """RoBERTa with layers of different widths, for question answering."""
-
-    config: ShrunkRobertaConfig
-
-
-class ShrunkRobertaForMaskedLM(ShrunkModel, RobertaForMaskedLM):
-    """RoBERTa with layers of different widths, for masked language modelling."""
-
-    config: ShrunkRobertaConfig
-
-
-class ShrunkDistilBertModel(ShrunkModel, DistilBertModel):
-    """DistilBERT with layers of different widths."""
-
-    config: ShrunkDistilBertConfig
-
-
-class ShrunkDistilBertForSequenceClassification(ShrunkModel, DistilBertForSequenceClassification):
-    """DistilBERT with layers of different widths, for sequence classification."""
-
-    config: ShrunkDistilBertConfig
-
-
-class ShrunkDistilBertForTokenClassification(ShrunkModel, DistilBertForTokenClassification):
-    """DistilBERT with layers of different widths, for token classification."""
-
-    config: ShrunkDistilBertConfig
-
-
-class ShrunkDistilBertForQuestionAnswering(ShrunkModel, DistilBertForQuestionAnswering):
-    """DistilBERT with layers of different widths, for question answering."""
-
-    config: ShrunkDistilBertConfig
-
-
-class ShrunkDistilBertForMaskedLM(ShrunkModel, DistilBertForMaskedLM):
-    """DistilBERT with layers of different widths, for masked language modelling."""
-
-    config: ShrunkDistilBertConfig
-
-
-class ShrunkViTModel(ShrunkModel, ViTModel):
-    """ViT with layers of different widths."""
-
-    config: ShrunkViTConfig
-
-
-class ShrunkViTForImageClassification(ShrunkModel, ViTForImageClassification):
-    """ViT with layers of different widths, for image classification."""
-
-    config: ShrunkViTConfig
-
-
-__all__ = [
-    "ShrunkBertForMaskedLM",
-    "ShrunkBertForQuestionAnswering",
-    "ShrunkBertForSequenceClassification",
-    "ShrunkBertForTokenClassification",
-    "ShrunkBertModel",
-    "ShrunkDistilBertForMaskedLM",
-    "ShrunkDistilBertForQuestionAnswering",
-    "ShrunkDistilBertForSequenceClassification",
-    "ShrunkDistilBertForTokenClassification",
-    "ShrunkDistilBertModel",
-    "ShrunkRobertaForMaskedLM",
-    "ShrunkRobertaForQuestionAnswering",
-    "ShrunkRobertaForSequenceClassification",
-    "ShrunkRobertaForTokenClassification",
-    "ShrunkRobertaModel",
-    "ShrunkViTForImageClassification",
-    "ShrunkViTModel",
-]
+__all__ = ["ShrunkModel", "shrunk_class"]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .modeling_families import find_architecture
-from .modeling_paths import FeedForwardPaths, Stack
+from .configuration_families import find_architecture
+from .configuration_paths import FeedForwardPaths, Stack
 
 
 LINEAR = (nn.Linear, Conv1D)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .modeling_families import ARCHITECTURES, find_architecture, name_family
-from .modeling_paths import AttentionPaths
+from .configuration_families import ARCHITECTURES, find_architecture, name_family
+from .configuration_paths import AttentionPaths
 from .modeling_surgery import (
     Layer,
     find_feed_forwards,

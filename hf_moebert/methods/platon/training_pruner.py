@@ -12,7 +12,7 @@ from transformers.utils import logging
 from hf_moebert.training.schedules import cubic_decay
 
 from .functional import apply_mask_, checksum, fingerprint
-from .modeling_shrunk import can_shrink
+from .modeling_shrunk import refuse_unshrinkable
 from .modeling_units import find_unit_groups
 from .recipe import PlatonConfig
 from .training_parameters import find_grouped, find_prunable
@@ -53,11 +53,12 @@ class Pruner:
     def __init__(self, model: nn.Module, config: PlatonConfig, total_steps: int) -> None:
         self.config, self.total_steps = config, total_steps
         self.begin, self.end = config.resolve_steps(total_steps)
-        groups = find_unit_groups(model) if config.granularity == "structured" else []
+        groups = []
+        if config.granularity == "structured":
+            groups = find_unit_groups(model)
+            refuse_unshrinkable(getattr(model, "_orig_mod", model))  # before training, not after
         self.parameters = find_grouped(model, groups) if groups else find_prunable(model, config)
         _check_placement(self.parameters)
-        if groups and not can_shrink(model):
-            logger.warning(f"`shrink` cannot remove the pruned units of a {type(model).__name__}: they stay as zeros.")
         self.statistics = Statistics(self.parameters, config)
         self.selector = UnitSelector(self.statistics, groups) if groups else WeightSelector(self.statistics)
         masked = {name: self.parameters[name] for name in self.selector.sizes}

@@ -6,18 +6,21 @@ import torch
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForMultipleChoice,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
     DistilBertConfig,
     DistilBertForMaskedLM,
+    DistilBertForMultipleChoice,
     DistilBertForQuestionAnswering,
     DistilBertForSequenceClassification,
     DistilBertForTokenClassification,
     DistilBertModel,
     RobertaConfig,
     RobertaForMaskedLM,
+    RobertaForMultipleChoice,
     RobertaForQuestionAnswering,
     RobertaForSequenceClassification,
     RobertaForTokenClassification,
@@ -48,6 +51,7 @@ CLASSES = {
         BertForTokenClassification,
         BertForQuestionAnswering,
         BertForMaskedLM,
+        BertForMultipleChoice,
     ],
     "roberta": [
         RobertaModel,
@@ -55,6 +59,7 @@ CLASSES = {
         RobertaForTokenClassification,
         RobertaForQuestionAnswering,
         RobertaForMaskedLM,
+        RobertaForMultipleChoice,
     ],
     "distilbert": [
         DistilBertModel,
@@ -62,10 +67,11 @@ CLASSES = {
         DistilBertForTokenClassification,
         DistilBertForQuestionAnswering,
         DistilBertForMaskedLM,
+        DistilBertForMultipleChoice,
     ],
     "vit": [ViTModel, ViTForImageClassification],
 }
-EVERY = [(family, cls) for family, classes in CLASSES.items() for cls in classes]
+EVERY = [(family, cls) for family, classes in CLASSES.items() for cls in classes if "Multiple" not in cls.__name__]
 CLASSIFIERS = [(family, classes[1]) for family, classes in CLASSES.items()]
 PRUNED = {"neurons": [range(5, 24), [], range(48)], "heads": [[0, 2], [3], []]}  # units without columns, by layer
 WIDTHS = [{"neurons": 29, "heads": 2}, {"neurons": 48, "heads": 3}, {"neurons": 1, "heads": 4}]

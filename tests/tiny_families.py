@@ -25,7 +25,8 @@ CONFIGS = {
     "bloom": {"hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": HEADS} | TEXT,
     "deberta": RELATIVE,
     "deberta-v2": RELATIVE | {"share_att_key": True},
-    "dinov2": SIZES | {"image_size": 8, "patch_size": 4, "mlp_ratio": 2},
+    "dinov2": {"image_size": 8, "patch_size": 4, "mlp_ratio": 2}
+    | {name: size for name, size in SIZES.items() if name != "intermediate_size"},
     "distilbert": {"dim": HIDDEN, "n_layers": LAYERS, "n_heads": HEADS, "hidden_dim": UNITS} | TEXT,
     "gpt2": {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_inner": UNITS, "n_positions": 32} | TEXT,
     "modernbert": SIZES | TEXT | {"cls_token_id": 1, "sep_token_id": 2},

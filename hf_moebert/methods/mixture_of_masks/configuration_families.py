@@ -5,7 +5,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
-from .modeling_paths import Architecture, AttentionPaths, FeedForwardPaths, Stack
+from .configuration_paths import Architecture, AttentionPaths, FeedForwardPaths, Stack
 
 
 NEURONS, HEADS = ("neurons",), ("neurons", "heads")
@@ -61,6 +61,7 @@ DEBERTA = Architecture(
     ),
     units=NEURONS,
     kept="queries, keys and values of a head are one above the other, and their biases apart",
+    undeclared=("cls_dropout", "embedding_size", "talking_head"),
 )
 DEBERTA_V2 = Architecture(
     stacks=(
@@ -79,6 +80,17 @@ DEBERTA_V2 = Architecture(
         ),
     ),
     units=HEADS,
+    undeclared=(
+        "attention_head_size",
+        "cls_dropout",
+        "conv_act",
+        "conv_groups",
+        "conv_kernel_size",
+        "embedding_size",
+        "norm_rel_ebd",
+        "position_buckets",
+        "share_att_key",
+    ),
 )
 DISTILBERT = Architecture(
     stacks=(
@@ -108,6 +120,7 @@ VIT = Architecture(
         ),
     ),
     units=HEADS,
+    undeclared=("head_dim",),
 )
 DINOV2 = Architecture(
     stacks=(
@@ -118,6 +131,7 @@ DINOV2 = Architecture(
         ),
     ),
     units=HEADS,
+    undeclared=("head_dim",),
 )
 ALBERT = Architecture(
     stacks=(
@@ -138,14 +152,17 @@ MODERNBERT = Architecture(
         ),
     ),
     units=HEADS,
+    undeclared=("head_dim",),
 )
 NOMIC = Architecture(
     stacks=(Stack("layers", (SEPARATE.under("self_attn", "head_dim"),), (GATED.under("mlp"),)),),
     units=HEADS,
+    undeclared=("head_dim",),
 )
 JINA = Architecture(
     stacks=(Stack("layers", (SEPARATE.under("self_attn", "head_dim"),), (TWO_LAYERS.under("mlp"),)),),
     units=HEADS,
+    undeclared=("head_dim",),
 )
 LLAMA = replace(NOMIC, heads="num_key_value_heads")
 GPT2 = Architecture(
@@ -164,6 +181,7 @@ GPT2 = Architecture(
     units=NEURONS,
     kept="its attention computes with the number of heads",
     neurons="n_inner",
+    undeclared=("classifier_dropout", "hidden_dropout", "summary_last_dropout"),
 )
 GPT_NEOX = Architecture(
     stacks=(
@@ -175,6 +193,7 @@ GPT_NEOX = Architecture(
     ),
     units=NEURONS,
     kept="queries, keys and values of a head are one above the other in one matrix",
+    undeclared=("head_dim",),
 )
 BLOOM = Architecture(
     stacks=(
@@ -188,6 +207,7 @@ BLOOM = Architecture(
     ),
     units=NEURONS,
     kept="queries, keys and values of a head are one above the other in one matrix",
+    undeclared=("classifier_dropout",),
 )
 PHI = Architecture(
     stacks=(
@@ -199,6 +219,7 @@ PHI = Architecture(
     ),
     units=HEADS,
     heads="num_key_value_heads",
+    undeclared=("head_dim",),
 )
 BART_ATTENTION = AttentionPaths(("q_proj", "k_proj", "v_proj"), "out_proj")
 OPT = Architecture(
