@@ -39,7 +39,7 @@ def zero_empty_loss(module: nn.Module, args: tuple[Any, ...], inputs: dict[str, 
 def hook_empty_loss(model: nn.Module) -> None:
     """Let the losses of a model over no label be zero, until `unhook_empty_loss`."""
     if "_empty_loss_hook" not in vars(model):
-        model._empty_loss_hook = model.register_forward_hook(zero_empty_loss, with_kwargs=True)
+        vars(model)["_empty_loss_hook"] = model.register_forward_hook(zero_empty_loss, with_kwargs=True)
 
 
 def unhook_empty_loss(model: nn.Module) -> None:
