@@ -37,7 +37,7 @@ encoded = encode_tokens(data, tokenizer, tag_names=tags, **columns)
 names = {"id2label": dict(enumerate(tags)), "label2id": {tag: index for index, tag in enumerate(tags)}}
 dense = AutoModelForTokenClassification.from_pretrained(options.model_name_or_path, **names)
 
-model = from_dense(dense, mask_transitions="training")
+model = from_dense(dense, mask_transitions="training", labels=encoded["train"]["labels"])
 arguments = TrainingArguments(
     options.output_dir,
     max_steps=options.max_steps,

@@ -47,4 +47,3 @@ from .methods.platon import (
     PlatonConfig as PlatonConfig,
     PlatonPruningCallback as PlatonPruningCallback,
 )
-from .registration import register_architecture as register_architecture

@@ -43,7 +43,7 @@ from hf_moebert.measuring.metrics.seqeval.seqeval import (
     micro_recall,
     span_f1,
 )
-from hf_moebert.methods.masked_crf.functional_tags import infer_scheme
+from hf_moebert.methods.masked_crf.functional_schemes import infer_scheme
 from hf_moebert.reporting.pictures import plot_transitions
 
 
@@ -92,7 +92,9 @@ class TaggingStudy(Study):
 
     def __init__(self, task: TaggingTask, args: TrainingArguments, options: TaggingOptions) -> None:
         super().__init__(task, args, options)
-        self.scheme = infer_scheme(task.names) if options.tag_scheme == "auto" else options.tag_scheme
+        self.scheme = options.tag_scheme
+        if self.scheme == "auto":
+            self.scheme = infer_scheme(task.names, task.true_tags(task.train_dataset))
         if self.scheme not in SCHEMES:
             raise SystemExit(f"The tags must be of {', '.join(SCHEMES)}, to be scored strictly; got {self.scheme}.")
 
@@ -114,7 +116,7 @@ class TaggingStudy(Study):
 
     def start(self, run: Method, seed: int) -> PreTrainedModel:
         """Make the model that a run trains, or the one that another run trained, masked."""
-        fields = {"tag_scheme": self.options.tag_scheme, "illegal_labels": self.options.illegal_labels}
+        fields = {"tag_scheme": self.scheme, "illegal_labels": self.options.illegal_labels}
         if run.kind == "masked-decoding":
             return self.task.auto_class.from_pretrained(self.folder(run.start, seed), mask_transitions="decoding")
         model = self.task.new_model()

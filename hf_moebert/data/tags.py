@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .splits import check_column
+from .words import keep_words
 
 
 IGNORED = -100  # label of special tokens, and of all sub-words of a word but the first
@@ -162,7 +163,9 @@ def _encode_rows(
     names: Sequence[str],
     max_length: int,
 ) -> dict[str, list[list[int]]]:
-    encoded = _tokenize(tokenizer, sentences)
+    encoded = tokenizer(sentences, is_split_into_words=True, verbose=False)
+    if (whole := keep_words(tokenizer, sentences, encoded)) != sentences:
+        encoded = tokenizer(whole, is_split_into_words=True, verbose=False)
     columns: dict[str, list[list[int]]] = {name: [] for name in (*encoded, "labels")}
     for row, tags in enumerate(numbers):
         places = encoded.word_ids(row)  # (seq,): the word of each sub-word, None at special tokens
@@ -172,17 +175,6 @@ def _encode_rows(
             columns[name].append([encoded[name][row][place] for place in kept])
         columns["labels"].append([_label(places, place, tags) for place in kept])
     return columns
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, sentences: list[list[str]]) -> BatchEncoding:
-    """Tokenize lists of words, with the unknown token in place of words that the tokenizer drops."""
-    encoded = tokenizer(sentences, is_split_into_words=True, verbose=False)
-    left = [set(encoded.word_ids(row)) for row in range(len(sentences))]
-    whole = [
-        [word if number in seen else tokenizer.unk_token or word for number, word in enumerate(words)]
-        for words, seen in zip(sentences, left, strict=True)
-    ]
-    return encoded if whole == sentences else tokenizer(whole, is_split_into_words=True, verbose=False)
 
 
 def _count_fitting(places: list[int | None], tags: list[str], max_length: int) -> int:

@@ -20,7 +20,15 @@ from hf_moebert.architectures.protocols import Predictor
 from .batching import BatcherClosed, DynamicBatcher, QueueFull
 from .limits import ServingLimits
 from .monitoring import Metrics, MonitoringMiddleware
-from .requests import BodyReader, PredictRequest, UpdateRequest, count_characters, folder_inside, wait_for_departure
+from .requests import (
+    BodyReader,
+    HeaderLimitMiddleware,
+    PredictRequest,
+    UpdateRequest,
+    count_characters,
+    folder_inside,
+    wait_for_departure,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -226,6 +234,7 @@ def build_app(
         redirect_slashes=False,  # a redirect would lead to the Host that the client names
     )
     app.state.service = service
+    app.add_middleware(HeaderLimitMiddleware, limit=service.limits.max_header_bytes)
     app.add_middleware(MonitoringMiddleware, metrics=service.metrics)
     app.add_api_route("/predict", service.predict, methods=["POST"])
     app.add_api_route("/tasks", service.list_tasks, methods=["GET", "HEAD"])

@@ -1,11 +1,13 @@
-"""Bodies of requests: their form, their size, and the folders that they may name."""
+"""Requests: the size of their headers, the form and size of their bodies, and the folders that they may name."""
 
 import asyncio
 from pathlib import Path, PurePath
 from typing import Annotated, Any, TypeVar
 
 from fastapi import HTTPException, Request
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .limits import ServingLimits
 
@@ -16,6 +18,26 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 Part = str | Annotated[list[str], FAIL_FAST]
 Input = str | Annotated[dict[Name, Part], Field(fail_fast=True, max_length=4)]
 Body = TypeVar("Body", bound=BaseModel)
+
+
+class HeaderLimitMiddleware:
+    """Middleware that refuses large headers which came at once: h11 refuses those only that come in parts."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app, self.limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 400 to a request with too large headers, and pass others on."""
+        if scope["type"] == "http" and _count_header_bytes(scope) > self.limit:
+            refusal = {"detail": f"The headers must have at most {self.limit} bytes."}
+            return await JSONResponse(refusal, 400, CLOSE)(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+
+def _count_header_bytes(scope: Scope) -> int:
+    """Count the bytes of target and headers as they were sent, but for blanks that may be left out."""
+    target = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    return target + sum(len(name) + len(value) + len(": \r\n") for name, value in scope["headers"])
 
 
 class PredictRequest(BaseModel):

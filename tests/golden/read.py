@@ -74,7 +74,12 @@ def load(folder: Path) -> PreTrainedModel:
 @torch.no_grad()
 def answer(model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Run a model, and name all tensors that it returns."""
-    return dict(_flatten(model(**inputs)))
+    words = (
+        {"word_mask": inputs["attention_mask"]}
+        if any(name.endswith("crf") for name, _ in model.named_modules())
+        else {}
+    )
+    return dict(_flatten(model(**inputs, **words)))
 
 
 def _flatten(outputs: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

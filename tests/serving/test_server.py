@@ -109,6 +109,25 @@ def test_headers_that_are_too_large_are_refused():
         assert httpx.get(f"{url}/health").status_code == 200
 
 
+LARGE = {
+    "header": b"GET /health HTTP/1.1\r\nHost: a\r\nX: %b\r\n\r\n" % (1000 * b"a"),
+    "many headers": b"GET /health HTTP/1.1\r\nHost: a\r\n%b\r\n" % (300 * b"X: a\r\n"),
+    "target": b"GET /health?%b HTTP/1.1\r\nHost: a\r\n\r\n" % (1000 * b"a"),
+}
+
+
+@pytest.mark.parametrize("large", LARGE)
+@pytest.mark.parametrize("size", [10**6, 700])
+def test_headers_that_are_too_large_are_refused_however_they_come(large, size):
+    """At once, and in parts."""
+    with impatient(max_header_bytes=1000, keep_alive_s=0.3) as (url, connect):
+        connection = connect(LARGE[large][:size])
+        for start in range(size, len(LARGE[large]), size):
+            connection.sendall(LARGE[large][start : start + size])
+        assert read_all(connection).startswith(b"HTTP/1.1 400 ")
+        assert httpx.get(f"{url}/health").status_code == 200
+
+
 def test_a_client_that_does_not_read_is_closed():
     """Its answer is larger than what the kernel takes for it."""
     limits = {"timeout_s": 1, "max_body_bytes": 30_000_000, "max_characters": 30_000_000}

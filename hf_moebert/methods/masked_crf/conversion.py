@@ -13,7 +13,8 @@ def from_dense(model: PreTrainedModel, **options: Any) -> CrfTagger:
     Args:
         model: Token classifier, trained or not, as from `AutoModelForTokenClassification`; its `id2label` names the
             tags. It is not changed.
-        **options: Fields of `CrfFields`, such as `mask_transitions="decoding"`.
+        **options: `labels`, the tags of some rows of data, which tell the scheme where the names of the tags do not;
+            and fields of `CrfFields`, such as `mask_transitions="decoding"`.
 
     Returns:
         A `BertCrfForTokenClassification` of a BERT, whose weights keep their names, or a `CrfForTokenClassification`

@@ -33,8 +33,6 @@ PREFIXES = {
     "BMES": "BMESO",
 }
 ALIASES = {"BIO": "IOB2", "BIO2": "IOB2", "BIOES": "IOBES", "BILUO": "BILOU", "BMESO": "BMES", "BMEOS": "BMES"}
-LETTERS = set("BIESLUM")
-MISSPELT_PREFIX = re.compile(r"^[BIESLUM][_:/]|^[bieslum][-_:/]|[-_][BIESLUM]$")
 SPECIAL = re.compile(r"\[.+\]|<.+>|X")  # "[PAD]", "</s>", and "X", as some data sets tag later pieces of words
 CHOICES = ("auto", *SCHEMES, *ALIASES, "none")
 MASKS = ("training", "decoding", "off")
@@ -97,63 +95,6 @@ def name_scheme(scheme: str) -> str:
     return ALIASES.get(scheme, scheme)
 
 
-def infer_scheme(labels: Sequence[str]) -> str:
-    """Infer the scheme from the tags of a model or a data set.
-
-    It is the one that has all the prefixes, and in which every tag can be reached and left: "I-PER" without "B-PER"
-    means IOB1, as in CoNLL-2003. Where each type has "B" and "I" it is IOB2, as everybody who says BIO means it; the
-    loss names rows that break it. Labels without any prefix, as for parts of speech, follow no scheme: "none".
-
-    Args:
-        labels: All tags. Special ones, such as "[PAD]", "</s>" and "X", do not count where others have prefixes.
-
-    Raises:
-        ValueError: If the labels are the default names of a model, mix schemes, only some have a prefix, prefixes
-            are spelled in another way ("b-per", "B_PER", "PER-B"), or two schemes fit.
-    """
-    if any(label == f"LABEL_{index}" for index, label in enumerate(labels)):
-        raise ValueError(
-            f"`id2label` must name the tags, got {list(labels)[:3]}. Set `id2label` when the model is made, or "
-            "`tag_scheme` to 'none' if every tag may follow every other."
-        )
-    prefixes = {split_tag(label)[0] for label in plain_tags(labels, "auto")} - {"O"}
-    prefixed = any("-" in label and split_tag(label)[0] in LETTERS for label in labels)
-    if not prefixed and not (prefixes and prefixes <= LETTERS):
-        if misspelt := [label for label in labels if MISSPELT_PREFIX.search(label)]:
-            raise ValueError(
-                f"`id2label` must spell prefixes as in 'B-PER', got {misspelt[:3]}. Rename the tags, or set "
-                "`tag_scheme` to 'none' if every tag may follow every other."
-            )
-        return "none"
-    fitting = [scheme for scheme in SCHEMES if prefixes <= set(PREFIXES[scheme]) and _can_use_all(labels, scheme)]
-    if {"IOE1", "IOE2"} <= set(fitting):
-        raise ValueError(
-            f"`tag_scheme` must be named for tags that may be of IOE1 or IOE2, got {list(labels)[:5]}. Set it to "
-            "'IOE2' if every segment ends in 'E', to 'IOE1' if only those do that another of their type follows."
-        )
-    if fitting:
-        return fitting[0]
-    found = _nearest_scheme(prefixes)
-    legal_moves(labels, found)  # names what does not fit
-    return found
-
-
-def _can_use_all(labels: Sequence[str], scheme: str) -> bool:
-    try:
-        legal_moves(labels, scheme)
-    except ValueError:
-        return False
-    return True
-
-
-def _nearest_scheme(prefixes: set[str]) -> str:
-    """Return the scheme that prefixes point to, even if it lacks some of them."""
-    if "B" not in prefixes and prefixes <= set("IE"):
-        return "IOE2"
-    signs = {"BILOU": "LU", "BMES": "M", "IOBES": "ES", "IOB2": "BI"}
-    return next(scheme for scheme, letters in signs.items() if prefixes & set(letters))
-
-
 def check_scheme(labels: Sequence[str], scheme: str) -> None:
     """Check that all labels are tags of a scheme, or special ones.
 
@@ -197,7 +138,7 @@ def legal_moves(labels: Sequence[str], scheme: str) -> Legality:
         prefix = torch.tensor([places[tag[0]] for tag in tags], dtype=torch.long)  # (tags,)
         kind = torch.tensor([numbers[tag[1]] for tag in tags], dtype=torch.long)  # (tags,)
         within, across = (  # each (prefixes, prefixes): of two tags of one type, and of two types
-            torch.tensor([[_may_follow((a, ""), (b, other), scheme) for b in prefixes] for a in prefixes])
+            torch.tensor([[may_follow((a, ""), (b, other), scheme) for b in prefixes] for a in prefixes])
             for other in ("", "other")
         )
     pairs = prefix[:, None], prefix[None]
@@ -220,7 +161,7 @@ def check_number(labels: Sequence[str]) -> None:
         )
 
 
-def _may_follow(before: tuple[str, str], after: tuple[str, str], scheme: str) -> bool:
+def may_follow(before: tuple[str, str], after: tuple[str, str], scheme: str) -> bool:
     """Check whether a tag may follow another, both as prefix and type; "O" also stands for either end of the row."""
     if scheme == "none":
         return True
@@ -371,4 +312,4 @@ def count_breaks(tags: Sequence[str], scheme: str) -> int:
     check_scheme(tags, scheme)
     scheme = name_scheme(scheme)
     around = [("O", ""), *map(split_tag, plain_tags(tags, scheme)), ("O", "")]
-    return sum(not _may_follow(before, after, scheme) for before, after in itertools.pairwise(around))
+    return sum(not may_follow(before, after, scheme) for before, after in itertools.pairwise(around))

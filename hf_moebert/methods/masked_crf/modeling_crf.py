@@ -4,22 +4,26 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .functional import log_partition, marginals, sequence_score
 from .functional_decoding import best_sequences, make_finite, viterbi
 from .functional_passes import Scores
+from .functional_schemes import fitting_schemes, infer_scheme
 from .functional_tags import (
     Legality,
     are_legal,
     check_number,
     check_options,
-    infer_scheme,
     legal_moves,
     name_scheme,
     repair_tags,
 )
 from .functional_words import pack_words, unpack_words
 from .modeling_rates import ScoresWithRate
+
+
+logger = logging.get_logger(__name__)
 
 
 class MaskedCRF(ScoresWithRate):
@@ -32,7 +36,8 @@ class MaskedCRF(ScoresWithRate):
 
     Args:
         labels: Name of each tag, such as "O", "B-PER", "I-PER".
-        tag_scheme: A key of `SCHEMES` or `ALIASES`, "none" (every sequence is legal), or "auto": inferred.
+        tag_scheme: A key of `SCHEMES` or `ALIASES`, "none" (every sequence is legal), or "auto": inferred. Tags that
+            may be of IOB2 or IOB1 are taken for IOB2, with a warning, until labels are seen that are of IOB1 alone.
         mask_transitions: "training" masks in the loss and in decoding, "decoding" in decoding only, "off" nowhere.
         illegal_labels: How the loss treats illegal labels under "training": "error" refuses them; "ignore" leaves
             such rows out; "repair" keeps their segments and rewrites them legally; "soft" gives illegal moves the
@@ -68,6 +73,13 @@ class MaskedCRF(ScoresWithRate):
         if mask_transitions == "off" and tag_scheme == "auto":
             tag_scheme = "none"  # nothing to infer, and nothing to refuse
         self.tag_scheme = infer_scheme(self.labels) if tag_scheme == "auto" else name_scheme(tag_scheme)
+        rivals = set(fitting_schemes(self.labels)) - {self.tag_scheme} if tag_scheme == "auto" else set()
+        self.rival = next(iter(rivals), None)  # the other scheme, until labels show that it is not
+        if self.rival:
+            logger.warning_once(
+                f"`tag_scheme` takes the tags for {self.tag_scheme}, as most data sets mean them, though they may be "
+                f"of {self.rival}. Name it, or give `labels` of the data to `from_dense`."
+            )
         self.mask_transitions, self.illegal_labels = mask_transitions, illegal_labels
         self.illegal_score = illegal_score
         self.transitions = nn.Parameter(torch.zeros(len(self.labels), len(self.labels)))  # (tags, tags)
@@ -116,6 +128,7 @@ class MaskedCRF(ScoresWithRate):
             Both of shape `(batch,)`, the second boolean.
         """
         self._check(emissions, mask, tags)
+        self._check_guess(tags, mask)
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.give_rate()
         policy = illegal_labels or self.illegal_labels
@@ -250,6 +263,25 @@ class MaskedCRF(ScoresWithRate):
         """
         packed, lengths, _ = pack_words(tags, mask)  # (words, batch)
         return ~are_legal(packed, lengths, Legality(self.legal, self.legal_start, self.legal_end))
+
+    def _check_guess(self, tags: Tensor, mask: Tensor) -> None:
+        """Refuse labels that show that the scheme was guessed wrong, until some show that it was guessed right."""
+        if self.rival is None:
+            return
+        packed, lengths, _ = pack_words(tags, mask)  # (words, batch)
+        mine = are_legal(packed, lengths, Legality(self.legal, self.legal_start, self.legal_end))  # (batch,)
+        theirs = Legality(*(part.to(tags.device) for part in legal_moves(self.labels, self.rival)))
+        other = are_legal(packed, lengths, theirs)
+        if (mine & ~other).any():
+            self.rival = None
+        elif (other & ~mine).any():
+            row = int((other & ~mine).nonzero()[0])
+            names = " ".join(self.labels[tag] for tag in packed[: lengths[row], row])
+            raise ValueError(
+                f"`tag_scheme` must be named: row {row} of the batch is {names}, which is of {self.rival} and not of "
+                f"{self.tag_scheme}, and the tags may be of either. Set it to {self.rival!r}, or to "
+                f"{self.tag_scheme!r} if the row is wrong."
+            )
 
     def _treat_illegal(self, tags: Tensor, lengths: Tensor, policy: str) -> tuple[Tensor, Tensor]:
         """Apply the policy to rows of illegal labels; `tags` is `(words, batch)`.

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -18,11 +19,13 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_masked_crf import BertCrfConfig, CrfConfig
+from .functional_schemes import infer_scheme
 from .modeling_crf import MaskedCRF
 from .modeling_strict import StrictModel
 
 
 logger = logging.get_logger(__name__)
+Rows = Iterable[Iterable[int]]
 LAYOUT_INPUTS = {"bbox", "image", "pixel_values"}  # of classifiers of scanned documents
 
 
@@ -49,13 +52,8 @@ class CrfTagger(StrictModel):
 
     def _make_crf(self) -> MaskedCRF:
         config = self.config
-        if sorted(config.id2label) != list(range(config.num_labels)):
-            raise ValueError(
-                f"`id2label` must name the tags 0 to {config.num_labels - 1}, got {sorted(config.id2label)}. Number "
-                "them from 0."
-            )
         return MaskedCRF(
-            [config.id2label[index] for index in range(config.num_labels)],
+            _tags_of(config),
             tag_scheme=config.tag_scheme,
             mask_transitions=config.mask_transitions,
             illegal_labels=config.illegal_labels,
@@ -72,11 +70,13 @@ class CrfTagger(StrictModel):
                 init.copy_(getattr(module, name), mask)
 
     @classmethod
-    def _with_tagger(cls, config: Any, model: PreTrainedModel, inside: str) -> Self:
-        """Build a tagger around a copy of a token classifier."""
+    def _with_tagger(cls, config: Any, model: PreTrainedModel, inside: str, labels: Rows | None) -> Self:
+        """Build a tagger around a copy of a token classifier; labels of data tell the scheme of its tags."""
         if hasattr(model, "crf"):
             raise ValueError(f"`model` must have no CRF yet, got {type(model).__name__}. Use it as it is.")
         config._attn_implementation = model.config._attn_implementation
+        if labels is not None and config.tag_scheme == "auto" and config.mask_transitions != "off":
+            config.tag_scheme = infer_scheme(_tags_of(config), _read_rows(labels, config.id2label))
         tagger = cls(config).to(dtype=model.dtype, device=model.device)
         target = tagger.get_submodule(inside)
         rest = target.load_state_dict(copy.deepcopy(model.state_dict()), strict=False)
@@ -90,15 +90,15 @@ class CrfTagger(StrictModel):
     def _tag(
         self,
         outputs: Any,
-        attention_mask: Tensor | None,
         labels: Tensor | None,
         word_mask: Tensor | None,
         output_marginals: bool,
     ) -> CrfTokenClassifierOutput:
         """Add loss, tags and marginals to the output of a token classifier."""
         found: tuple[Tensor | None, ...] = (None, None, None)
-        if not torch.compiler.is_exporting():  # exported models return emissions and are decoded outside
-            mask = _find_words(outputs.logits, attention_mask, labels, word_mask)  # (batch, seq)
+        emissions_suffice = self.training and labels is None and not output_marginals
+        if not (emissions_suffice or torch.compiler.is_exporting()):  # exported models are decoded outside
+            mask = _find_words(outputs.logits, labels, word_mask)  # (batch, seq)
             found = self._run_crf(outputs, labels, mask, output_marginals=output_marginals)
         loss, tags, marginals = found
         return CrfTokenClassifierOutput(
@@ -144,6 +144,27 @@ class CrfTagger(StrictModel):
         return loss
 
 
+def _tags_of(config: Any) -> list[str]:
+    """Return the names of the tags in the order of their numbers."""
+    if sorted(config.id2label) != list(range(config.num_labels)):
+        raise ValueError(
+            f"`id2label` must name the tags 0 to {config.num_labels - 1}, got {sorted(config.id2label)}. Number "
+            "them from 0."
+        )
+    return [config.id2label[index] for index in range(config.num_labels)]
+
+
+def _read_rows(labels: Rows, names: Mapping[int, str]) -> list[list[str]]:
+    """Return the tags of each row, without what is no word."""
+    rows = [[int(tag) for tag in row if tag != -100] for row in labels]
+    if unknown := {tag for row in rows for tag in row} - names.keys():
+        raise ValueError(
+            f"`labels` must be rows of numbers in `id2label` or -100, got {min(unknown)}. Give the column `labels` of "
+            "what `encode_tokens` returns."
+        )
+    return [[names[tag] for tag in row] for row in rows]
+
+
 def check_tagger(model: Any) -> None:
     """Refuse what is no token classifier, before its configuration is read."""
     classes = {cls.__name__ for cls in type(model).__mro__}
@@ -154,9 +175,7 @@ def check_tagger(model: Any) -> None:
         )
 
 
-def _find_words(
-    emissions: Tensor, attention_mask: Tensor | None, labels: Tensor | None, word_mask: Tensor | None
-) -> Tensor:
+def _find_words(emissions: Tensor, labels: Tensor | None, word_mask: Tensor | None) -> Tensor:
     """Return which positions are words: the CRF must not see padding, special tokens and later pieces of words."""
     for name, value in (("labels", labels), ("word_mask", word_mask)):
         if value is not None and value.shape != emissions.shape[:2]:
@@ -167,19 +186,11 @@ def _find_words(
         return labels.to(emissions.device) != -100
     if word_mask is not None:
         return word_mask.to(emissions.device).bool()
-    if attention_mask is not None:
-        if attention_mask.shape != emissions.shape[:2]:
-            raise ValueError(
-                f"`word_mask` must be given with an `attention_mask` of shape {tuple(attention_mask.shape)}, which "
-                "does not say where words are. Or use one of the shape (batch, seq)."
-            )
-        logger.warning_once(
-            "Without `word_mask` and `labels` every token counts as a word, special tokens and later pieces of words "
-            'too. Use `pipeline("masked-crf", ...)`, which marks words: "token-classification" reads `logits` alone, '
-            "and ignores the CRF."
-        )
-        return attention_mask.to(emissions.device).bool()
-    return torch.ones(emissions.shape[:2], dtype=torch.bool, device=emissions.device)
+    raise ValueError(
+        "`word_mask`, or `labels` of any tag, must mark the first piece of each word, got neither. Use "
+        '`pipeline("masked-crf", ...)`, which marks them: "token-classification" knows no CRF. If every token is a '
+        "word, give `attention_mask` as `word_mask`."
+    )
 
 
 class BertCrfForTokenClassification(CrfTagger, BertForTokenClassification):
@@ -193,18 +204,20 @@ class BertCrfForTokenClassification(CrfTagger, BertForTokenClassification):
         self.post_init()
 
     @classmethod
-    def from_dense(cls, model: PreTrainedModel, **fields: Any) -> Self:
+    def from_dense(cls, model: PreTrainedModel, *, labels: Rows | None = None, **fields: Any) -> Self:
         """Add a CRF to a copy of a `BertForTokenClassification`.
 
         Args:
             model: Token classifier, trained or not; its `id2label` names the tags.
+            labels: Numbers of the tags of some rows of data, -100 off words, as in a column `labels`: they tell the
+                scheme where the names of the tags do not.
             **fields: Fields of `CrfFields`, such as `mask_transitions="decoding"`.
 
         Raises:
             ValueError: If the model is of another class, or its labels do not fit the tag scheme.
         """
         check_tagger(model)
-        return cls._with_tagger(BertCrfConfig.from_dense(model.config, **fields), model, "")
+        return cls._with_tagger(BertCrfConfig.from_dense(model.config, **fields), model, "", labels)
 
     @can_return_tuple
     def forward(
@@ -229,13 +242,14 @@ class BertCrfForTokenClassification(CrfTagger, BertForTokenClassification):
             position_ids: Shape `(batch, seq)`.
             inputs_embeds: Shape `(batch, seq, hidden)`.
             labels: Tags, -100 off words. Shape `(batch, seq)`.
-            word_mask: True at the first piece of each word, if there are no labels to show it; by default equal to
-                `attention_mask`. Shape `(batch, seq)`.
+            word_mask: True at the first piece of each word; needed in evaluation, where there are no labels to show
+                it. Shape `(batch, seq)`.
             output_marginals: Whether to return the probability of each tag.
             **kwargs: Output flags of the encoder.
 
         Raises:
-            ValueError: If a label does not exist or breaks the tag scheme, or a shape does not fit.
+            ValueError: If a label does not exist or breaks the tag scheme, a shape does not fit, or nothing says
+                which tokens are words.
         """
         outputs = BertForTokenClassification.forward(
             self,
@@ -246,7 +260,7 @@ class BertCrfForTokenClassification(CrfTagger, BertForTokenClassification):
             inputs_embeds,
             **kwargs | {"return_dict": True},
         )
-        return self._tag(outputs, attention_mask, labels, word_mask, output_marginals)
+        return self._tag(outputs, labels, word_mask, output_marginals)
 
 
 class CrfForTokenClassification(CrfTagger):
@@ -279,19 +293,21 @@ class CrfForTokenClassification(CrfTagger):
         self.post_init()
 
     @classmethod
-    def from_dense(cls, model: PreTrainedModel, **fields: Any) -> Self:
+    def from_dense(cls, model: PreTrainedModel, *, labels: Rows | None = None, **fields: Any) -> Self:
         """Add a CRF to a copy of a token classifier.
 
         Args:
             model: Token classifier, trained or not, as from `AutoModelForTokenClassification`; its `id2label` names
                 the tags.
+            labels: Numbers of the tags of some rows of data, -100 off words, as in a column `labels`: they tell the
+                scheme where the names of the tags do not.
             **fields: Fields of `CrfFields`, such as `mask_transitions="decoding"`.
 
         Raises:
             ValueError: If the model is of another class, or its labels do not fit the tag scheme.
         """
         check_tagger(model)
-        return cls._with_tagger(CrfConfig.from_dense(model.config, **fields), model, "tagger")
+        return cls._with_tagger(CrfConfig.from_dense(model.config, **fields), model, "tagger", labels)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the word embeddings of the encoder."""
@@ -325,4 +341,4 @@ class CrfForTokenClassification(CrfTagger):
         }
         given = {name: value for name, value in given.items() if value is not None}
         outputs = self.tagger(**given, **kwargs | {"return_dict": True})
-        return self._tag(outputs, attention_mask, labels, word_mask, output_marginals)
+        return self._tag(outputs, labels, word_mask, output_marginals)

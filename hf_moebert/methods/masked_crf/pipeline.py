@@ -2,20 +2,30 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import BatchEncoding, TokenClassificationPipeline
 from transformers.pipelines.token_classification import AggregationStrategy
+from transformers.utils import logging
+
+from hf_moebert.data.words import find_words, has_sure_words, keep_words
 
 from .functional_tags import SCHEMES, Segment, find_segments, plain_tags, split_tag
 
 
+logger = logging.get_logger(__name__)
+
 # Prefixes of the first, the inner and the last piece of a word, by the prefix of the word; BMES writes "M" for "I"
 PIECE_PREFIXES = {"B": "BII", "I": "III", "M": "III", "E": "IIE", "L": "IIL", "S": "BIE", "U": "BIL"}
-BOUNDARIES = ("tokenizer", "blanks")
+UNSURE = (
+    "The words of a text are what blanks separate, and each Chinese character: 'London.' is one word, and so are "
+    "letters of a script without blanks. Set `word_boundaries` to 'tokenizer' to divide them as the tokenizer does, "
+    "or to 'blanks' if blanks alone separate words; or give lists of words with `is_split_into_words`."
+)
+BOUNDARIES = ("auto", "tokenizer", "blanks")
 
 
 class Word(NamedTuple):
@@ -33,9 +43,10 @@ class CrfTokenClassificationPipeline(TokenClassificationPipeline):
     `aggregation_strategy` but "none" return the decoded segments, since no word has two tags. Texts of more than one
     window (`stride`) are decoded as one sequence, each word scored where it is farthest from the edge of a window.
 
-    The words of a text are those of the tokenizer, which splits off punctuation, or with `word_boundaries="blanks"`
-    what blanks separate: the same as the list of these words, for text that was split into words before. A tokenizer
-    that splits no words gets those between blanks.
+    A text is read as the list of its words: what blanks separate, and each Chinese character. What was tagged in lists
+    of words, as in training, is so found in the text that they are joined to, with any tokenizer. Where the words of a
+    text are not sure, as "London." may be one or two, a warning says so; `word_boundaries` names others: "tokenizer"
+    for those of the tokenizer, which splits off punctuation, "blanks" for what blanks separate, in every script.
 
     Our own design: the score of a token is the marginal probability of its word's tag, and the score of a segment is
     the lowest of its words, an upper bound of the probability of the segment.
@@ -80,19 +91,21 @@ class CrfTokenClassificationPipeline(TokenClassificationPipeline):
         options = preprocess_params.get("tokenizer_params", {})
         if isinstance(sentence, str):
             text = sentence
-            encoded, before = self._encode_text(text, preprocess_params.get("word_boundaries"), options)
+            encoded, inside = self._encode_text(text, preprocess_params.get("word_boundaries"), options)
         else:
             delimiter = preprocess_params.get("delimiter") or ""
-            text, before = delimiter.join(sentence), [0]
-            for word in sentence[:-1]:
-                before.append(before[-1] + len(word) + len(delimiter))
+            text, starts = delimiter.join(sentence), [0, *accumulate(len(word) + len(delimiter) for word in sentence)]
+            inside = [(start, start + len(word)) for start, word in zip(starts, sentence, strict=False)]
             encoded = self._encode(sentence, options)
         encoded.pop("overflow_to_sample_mapping", None)
         windows = encoded.pop("offset_mapping").tolist()  # (windows, seq, 2)
         begins: dict[int, int] = {}  # word: its first character; a window may start inside a word
         for window, places in enumerate(windows):
             words = encoded.word_ids(window)
-            spans = [_trim(text, start, end, before, word) for (start, end), word in zip(places, words, strict=True)]
+            spans = [
+                offsets if word is None else _trim(text, *offsets, inside[word] if inside else (0, len(text)))
+                for offsets, word in zip(map(tuple, places), words, strict=True)
+            ]
             words = _drop_blanks(words, spans)
             starts = _find_starts(words, [start for start, _ in spans], begins)
             yield {
@@ -105,25 +118,34 @@ class CrfTokenClassificationPipeline(TokenClassificationPipeline):
 
     def _encode_text(
         self, text: str, boundaries: str | None, options: dict[str, Any]
-    ) -> tuple[BatchEncoding, list[int]]:
-        """Tokenize a text, and return the place that the offsets of each word count from; none if from the text's.
-
-        A tokenizer that keeps words together would give a whole text one tag: its words are then split at blanks.
-        """
-        if boundaries != "blanks":
+    ) -> tuple[BatchEncoding, list[tuple[int, int]]]:
+        """Tokenize a text, and return the places of the words that offsets count in; none if in the text."""
+        if boundaries == "tokenizer":
             encoded = self._encode(text, options)
-            if not _joins_words(encoded, text):
-                return encoded, []
-        words = list(re.finditer(r"\S+", text))
-        return self._encode([word.group() for word in words], options), [word.start() for word in words]
+            if _joins_words(encoded, text):
+                raise ValueError(
+                    f"`word_boundaries` must be 'auto' or 'blanks' for {type(self.tokenizer).__name__}, which takes "
+                    "several words as one, got 'tokenizer'."
+                )
+            return encoded, []
+        if boundaries == "blanks":
+            words = [found.span() for found in re.finditer(r"\S+", text)]
+        else:
+            words = find_words(text)
+            if not has_sure_words(text):
+                logger.warning_once(UNSURE)
+        return self._encode([text[start:end] for start, end in words], options), words
 
     def _encode(self, words: str | list[str], options: dict[str, Any]) -> BatchEncoding:
+        if words and not isinstance(words, str):
+            encoded = self.tokenizer([words], is_split_into_words=True, verbose=False)
+            (words,) = keep_words(self.tokenizer, [words], encoded)
         return self.tokenizer(
-            words,
+            words or "",
             return_tensors="pt",
             return_offsets_mapping=True,
             truncation=self.tokenizer.model_max_length > 0,
-            **options | {"is_split_into_words": not isinstance(words, str)},
+            **options | {"is_split_into_words": bool(words) and not isinstance(words, str)},
         )
 
     def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
@@ -219,14 +241,14 @@ def _joins_words(encoded: BatchEncoding, text: str) -> bool:
     return False
 
 
-def _trim(text: str, start: int, end: int, before: list[int], word: int | None) -> tuple[int, int]:
-    """Return the characters of a token in the text, without the blanks that some tokenizers count with it."""
-    if word is None:
-        return start, end
-    shift = before[word] if before else 0
-    piece = text[start + shift : end + shift]
-    blanks = len(piece) - len(piece.lstrip())
-    return start + shift + blanks, start + shift + blanks + len(piece.strip())
+def _trim(text: str, start: int, end: int, word: tuple[int, int]) -> tuple[int, int]:
+    """Return the characters of a token in the text, without the blanks that some tokenizers count with it.
+
+    An unknown token in place of a word is longer than the word may be.
+    """
+    piece = text[word[0] + start : min(word[0] + end, word[1])]
+    start += word[0] + len(piece) - len(piece.lstrip())
+    return start, start + len(piece.strip())
 
 
 def _drop_blanks(words: list[int | None], spans: list[tuple[int, int]]) -> list[int | None]:

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantizer
 
-from hf_moebert.architectures.empty_losses import hook_empty_loss, unhook_empty_loss
 from hf_moebert.checkpoints.forms import StrictQuantizer
 
 from .configuration_mpo import MPOCompressionConfig
@@ -82,8 +81,7 @@ def _drop_ties(model: PreTrainedModel, replaced: set[str]) -> None:
 
 
 def restore_ties(model: PreTrainedModel) -> None:
-    """Give a model that is dense again what it had: ties that `replace_matrices` removed, a vocabulary that grows."""
-    unhook_empty_loss(model)
+    """Give a model that is dense again the ties that `replace_matrices` removed, and let its vocabulary grow."""
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             vars(part).pop("resize_token_embeddings", None)
@@ -153,7 +151,6 @@ class MPOQuantizer(StrictQuantizer):
             if isinstance(module, MPOMatrix) and not self.quantization_config.train_centre:
                 module.centre.requires_grad_(False)
         fix_vocabulary(model)
-        hook_empty_loss(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
 

@@ -4,6 +4,7 @@ import filecmp
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 
-from hf_moebert.checkpoints.tensor_files import drafting
+from hf_moebert.checkpoints.tensor_files import drafting, naming, sync
 
 from .configuration_multitask import TASK_NAME, MultiTaskBertConfig
 from .functional import chain_hashes
@@ -61,10 +62,9 @@ def hash_branch(tensors: Mapping[str, Tensor], config: MultiTaskBertConfig) -> s
 def write_folder(folder: Path, state: Mapping[str, Tensor], config: MultiTaskBertConfig) -> None:
     """Write weights, index and config.json, without touching files that would not change.
 
-    Everything is written to a temporary folder first, and then renamed: weights, index, config.json, in this order.
-    During a save, or after an interrupted one, the folder holds the old model if tasks were added or removed. If a
-    task was replaced, the folder may hold its new weights under its old description, which loading refuses. To avoid
-    that as well, save into a new folder and switch.
+    Everything is written to a temporary folder first, and then renamed: config.json decides at once which model the
+    folder holds. Before it come files of weights, those that replace one under another name, "branch-<task>.next", and
+    an index of old and new; after it the replaced ones, which `finish_save` goes on with after an interrupted save.
 
     Args:
         folder: Folder to write to; it exists.
@@ -97,18 +97,55 @@ def write_folder(folder: Path, state: Mapping[str, Tensor], config: MultiTaskBer
             (draft / name).write_text(text, encoding="utf-8")
         config.save_pretrained(draft)
         for place in files:
-            _settle(draft / place, folder / place)
+            _settle(draft / place, folder / place, _next(folder / place) if (folder / place).is_file() else None)
         _settle(draft / "both", folder / SAFE_WEIGHTS_INDEX_NAME)
-        for place in ("config.json", SAFE_WEIGHTS_INDEX_NAME):
-            _settle(draft / place, folder / place)
+        _settle(draft / CONFIG_NAME, folder / CONFIG_NAME)
+        for place in files:
+            if (follower := _next(folder / place)).is_file():
+                os.replace(follower, folder / place)
+        _settle(draft / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_INDEX_NAME)
     for path in folder.glob(BRANCH_FILE.format("*")):
         if path.name not in files:
             path.unlink()
 
 
-def _settle(draft: Path, place: Path) -> None:
+def _next(place: Path) -> Path:
+    """Return the place of the file that is to replace another."""
+    return place.with_suffix(f".next{place.suffix}")
+
+
+def _settle(draft: Path, place: Path, follower: Path | None = None) -> None:
+    """Move a draft to its place, or to that of a follower, unless the place holds the same."""
     if not place.is_file() or not filecmp.cmp(draft, place, shallow=False):
-        os.replace(draft, place)
+        sync(draft)
+        os.replace(draft, follower or place)
+    elif follower is not None:
+        follower.unlink(missing_ok=True)  # of an interrupted save
+
+
+def finish_save(folder: Path, config: MultiTaskBertConfig) -> None:
+    """Put files of weights that an interrupted save left into their places, if config.json describes them.
+
+    Raises:
+        OSError: If the folder cannot be written to.
+    """
+    for follower in sorted(folder.glob("*.next.safetensors")):
+        place = follower.with_name(follower.name.replace(".next", ""))
+        if not _is_described(place, config) and _is_described(follower, config):
+            with naming(place), suppress(FileNotFoundError):  # another process was quicker
+                os.replace(follower, place)
+
+
+def _is_described(file: Path, config: MultiTaskBertConfig) -> bool:
+    """Check whether a file of weights is the one that config.json describes."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            held = {name for name in opened.keys() if not is_left_over(name, config)}  # noqa: SIM118
+            if held:
+                _check_content(opened, held, config, str(file))
+    except (ValueError, OSError, SafetensorError):
+        return False
+    return bool(held)
 
 
 def check_folder(source: str | os.PathLike[str], config: MultiTaskBertConfig, **hub: Any) -> None:
@@ -128,20 +165,15 @@ def check_folder(source: str | os.PathLike[str], config: MultiTaskBertConfig, **
     for place in (TRUNK_FILE, *sorted(set(index.values()) - {TRUNK_FILE})):
         what, expected = f"{place} in {source}", {name for name in index if index[name] == place}
         try:
-            with safe_open(cached_file(source, place, **hub), framework="pt") as file:
+            path = cached_file(source, place, **hub)
+            with safe_open(path, framework="pt") as file:
                 held = {name for name in set(file.keys()) if not is_left_over(name, config)}
-                if held != expected:
+                if held != expected and not _is_described(Path(path), config):  # the index may be of two saves
                     raise ValueError(
                         f"{what} must hold the tensors of the index, it lacks {sorted(expected - held)} and also has "
                         f"{sorted(held - expected)}. Get the file that was saved with this index."
                     )
-                if place == TRUNK_FILE:
-                    names = [name.removeprefix("trunk.") for name in held]
-                    read = partial(_read_trunk, file)
-                    hashes = hash_trunk(names, read, config.num_hidden_layers)
-                    check_hashes(hashes, config.trunk_sha256, what)
-                else:
-                    _check_branch({name: file.get_tensor(name) for name in held}, config, what)
+                _check_content(file, held, config, what)
         except SafetensorError as error:
             raise ValueError(f"{what} must be a whole safetensors file: {error}. Get it again.") from error
 
@@ -170,6 +202,16 @@ def is_left_over(name: str, config: MultiTaskBertConfig) -> bool:
         case ["branches", task, *_]:
             return task not in config.tasks
     return False
+
+
+def _check_content(file: Any, held: set[str], config: MultiTaskBertConfig, what: str) -> None:
+    """Refuse a file of weights other than the one that config.json describes."""
+    if any(name.startswith("trunk.") for name in held):
+        names = [name.removeprefix("trunk.") for name in held]
+        found = hash_trunk(names, partial(_read_trunk, file), config.num_hidden_layers)
+        check_hashes(found, config.trunk_sha256, what)
+    else:
+        _check_branch({name: file.get_tensor(name) for name in held}, config, what)
 
 
 def _read_trunk(file: Any, name: str) -> Tensor:

@@ -147,7 +147,8 @@ class MultiTaskBertModel(StoredByTask):
             tasks: Tasks to run, by default all.
             labels: For some tasks the `labels` of the single-task model, or a mapping of the arguments of its loss,
                 such as `start_positions` and `end_positions`.
-            word_mask: True at words, for tasks with a CRF, which sees words only. Shape `(batch, seq)`.
+            word_mask: True at the first piece of each word; needed by tasks with a CRF that get no labels, in
+                evaluation. Shape `(batch, seq)`.
             **kwargs: Arguments of all branches, such as `output_hidden_states`, which then start at the task's own
                 layers; `output_marginals` is passed to those with a CRF.
 
@@ -165,8 +166,6 @@ class MultiTaskBertModel(StoredByTask):
         states, mask = self.trunk.embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         depths = {name: self._branch(name).config.frozen_layers for name in asked}
         found = self.trunk.run(states, mask, position_ids, depths=set(depths.values()))
-        if word_mask is None and attention_mask is not None and attention_mask.dim() == 2:
-            word_mask = attention_mask  # branches get the ready mask, which shows no words
         kwargs = {name: True for name in RECORDS if getattr(self.config, name)} | kwargs
         kwargs |= {"attention_mask": mask, "position_ids": position_ids, "word_mask": word_mask, "return_dict": True}
         return {name: self._run_branch(name, found[depth], labels.get(name), kwargs) for name, depth in depths.items()}

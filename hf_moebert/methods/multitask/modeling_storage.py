@@ -13,7 +13,7 @@ from hf_moebert.checkpoints.packing import has_adapters
 from hf_moebert.checkpoints.strict_model import HUB_OPTIONS, StrictModel
 
 from .configuration_multitask import MultiTaskBertConfig
-from .modeling_files import check_folder, check_hashes, hash_branch, hash_trunk, write_folder
+from .modeling_files import check_folder, check_hashes, finish_save, hash_branch, hash_trunk, write_folder
 
 
 class StoredByTask(StrictModel, BertPreTrainedModel):
@@ -111,6 +111,8 @@ class StoredByTask(StrictModel, BertPreTrainedModel):
                 pretrained_model_name_or_path if config is None else config, **hub
             )
         if pretrained_model_name_or_path is not None:  # else there are a config and a `state_dict`
+            if Path(pretrained_model_name_or_path).is_dir():
+                finish_save(Path(pretrained_model_name_or_path), config)
             check_folder(pretrained_model_name_or_path, config, **hub)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded

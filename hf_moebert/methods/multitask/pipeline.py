@@ -285,7 +285,9 @@ def refuse_nonfinite(model: PreTrainedModel, folder: str | PathLike[str]) -> Non
     broken = [name for name, tensor in model.named_parameters() if not tensor.isfinite().all()]
     if not broken:
         ids = torch.arange(PROBE, device=model.device)[None] % model.config.vocab_size  # (1, seq)
-        broken = _find_nonfinite(model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)))
+        mask = torch.ones_like(ids)
+        words = {"word_mask": mask} if hasattr(model, "crf") else {}
+        broken = _find_nonfinite(model.eval()(input_ids=ids, attention_mask=mask, **words))
     if broken:
         raise ValueError(
             f"The model in {str(folder)!r} must be finite, in its weights and in its answer to a probe, got NaN or "

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from tiny_crf import FAMILIES, LABELS, labels_of, make, make_batch, make_config, make_dense, names
+from tiny_crf import FAMILIES, LABELS, labels_of, make, make_batch, make_config, make_dense, names, stock_logits
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -32,7 +32,7 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "v
 @torch.no_grad()
 def test_the_emissions_are_the_stock_models_logits(family):
     dense, batch = make_dense(family.removeprefix("any ")), make_batch()
-    assert torch.equal(make(family)(**batch).logits, dense(**batch).logits)
+    assert torch.equal(make(family)(**batch).logits, stock_logits(dense, batch))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,7 +85,7 @@ def test_every_scheme_is_found_and_obeyed(scheme):
 
 
 @torch.no_grad()
-def test_words_come_from_labels_then_from_word_mask_then_from_attention_mask():
+def test_words_come_from_labels_then_from_word_mask():
     model, batch = make(), make_batch(labels=True)
     labels = batch.pop("labels")
     words = torch.zeros_like(labels, dtype=torch.bool)
@@ -94,10 +94,23 @@ def test_words_come_from_labels_then_from_word_mask_then_from_attention_mask():
         ({"labels": labels, "word_mask": words}, labels != -100),
         ({"word_mask": words}, words),
         ({"word_mask": words.long()}, words),
-        ({}, batch["attention_mask"].bool()),
     ):
         assert torch.equal(model(**batch, **given).predictions != -100, wanted)
-    assert (model(batch["input_ids"]).predictions != -100).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_where_nothing_says_which_tokens_are_words_there_are_no_tags(kind):
+    model, batch = make(kind), make_batch()
+    dense = stock_logits(make_dense(), batch)
+    del batch["word_mask"]
+    for inputs in (batch, {"input_ids": batch["input_ids"]}):
+        with pytest.raises(ValueError, match="`word_mask`, or `labels` of any tag, must mark"):
+            model(**inputs)
+    model.train()
+    torch.testing.assert_close(model(**batch).logits, dense)  # no tags, no need of words
+    with pytest.raises(ValueError, match="`word_mask`, or `labels` of any tag, must mark"):
+        model(**batch, output_marginals=True)
 
 
 # Padding and odd shapes
@@ -271,7 +284,7 @@ def test_a_checkpoint_of_a_stock_bert_loads_directly(tmp_path):
         assert model.config.model_type == "bert_crf"
         assert model.crf.tag_scheme == "IOB2"
         assert (model.crf.transitions == 0).all()
-    assert torch.equal(model(**batch).logits, dense(**batch).logits)
+    assert torch.equal(model(**batch).logits, stock_logits(dense, batch))
     with pytest.raises(ValueError, match="`model_type` of a CrfConfig must be 'crf', got 'bert'"):
         CrfForTokenClassification.from_pretrained(tmp_path / "tagger")
 
@@ -284,7 +297,7 @@ def test_copies_half_precision_and_new_words():
     assert model.half()(**batch).predictions.shape == wanted.shape
     model.float().resize_token_embeddings(70)
     assert model.config.tagger.vocab_size == 70
-    assert model(torch.full((1, 3), 69)).predictions.shape == (1, 3)
+    assert model(torch.full((1, 3), 69), word_mask=torch.ones(1, 3)).predictions.shape == (1, 3)
 
 
 @pytest.mark.process
@@ -309,7 +322,7 @@ def test_from_dense_finds_the_class_by_the_model():
         model = from_dense(dense, mask_transitions="decoding")
         assert type(model) is head
         assert model.crf.mask_transitions == "decoding"
-        assert torch.equal(model(**batch).logits, dense(**batch).logits)
+        assert torch.equal(model(**batch).logits, stock_logits(dense, batch))
         with pytest.raises(ValueError, match="`model` must have no CRF yet"):
             from_dense(model)
     with pytest.raises(ValueError, match="`model` must be a token classifier, got BertModel"):

@@ -1,15 +1,23 @@
 """The pipeline returns the decoded segments, for any scheme, strategy, batch size and tokenizer."""
 
+import re
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from tiny_crf import LABELS, PREFIXES, labels_of, make, make_dense, make_tokenizer
-from transformers import LlamaTokenizer, RobertaTokenizer, pipeline
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    LlamaTokenizer,
+    PreTrainedTokenizerFast,
+    RobertaTokenizer,
+    TokenClassificationPipeline,
+    pipeline,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from hf_moebert.methods.masked_crf import CrfTokenClassificationPipeline, modeling_masked_crf
+from hf_moebert.methods.masked_crf import CrfTokenClassificationPipeline, pipeline as crf_pipeline
 from hf_moebert.methods.masked_crf.functional_tags import count_breaks, find_segments
 
 
@@ -30,7 +38,10 @@ def make_pipeline(scheme="IOB2", kind="bert", tokenizer=None, **fields):
 @torch.no_grad()
 def decode(pipe, text):
     """Decode a text without the pipeline: tags and probabilities of its words, and their characters."""
-    encoded = pipe.tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
+    listed, starts = text.split(), [found.start() for found in re.finditer(r"\S+", text)]
+    encoded = pipe.tokenizer(
+        listed or "", is_split_into_words=bool(listed), return_tensors="pt", return_offsets_mapping=True
+    )
     offsets, words = encoded.pop("offset_mapping")[0].tolist(), encoded.word_ids()
     places = {word: [i for i, other in enumerate(words) if other == word] for word in words if word is not None}
     firsts = [positions[0] for positions in places.values()]
@@ -39,7 +50,10 @@ def decode(pipe, text):
     outputs = pipe.model(**encoded, word_mask=mask, output_marginals=True)
     ids = outputs.predictions[0, firsts]
     scores = outputs.marginals[0, firsts].gather(1, ids[:, None])[:, 0]
-    spans = [(offsets[positions[0]][0], offsets[positions[-1]][1]) for positions in places.values()]
+    spans = [
+        (starts[word] + offsets[positions[0]][0], starts[word] + offsets[positions[-1]][1])
+        for word, positions in places.items()
+    ]
     return [pipe.model.config.id2label[tag] for tag in ids.tolist()], scores.tolist(), spans
 
 
@@ -210,18 +224,131 @@ def test_texts_split_at_blanks_are_lists_of_words(words, scheme):
     pipe = make_pipeline(scheme)
     options = {"aggregation_strategy": "simple", "ignore_labels": []}
     listed = pipe([words], **options, is_split_into_words=True)[0]
-    assert pipe(" ".join(words), **options, word_boundaries="blanks") == listed
+    for boundaries in ({}, {"word_boundaries": "auto"}, {"word_boundaries": "blanks"}):
+        assert pipe(" ".join(words), **options, **boundaries) == listed
+
+
+SCRIPTS = {
+    "Latin": "aé.'@",
+    "Greek": "αωΣ",
+    "Cyrillic": "бЯё",
+    "Arabic": "سلام\u064b",
+    "Hebrew": "שלום\u05b0",
+    "Devanagari": "नमस्ते",
+    "Hangul": "한국",
+    "Thai": "ไทย",
+    "kana": "カナひら",
+    "emoji": "🙂👩\u200d🔬🇩🇪",
+    "unseen": "a\u200b\ufeff\u00ad\u202e",
+}
+HAN = "北京大学𠀀"
+
+
+def train_tokenizer(kind):
+    """A tokenizer of one of the usual kinds, trained on a little of each script."""
+    lines = [*map(" ".join, SCRIPTS.values()), " ".join(HAN), "in the London and New York ."]
+    model, trainer, before = {
+        "WordPiece": (
+            models.WordPiece(unk_token="[UNK]"),
+            trainers.WordPieceTrainer,
+            pre_tokenizers.BertPreTokenizer(),
+        ),
+        "byte-level": (models.BPE(), trainers.BpeTrainer, pre_tokenizers.ByteLevel(add_prefix_space=False)),
+        "byte-level, prefixed": (models.BPE(), trainers.BpeTrainer, pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        "Unigram": (models.Unigram(), trainers.UnigramTrainer, pre_tokenizers.Metaspace()),
+        "Unigram, unsplit": (models.Unigram(), trainers.UnigramTrainer, pre_tokenizers.Metaspace(split=False)),
+        "words": (models.WordLevel(unk_token="[UNK]"), trainers.WordLevelTrainer, pre_tokenizers.Whitespace()),
+    }[kind]
+    made, special = Tokenizer(model), ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    made.pre_tokenizer = before
+    if kind == "WordPiece":
+        made.normalizer = normalizers.BertNormalizer(lowercase=True)
+    options = {"unk_token": "[UNK]"} if "Unigram" in kind else {}
+    made.train_from_iterator(lines, trainer(special_tokens=special, vocab_size=400, show_progress=False, **options))
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+TOKENIZERS = ["WordPiece", "byte-level", "byte-level, prefixed", "Unigram", "Unigram, unsplit", "words"]
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def any_pipe(request):
+    return make_joining_pipeline(train_tokenizer(request.param))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.sampled_from([*SCRIPTS.values()]).flatmap(lambda x: st.text(x, min_size=1, max_size=8)), max_size=6),
+    st.sampled_from([" ", "  ", "\n", "\u00a0", "\t "]),
+    st.sampled_from([None, 2]),
+)
+def test_texts_are_the_lists_of_their_words_in_every_script(any_pipe, words, blank, stride):
+    options = {"aggregation_strategy": "simple", "ignore_labels": []} | ({"stride": stride} if stride else {})
+    any_pipe.tokenizer.model_max_length = 12 if stride else 60
+    text = blank + blank.join(words)
+    found = any_pipe(text, **options)
+    (listed,) = any_pipe([words], **options, is_split_into_words=True, delimiter=blank)
+    moved = [group | {"start": group["start"] - len(blank), "end": group["end"] - len(blank)} for group in found]
+    assert moved == listed
+    assert any_pipe(text, **options, word_boundaries="blanks") == found
+    pieces = [text[group["start"] : group["end"]] for group in found]
+    assert all(piece == piece.strip() for piece in pieces)
+    if stride:  # a window drops nothing
+        assert len(" ".join(pieces).split()) == len(words)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.text(HAN, min_size=1, max_size=12), st.sampled_from(["", "a", "，"]))
+def test_chinese_texts_are_the_lists_of_their_characters(any_pipe, text, end):
+    any_pipe.tokenizer.model_max_length = 60
+    options = {"aggregation_strategy": "simple", "ignore_labels": []}
+    words = [*text, end] if end else [*text]
+    assert any_pipe(text + end, **options) == any_pipe([words], **options, is_split_into_words=True, delimiter="")[0]
+
+
+def test_words_that_are_not_sure_are_said_to_be(monkeypatch):
+    warned = []
+    monkeypatch.setattr(crf_pipeline.logger, "warning_once", warned.append)
+    pipe = make_pipeline()
+    for text in ("the London", "the London .", "北京 the", "सड़क London", "한국 and", ""):
+        pipe(text)
+    assert not warned
+    for text in ("the London.", "@new york", "ไทย", "ひらがな"):
+        pipe(text)
+        assert "'London.' is one word" in warned.pop()
+        for boundaries in ("tokenizer", "blanks"):
+            pipe(text, word_boundaries=boundaries)
+        assert not warned
 
 
 def test_words_of_the_tokenizer_are_split_at_punctuation():
     pipe = make_pipeline()
     starts = {
         boundaries: int(next(pipe.preprocess("London.in the", word_boundaries=boundaries))["word_mask"].sum())
-        for boundaries in ("tokenizer", "blanks")
+        for boundaries in ("auto", "tokenizer", "blanks")
     }
-    assert starts == {"tokenizer": 4, "blanks": 2}
-    with pytest.raises(ValueError, match="`word_boundaries` must be one of tokenizer, blanks, got 'words'"):
+    assert starts == {"auto": 2, "tokenizer": 4, "blanks": 2}
+    with pytest.raises(ValueError, match="`word_boundaries` must be one of auto, tokenizer, blanks, got 'words'"):
         pipe("London", word_boundaries="words")
+    joining = make_joining_pipeline(train_tokenizer("Unigram, unsplit"))
+    with pytest.raises(ValueError, match="must be 'auto' or 'blanks' for .*, which takes several words as one"):
+        joining("in the London", word_boundaries="tokenizer")
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_words_that_a_tokenizer_drops_are_unknown(kind):
+    """As in training, so that all words have their tags."""
+    pipe = make_joining_pipeline(train_tokenizer(kind))
+    words = ["in", "\u200b", "the", "\ufeff"]
+    (found,) = pipe([words], is_split_into_words=True, ignore_labels=[], aggregation_strategy="simple")
+    covered = {place for group in found for place in range(group["start"], group["end"])}
+    assert {0, 1, 3, 5, 6, 7, 9} <= covered
+    assert pipe([[]], is_split_into_words=True) == [[]]
 
 
 def test_windows_are_decoded_as_one_text():
@@ -267,14 +394,20 @@ def test_inputs_that_do_not_fit():
 
 
 @pytest.mark.parametrize("kind", ["bert", "any bert"])
-def test_the_stock_task_warns_that_it_ignores_the_crf(kind, monkeypatch):
-    warned = []
-    monkeypatch.setattr(modeling_masked_crf.logger, "warning_once", warned.append)
+@pytest.mark.parametrize("strategy", ["none", *STRATEGIES])
+def test_the_stock_task_is_refused(kind, strategy, tmp_path):
+    """It reads logits alone, and would ignore the CRF."""
     pipe = make_pipeline(kind=kind)
-    pipe("the London")
-    assert not warned
-    pipeline("token-classification", model=pipe.model, tokenizer=pipe.tokenizer)("the London")
-    assert '"token-classification" reads `logits` alone, and ignores the CRF' in warned[0]
+    pipe.save_pretrained(tmp_path)
+    for stock in (
+        pipeline("token-classification", model=pipe.model, tokenizer=pipe.tokenizer),
+        pipeline("ner", model=str(tmp_path)),
+        TokenClassificationPipeline(model=pipe.model.eval(), tokenizer=pipe.tokenizer),
+    ):
+        with pytest.raises(
+            ValueError, match=r'Use `pipeline\("masked-crf", ...\)`, .*"token-classification" knows no'
+        ):
+            stock("the London", aggregation_strategy=strategy)
 
 
 def test_the_task_is_registered():

@@ -47,14 +47,12 @@ def test_encoders_that_read_more_than_tokens():
         CrfForTokenClassification.from_dense(LayoutLMForTokenClassification(config))
 
 
-def test_masks_that_do_not_say_where_words_are():
+def test_attention_masks_of_pairs():
     model, batch = make().eval(), make_batch()
     mask = batch["attention_mask"].bool()
     pairs = (mask[:, None, :, None] & mask[:, None, None, :]) | torch.eye(mask.shape[1], dtype=torch.bool)
-    with pytest.raises(ValueError, match="`word_mask` must be given"):
-        model(batch["input_ids"], attention_mask=pairs)
     found = model(batch["input_ids"], attention_mask=pairs, word_mask=mask)
-    expected = model(batch["input_ids"], attention_mask=mask)
+    expected = model(**batch)
     assert torch.equal(found.predictions, expected.predictions)
 
 

@@ -4,20 +4,23 @@ import itertools
 
 import pytest
 import seqeval.scheme
+import torch
 from hypothesis import given, settings, strategies as st
 from seqeval.scheme import Entities
+from tiny_crf import make_dense
 
-from hf_moebert.methods.masked_crf import MaskedCRF
+from hf_moebert.methods.masked_crf import MaskedCRF, from_dense, modeling_crf
+from hf_moebert.methods.masked_crf.functional_schemes import fitting_schemes, infer_scheme
 from hf_moebert.methods.masked_crf.functional_tags import (
     ALIASES,
     MAX_TAGS,
+    POLICIES,
     PREFIXES,
     SCHEMES,
     Segment,
     convert_tags,
     count_breaks,
     find_segments,
-    infer_scheme,
     legal_moves,
     plain_tags,
     repair_tags,
@@ -144,6 +147,8 @@ def test_schemes_are_read_off_the_labels(labels, scheme):
         (["O", "B-X", "I-X", "b-Y"], r"got \['b-Y'\]"),
         (["o", "b-x", "i-x"], "must spell prefixes as in 'B-PER', got"),
         (["O", "B_X", "I_X"], "must spell prefixes"),
+        (["O", "B X", "I X"], "must spell prefixes"),
+        (["O", "B\u2013X", "I\u2013X"], "must spell prefixes"),
         (["O", "X-B", "X-I"], "must spell prefixes"),
     ],
 )
@@ -206,6 +211,90 @@ def test_sets_of_labels_are_told_or_asked_for(scheme, types, typeless, data):
             infer_scheme(labels)
     else:
         assert infer_scheme(labels) == {"IOB1": "IOB2"}.get(scheme, scheme)
+
+
+def told_by(rows, labels, candidates):
+    """The schemes that the fewest rows break, by the definition."""
+    broken = {scheme: sum(count_breaks(row, scheme) > 0 for row in rows) for scheme in candidates}
+    return [scheme for scheme in candidates if broken[scheme] == min(broken.values())]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([*SCHEMES]), st.lists(segmentations(), min_size=1, max_size=6), st.data())
+def test_rows_tell_what_a_set_of_labels_does_not(scheme, drawn, data):
+    """The labels of a data set with all its tags, and some of its rows, a part of them noise."""
+    kinds = ["X", "ALI-X", "I-E", "B"]
+    labels = data.draw(st.permutations(labels_of(scheme, kinds)))
+    rows = [write_segments(segments, words, scheme) for segments, words in drawn]
+    clear = told_by(rows, labels, fitting_schemes(labels))
+    assert scheme in clear
+    if clear == [scheme]:
+        assert infer_scheme(labels, rows) == scheme
+        noise = [[data.draw(st.sampled_from(labels))] for _ in range(len(rows) // 3)]
+        if told_by(rows + noise, labels, fitting_schemes(labels)) == [scheme]:
+            assert infer_scheme(labels, rows + noise) == scheme
+    elif scheme.startswith("IOE"):
+        with pytest.raises(ValueError, match="IOE1 or IOE2, .* or give `labels` of the data"):
+            infer_scheme(labels, rows)
+    else:
+        assert infer_scheme(labels, rows) == "IOB2"
+        assert set(clear) == {"IOB1", "IOB2"}
+
+
+@pytest.mark.parametrize("scheme", ["IOB1", "IOB2", "IOE1", "IOE2"])
+def test_rows_of_a_data_set_tell_the_scheme_of_a_model(scheme):
+    labels = labels_of(scheme, ["X", "Y"])
+    rows = [write_segments([Segment("X", 0, 2), Segment("Y", 3, 4), Segment("Y", 4, 6)], 7, scheme)]
+    numbers = [[-100, *(labels.index(tag) for tag in row), -100] for row in rows]
+    for family in ("bert", "any bert", "roberta"):
+        model = from_dense(make_dense(family.removeprefix("any "), labels), labels=numbers)
+        assert model.crf.tag_scheme == model.config.tag_scheme == scheme
+        assert model.crf.rival is None
+    assert from_dense(make_dense(labels=labels), labels=numbers, mask_transitions="off").config.tag_scheme == "auto"
+    with pytest.raises(ValueError, match="must be rows of numbers in `id2label` or -100, got 9"):
+        from_dense(make_dense(labels=labels), labels=[[9]])
+
+
+@pytest.mark.parametrize("labels", [[*labels_of("IOB2", "XY")], ["O", "B", "I"], ["[PAD]", "O", "B-X", "I-X", "X"]])
+def test_what_is_assumed_is_said(labels, monkeypatch):
+    warned = []
+    monkeypatch.setattr(modeling_crf.logger, "warning_once", warned.append)
+    layer = MaskedCRF(labels)
+    assert (layer.tag_scheme, layer.rival) == ("IOB2", "IOB1")
+    assert "takes the tags for IOB2, as most data sets mean them, though they may be of IOB1" in warned.pop()
+    for scheme, mask in (("IOB2", "training"), ("IOB1", "training"), ("auto", "off")):
+        assert MaskedCRF(labels, tag_scheme=scheme, mask_transitions=mask).rival is None
+    for sure in (["O", "I-X"], labels_of("IOBES", "X"), labels_of("BMES", "X"), ["NOUN"], ["O", "I-X", "I-Y", "B-Y"]):
+        assert MaskedCRF(sure).rival is None
+    assert not warned
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("mask", ["training", "decoding"])
+@pytest.mark.parametrize("training", [True, False])
+def test_labels_that_show_a_wrong_guess_are_refused(policy, mask, training):
+    """Whatever is done with rows that break the scheme: here it is the scheme that is wrong."""
+    labels = labels_of("IOB1", ["X", "Y"])
+
+    def score(layer, *rows):
+        numbers = torch.tensor([[labels.index(tag) for tag in row.split()] for row in rows])
+        return layer.likelihood_and_rows(torch.zeros(*numbers.shape, len(labels)), numbers, numbers >= 0)[0]
+
+    def make():
+        return MaskedCRF(labels, illegal_labels=policy, mask_transitions=mask).train(training)
+
+    layer = make()
+    score(layer, "O O", "O O")  # shows nothing
+    with pytest.raises(ValueError, match=r"row 1 of the batch is O I-X, which is of IOB1 and not of IOB2, .* 'IOB1'"):
+        score(layer, "O O", "O I-X")
+    with pytest.raises(ValueError, match="row 0 of the batch is I-X B-X"):
+        score(make(), "I-X B-X")
+    layer = make()
+    score(layer, "O B-Y")
+    assert layer.rival is None
+    if policy != "error" or mask == "decoding":  # by now it is noise
+        score(layer, "O I-X")
+        score(MaskedCRF(labels, tag_scheme="IOB2", illegal_labels=policy, mask_transitions=mask), "O I-X")
 
 
 @settings(max_examples=50, deadline=None)

@@ -93,12 +93,14 @@ def test_metrics_get_tags_and_training_learns_them(tmp_path, data, kind):
     assert model.crf.transitions.grad is None or model.crf.transitions.grad[~model.crf.legal].abs().sum() == 0
 
 
-def test_prediction_without_labels(tmp_path, data):
+def test_prediction_asks_for_words(tmp_path, data):
+    """Labels of any tag at the first piece of each word show where words are."""
     trainer = make_trainer(tmp_path, data)
-    result = trainer.predict(data.remove_columns("labels"))
-    assert result.label_ids is None
-    lengths = (result.predictions != -100).sum(1)
-    assert lengths.tolist() == [7] * 4 + [10] * 4
+    with pytest.raises(ValueError, match="`word_mask`, or `labels` of any tag, must mark"):
+        trainer.predict(data.remove_columns("labels"))
+    unlabelled = data.map(lambda row: {"labels": [min(tag, 0) for tag in row["labels"]]})
+    wanted, found = trainer.predict(data), trainer.predict(unlabelled)
+    assert (found.predictions == wanted.predictions).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

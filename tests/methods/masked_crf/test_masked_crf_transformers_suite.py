@@ -55,6 +55,7 @@ class TaggerTester:
             "input_ids": common.ids_tensor(shape, 99),
             "token_type_ids": common.ids_tensor(shape, 2),
             "attention_mask": common.random_attention_mask(shape),
+            "word_mask": common.random_attention_mask(shape),
         }
         return self.get_config(), inputs
 

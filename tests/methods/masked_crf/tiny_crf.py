@@ -88,7 +88,7 @@ def make(family="bert", labels=LABELS, *, dropout=0.0, scores=True, **fields):
 
 
 def make_batch(rows=3, length=9, *, pad=3, labels=False):
-    """Return ids, padded at the end of the last row; labels are legal in IOB2, with gaps."""
+    """Return ids, padded at the end of the last row, all of them words, or labels: legal in IOB2, with gaps."""
     generator = torch.Generator().manual_seed(rows * length)
     ids = torch.randint(5, VOCAB, (rows, length), generator=generator)
     mask = torch.ones_like(ids)
@@ -99,7 +99,14 @@ def make_batch(rows=3, length=9, *, pad=3, labels=False):
         tags = pattern.repeat(rows, length // 8 + 1)[:, :length].clone()
         tags[0, 1:4] = torch.tensor([1, -100, 2])[: length - 1]  # one segment, a piece of a word in it
         batch["labels"] = tags.masked_fill(mask == 0, -100)
+    else:
+        batch["word_mask"] = mask
     return batch
+
+
+def stock_logits(dense, batch):
+    """Return the logits of a token classifier without a CRF, which knows no words."""
+    return dense(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
 def make_tokenizer():

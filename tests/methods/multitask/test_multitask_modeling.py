@@ -124,7 +124,7 @@ def test_masks_of_every_form_mean_the_same(merged):
     full = mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
     forms = [mask.bool(), mask.float(), full.bool()]
     for form in forms:
-        outputs = merged(**batch, attention_mask=form, word_mask=mask)
+        outputs = merged(**batch, attention_mask=form)
         for name in merged.tasks:
             assert_same(outputs[name], expected[name])
 
@@ -147,10 +147,14 @@ def test_attention_can_be_switched_everywhere(models):
 
 def test_words_are_told_to_the_taggers(models, merged):
     batch = make_batch()
-    words = batch["attention_mask"].bool() & (torch.arange(9) % 2 == 1)
-    output = merged(**batch, word_mask=words, output_marginals=True)["slots"]
-    assert_same(output, models["slots"](**batch, word_mask=words, output_marginals=True))
+    batch["word_mask"] = words = batch["attention_mask"].bool() & (torch.arange(9) % 2 == 1)
+    output = merged(**batch, output_marginals=True)["slots"]
+    assert_same(output, models["slots"](**batch, output_marginals=True))
     assert ((output.predictions == -100) == ~words).all()
+    del batch["word_mask"]
+    assert "slots" not in merged(**batch, tasks=[name for name in merged.tasks if name != "slots"])
+    with pytest.raises(ValueError, match="`word_mask`, or `labels` of any tag, must mark the first piece"):
+        merged(**batch)
 
 
 # Layers that are run, and their cost
@@ -190,6 +194,7 @@ def test_a_request_runs_what_its_tasks_need_and_no_more(merged):
 def test_operations_agree_with_the_formula():
     models = {f"t{own}": make_task(make_encoder(), 4 - own, own, "classes") for own in (1, 2, 3)}
     merged, batch = MultiTaskBertModel.from_tasks(models), make_batch(padded=False)
+    del batch["word_mask"]
 
     def count(model):
         with FlopCounterMode(display=False) as counter:
@@ -338,7 +343,7 @@ def test_splits_that_cannot_be_are_refused(models):
         join(trunk, take_branch(model, 2))
     for depths in ([], [2], [-1, 0]):
         with pytest.raises(ValueError, match=r"`depths` must name numbers of layers in \[0, 1\]"):
-            trunk(**make_batch(), depths=depths)
+            trunk(make_batch()["input_ids"], depths=depths)
 
 
 def test_inputs_that_cannot_be_are_refused(merged):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_multitask import assert_same, assert_same_models, make_batch, make_encoder, make_task, make_tasks
+from transformers import AutoModel
 from transformers.trainer_utils import load_sharded_checkpoint
 
 from hf_moebert.methods.multitask.configuration_multitask import MultiTaskBertConfig
@@ -79,7 +80,7 @@ from safetensors.torch import save_file
 from hf_moebert.methods.multitask.modeling_multitask import MultiTaskBertModel
 torch.set_num_threads(1)
 model = MultiTaskBertModel.from_pretrained(sys.argv[1], local_files_only=True)
-outputs = model(torch.arange(5, 14).view(1, 9))
+outputs = model(torch.arange(5, 14).view(1, 9), word_mask=torch.ones(1, 9))
 logits = {f"outputs.{n}.{k}": v for n, x in outputs.items() for k, v in x.items()}
 save_file(logits | model.state_dict(), sys.argv[2])
 """
@@ -88,7 +89,7 @@ save_file(logits | model.state_dict(), sys.argv[2])
     found = load_file(result)
     for name, tensor in merged.state_dict().items():
         assert torch.equal(found[name], tensor)
-    for name, output in merged(torch.arange(5, 14).view(1, 9)).items():
+    for name, output in merged(torch.arange(5, 14).view(1, 9), word_mask=torch.ones(1, 9)).items():
         for key, value in output.items():  # mapped memory lies otherwise, and a CPU may round a single row otherwise
             torch.testing.assert_close(found[f"outputs.{name}.{key}"], value, rtol=1e-6, atol=1e-6)
 
@@ -289,8 +290,28 @@ def save_interrupted(merged, folder, monkeypatch, renames):
     return False
 
 
-@pytest.mark.parametrize("change", ["add", "remove", "relabel"])
-def test_an_interrupted_save_leaves_the_old_or_the_new_model_or_is_refused(tmp_path, monkeypatch, change):
+def change_tasks(merged, change):
+    if change == "add":
+        merged.add_task("deep", make_task(make_encoder(), 4, 1, "classes"))
+    elif change == "remove":
+        merged.remove_task("slots")
+    elif change == "relabel":
+        other = make_task(make_encoder(), 2, 1, "classes", seed=9)
+        other.config.id2label = {0: "c", 1: "b", 2: "a"}
+        merged.replace_task("qq", other)
+    elif change == "other tensors":
+        merged.replace_task("slots", make_task(make_encoder(), 1, 3, "tags", seed=9))
+    else:
+        merged.replace_task("qq", make_task(make_encoder(), 1, 1, "classes", seed=9))
+        merged.replace_task("slots", make_task(make_encoder(), 2, 1, "crf", seed=9))
+        merged.add_task("deep", make_task(make_encoder(), 4, 1, "classes"))
+
+
+CHANGES = ["add", "remove", "relabel", "other tensors", "all at once"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_interrupted_save_leaves_the_old_or_the_new_model(tmp_path, monkeypatch, change):
     models, batch = make_tasks(("qq", "slots")), make_batch()
     outcomes, more, renames = [], True, 0
     while more:
@@ -298,31 +319,40 @@ def test_an_interrupted_save_leaves_the_old_or_the_new_model_or_is_refused(tmp_p
         folder = tmp_path / f"{change}-{renames}"
         merged.save_pretrained(folder)
         old = {name: output.logits for name, output in merged(**batch).items()}
-        if change == "add":
-            merged.add_task("deep", make_task(make_encoder(), 4, 1, "classes"))
-        elif change == "remove":
-            merged.remove_task("slots")
-        else:
-            other = make_task(make_encoder(), 2, 1, "classes", seed=9)
-            other.config.id2label = {0: "c", 1: "b", 2: "a"}
-            merged.replace_task("qq", other)
+        change_tasks(merged, change)
         more = save_interrupted(merged, folder, monkeypatch, renames)
         new = {name: output.logits for name, output in merged(**batch).items()}
-        try:
-            loaded = MultiTaskBertModel.from_pretrained(folder)
-        except ValueError as error:
-            outcomes.append("refused" if "a save was interrupted" in str(error) else str(error))
-        else:
+        for load in (AutoModel, MultiTaskBertModel):  # the second time, all is in its place
+            loaded = load.from_pretrained(folder)
             found = {name: output.logits for name, output in loaded(**batch).items()}
             same = [found.keys() == x.keys() and all(torch.allclose(found[n], x[n]) for n in x) for x in (old, new)]
             assert sum(same) == 1
-            outcomes.append(["old", "new"][same.index(True)])
+        outcomes.append(["old", "new"][same.index(True)])
+        if outcomes[-1] == "new":
+            assert loaded.tasks == merged.tasks
         merged.save_pretrained(folder)
         assert MultiTaskBertModel.from_pretrained(folder).tasks == merged.tasks
+        assert not [*folder.glob("*.next.*"), *folder.glob(".*")]
         renames += 1
-    assert outcomes[0] == "old"
-    assert outcomes[-1] == "new"
-    assert set(outcomes) == {"old", "new"} | ({"refused"} if change == "relabel" else set())
+    assert outcomes == sorted(outcomes, reverse=True)
+    assert set(outcomes) == {"old", "new"}
+
+
+def test_an_interrupted_save_is_finished_where_it_can_be(tmp_path, monkeypatch):
+    merged = MultiTaskBertModel.from_tasks(make_tasks(("qq", "slots")))
+    merged.save_pretrained(tmp_path)
+    change_tasks(merged, "relabel")
+    assert save_interrupted(merged, tmp_path, monkeypatch, 2)  # the new branch, beside the old one, and config.json
+    assert (tmp_path / "branch-qq.next.safetensors").exists()
+
+    def refuse(*_):
+        raise PermissionError("read-only")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(OSError, match="branch-qq.safetensors' cannot be written: read-only"):
+            MultiTaskBertModel.from_pretrained(tmp_path)
+    assert MultiTaskBertModel.from_pretrained(tmp_path).tasks == merged.tasks
 
 
 @pytest.mark.parametrize("size", [4, 100, -1])

@@ -86,7 +86,7 @@ def make_batch(rows=3, length=9, *, padded=True, seed=0):
         for row in range(rows):
             mask[row, length - 2 * row :] = 0
     types = torch.randint(0, 2, (rows, length), generator=generator)
-    return {"input_ids": ids * mask, "attention_mask": mask, "token_type_ids": types * mask}
+    return {"input_ids": ids * mask, "attention_mask": mask, "token_type_ids": types * mask, "word_mask": mask}
 
 
 def make_labels(batch, seed=0):
