@@ -47,3 +47,4 @@ from .methods.platon import (
     PlatonConfig as PlatonConfig,
     PlatonPruningCallback as PlatonPruningCallback,
 )
+from .registration import register_architecture as register_architecture

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import transformers
 from transformers import (
     AutoConfig,
@@ -11,10 +12,12 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PreTrainedModel,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from hf_moebert.methods.mixture_of_masks import configuration_families
 from hf_moebert.methods.mixture_of_masks.configuration_mixture_of_masks import (
     MoMBertConfig,
     MoMGPT2Config,
@@ -34,7 +37,9 @@ from hf_moebert.methods.mixture_of_masks.modeling_mixture_of_masks import (
     MoMT5ForConditionalGeneration,
 )
 
+from .architectures.checking import check_row
 from .architectures.families import ARCHITECTURES
+from .architectures.paths import Architecture
 from .checkpoints import packing  # noqa: F401 - registers the quantizer `bitmask`
 from .methods.masked_crf.configuration_masked_crf import BertCrfConfig, CrfConfig
 from .methods.masked_crf.modeling_masked_crf import BertCrfForTokenClassification, CrfForTokenClassification
@@ -46,10 +51,8 @@ from .methods.moebert.modeling_heads import (
     MoEBertForTokenClassification,
 )
 from .methods.moebert.modeling_moebert import MoEBertModel
-from .methods.mpo import (
-    modeling_quantizer,  # noqa: F401 - registers the quantizer `mpo`
-    modeling_tuner,  # noqa: F401 - registers the PEFT method `MPO`
-)
+from .methods.mpo import modeling_quantizer  # noqa: F401 - registers the quantizer `mpo`
+from .methods.mpo.modeling_tuner import TARGETS
 from .methods.mpoe.configuration_mpoe import MPOEBertConfig, MPOEGPT2Config, MPOET5Config
 from .methods.mpoe.modeling_bert import MPOEBertForSequenceClassification
 from .methods.mpoe.modeling_gpt2 import MPOEGPT2LMHeadModel
@@ -57,6 +60,7 @@ from .methods.mpoe.modeling_t5 import MPOET5ForConditionalGeneration
 from .methods.multitask.configuration_multitask import MultiTaskBertConfig
 from .methods.multitask.modeling_multitask import MultiTaskBertModel
 from .methods.multitask.pipeline import MultiTaskPipeline
+from .methods.platon import configuration_families as platon_families
 from .methods.platon.configuration_shrunk import ShrunkConfig, shrunk_config
 from .methods.platon.modeling_shrunk import shrunk_class, stock_classes
 
@@ -126,6 +130,66 @@ for _config, _models in _TABLE.items():
 for _model_type, _row in ARCHITECTURES.items():
     if _row.units:
         _register_shrunk(CONFIG_MAPPING[_model_type], travels=True)
+
+ROWS = (ARCHITECTURES, configuration_families.ARCHITECTURES, platon_families.ARCHITECTURES)
+
+
+def register_architecture(model_type: str, row: Architecture, model: PreTrainedModel | None = None) -> None:
+    """Describe a family of models that this package does not know, so that every method takes it.
+
+    Its compressed checkpoints load only in a process that has registered the same row before.
+
+    Args:
+        model_type: The family's `config.model_type`.
+        row: Where its models keep their parts: `Architecture`, `Stack`, `AttentionPaths` and `FeedForwardPaths` of
+            `hf_moebert.architectures.paths`.
+        model: A stock model of the family on which the row is checked; a tiny random one will do. By default one of
+            the family's default sizes is built without weights, on which sizes are checked and nothing is run.
+
+    Raises:
+        ValueError: If the family is known already, or the row is not true of the model: the message names the part.
+
+    Example:
+        ```python
+        row = Architecture(stacks=(Stack("encoder.layer", (attention,), (feed_forward,)),), units=("neurons", "heads"))
+        register_architecture("roformer", row, AutoModel.from_config(tiny_config))
+        ```
+    """
+    is_row = isinstance(row, Architecture)
+    if not is_row:
+        raise ValueError(
+            f"`row` must be an `Architecture` of hf_moebert.architectures.paths, got {type(row).__name__}. Make one."
+        )
+    if ARCHITECTURES.get(model_type) == row:
+        return
+    if model_type in ARCHITECTURES:
+        raise ValueError(f"`model_type` must be of a family that is not known yet, got {model_type!r}. Just use it.")
+    if model is None:
+        with torch.device("meta"):
+            model = AutoModel.from_config(AutoConfig.for_model(model_type))
+    if model.config.model_type != model_type:
+        raise ValueError(f"`model` must be of the family {model_type!r}, got {model.config.model_type!r}.")
+    for rows in ROWS:
+        rows[model_type] = row
+    try:
+        check_row(model)
+    except ValueError as error:
+        forget_architecture(model_type)
+        raise ValueError(f"The row of {model_type!r} does not fit a {type(model).__name__}: {error}") from error
+    except BaseException:
+        forget_architecture(model_type)
+        raise
+    TARGETS[model_type] = row.matrix_names
+    if row.units:
+        _register_shrunk(type(model.config), travels=False)
+
+
+def forget_architecture(model_type: str) -> None:
+    """Take a registered row back, as `register_architecture` does with one that is not true."""
+    for rows in ROWS:
+        rows.pop(model_type, None)
+    TARGETS.pop(model_type, None)
+
 
 # The pipelines that `pipeline(name, model=...)` finds.
 PIPELINE_REGISTRY.register_pipeline(

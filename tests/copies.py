@@ -12,6 +12,7 @@ COPIES = {
     "hf_moebert/checkpoints/strict_config.py": tuple(f"{METHODS}/{x}/configuration_strict.py" for x in TRAVELLERS),
     "hf_moebert/checkpoints/strict_model.py": tuple(f"{METHODS}/{x}/modeling_strict.py" for x in TRAVELLERS),
     "hf_moebert/architectures/functional_losses.py": (f"{METHODS}/moebert/functional_losses.py",),
+    "hf_moebert/architectures/empty_losses.py": (f"{METHODS}/platon/modeling_empty_losses.py",),
     "hf_moebert/architectures/families.py": (
         f"{METHODS}/mixture_of_masks/configuration_families.py",
         f"{METHODS}/platon/configuration_families.py",

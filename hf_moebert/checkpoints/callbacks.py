@@ -8,9 +8,12 @@ from weakref import WeakValueDictionary
 
 from accelerate import PartialState
 from filelock import AcquireReturnProxy
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
+
+from hf_moebert.architectures.empty_losses import zero_empty_loss
 
 from .locks import lock_folder
 from .manifests import MANIFEST_FILE, find_fault, list_missing, write_manifest
@@ -42,13 +45,19 @@ class CheckpointManifestCallback(TrainerCallback):
     def __init__(self, *, resume_from: str | Path | None = None, allow_changes: bool = False) -> None:
         self.resume_from, self.allow_changes = resume_from, allow_changes
         self._lock: AcquireReturnProxy | None = None
+        self._hook: RemovableHandle | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Lock `output_dir`, and check the checkpoint that a run is resumed from."""
+        """Lock `output_dir`, and check the checkpoint that a run is resumed from.
+
+        During the run, a batch without labels has a loss of zero instead of NaN, whatever the class of the model.
+        """
         self._unlock()  # `train` may be called twice, or have stopped with an error
+        self._remove_hook()
         CheckpointManifestCallback._last[id(state)] = self
+        self._hook = kwargs["model"].register_forward_hook(zero_empty_loss, with_kwargs=True)
         if not args.should_save:
             return
         _check_limit(args)
@@ -76,6 +85,7 @@ class CheckpointManifestCallback(TrainerCallback):
     ) -> None:
         """Unlock `output_dir`."""
         self._unlock()
+        self._remove_hook()
 
     def save_state(self, folder: Path, state: TrainerState) -> None:
         """Write what a resumed run needs of this callback into a checkpoint."""
@@ -131,6 +141,11 @@ class CheckpointManifestCallback(TrainerCallback):
                 f"{str(folder)!r} must be as it was saved to resume from it, but {fault}. Resume from the folder that "
                 f"`last_complete_checkpoint` returns, or pass `allow_changes=True` to {self.owner}."
             )
+
+    def _remove_hook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
 
     def _unlock(self) -> None:
         if self._lock is not None:

@@ -31,5 +31,5 @@ class DistillationRecipeCallback(CheckpointManifestCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Compare the recipe with that of the checkpoint."""
-        super().on_train_begin(args, state, control)
+        super().on_train_begin(args, state, control, **kwargs)
         self.refuse_changes(state, asdict(self.config) | {"total_steps": state.max_steps})

@@ -1,8 +1,10 @@
 # Copied from hf_moebert/architectures/families.py by `make copies`; edit there.
 """Where each family of models keeps its layers, attention and feed-forward networks: one row for each model type."""
 
+from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
+from operator import attrgetter
 from typing import Any
 
 from .configuration_paths import Architecture, AttentionPaths, FeedForwardPaths, Stack
@@ -315,8 +317,8 @@ def find_architecture(model: Any) -> Architecture:
     if family not in ARCHITECTURES:
         raise ValueError(
             f"`model` must be of a known family, one of {sorted(ARCHITECTURES)}, got {family!r}"
-            f"{_nearest(family, ARCHITECTURES)}. Use a model of one of these, or add a row for its family to "
-            "hf_moebert/architectures/families.py."
+            f"{_nearest(model, family)}. Use a model of one of these, or describe its family by "
+            "`hf_moebert.register_architecture`."
         )
     return ARCHITECTURES[family]
 
@@ -324,7 +326,7 @@ def find_architecture(model: Any) -> Architecture:
 def name_family(model: Any) -> str:
     """Return the model type of a model's family, without the prefixes of this package."""
     family = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
-    for prefix in OWN_PREFIXES:
+    for prefix in OWN_PREFIXES if family not in ARCHITECTURES else ():
         family = family.removeprefix(prefix)
     return family
 
@@ -334,9 +336,17 @@ def find_bert_like_classes(part: str) -> set[str]:
     return {f"{row.bert_like}{part}" for row in ARCHITECTURES.values() if row.bert_like}
 
 
-def _nearest(family: str, known: Any) -> str:
-    nearest = get_close_matches(family, known, n=1)
-    return f" (the nearest is {nearest[0]!r})" if nearest else ""
+def _nearest(model: Any, family: str) -> str:
+    """Name the known family whose parts a model has, or else the one whose name is closest."""
+    for name, row in ARCHITECTURES.items():
+        stack = row.stacks[0]
+        paths = [*stack.attentions[0].readers, *stack.feed_forwards[0].matrices.values()]
+        with suppress(AttributeError, IndexError, TypeError):
+            layer = attrgetter(stack.path)(model.base_model)[0]
+            [attrgetter(path)(layer) for path in paths]
+            return f" (its layers are built like {name!r})"
+    closest = get_close_matches(family, ARCHITECTURES, n=1)
+    return f" (the nearest is {closest[0]!r})" if closest else ""
 
 
 __all__ = ["ARCHITECTURES", "Architecture", "find_architecture"]

@@ -21,7 +21,8 @@ logger = logging.get_logger(__name__)
 # In a config.json, an entry of `fusion_config` that does not exist stops transformers with its name in the error, in
 # whatever class a checkpoint is opened. Our classes and quantizers remove their entries.
 CLASS_MARK = "none, for this model is of hf_moebert: `pip install hf_moebert`, `import hf_moebert`, use an Auto class"
-PACKAGE = "hf_moebert (`pip install hf_moebert`, then `import hf_moebert`)"
+INSTALL = "hf_moebert (`pip install hf_moebert`, then "
+PACKAGE = f"{INSTALL}`import hf_moebert`)"
 # What transformers raises for values that make no sense to it
 NONSENSE = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ZeroDivisionError)
 LARGEST = dict.fromkeys(("num_hidden_layers", "n_layers", "n_layer", "num_layers", "num_decoder_layers"), 1024)
@@ -94,6 +95,7 @@ class StrictConfig(_Base):
             labels than any model.
     """
 
+    package: ClassVar[str] = PACKAGE  # what a checkpoint names that cannot be loaded without this package
     undeclared: ClassVar[tuple[str, ...]] = ()  # names that the base class's models read, and it does not declare
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -103,7 +105,7 @@ class StrictConfig(_Base):
         form = kwargs.get("quantization_config")
         if form is not None and not isinstance(form, Mapping | QuantizationConfigMixin):
             raise ValueError(f"`quantization_config` must describe a form, got {form!r}. Check config.json.")
-        if PACKAGE in str(kwargs.get("auto_map")):  # only transformers alone is to see it
+        if INSTALL in str(kwargs.get("auto_map")):  # only transformers alone is to see it
             del kwargs["auto_map"]
         marks = dict(kwargs.pop("fusion_config", None) or {})
         marked = marks.pop(CLASS_MARK, False)
@@ -177,6 +179,6 @@ class StrictConfig(_Base):
             del fields[name]
         fields["fusion_config"] = fields.get("fusion_config", {}) | {CLASS_MARK: True}
         if self._auto_class is None:  # its code does not travel: transformers answers with this name, and stops
-            fields["auto_map"] = {"AutoConfig": f"{PACKAGE}--configuration.Config"}
+            fields["auto_map"] = {"AutoConfig": f"{self.package}--configuration.Config"}
         with open(json_file_path, "w", encoding="utf-8") as file:
             file.write(json.dumps(fields, indent=2, sort_keys=True) + "\n")

@@ -81,7 +81,7 @@ class MaskSparsityCallback(CheckpointManifestCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the model, the optimizer and the schedule, and reset the budget of a new run."""
-        super().on_train_begin(args, state, control)
+        super().on_train_begin(args, state, control, **kwargs)
         model: nn.Module = kwargs["model"]
         refuse_sharded(model, "Masks must be seen whole")
         if args.n_gpu > 1:

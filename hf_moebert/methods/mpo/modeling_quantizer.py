@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantizer
 
+from hf_moebert.architectures.empty_losses import hook_empty_loss, unhook_empty_loss
 from hf_moebert.checkpoints.forms import StrictQuantizer
 
 from .configuration_mpo import MPOCompressionConfig
@@ -81,7 +82,8 @@ def _drop_ties(model: PreTrainedModel, replaced: set[str]) -> None:
 
 
 def restore_ties(model: PreTrainedModel) -> None:
-    """Give a model that is dense again the ties that `replace_matrices` removed, and let its vocabulary grow."""
+    """Give a model that is dense again what it had: ties that `replace_matrices` removed, a vocabulary that grows."""
+    unhook_empty_loss(model)
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             vars(part).pop("resize_token_embeddings", None)
@@ -151,6 +153,7 @@ class MPOQuantizer(StrictQuantizer):
             if isinstance(module, MPOMatrix) and not self.quantization_config.train_centre:
                 module.centre.requires_grad_(False)
         fix_vocabulary(model)
+        hook_empty_loss(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
 

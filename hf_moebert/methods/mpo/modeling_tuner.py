@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from hf_moebert.architectures.empty_losses import hook_empty_loss, unhook_empty_loss, zero_empty_loss
 from hf_moebert.architectures.families import ARCHITECTURES
 from hf_moebert.architectures.heads import find_untrained
 
@@ -67,6 +68,15 @@ class MPOModel(BaseTuner):
         if config.init_weights and isinstance(model, PreTrainedModel):
             _warn_of_frozen_head(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        hook_empty_loss(model)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the model does; a loss over no label is zero, as by the model's hook, which PEFT passes by."""
+        return zero_empty_loss(self, args, kwargs, super().forward(*args, **kwargs))
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        unhook_empty_loss(self.model)
+        return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def _create_and_replace(
         self,

@@ -69,7 +69,7 @@ class MPOSqueezingCallback(CheckpointManifestCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the run, and restore the state of a checkpoint."""
-        super().on_train_begin(args, state, control)
+        super().on_train_begin(args, state, control, **kwargs)
         _check(args, kwargs["model"])
         self.refuse_changes(state, asdict(self.config) | {"total_steps": state.max_steps})
         events = _events(state)

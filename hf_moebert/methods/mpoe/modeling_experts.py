@@ -153,8 +153,17 @@ class MPOEFeedForward(nn.Module):
         return [stack[expert] for expert in active]
 
     def contract(self, name: str, experts: list[int]) -> Tensor:
-        """Rebuild a matrix of some experts in the dtype of the tensors, `(experts, rows, columns)`."""
+        """Rebuild a matrix of some experts in the dtype of the tensors, `(experts, rows, columns)`.
+
+        Raises:
+            ValueError: If they are not in memory.
+        """
         cores: list[Tensor] = list(self.chain(name))
+        if any(core.is_meta for core in cores):
+            raise ValueError(
+                "The experts' tensors must be in memory, some are offloaded or on the meta device. Load the model "
+                "without offloading."
+            )
         middle = len(cores) // 2
         if len(experts) < self.num_experts:
             some = torch.tensor(experts, device=cores[0].device)

@@ -68,7 +68,7 @@ class MPOEGradientMaskCallback(CheckpointManifestCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Find the central tensors and watch their gradients."""
-        super().on_train_begin(args, state, control)
+        super().on_train_begin(args, state, control, **kwargs)
         model: nn.Module = kwargs["model"]
         begun = MPOEGradientMaskCallback._run
         if begun is not None and begun() is state:

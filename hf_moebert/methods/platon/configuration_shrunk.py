@@ -10,7 +10,10 @@ import transformers
 from transformers import PreTrainedConfig
 
 from .configuration_families import ARCHITECTURES
-from .configuration_strict import StrictConfig, strict
+from .configuration_strict import INSTALL, StrictConfig, strict
+
+
+SHIPPED = frozenset(ARCHITECTURES)  # all others are registered by a user
 
 
 class ShrunkConfig(StrictConfig, PreTrainedConfig):
@@ -137,6 +140,8 @@ def shrunk_config(dense: type[PreTrainedConfig]) -> type[ShrunkConfig]:
         "unit_names": names,
         "undeclared": row.undeclared,
     }
+    if dense.model_type not in SHIPPED:
+        body["package"] = f"{INSTALL}`hf_moebert.register_architecture({dense.model_type!r}, ...)`)"
     body |= {name: _of_dense(getattr(dense, name)) for name in dir(dense) if name.startswith("validate_")}
     for name in names.values():
         if name not in fields and name not in dense.attribute_map:  # some compute it of other fields

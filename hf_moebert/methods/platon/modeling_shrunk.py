@@ -4,15 +4,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import transformers
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 
 from .configuration_families import ARCHITECTURES
 from .configuration_shrunk import ShrunkConfig, as_dense, shrunk_config
+from .modeling_empty_losses import zero_empty_loss
 from .modeling_strict import StrictModel
 from .modeling_units import narrow_layers
 
@@ -62,16 +61,11 @@ def refuse_unshrinkable(model: PreTrainedModel) -> None:
 
 
 def _without_empty_loss(forward: Callable) -> Callable:
-    """Wrap the forward of a stock class: a mean over labels that are all -100, which is NaN, becomes zero."""
+    """Wrap the forward of a stock class, so that a loss over no label is zero."""
 
     @functools.wraps(forward)  # with its signature, by which transformers chooses columns
     def wrapped(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        outputs, labels = forward(self, *args, **kwargs), kwargs.get("labels")
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or torch.compiler.is_compiling():
-            return outputs
-        if isinstance(outputs, ModelOutput) and not (labels != -100).any():
-            outputs["loss"] = outputs["logits"].sum() * 0.0
-        return outputs
+        return zero_empty_loss(self, args, kwargs, forward(self, *args, **kwargs))
 
     return wrapped
 

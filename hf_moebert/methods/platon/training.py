@@ -63,7 +63,7 @@ class PlatonPruningCallback(CheckpointManifestCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Choose the parameters to prune, and load the state of a checkpoint."""
-        super().on_train_begin(args, state, control)
+        super().on_train_begin(args, state, control, **kwargs)
         model: nn.Module = kwargs["model"]
         refuse_sharded(model, "Pruning must see whole parameters and their gradients")
         refuse_averaging(kwargs["optimizer"], "Pruning must see the weights that are evaluated and saved")

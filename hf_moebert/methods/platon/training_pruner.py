@@ -45,7 +45,7 @@ class Pruner:
         revived: Share of the weights that the last mask kept and the one before did not.
 
     Raises:
-        ValueError: If nothing can be pruned, or if the run is too short.
+        ValueError: If nothing can be pruned, or if the run is too short; when it prunes, if all gradients were zero.
 
     Source: Zhang et al. 2022, https://arxiv.org/abs/2206.12562.
     """
@@ -132,6 +132,13 @@ class Pruner:
     def _renew_masks(self) -> None:
         if self.config.criterion != "platon" and not self.statistics.is_finite():  # NaN cannot be ranked
             self._raise_for_gradients()
+        if self.statistics.is_zero():  # no reason to prune one weight rather than another
+            if self.dropped:
+                return
+            raise ValueError(
+                f"Gradients must tell weights apart to prune them, but all were zero up to step {self.clock}. Check "
+                "the labels: where all are -100, there is no loss."
+            )
         self.ratio = cubic_decay(self.clock, begin=self.begin, end=self.end, final=self.config.keep_ratio)
         selection = self.selector.update_masks_(self.keep, self.ratio)
         self.threshold, self.revived = selection.threshold, selection.revived / self.numel

@@ -56,6 +56,12 @@ class Statistics:
         tensors = next(iter(self.tensors.values()), self.parameters).values()
         return bool(torch.stack([tensor.detach().sum(dtype=torch.float32) for tensor in tensors]).isfinite().all())
 
+    def is_zero(self) -> bool:
+        """Check whether no gradient of the run so far told weights apart; magnitudes need none."""
+        kinds = {"platon": "importance", "movement": "movement"}
+        kind = kinds.get(self.config.criterion)
+        return kind is not None and not any(bool(tensor.any()) for tensor in self.tensors[kind].values())
+
     def reset_window(self) -> None:
         """Set the window to the average importance, so that the next update leaves the average unchanged."""
         for name, window in self.tensors["window"].items():

@@ -39,7 +39,7 @@ class KeepZerosCallback(CheckpointManifestCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note the zeros of the model."""
-        super().on_train_begin(args, state, control)
+        super().on_train_begin(args, state, control, **kwargs)
         model: nn.Module = kwargs["model"]
         refuse_sharded(model, "Zeros must be kept in whole parameters")
         refuse_averaging(kwargs["optimizer"], "Zeros must be kept in the weights that are trained")

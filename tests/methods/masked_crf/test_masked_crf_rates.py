@@ -75,8 +75,12 @@ def test_scores_move_by_default_in_a_stock_trainer(tmp_path, data, family):  # n
     assert max(size for name, size in change.items() if name not in scores_of(model)) < 2e-4
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "sgd"])
+@pytest.mark.parametrize(
+    "optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "sgd", "stable_adamw"]
+)
 def test_scores_move_further_under_every_optimizer_of_the_trainer(tmp_path, data, optim):  # noqa: F811
+    if optim == "stable_adamw":
+        pytest.importorskip("optimi")
     found = {}
     for rate in (None, 1e-2):
         model = make("bert", scores=False)

@@ -78,3 +78,13 @@ def test_a_compiled_network_is_not_compiled_for_every_expert():
         torch.testing.assert_close(compiled(tokens), network(tokens))
         counts.append(len(graphs))
     assert 0 < counts[0] == counts[2]
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+def test_offloaded_experts_are_refused(tmp_path):
+    model = make("bert")
+    model.save_pretrained(tmp_path / "model")
+    places = {name: "disk" if name == model.base_model_prefix else "cpu" for name, _ in model.named_children()}
+    loaded = type(model).from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "disk")
+    with pytest.raises(ValueError, match="The experts' tensors must be in memory, some are offloaded"):
+        loaded.eval()(**make_batch("bert"))

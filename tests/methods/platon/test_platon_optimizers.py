@@ -13,7 +13,7 @@ from hf_moebert.methods.platon.modeling_units import find_unit_groups
 from hf_moebert.methods.platon.training_parameters import find_prunable
 
 
-PLAIN = ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"]
+PLAIN = ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", "stable_adamw"]
 AVERAGING = ["schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"]
 
 
@@ -50,6 +50,8 @@ def test_the_optimizers_are_those_of_transformers():
 @pytest.mark.parametrize("optim", PLAIN)
 @pytest.mark.parametrize("criterion", ["platon", "movement"])
 def test_zeros_outlive_evaluating_and_saving(tiny_bert, make_trainer, tmp_path, optim, criterion):
+    if optim == "stable_adamw":
+        pytest.importorskip("optimi")
     trainer = make_trainer(tiny_bert(), {"criterion": criterion}, optim=optim)
     trainer.train()
     assert zeros_after_evaluating_and_saving(trainer, tmp_path / "saved") == pytest.approx(0.7, abs=1e-3)

@@ -206,13 +206,14 @@ def test_movement_is_that_of_weights_behind_a_mask(tiny_bert, make_trainer):
 
 
 def test_equal_scores_are_pruned_by_position(tiny_bert):
-    """All sensitivities zero: exactly so many weights go all the same, never all or none of the model."""
+    """All sensitivities alike: exactly so many weights go all the same, never all or none of the model."""
     model = tiny_bert()
     pruner = Pruner(model, PlatonConfig(keep_ratio=0.4, initial_warmup=1, final_warmup=2, window=1), 4)
     with torch.no_grad():
+        for parameter in pruner.parameters.values():
+            parameter.fill_(1)
+            parameter.grad = torch.ones_like(parameter)
         for _ in range(4):
-            for parameter in pruner.parameters.values():
-                parameter.grad = torch.zeros_like(parameter)
             pruner.observe()
             pruner.advance()
     kept = torch.cat(list(pruner.keep.values()))
