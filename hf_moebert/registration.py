@@ -19,27 +19,21 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from hf_moebert.methods.mixture_of_masks import configuration_families
 from hf_moebert.methods.mixture_of_masks.configuration_mixture_of_masks import (
-    MoMBertConfig,
-    MoMGPT2Config,
-    MoMLlamaConfig,
-    MoMMistralConfig,
-    MoMQwen2Config,
-    MoMQwen3Config,
+    MoMFields,
     MoMT5Config,
+    masked_config,
+    why_not_masked,
 )
 from hf_moebert.methods.mixture_of_masks.modeling_mixture_of_masks import (
-    MoMBertForSequenceClassification,
-    MoMGPT2LMHeadModel,
-    MoMLlamaForCausalLM,
-    MoMMistralForCausalLM,
-    MoMQwen2ForCausalLM,
-    MoMQwen3ForCausalLM,
     MoMT5ForConditionalGeneration,
+    classes_to_mask,
+    masked_class,
 )
 
 from .architectures.checking import check_row
 from .architectures.families import ARCHITECTURES
 from .architectures.paths import Architecture
+from .architectures.stock import stock_classes
 from .checkpoints import packing  # noqa: F401 - registers the quantizer `bitmask`
 from .methods.masked_crf.configuration_masked_crf import BertCrfConfig, CrfConfig
 from .methods.masked_crf.modeling_masked_crf import BertCrfForTokenClassification, CrfForTokenClassification
@@ -62,7 +56,7 @@ from .methods.multitask.modeling_multitask import MultiTaskBertModel
 from .methods.multitask.pipeline import MultiTaskPipeline
 from .methods.platon import configuration_families as platon_families
 from .methods.platon.configuration_shrunk import ShrunkConfig, shrunk_config
-from .methods.platon.modeling_shrunk import shrunk_class, stock_classes
+from .methods.platon.modeling_shrunk import shrunk_class
 
 
 # The classes that `AutoModel….from_pretrained` finds after `import hf_moebert`. Their code is saved with a checkpoint
@@ -79,13 +73,7 @@ _TABLE: dict[Any, dict[Any, Any]] = {
     MPOEBertConfig: {AutoModelForSequenceClassification: MPOEBertForSequenceClassification},
     MPOEGPT2Config: {AutoModelForCausalLM: MPOEGPT2LMHeadModel},
     MPOET5Config: {AutoModelForSeq2SeqLM: MPOET5ForConditionalGeneration},
-    MoMLlamaConfig: {AutoModelForCausalLM: MoMLlamaForCausalLM},
-    MoMMistralConfig: {AutoModelForCausalLM: MoMMistralForCausalLM},
-    MoMQwen2Config: {AutoModelForCausalLM: MoMQwen2ForCausalLM},
-    MoMQwen3Config: {AutoModelForCausalLM: MoMQwen3ForCausalLM},
-    MoMGPT2Config: {AutoModelForCausalLM: MoMGPT2LMHeadModel},
     MoMT5Config: {AutoModelForSeq2SeqLM: MoMT5ForConditionalGeneration},
-    MoMBertConfig: {AutoModelForSequenceClassification: MoMBertForSequenceClassification},
     MultiTaskBertConfig: {AutoModel: MultiTaskBertModel},
 }
 _STAY = (
@@ -106,32 +94,38 @@ def _register(config: Any, models: dict[Any, Any], *, travels: bool) -> None:
         config.register_for_auto_class()
 
 
-# Families of which no shrunk model was made or loaded yet: making all their classes would take a second
-_unused: dict[type, tuple[type, bool]] = {}
+# By the configuration of a family's compressed form of which no model was made or loaded yet: the dense configuration
+# and what makes the classes. To make them all at once would take a second.
+_unused: dict[Any, tuple[Any, Any, Any, bool]] = {}
 
 
-def _register_shrunk(dense: Any, *, travels: bool) -> None:
-    """Register the configuration of the shrunk models of a family, and its models once there is a configuration."""
-    config = shrunk_config(dense)
-    _register(config, {}, travels=travels)
-    _unused[config] = (dense, travels)
+def _register_family(dense: Any, *, travels: bool) -> None:
+    """Register the compressed forms of a family: the configurations, and the models once there is one of them."""
+    forms: list[Any] = []
+    if ARCHITECTURES[dense.model_type].units:
+        forms.append((shrunk_config(dense), stock_classes, shrunk_class))
+    if not why_not_masked(dense.model_type):
+        forms.append((masked_config(dense), classes_to_mask, masked_class))
+    for config, find, make in forms:
+        _register(config, {}, travels=travels)
+        _unused[config] = (dense, find, make, travels)
 
 
 def _register_models(config: type) -> None:
-    dense, travels = _unused.pop(config, (None, False))
+    dense, find, make, travels = _unused.pop(config, (None, None, None, False))
     if dense is not None:
-        models = {getattr(transformers, auto): shrunk_class(stock) for auto, stock in stock_classes(dense).items()}
+        models = {getattr(transformers, auto): make(stock) for auto, stock in find(dense).items()}
         _register(config, models, travels=travels)
 
 
-ShrunkConfig.before_use.append(_register_models)
+for _fields in (ShrunkConfig, MoMFields):
+    _fields.before_use.append(_register_models)
 for _config, _models in _TABLE.items():
     _register(_config, _models, travels=not issubclass(_config, _STAY))
-for _model_type, _row in ARCHITECTURES.items():
-    if _row.units:
-        _register_shrunk(CONFIG_MAPPING[_model_type], travels=True)
+for _model_type in list(ARCHITECTURES):
+    _register_family(CONFIG_MAPPING[_model_type], travels=True)
 
-ROWS = (ARCHITECTURES, configuration_families.ARCHITECTURES, platon_families.ARCHITECTURES)
+ROWS: tuple[dict[str, Any], ...] = (ARCHITECTURES, configuration_families.ARCHITECTURES, platon_families.ARCHITECTURES)
 
 
 def register_architecture(model_type: str, row: Architecture, model: PreTrainedModel | None = None) -> None:
@@ -180,8 +174,7 @@ def register_architecture(model_type: str, row: Architecture, model: PreTrainedM
         forget_architecture(model_type)
         raise
     TARGETS[model_type] = row.matrix_names
-    if row.units:
-        _register_shrunk(type(model.config), travels=False)
+    _register_family(type(model.config), travels=False)
 
 
 def forget_architecture(model_type: str) -> None:

@@ -21,6 +21,10 @@ COPIES = {
         f"{METHODS}/mixture_of_masks/configuration_paths.py",
         f"{METHODS}/platon/configuration_paths.py",
     ),
+    "hf_moebert/architectures/stock.py": (
+        f"{METHODS}/mixture_of_masks/modeling_stock.py",
+        f"{METHODS}/platon/modeling_stock.py",
+    ),
     "hf_moebert/architectures/surgery.py": (
         f"{METHODS}/mixture_of_masks/modeling_surgery.py",
         f"{METHODS}/platon/modeling_surgery.py",

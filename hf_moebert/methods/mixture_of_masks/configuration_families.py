@@ -203,7 +203,9 @@ BLOOM = Architecture(
             path="h",
             attentions=(AttentionPaths(("self_attention.query_key_value",), "self_attention.dense"),),
             feed_forwards=(
-                FeedForwardPaths(up="mlp.dense_h_to_4h", activation="mlp.gelu_impl", down="mlp.dense_4h_to_h"),
+                FeedForwardPaths(
+                    up="mlp.dense_h_to_4h", activation="mlp.gelu_impl", down="mlp.dense_4h_to_h", adds_residual=True
+                ),
             ),
         ),
     ),

@@ -1,21 +1,21 @@
 """Configurations of models with masked feed-forward networks, and of their compact form."""
 
+import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import transformers
 from transformers import PreTrainedConfig
-from transformers.models.bert.configuration_bert import BertConfig
-from transformers.models.gpt2.configuration_gpt2 import GPT2Config
-from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.mistral.configuration_mistral import MistralConfig
-from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
-from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.t5.configuration_t5 import T5Config
 
-from .configuration_strict import StrictConfig, strict
+from .configuration_families import ARCHITECTURES
+from .configuration_strict import INSTALL, StrictConfig, strict
 
 
+SHIPPED = frozenset(ARCHITECTURES)  # all others are registered by a user
+FUSED = ("modernbert",)
 STAGES = ("learned", "fixed", "compact")
 BUDGETS = ("global", "layer")
 
@@ -50,6 +50,8 @@ class MoMFields:
     width_name: ClassVar[str] = "intermediate_size"
     base_model_tp_plan = None  # the base class's plan names missing modules, and would not shard masks
 
+    before_use: ClassVar[list[Callable[[type], None]]] = []  # called with the class of every configuration
+
     num_experts: int = 4
     num_experts_per_tok: int = 1
     group_size: int = 1
@@ -66,6 +68,12 @@ class MoMFields:
         # The generated ones read the global widths, which transformers forbids.
         cls.__eq__ = PreTrainedConfig.__eq__  # type: ignore[method-assign]
         cls.__repr__ = PreTrainedConfig.__repr__  # type: ignore[method-assign]
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Check the fields as `StrictConfig` does."""
+        for prepare in self.before_use:
+            prepare(type(self))
+        super().__post_init__(**kwargs)  # type: ignore[misc]  # of `StrictConfig`
 
     @classmethod
     def from_dense(cls, config: PreTrainedConfig, **fields: Any) -> Self:
@@ -138,55 +146,6 @@ class MoMFields:
 
 
 @strict
-class MoMLlamaConfig(MoMFields, StrictConfig, LlamaConfig):
-    """Configuration of a Llama with masked feed-forward networks: the arguments of `LlamaConfig` and `MoMFields`."""
-
-    model_type = "mom_llama"
-    dense_model_type = "llama"
-
-
-@strict
-class MoMMistralConfig(MoMFields, StrictConfig, MistralConfig):
-    """Configuration of a Mistral with masked feed-forward networks, with the arguments of `MistralConfig`."""
-
-    model_type = "mom_mistral"
-    dense_model_type = "mistral"
-
-
-@strict
-class MoMQwen2Config(MoMFields, StrictConfig, Qwen2Config):
-    """Configuration of a Qwen2 with masked feed-forward networks, with the arguments of `Qwen2Config`."""
-
-    model_type = "mom_qwen2"
-    dense_model_type = "qwen2"
-
-
-@strict
-class MoMQwen3Config(MoMFields, StrictConfig, Qwen3Config):
-    """Configuration of a Qwen3 with masked feed-forward networks, with the arguments of `Qwen3Config`."""
-
-    model_type = "mom_qwen3"
-    dense_model_type = "qwen3"
-
-
-@strict
-class MoMGPT2Config(MoMFields, StrictConfig, GPT2Config):
-    """Configuration of a GPT-2 with masked feed-forward networks, with the arguments of `GPT2Config`."""
-
-    model_type = "mom_gpt2"
-    dense_model_type = "gpt2"
-    width_name = "n_inner"
-
-
-@strict
-class MoMBertConfig(MoMFields, StrictConfig, BertConfig):
-    """Configuration of a BERT with masked feed-forward networks, with the arguments of `BertConfig`."""
-
-    model_type = "mom_bert"
-    dense_model_type = "bert"
-
-
-@strict
 class MoMT5Config(MoMFields, StrictConfig, T5Config):
     """Configuration of a T5 with masked feed-forward networks, with the arguments of `T5Config`.
 
@@ -235,12 +194,54 @@ class MoMT5Config(MoMFields, StrictConfig, T5Config):
         return entries
 
 
-__all__ = [
-    "MoMBertConfig",
-    "MoMGPT2Config",
-    "MoMLlamaConfig",
-    "MoMMistralConfig",
-    "MoMQwen2Config",
-    "MoMQwen3Config",
-    "MoMT5Config",
-]
+_made: dict[type, type] = {T5Config: MoMT5Config}  # by the dense configuration
+
+
+def masked_config(dense: type[PreTrainedConfig]) -> Any:
+    """Return the configuration of the masked models of a family, which the first call makes.
+
+    Args:
+        dense: Configuration of transformers, of a family in the table that can be masked.
+    """
+    if dense in _made:
+        return _made[dense]
+    row = ARCHITECTURES[dense.model_type]
+    body: dict[str, Any] = {
+        "__doc__": f"Configuration of a model of the family {dense.model_type!r} with masked feed-forward networks.",
+        "__module__": __name__,
+        "__annotations__": {},
+        "model_type": f"mom_{dense.model_type}",
+        "dense_model_type": dense.model_type,
+        "width_name": row.neurons,
+        "undeclared": row.undeclared,
+    }
+    if row.neurons not in {field.name for field in dataclasses.fields(dense)}:  # some compute it of other fields
+        body |= {row.neurons: None, "__annotations__": {row.neurons: int | None}}
+    if dense.model_type not in SHIPPED:
+        body["package"] = f"{INSTALL}`hf_moebert.register_architecture({dense.model_type!r}, ...)`)"
+    cls: Any = strict(type(f"MoM{dense.__name__}", (MoMFields, StrictConfig, dense), body))
+    globals()[cls.__name__] = _made[dense] = cls
+    return cls
+
+
+def why_not_masked(model_type: str) -> str:
+    """Return why the networks of a family take no masks, as the end of a sentence; empty if they do."""
+    row = ARCHITECTURES.get(model_type)
+    if row is None:
+        return "it is not in the table"
+    if "neurons" not in row.units:
+        return row.kept or "its neurons are no units"
+    if any(paths.adds_residual for stack in row.stacks for paths in stack.feed_forwards):
+        return "its network adds the residual itself"
+    return "its gate and up-projection are one matrix" if model_type in FUSED else ""
+
+
+def __getattr__(name: str) -> Any:
+    """Make the configuration of a family when it is asked for by name."""
+    dense: Any = getattr(transformers, name.removeprefix("MoM"), None) if name.startswith("MoM") else None
+    if why_not_masked(getattr(dense, "model_type", None) or ""):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return masked_config(dense)
+
+
+__all__ = ["MoMFields", "MoMT5Config", "masked_config"]

@@ -4,7 +4,8 @@
 All paths but that of a stack start at a layer; that of a stack starts at the body (`model.base_model`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class FeedForwardPaths:
         gate: The up-projection that is activated, if the network is gated.
         inner_dropout: Dropout behind the activation.
         outer_dropout: Dropout at the end.
+        adds_residual: Whether the module that holds the network is given the residual, too, and adds it.
     """
 
     up: str
@@ -27,6 +29,7 @@ class FeedForwardPaths:
     gate: str | None = None
     inner_dropout: str | None = None
     outer_dropout: str | None = None
+    adds_residual: bool = False
 
     @property
     def matrices(self) -> dict[str, str]:
@@ -47,8 +50,9 @@ class FeedForwardPaths:
 
     def under(self, path: str) -> "FeedForwardPaths":
         """Return the same parts within a module."""
-        named = {name: value for name, value in vars(self).items() if value is not None}
-        return FeedForwardPaths(**{name: f"{path}.{value}" for name, value in named.items()})
+        paths = {name: value for name, value in vars(self).items() if isinstance(value, str)}
+        named: dict[str, Any] = {name: f"{path}.{value}" for name, value in paths.items()}
+        return replace(self, **named)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from .modeling_masks import (
     ROUTER_STD,
     MaskedFeedForward,
 )
-from .modeling_mixture_of_masks import masked_classes
+from .modeling_mixture_of_masks import find_masked_class
 from .modeling_surgery import find_feed_forwards, matrix_of
 
 
@@ -45,8 +45,7 @@ def from_dense(
     """Add masks for experts to the feed-forward networks of a dense model, all open: its outputs stay the same.
 
     Args:
-        model: Llama, Mistral, Qwen2, Qwen3 or GPT-2 with its language modelling head, T5, or BERT for sequence
-            classification. It is not changed.
+        model: A stock model of a known family whose neurons are units, with any head; or a T5. It is not changed.
         num_experts: Number of masks of each block; with 1 there is no router, and units are only pruned.
         top_k: Number of masks that a token uses.
         group_size: Number of neighbouring units that share a mask.
@@ -74,7 +73,7 @@ def from_dense(
     Source: Liu et al. 2025, "Masks Can be Learned as an Alternative to Experts", ACL, for masks as experts that
     are all active at the start. The options are our own design.
     """
-    cls = _find_class(model)
+    cls = find_masked_class(model)
     _check_dense(model)
     _check_scores(initial_score, importance, masks)
     config = cls.config_class.from_dense(
@@ -107,16 +106,6 @@ def from_dense(
         _set_masks(networks, config, masks)
     replaced = [path for network in networks for path in found[network.block].matrix_paths]
     return _copy_rest(masked, model, replaced=replaced, done=[*masked.networks(), "budget"])
-
-
-def _find_class(model: PreTrainedModel) -> type[MoMModel]:
-    classes = masked_classes()
-    if type(model) not in classes:
-        raise ValueError(
-            f"`model` must be one of {sorted(stock.__name__ for stock in classes)}, got {type(model).__name__}. "
-            "Load a dense checkpoint with one of these, and merge adapters."
-        )
-    return classes[type(model)]
 
 
 def _check_dense(model: PreTrainedModel) -> None:

@@ -146,11 +146,17 @@ class ConstrainedModel(StrictModel):
     def _real_tokens(self, record: Routing, inputs: dict[str, Any]) -> Tensor:
         """Mark the tokens seen by a router that are not padding, `(tokens,)`."""
         mask = self._token_mask(record.network, inputs)
-        real = real_tokens(mask if torch.is_tensor(mask) else None, record.logits.shape[:-1])
+        shape: tuple[int, ...] = record.logits.shape[:-1]
+        if len(shape) == 1:  # a layer that puts all rows of the batch one after the other
+            shape = mask.shape if torch.is_tensor(mask) and mask.dim() == 2 else (1, *shape)
+        real = real_tokens(mask if torch.is_tensor(mask) else None, shape)
         return real.flatten().to(record.logits.device)
 
     def _token_mask(self, network: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
-        return inputs.get("attention_mask")
+        mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+        if mask is not None and ids is not None and ids.dim() == 3:  # (batch, choices, seq)
+            return mask.flatten(0, 1)
+        return mask
 
     def _share_of_step(self, inputs: dict[str, Any]) -> Tensor | float:
         """Return this batch's share of the labels of an accumulated step, so that terms count once in a step."""

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import initialization as init
+from transformers import PreTrainedConfig, initialization as init
 from transformers.utils import logging
 
 from .configuration_mixture_of_masks import MoMFields
@@ -153,11 +153,16 @@ class MoMModel(ConstrainedModel):
 
 @contextmanager
 def _as_dense(config: MoMFields) -> Iterator[None]:
-    """Hide the widths of single layers while transformers builds the dense model."""
+    """Make a configuration one of the dense model, of equal layers, while transformers builds that model."""
     hidden: Any = config
-    layers = hidden.to_dict().get("per_layer_config")
+    layers, own = hidden.to_dict().get("per_layer_config"), type(hidden)
+    # By name, because code that travels with a checkpoint may be loaded twice
+    ours = [base for base in own.__mro__ if "StrictConfig" in {parent.__name__ for parent in base.__mro__}]
+    dense = next(base for base in own.__mro__ if base not in ours and issubclass(base, PreTrainedConfig))
     hidden.per_layer_config = None
+    object.__setattr__(hidden, "__class__", dense)  # some heads ask `AutoModel` for a body by it
     try:
         yield
     finally:
+        object.__setattr__(hidden, "__class__", own)
         hidden.per_layer_config = layers

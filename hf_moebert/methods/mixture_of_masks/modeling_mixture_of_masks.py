@@ -2,58 +2,15 @@
 
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    BertForSequenceClassification,
-    GPT2LMHeadModel,
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-    T5ForConditionalGeneration,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, T5ForConditionalGeneration
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .configuration_mixture_of_masks import (
-    MoMBertConfig,
-    MoMGPT2Config,
-    MoMLlamaConfig,
-    MoMMistralConfig,
-    MoMQwen2Config,
-    MoMQwen3Config,
-    MoMT5Config,
-)
+from .configuration_families import name_family
+from .configuration_mixture_of_masks import MoMT5Config, masked_config, why_not_masked
 from .modeling_masked import MoMModel
-
-
-class MoMLlamaForCausalLM(MoMModel, LlamaForCausalLM):
-    """Llama whose feed-forward networks have masks for experts."""
-
-    config: MoMLlamaConfig
-
-
-class MoMMistralForCausalLM(MoMModel, MistralForCausalLM):
-    """Mistral whose feed-forward networks have masks for experts."""
-
-    config: MoMMistralConfig
-
-
-class MoMQwen2ForCausalLM(MoMModel, Qwen2ForCausalLM):
-    """Qwen2 whose feed-forward networks have masks for experts."""
-
-    config: MoMQwen2Config
-
-
-class MoMQwen3ForCausalLM(MoMModel, Qwen3ForCausalLM):
-    """Qwen3 whose feed-forward networks have masks for experts."""
-
-    config: MoMQwen3Config
-
-
-class MoMGPT2LMHeadModel(MoMModel, GPT2LMHeadModel):
-    """GPT-2 whose feed-forward networks have masks for experts."""
-
-    config: MoMGPT2Config
+from .modeling_stock import refuse_other_classes, stock_classes
 
 
 class MoMT5ForConditionalGeneration(MoMModel, T5ForConditionalGeneration):
@@ -71,25 +28,58 @@ class MoMT5ForConditionalGeneration(MoMModel, T5ForConditionalGeneration):
         return given.get("decoder_attention_mask") if labels is None else labels != -100
 
 
-class MoMBertForSequenceClassification(MoMModel, BertForSequenceClassification):
-    """BERT whose feed-forward networks have masks for experts."""
-
-    config: MoMBertConfig
-    accepts_loss_kwargs = False  # the base class's loss is the mean over the batch
-    _predicts_next = False
+_made: dict[type, type[MoMModel]] = {T5ForConditionalGeneration: MoMT5ForConditionalGeneration}  # by the stock class
 
 
-def masked_classes() -> dict[type[PreTrainedModel], type[MoMModel]]:
-    """Return the class with masks for each stock class."""
-    return {cls.__bases__[1]: cls for cls in MoMModel.__subclasses__()}
+def masked_class(stock: type[PreTrainedModel]) -> type[MoMModel]:
+    """Return the class with masks of a stock class, which the first call makes.
+
+    Args:
+        stock: A class of a family in the table that can be masked.
+    """
+    if stock in _made:
+        return _made[stock]
+    body: dict[str, Any] = {
+        "__doc__": f"A {stock.__name__} whose feed-forward networks have masks for experts.",
+        "__module__": __name__,
+        "config_class": masked_config(stock.config_class),
+    }
+    if stock.__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():  # their loss is the mean over the batch
+        body |= {"accepts_loss_kwargs": False, "_predicts_next": False}
+    cls: Any = type(f"MoM{stock.__name__}", (MoMModel, stock), body)
+    globals()[cls.__name__] = _made[stock] = cls
+    return cls
 
 
-__all__ = [
-    "MoMBertForSequenceClassification",
-    "MoMGPT2LMHeadModel",
-    "MoMLlamaForCausalLM",
-    "MoMMistralForCausalLM",
-    "MoMQwen2ForCausalLM",
-    "MoMQwen3ForCausalLM",
-    "MoMT5ForConditionalGeneration",
-]
+def classes_to_mask(dense: type[PreTrainedConfig]) -> dict[str, type[PreTrainedModel]]:
+    """Return the classes of a family that have a loss, by the name of the Auto class."""
+    return {auto: stock for auto, stock in stock_classes(dense).items() if auto != "AutoModel"}
+
+
+def find_masked_class(model: PreTrainedModel) -> type[MoMModel]:
+    """Return the class with masks for a stock model.
+
+    Raises:
+        ValueError: If its family takes no masks, or its class is not one of transformers for the family.
+    """
+    if type(model) in _made:
+        return _made[type(model)]
+    family = name_family(model)
+    if reason := why_not_masked(family):
+        raise ValueError(
+            f"`model` must be of a family whose networks take masks, got {family!r}, of which they do not, because "
+            f"{reason}. Load a dense checkpoint of another family."
+        )
+    refuse_other_classes(model, classes_to_mask(type(model.config)).values())
+    return masked_class(type(model))
+
+
+def __getattr__(name: str) -> Any:
+    """Make the class of a masked model when it is asked for by name."""
+    stock: Any = getattr(transformers, name.removeprefix("MoM"), None) if name.startswith("MoM") else None
+    if why_not_masked(getattr(getattr(stock, "config_class", None), "model_type", "")):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return masked_class(stock)
+
+
+__all__ = ["MoMT5ForConditionalGeneration", "find_masked_class", "masked_class"]

@@ -72,7 +72,13 @@ class FeedForward:
         return matrix_of(self.part("down")).shape[1]
 
     def replace_in(self, model: PreTrainedModel, network: nn.Module) -> None:
-        """Put another module in its place; what follows the down-projection in the layer stays."""
+        """Put another module in its place; what follows the down-projection in the layer stays.
+
+        Raises:
+            ValueError: If the module adds the residual, which another would not.
+        """
+        if self.paths.adds_residual:
+            raise ValueError(f"`{self.place}` must not be replaced, because it adds the residual. Use another family.")
         if not self.paths.holder:  # residual and normalisation are behind the down-projection, in the same module
             for path in self.paths.entries:
                 model.set_submodule(f"{self.layer_path}.{path}", nn.Identity())

@@ -97,13 +97,18 @@ class ShrunkConfig(StrictConfig, PreTrainedConfig):
 
 @contextmanager
 def as_dense(config: ShrunkConfig) -> Iterator[None]:
-    """Hide the widths of single layers, which transformers would not read."""
-    layers = config.to_dict().get("per_layer_config")
+    """Make a configuration one of the dense model, of equal layers, while transformers builds that model."""
     hidden: Any = config
+    layers, own = hidden.to_dict().get("per_layer_config"), type(hidden)
+    # By name, because code that travels with a checkpoint may be loaded twice
+    ours = [base for base in own.__mro__ if "StrictConfig" in {parent.__name__ for parent in base.__mro__}]
+    dense = next(base for base in own.__mro__ if base not in ours and issubclass(base, PreTrainedConfig))
     hidden.per_layer_config = None
+    object.__setattr__(hidden, "__class__", dense)  # some heads ask `AutoModel` for a body by it
     try:
         yield
     finally:
+        object.__setattr__(hidden, "__class__", own)
         hidden.per_layer_config = layers
 
 

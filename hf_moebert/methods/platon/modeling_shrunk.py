@@ -5,45 +5,18 @@ from collections.abc import Callable
 from typing import Any
 
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_families import ARCHITECTURES
 from .configuration_shrunk import ShrunkConfig, as_dense, shrunk_config
 from .modeling_empty_losses import zero_empty_loss
+from .modeling_stock import refuse_other_classes, stock_classes
 from .modeling_strict import StrictModel
 from .modeling_units import narrow_layers
 
 
 logger = logging.get_logger(__name__)
-
-
-# Where transformers names the class of each family for a head, by the name of the Auto class
-HEADS: dict[str, Any] = {
-    "AutoModel": modeling_auto.MODEL_MAPPING,
-    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
-    "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
-    "AutoModelForMultipleChoice": modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
-    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING,
-    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
-    "AutoModelForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-}
-
-
-def stock_classes(dense: type[PreTrainedConfig]) -> dict[str, type[PreTrainedModel]]:
-    """Return the classes of a family that have a shrunk form, by the name of the Auto class.
-
-    Args:
-        dense: Configuration of the family.
-    """
-    found = {}
-    for auto, mapping in HEADS.items():
-        stock = mapping.get(dense, None)
-        if stock is not None and not (auto == "AutoModelForCausalLM" and "AutoModelForMaskedLM" in found):
-            found[auto] = stock[0] if isinstance(stock, tuple) else stock
-    return found
 
 
 def refuse_unshrinkable(model: PreTrainedModel) -> None:
@@ -52,12 +25,8 @@ def refuse_unshrinkable(model: PreTrainedModel) -> None:
     Raises:
         ValueError: If it is neither shrunk nor of a class that has a shrunk form.
     """
-    known = stock_classes(type(model.config)).values()
-    if not isinstance(model, ShrunkModel) and type(model) not in known:
-        raise ValueError(
-            f"`model` must be one of {sorted(stock.__name__ for stock in known)}, got {type(model).__name__}. Load "
-            "the checkpoint with one of these, or shrink its base model."
-        )
+    if not isinstance(model, ShrunkModel):
+        refuse_other_classes(model, stock_classes(type(model.config)).values())
 
 
 def _without_empty_loss(forward: Callable) -> Callable:
