@@ -45,7 +45,7 @@ class Pruner:
         revived: Share of the weights that the last mask kept and the one before did not.
 
     Raises:
-        ValueError: If nothing can be pruned, or if the run is too short; when it prunes, if all gradients were zero.
+        ValueError: If nothing can be pruned, or if the run is too short; at its end, if all gradients were zero.
 
     Source: Zhang et al. 2022, https://arxiv.org/abs/2206.12562.
     """
@@ -133,7 +133,7 @@ class Pruner:
         if self.config.criterion != "platon" and not self.statistics.is_finite():  # NaN cannot be ranked
             self._raise_for_gradients()
         if self.statistics.is_zero():  # no reason to prune one weight rather than another
-            if self.dropped:
+            if self.dropped or not self.is_final:  # those of new adapters are zero at first
                 return
             raise ValueError(
                 f"Gradients must tell weights apart to prune them, but all were zero up to step {self.clock}. Check "
