@@ -103,14 +103,14 @@ class CrfTokenClassificationPipeline(TokenClassificationPipeline):
         for window, places in enumerate(windows):
             words = encoded.word_ids(window)
             spans = [
-                offsets if word is None else _trim(text, *offsets, inside[word] if inside else (0, len(text)))
-                for offsets, word in zip(map(tuple, places), words, strict=True)
+                (start, end) if word is None else _trim(text, start, end, inside[word] if inside else (0, len(text)))
+                for (start, end), word in zip(places, words, strict=True)
             ]
             words = _drop_blanks(words, spans)
-            starts = _find_starts(words, [start for start, _ in spans], begins)
+            first_pieces = _find_starts(words, [start for start, _ in spans], begins)
             yield {
                 **{name: value[window][None] for name, value in encoded.items()},
-                "word_mask": torch.tensor([starts]),  # (1, seq)
+                "word_mask": torch.tensor([first_pieces]),  # (1, seq)
                 "words": torch.tensor([[0 if word is None else word + 1 for word in words]]),  # (1, seq), 0: none
                 "offsets": torch.tensor([spans]),  # (1, seq, 2)
                 "is_last": window == len(windows) - 1,
