@@ -1,13 +1,16 @@
 """A family that is not in the table is described by a row, which is checked on a model."""
 
 import json
+import re
+import runpy
 from dataclasses import replace
 
+import family_table
 import new_process
 import pytest
 import torch
 from copies import COPIES
-from tiny_families import GROUPED, SIZES, TEXT, make_inputs, run
+from tiny_families import GROUPED, SIZES, TEXT, make_inputs, make_model, run
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 import hf_moebert
@@ -174,6 +177,18 @@ def test_other_arguments_are_refused():
 
 @pytest.mark.parametrize("family", sorted(ARCHITECTURES))
 def test_our_own_rows_pass(family):
-    from tiny_families import make_model
-
     check_row(make_model(family))
+
+
+def test_the_readme_says_what_works_for_which_family():
+    text = family_table.README.read_text()
+    assert family_table.table() in text
+    assert family_table.with_table(text) == text, "run `python tests/family_table.py`"
+    assert {name for cells in family_table.rows() for name in cells[0].split(", ")} == set(ARCHITECTURES)
+
+
+def test_the_readme_describes_a_family_that_is_not_shipped(tmp_path, forget):
+    (example,) = re.findall(r"```python\n(.*?)```", family_table.README.read_text(), re.DOTALL)
+    (tmp_path / "example.py").write_text(example)
+    assert runpy.run_path(str(tmp_path / "example.py"))["row"] == ROFORMER
+    check_row(build())
