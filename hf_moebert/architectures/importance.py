@@ -126,7 +126,7 @@ def _check_model(model: Any) -> PreTrainedModel:
     return found
 
 
-def _check_batch(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
+def check_ids(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
     """Refuse ids outside of the vocabulary, and texts that have more tokens than positions are learned for."""
     ids, words = batch.get("input_ids"), model.get_input_embeddings()
     if ids is None or type(words) is not nn.Embedding:
@@ -253,7 +253,7 @@ def example_losses(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
         )
     if generates and model.config.is_encoder_decoder and "decoder_input_ids" not in batch:
         batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
-    _check_batch(model, batch)
+    check_ids(model, batch)
     outputs = model.forward(**batch)  # not what `model.compile()` made of it, which calls no hooks
     if "start_logits" in outputs:
         real = real_tokens(batch.get("attention_mask"), outputs.start_logits.shape).to(outputs.start_logits.device)

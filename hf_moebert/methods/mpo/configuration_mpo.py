@@ -11,12 +11,13 @@ from hf_moebert.checkpoints.forms import check_options
 from .functional_shapes import check_bonds, full_bonds
 
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+FIRST_VERSION = "1"  # without two factors and scaled rows; still written where there are none, for earlier releases
 
 
 @dataclass(frozen=True)
 class MatrixShape:
-    """Factors and bonds of one matrix.
+    """Factors and bonds of one matrix, and whether a vector of its own scales the rows of the chain's matrix.
 
     Raises:
         ValueError: If the two sides have different numbers of factors, or the bonds do not fit them.
@@ -25,6 +26,7 @@ class MatrixShape:
     row_factors: tuple[int, ...]
     column_factors: tuple[int, ...]
     bonds: tuple[int, ...]
+    scaled_rows: bool = False
 
     def __post_init__(self) -> None:
         if len(self.row_factors) != len(self.column_factors):
@@ -40,7 +42,8 @@ class MPOCompressionConfig(QuantizationConfigMixin):
     """The description of a compressed model: its modules that are chains of cores, with their factors and bonds.
 
     Args:
-        matrices: Factors and bonds of each matrix, as lists, by the path of its module.
+        matrices: Factors and bonds of each matrix, as lists, by the path of its module; of a table whose rows are
+            scaled also `scaled_rows`.
         tied: For each module that shares the matrix of another one, by path: the path of that other one.
         train_centre: Whether central tensors are trained; they are frozen otherwise.
         gauge: The gauge that later cuts leave the cores in; see `decompose`.
@@ -52,18 +55,18 @@ class MPOCompressionConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        matrices: dict[str, dict[str, list[int]]],
+        matrices: dict[str, dict[str, Any]],
         tied: dict[str, str] | None = None,
         train_centre: bool = False,
         gauge: str = "symmetric",
         sizes: dict[str, list[int]] | None = None,
-        format_version: str = FORMAT_VERSION,
+        format_version: str = FIRST_VERSION,
         **unknown: Any,
     ) -> None:
-        if format_version != FORMAT_VERSION:
+        if format_version not in (FIRST_VERSION, FORMAT_VERSION):
             raise ValueError(
-                f"`format_version` of matrix product operators must be {FORMAT_VERSION!r} for this release, got "
-                f"{format_version!r}. Update hf_moebert."
+                f"`format_version` of matrix product operators must be {FIRST_VERSION!r} or {FORMAT_VERSION!r} for "
+                f"this release, got {format_version!r}. Update hf_moebert."
             )
         check_options("mpo", unknown)
         self.quant_method = "mpo"
@@ -72,6 +75,8 @@ class MPOCompressionConfig(QuantizationConfigMixin):
         self.train_centre, self.gauge = train_centre, gauge
         self.sizes = sizes or {}
         self.format_version = format_version
+        if self._is_new():
+            self.format_version = FORMAT_VERSION
         for name, source in self.tied.items():
             if source not in matrices:
                 raise ValueError(
@@ -79,12 +84,17 @@ class MPOCompressionConfig(QuantizationConfigMixin):
                 )
         self.shapes()
 
+    def _is_new(self) -> bool:
+        return any(shape.scaled_rows or len(shape.bonds) == 1 for shape in self.shapes().values())
+
     def shapes(self) -> dict[str, MatrixShape]:
         """Return the shape of each matrix by the path of its module."""
         found = {}
         for name, shape in self.matrices.items():
             try:
-                found[name] = MatrixShape(**{key: tuple(value) for key, value in shape.items()})
+                found[name] = MatrixShape(
+                    **{key: value if key == "scaled_rows" else tuple(value) for key, value in shape.items()}
+                )
             except (TypeError, ValueError) as error:
                 raise ValueError(f"`matrices[{name!r}]` must hold factors and bonds, got {shape}: {error}") from error
         return found

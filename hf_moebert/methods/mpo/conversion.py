@@ -10,9 +10,11 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
 
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -20,9 +22,10 @@ from hf_moebert.architectures.protocols import OptimizedForInference
 from hf_moebert.checkpoints.packing import has_adapters
 
 from .configuration_mpo import MPOCompressionConfig
-from .functional_bonds import choose_bonds
-from .functional_decomposition import GAUGES, check_option, decompose, round_cores
-from .functional_shapes import cap_bonds, check_cap, check_num_cores, factor_matrix
+from .conversion_calibration import Statistics, measure_inputs
+from .conversion_chains import Chain, Size, make_chains
+from .functional_decomposition import GAUGES, check_option
+from .functional_shapes import check_cap, check_num_cores
 from .modeling_matrix import MPOMatrix, list_matrices
 from .modeling_mpo import TiedMPOEmbedding, TiedMPOLinear, restore_layer
 from .modeling_quantizer import MPOQuantizer, replace_matrices, restore_ties
@@ -37,24 +40,37 @@ def compress_mpo(
     *,
     target_modules: str | Sequence[str] | None = None,
     num_cores: int = 5,
+    table_cores: int | None = None,
     bond: int | None = None,
     max_error: float | None = None,
     keep_ratio: float | None = None,
+    calibration: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     gauge: str = "symmetric",
     train_centre: bool = False,
 ) -> PreTrainedModel:
     """Copy a model with its matrices as chains of cores, with at most one of three ways to make them smaller.
 
+    With `calibration` the error is that of every layer's *outputs* on the model's own inputs instead of the weights':
+    all cores of linear layers are refined to it, two factors have the least possible one, and rows of tables are
+    scaled by how often they are used. Rare words get worse.
+
     Args:
         model: Any dense model of transformers. It is not changed.
         target_modules: Ends of the modules' paths, or a regular expression for whole paths. By default the linear
             layers inside the repeated layers, the pooler, and the word embeddings with all modules tied to them.
-        num_cores: Odd, at least 3.
+        num_cores: 2 for two factors, or odd and at least 3.
+        table_cores: The same for embeddings; by default as `num_cores`.
         bond: A cap on every bond.
         max_error: Largest relative error of every matrix, in the Frobenius norm, in [0, 1), before the cores are
-            rounded to the model's dtype. A matrix whose chain would be larger than itself stays dense.
+            rounded to the model's dtype.
         keep_ratio: Parameters of all chosen matrices together, as a share of the dense ones; the bonds are about
-            those with the least total error, see `choose_bonds`.
+            those with the least total error, see `choose_bonds`. With `calibration`, tables and linear layers keep
+            this share each. Below 1, as with `max_error` or `calibration`, a matrix whose chain would be larger
+            than itself stays dense.
+        calibration: Some hundreds of texts of the model's use, or batches as a `DataLoader` yields and the model
+            takes. Padding and labels have no part in it.
+        tokenizer: Of the model; needed for texts.
         gauge: As in `decompose`.
         train_centre: Whether central tensors are trained. Otherwise they are frozen, as published.
 
@@ -62,30 +78,36 @@ def compress_mpo(
         A new model of the same class. `to_dense` makes it dense again.
 
     Raises:
-        ValueError: If an option is out of range, if two of the three ways are given, if nothing is chosen, if
-            `max_error` makes no matrix smaller, or if the model is not dense.
+        ValueError: If an option is out of range, if two of the three ways are given, if nothing is chosen, if no
+            matrix would be smaller, if the model is not dense, or as `measure_inputs`.
 
-    Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205; choosing bonds by size or error is our own design.
+    Source: Liu et al. 2021, https://arxiv.org/abs/2106.02205; two factors with calibration: Wang et al. 2024,
+    https://arxiv.org/abs/2403.07378; choosing bonds by size or error, and chains with calibration, are our own design.
     """
-    _check_options(num_cores, bond, max_error, keep_ratio, gauge)
+    size = Size(bond, max_error, keep_ratio)
+    _check_options(num_cores, table_cores, size, gauge)
     _check_model(model)
+    if calibration is not None and size == Size():
+        raise ValueError(
+            "One of `bond`, `max_error` and `keep_ratio` must be given with `calibration`: exact chains lose nothing. "
+            "Use `keep_ratio=0.5` for half of the parameters."
+        )
     chosen = find_matrices(model, target_modules)
-    chains = _decompose(
-        _finite_weights(model, chosen),
-        num_cores=num_cores,
-        bond=bond,
-        max_error=max_error,
-        keep_ratio=keep_ratio,
-        gauge=gauge,
-    )
-    if max_error is not None:
-        chains = _keep_smaller(model, chains, max_error)
-        chosen = [paths for paths in chosen if paths[0] in chains]
+    _check_weights(model, chosen)
+    statistics = None
+    if calibration is not None:
+        statistics = measure_inputs(model, chosen, calibration, tokenizer)
+        _warn_of_unseen(chosen, statistics)
+    of_tables = num_cores if table_cores is None else table_cores
+    cores = {paths[0]: of_tables if _is_table(model, paths[0]) else num_cores for paths in chosen}
+    chains = make_chains(model, cores, size, gauge, statistics)
+    chosen = [paths for paths in chosen if paths[0] in chains]
     _warn_of_growth(model, chains)
     tied = {path: paths[0] for paths in chosen for path in paths[1:]}
     compressed = _copy_rest(model, chosen)
+    shapes = {path: chain.describe() for path, chain in chains.items()}
     sizes = {path: list(model.get_parameter(f"{path}.weight").shape) for path in chains}
-    _install(compressed, chains, MPOCompressionConfig(_describe(chains), tied, train_centre, gauge, sizes))
+    _install(compressed, chains, MPOCompressionConfig(shapes, tied, train_centre, gauge, sizes))
     return compressed
 
 
@@ -122,84 +144,22 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     return dense
 
 
-def _finite_weights(model: PreTrainedModel, chosen: list[list[str]]) -> dict[str, Tensor]:
+def _check_weights(model: PreTrainedModel, chosen: list[list[str]]) -> None:
     weights = {paths[0]: model.get_parameter(f"{paths[0]}.weight").detach() for paths in chosen}
     if broken := [path for path, weight in weights.items() if not bool(weight.isfinite().all())]:
         raise ValueError(
             f"`model` must hold finite weights, got NaN or infinity in {', '.join(broken)}. Repair it first."
         )
-    return weights
 
 
-def _decompose(
-    weights: dict[str, Tensor],
-    *,
-    num_cores: int,
-    bond: int | None,
-    max_error: float | None,
-    keep_ratio: float | None,
-    gauge: str,
-) -> dict[str, list[Tensor]]:
-    """Return the cores of each matrix, in float64."""
-    weights = {path: weight.double() for path, weight in weights.items()}  # rounded once, when they are installed
-    factors = {path: factor_matrix(len(w), w.shape[1], num_cores) for path, w in weights.items()}
-    if max_error is None and keep_ratio is None:
-        caps = {path: cap_bonds(*factors[path], bond) for path in weights}
-        return {path: decompose(weights[path], *factors[path], bonds=caps[path], gauge=gauge)[0] for path in weights}
-    chains = {path: decompose(weight, *factors[path], gauge="left") for path, weight in weights.items()}
-    sizes = [[i * j for i, j in zip(*factors[path], strict=True)] for path in weights]
-    budget = None if keep_ratio is None else keep_ratio * sum(weight.numel() for weight in weights.values())
-    bonds = choose_bonds([values for _, values in chains.values()], sizes, max_parameters=budget, max_error=max_error)
-    return {
-        path: round_cores(cores, wanted, gauge=gauge)[0]
-        for (path, (cores, _)), wanted in zip(chains.items(), bonds, strict=True)
-    }
-
-
-def _keep_smaller(
-    model: PreTrainedModel, chains: dict[str, list[Tensor]], max_error: float
-) -> dict[str, list[Tensor]]:
-    """Return the chains that are smaller than their matrices, and tell of the others."""
-    kept = {path: cores for path, cores in chains.items() if _count(cores) < _size(model, path)}
-    if not kept:
-        raise ValueError(
-            f"`max_error` must allow chains smaller than their matrices, {max_error} does so for none of "
-            f"{len(chains)}. Allow a larger error, or leave it out for exact chains, which are larger."
-        )
-    if larger := [path for path in chains if path not in kept]:
-        logger.warning(
-            f"{len(larger)} of {len(chains)} matrices stay dense, because a chain within `max_error` {max_error} "
-            f"would be larger: {', '.join(larger)}."
-        )
-    return kept
-
-
-def _warn_of_growth(model: PreTrainedModel, chains: dict[str, list[Tensor]]) -> None:
-    total, dense = sum(map(_count, chains.values())), sum(_size(model, path) for path in chains)
+def _warn_of_growth(model: PreTrainedModel, chains: dict[str, Chain]) -> None:
+    total = sum(chain.count() for chain in chains.values())
+    dense = sum(model.get_parameter(f"{path}.weight").numel() for path in chains)
     if total > dense:
         logger.warning(
             f"The chains hold {total / dense:.2f} times the parameters of their matrices: bonds have still to be cut, "
             "by `bond`, `max_error` or `keep_ratio`, or by an `MPOSqueezingCallback`."
         )
-
-
-def _count(cores: list[Tensor]) -> int:
-    return sum(core.numel() for core in cores)
-
-
-def _size(model: PreTrainedModel, path: str) -> int:
-    return model.get_parameter(f"{path}.weight").numel()
-
-
-def _describe(chains: dict[str, list[Tensor]]) -> dict[str, dict[str, list[int]]]:
-    return {
-        path: {
-            "row_factors": [core.shape[1] for core in cores],
-            "column_factors": [core.shape[2] for core in cores],
-            "bonds": [core.shape[3] for core in cores[:-1]],
-        }
-        for path, cores in chains.items()
-    }
 
 
 def _copy_rest(model: PreTrainedModel, chosen: list[list[str]]) -> PreTrainedModel:
@@ -213,13 +173,13 @@ def _copy_rest(model: PreTrainedModel, chosen: list[list[str]]) -> PreTrainedMod
     return copy.deepcopy(model, shared)
 
 
-def _install(model: PreTrainedModel, chains: dict[str, list[Tensor]], config: MPOCompressionConfig) -> None:
+def _install(model: PreTrainedModel, chains: dict[str, Chain], config: MPOCompressionConfig) -> None:
     """Bring the model into the state in which transformers would have loaded it."""
     replace_matrices(model, config)
-    for path, cores in chains.items():
+    for path, chain in chains.items():
         layer = model.get_submodule(path)
         assert isinstance(layer, MPOMatrix)
-        layer.set_cores(cores)
+        layer.set_cores(chain.cores, chain.scale)
     quantizer = MPOQuantizer(config)
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, config.quant_method
     quantizer.postprocess_model(model)
@@ -308,14 +268,27 @@ def _default_targets(model: PreTrainedModel, dense: dict[str, nn.Module]) -> set
     return chosen
 
 
-def _check_options(
-    num_cores: int, bond: int | None, max_error: float | None, keep_ratio: float | None, gauge: str
-) -> None:
-    check_num_cores(num_cores)
-    check_cap(bond)
+def _is_table(model: PreTrainedModel, path: str) -> bool:
+    return isinstance(model.get_submodule(path), nn.Embedding)
+
+
+def _warn_of_unseen(chosen: list[list[str]], statistics: Statistics) -> None:
+    seen = statistics.moments.keys() | statistics.counts.keys()
+    if unseen := [paths[0] for paths in chosen if paths[0] not in seen]:
+        logger.warning(
+            f"{len(unseen)} of {len(chosen)} matrices had no input in `calibration`, and are decomposed by the error "
+            f"of their weights: {', '.join(unseen)}."
+        )
+
+
+def _check_options(num_cores: int, table_cores: int | None, size: Size, gauge: str) -> None:
+    for name, cores in (("num_cores", num_cores), ("table_cores", table_cores)):
+        if cores is not None and (type(cores) is not int or cores != 2):
+            check_num_cores(cores, name)
+    check_cap(size.bond)
     check_option("gauge", gauge, GAUGES)
-    given = {"bond": bond, "max_error": max_error, "keep_ratio": keep_ratio}
-    if len(named := [name for name, value in given.items() if value is not None]) > 1:
+    max_error, keep_ratio = size.max_error, size.keep_ratio
+    if len(named := [name for name, value in asdict(size).items() if value is not None]) > 1:
         raise ValueError(f"At most one of `bond`, `max_error` and `keep_ratio` must be given, got {', '.join(named)}.")
     if max_error is not None and not (_is_number(max_error) and 0 <= max_error < 1):
         raise ValueError(f"`max_error` must be in [0, 1), got {max_error!r}. Use 0.1 for a tenth of a matrix's norm.")
@@ -334,8 +307,8 @@ def _check_model(model: PreTrainedModel) -> None:
     is_model = isinstance(model, PreTrainedModel)
     if not is_model:
         raise ValueError(
-            f"`model` must be dense, but {type(model).__name__} is no model of transformers. Merge an adapter: "
-            "`merge_and_unload`."
+            f"`model` must be dense, but {type(model).__name__} is no model of transformers. Give the model inside: "
+            "merge an adapter by `merge_and_unload`, take `_orig_mod` of a compiled or `module` of a parallel one."
         )
     for wrong, fault, remedy in (
         (method is not None, f"already compressed by {method!r}", "Take the dense model, or call `to_dense(model)`"),

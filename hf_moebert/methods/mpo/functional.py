@@ -20,7 +20,8 @@ TOKENS_AT_ONCE = 64  # through a chain: the intermediate results of so many toke
 def contract(cores: Sequence[Tensor], rows: int | None = None, columns: int | None = None) -> Tensor:
     """Rebuild the matrix of a chain.
 
-    The cores on either side of the centre are merged first, which leaves two large products and one copy.
+    The cores on either side of the centre are merged first, which leaves two large products and one copy. Two cores
+    are multiplied as they are.
 
     Args:
         cores: Each `(..., bond, rows, columns, next bond)`; leading dimensions are broadcast, so that
@@ -31,6 +32,8 @@ def contract(cores: Sequence[Tensor], rows: int | None = None, columns: int | No
     Returns:
         Shape `(..., rows, columns)`, differentiable in every core.
     """
+    if len(cores) == 2:
+        return merge(cores)[..., 0, :rows, :columns, 0]
     centre = len(cores) // 2
     left, middle, right = merge(cores[:centre]), cores[centre], merge(cores[centre + 1 :])
     head, tail = left.flatten(-4, -2), right.flatten(-3, -1)  # (..., entries, bond), (..., next bond, entries)
@@ -99,13 +102,15 @@ def gather_rows(cores: Sequence[Tensor], ids: Tensor, columns: int | None = None
     which is computed once, and only where one of these rows needs it.
 
     Args:
-        cores: Each `(bond, rows, columns, next bond)`.
+        cores: Each `(bond, rows, columns, next bond)`; of two, the first has all rows, and the second all columns.
         ids: Index of each row. Shape `(count,)`.
         columns: Of the matrix without padding; None for all.
 
     Returns:
         Shape `(count, columns)`, differentiable in every core.
     """
+    if len(cores) == 2:
+        return (cores[0][0, ids, 0] @ cores[1][:, 0, :, 0])[:, :columns]
     centre = len(cores) // 2
     left = merge(cores[:centre])[0]  # (rows, columns, bond)
     right = merge(cores[centre + 1 :])[..., 0]  # (bond, rows, columns)

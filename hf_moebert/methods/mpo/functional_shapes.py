@@ -46,10 +46,12 @@ PUBLISHED_FACTORS: dict[int, dict[int, tuple[int, ...]]] = {
 def factor_matrix(rows: int, columns: int, num_cores: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Choose the factors of both sides of a matrix: the published ones where there are any, or `factor_shape`.
 
+    Two cores are the two factors of a matrix of low rank: one has all rows, the other all columns.
+
     Args:
         rows: Output features of a linear layer, or entries of a vocabulary.
         columns: The other side.
-        num_cores: Odd, at least 3.
+        num_cores: 2, or odd.
 
     Returns:
         Factors of the rows and of the columns.
@@ -59,6 +61,8 @@ def factor_matrix(rows: int, columns: int, num_cores: int) -> tuple[tuple[int, .
 
     Source: Liu et al. 2021, appendix, for BERT and ALBERT; the authors' code for T5.
     """
+    if num_cores == 2:
+        return (rows, 1), (1, columns)
     if num_cores == 5 and (rows, columns) in PUBLISHED_PAIRS:
         return PUBLISHED_PAIRS[rows, columns]
     return factor_shape(rows, num_cores), factor_shape(columns, num_cores)
@@ -148,7 +152,7 @@ def plan_chain(
     return best
 
 
-def check_num_cores(num_cores: int) -> None:
+def check_num_cores(num_cores: int, name: str = "num_cores") -> None:
     """Refuse a number of cores without a central one.
 
     Raises:
@@ -156,7 +160,7 @@ def check_num_cores(num_cores: int) -> None:
     """
     if type(num_cores) is not int or num_cores < 3 or num_cores % 2 == 0:
         raise ValueError(
-            f"`num_cores` must be odd and at least 3, got {num_cores!r}. Use 5, as published: one central tensor and "
+            f"`{name}` must be odd and at least 3, got {num_cores!r}. Use 5, as published: one central tensor and "
             "two auxiliary tensors on either side."
         )
 

@@ -53,6 +53,7 @@ class MPOMatrix(nn.Module):
         row_factors: One for each core.
         column_factors: Likewise.
         bonds: Between the cores.
+        scaled_rows: Whether a vector of its own scales the rows of the chain's matrix.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class MPOMatrix(nn.Module):
         row_factors: Sequence[int],
         column_factors: Sequence[int],
         bonds: Sequence[int],
+        scaled_rows: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -71,6 +73,9 @@ class MPOMatrix(nn.Module):
         ends = (1, *check_bonds(bonds, full_bonds(row_factors, column_factors)), 1)
         shapes = zip(ends, row_factors, column_factors, ends[1:], strict=False)
         self.cores = Cores(nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes)
+        # A list of one, so that accelerate loads it alone, and frozen: it chooses what is precise, and knows no more.
+        scale = [nn.Parameter(torch.ones(rows, dtype=dtype), requires_grad=False)] if scaled_rows else []
+        self.row_scale = Cores(scale) if scaled_rows else None
         self._matrix: Derived[Tensor] = Derived()
         self._links: Derived[list[Tensor]] = Derived()
 
@@ -93,6 +98,24 @@ class MPOMatrix(nn.Module):
         # Indexing costs more than a small layer, and is left for a replica on another GPU, which has attributes only.
         return self.cores.as_stored() or [getattr(self.cores, str(k)) for k in range(len(self.row_factors))]
 
+    def freeze(self, train_centre: bool) -> None:
+        """Freeze what no training changes: the scale of the rows, and the central tensor unless it is asked for."""
+        if not train_centre and not self.is_pair():
+            self.centre.requires_grad_(False)
+        if self.row_scale is not None:
+            self.row_scale.requires_grad_(False)
+
+    def scale(self) -> list[Tensor]:
+        """List the scale of the rows, `(rows,)`, if there is one; loaded if it is offloaded."""
+        if self.row_scale is None:
+            return []
+        scale: list[Tensor] = self.row_scale() if self.is_offloaded() else self.row_scale.as_stored()
+        return scale
+
+    def is_pair(self) -> bool:
+        """Check whether the matrix is a product of two factors, one with all rows and one with all columns."""
+        return len(self.row_factors) == 2 and self.row_factors[1] == self.column_factors[0] == 1
+
     def is_offloaded(self) -> bool:
         """Check whether the cores are on the meta device, from where accelerate fetches them for each call."""
         return self._stored()[0].is_meta
@@ -100,34 +123,51 @@ class MPOMatrix(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The matrix, `(rows, columns)`, kept while the cores need no gradient, rebuilt otherwise."""
-        chain = self.chain()
+        chain, scale = self.chain(), self.scale()
         if torch.compiler.is_compiling() or self.learns() or self.is_offloaded():
-            return self._contract(chain)
-        return self._matrix.get(chain, lambda: self._contract(chain))
+            return self._contract(chain, scale)
+        return self._matrix.get([*chain, *scale], lambda: self._contract(chain, scale))
 
-    def _contract(self, chain: list[Tensor]) -> Tensor:
+    def _contract(self, chain: list[Tensor], scale: list[Tensor]) -> Tensor:
         if chain[0].is_meta:  # without hooks, as while a model is loaded; there is no autocast for this device
             return contract(chain, self.rows, self.columns)
         with torch.autocast(chain[0].device.type, enabled=False):  # rounded cores give another matrix
-            return contract(chain, self.rows, self.columns)
+            matrix = contract(chain, self.rows, self.columns)
+            return matrix * scale[0].unsqueeze(1) if scale else matrix
 
     def learns(self) -> bool:
         """Check whether any core needs a gradient."""
         return torch.is_grad_enabled() and any(core.requires_grad for core in self._stored())
 
     @torch.no_grad()
-    def set_cores(self, cores: Sequence[Tensor]) -> None:
-        """Replace the values of the cores, and with them the bonds; the parameters stay the same objects."""
+    def set_cores(self, cores: Sequence[Tensor], scale: Tensor | None = None) -> None:
+        """Replace the values of the cores, and with them the bonds; the parameters stay the same objects.
+
+        Args:
+            cores: As many as there are.
+            scale: Of the rows, `(rows,)`; by default it stays.
+        """
+        if scale is not None and self.row_scale is not None:
+            self.row_scale[0].data = scale.to(self.row_scale[0]).contiguous()
         for parameter, core in zip(self.cores, cores, strict=True):
             parameter.grad = None
             parameter.data = core.to(parameter).contiguous()
 
     def multiply(self, x: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
         """Return `x @ weight.T + bias`, or with `weight` if transposed, through the chain where that is cheaper."""
+        if (
+            self.is_pair()
+            and not self.scale()
+            and self.bonds[0] * (self.rows + self.columns) < self.rows * self.columns
+        ):
+            left, right = (core.flatten(0, 1).flatten(1) for core in self.chain())  # (rows, bond), (bond, columns)
+            first, second = (left.T, right.T) if transposed else (right, left)
+            return F.linear(F.linear(x, first), second, bias)
         if counts := self._plan(x, transposed):
             out, wide = (self.columns, self.row_factors) if transposed else (self.rows, self.column_factors)
             links = self._links.get(self.chain(), lambda: self._make_links(counts, transposed))
             y = contract_activation(F.pad(x, (0, math.prod(wide) - x.shape[-1])), links)[..., :out]
+            y = y * scale[0] if (scale := self.scale()) else y
             return y if bias is None else y + bias
         return F.linear(x, self.weight.T if transposed else self.weight, bias)
 

@@ -150,8 +150,8 @@ class MPOQuantizer(StrictQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for module in model.modules():
-            if isinstance(module, MPOMatrix) and not self.quantization_config.train_centre:
-                module.centre.requires_grad_(False)
+            if isinstance(module, MPOMatrix):
+                module.freeze(self.quantization_config.train_centre)
         fix_vocabulary(model)
         hook_empty_loss(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
@@ -168,10 +168,12 @@ def check_cores(stored: Mapping[str, Any], model: PreTrainedModel) -> None:
         ValueError: With the first tensor that is wrong.
     """
     for path, matrix in list_matrices(model).items() if stored else ():
-        for index, core in enumerate(matrix.chain()):
-            name = f"{path}.cores.{index}"
-            if (saved := stored[name].get_shape() if name in stored else None) != list(core.shape):
+        wanted = {f"cores.{index}": core for index, core in enumerate(matrix.chain())}
+        wanted |= {f"row_scale.{index}": scale for index, scale in enumerate(matrix.scale())}
+        for part, tensor in wanted.items():
+            name = f"{path}.{part}"
+            if (saved := stored[name].get_shape() if name in stored else None) != list(tensor.shape):
                 raise ValueError(
-                    f"{model.config.name_or_path!r} must hold {name!r} of shape {list(core.shape)}, got {saved}. Copy "
-                    "or save it again."
+                    f"{model.config.name_or_path!r} must hold {name!r} of shape {list(tensor.shape)}, got {saved}. "
+                    "Copy or save it again."
                 )

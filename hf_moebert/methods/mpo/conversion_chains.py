@@ -1,0 +1,240 @@
+"""The chains of a model's matrices: of which bonds, and how exact, with or without the inputs of each matrix."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from .conversion_calibration import Statistics
+from .functional import contract
+from .functional_bonds import choose_bonds
+from .functional_calibration import output_error, refine_chain, row_scale, stabilise, whiten
+from .functional_decomposition import decompose, round_cores
+from .functional_shapes import cap_bonds, factor_matrix, full_bonds
+
+
+logger = logging.get_logger(__name__)
+TRIALS = 6  # sizes that are tried for an error of the outputs: to 1/64 of a matrix
+TRIAL_STEPS = 15  # of refining a trial
+
+
+@dataclass(frozen=True)
+class Size:
+    """How small chains are made: by at most one of the three.
+
+    Attributes:
+        bond: A cap on every bond.
+        max_error: Largest relative error of every matrix, or of its outputs where its inputs are known.
+        keep_ratio: Share of the parameters that is kept.
+    """
+
+    bond: int | None = None
+    max_error: float | None = None
+    keep_ratio: float | None = None
+
+
+@dataclass
+class Chain:
+    """The cores of a matrix, each `(bond, rows, columns, next bond)`, and the scale of its rows, if there is one."""
+
+    cores: list[Tensor]
+    scale: Tensor | None = None
+
+    def count(self) -> int:
+        """Count the parameters."""
+        return sum(core.numel() for core in self.cores) + (0 if self.scale is None else self.scale.numel())
+
+    def describe(self) -> dict:
+        """Return factors and bonds as config.json has them."""
+        shape: dict = {
+            "row_factors": [core.shape[1] for core in self.cores],
+            "column_factors": [core.shape[2] for core in self.cores],
+            "bonds": [core.shape[3] for core in self.cores[:-1]],
+        }
+        return shape if self.scale is None else shape | {"scaled_rows": True}
+
+
+class Plan:
+    """The matrix of one layer, in the form in which it is decomposed.
+
+    Args:
+        layer: A dense layer.
+        num_cores: 2, or odd.
+        moments: Of its inputs, if they are known.
+        counts: Of the uses of its rows, if it is a table and they are known.
+    """
+
+    def __init__(
+        self, layer: nn.Module, num_cores: int, moments: Tensor | None = None, counts: Tensor | None = None
+    ) -> None:
+        weight: Tensor = layer.weight.detach()
+        self.is_table, self.transposed = isinstance(layer, nn.Embedding), isinstance(layer, Conv1D)
+        self.moments = None if moments is None else stabilise(moments)
+        self.scale = None if counts is None else row_scale(counts).to(weight.device)
+        self.dtype, self.size = weight.dtype, weight.numel()
+        matrix = weight.mT if self.transposed else weight  # (outputs, inputs)
+        self.matrix = matrix.double() if self.scale is None else matrix.double() * self.scale.unsqueeze(1)
+        self.factors = factor_matrix(*weight.shape, num_cores)
+        self.num_cores = num_cores
+
+    def count_scale(self) -> int:
+        """Count the parameters of the scale, which two factors take back."""
+        return 0 if self.scale is None or self.num_cores == 2 else self.scale.numel()
+
+    def cap(self, bond: int | None, gauge: str) -> Chain:
+        """Return the chain of the best cores with a cap on every bond, by the error of the weights."""
+        if self.num_cores == 2:
+            return self.cut(self.decompose()[0], cap_bonds(*self.factors, bond), gauge)
+        bonds = cap_bonds(*self.factors, bond)
+        return Chain(decompose(self._stored(self.matrix), *self.factors, bonds=bonds, gauge=gauge)[0])
+
+    def decompose(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return exact cores of the matrix, and the singular values at each bond, which tell errors of the outputs.
+
+        With inputs that are known and more than two cores, the values are an estimate: by the inputs' sizes alone.
+        """
+        if self.num_cores == 2:
+            left, values, right = whiten(self.matrix, self._metric())
+            return self._pair(left * values, right), [values]
+        cores, values = decompose(self._stored(self.matrix), *self.factors, gauge="left")
+        if self.moments is not None:
+            sizes = self.moments.diagonal().sqrt()
+            _, values = decompose(self._stored(self.matrix * sizes), *self.factors, gauge="left")
+        return cores, values
+
+    def cut(self, cores: list[Tensor], bonds: tuple[int, ...], gauge: str, steps: int | None = None) -> Chain:
+        """Cut exact cores to bonds, and make the best of these."""
+        if self.num_cores == 2:  # in the order of the values, which rounding would not keep
+            cores = [cores[0][..., : bonds[0]], cores[1][: bonds[0]]]
+            if self.scale is not None:
+                cores[0] = cores[0] / self.scale[:, None, None]
+            return Chain(round_cores(cores, gauge=gauge)[0])
+        cut, _ = round_cores(cores, bonds, gauge="symmetric" if self.moments is not None else gauge)
+        if self.moments is not None:
+            options = {} if steps is None else {"steps": steps}
+            matrix = self.matrix if self.dtype == torch.float64 else self.matrix.float()
+            refined = refine_chain(self._turned(cut), matrix, self.moments, **options)
+            cut, _ = round_cores(self._turned(refined), gauge=gauge)
+        return Chain(cut, None if self.scale is None else 1 / self.scale)
+
+    def error(self, chain: Chain) -> float:
+        """Return the relative error of the outputs, of a table that of its rows, weighted by their use."""
+        other = contract(chain.cores, *self._stored(self.matrix).shape)
+        if self.scale is not None and chain.scale is None:
+            other = other * self.scale.unsqueeze(1)
+        return output_error(self.matrix, self._stored(other), self._metric())
+
+    def _metric(self) -> Tensor:
+        return torch.eye(self.matrix.shape[1]).to(self.matrix) if self.moments is None else self.moments
+
+    def _stored(self, matrix: Tensor) -> Tensor:
+        return matrix.mT if self.transposed else matrix
+
+    def _turned(self, cores: list[Tensor]) -> list[Tensor]:
+        """Turn the cores of the matrix as it is stored into those of `(outputs, inputs)`, or back."""
+        return [core.transpose(1, 2) for core in cores] if self.transposed else cores
+
+    def _pair(self, left: Tensor, right: Tensor) -> list[Tensor]:
+        if self.transposed:
+            left, right = right.mT, left.mT
+        return [left[None, :, None, :], right[:, None, :, None]]
+
+
+def make_chains(
+    model: PreTrainedModel,
+    num_cores: Mapping[str, int],
+    size: Size,
+    gauge: str,
+    statistics: Statistics | None = None,
+) -> dict[str, Chain]:
+    """Decompose matrices of a model, in float64.
+
+    With `keep_ratio` and known inputs, tables and linear layers keep this share each, because the errors of the two do
+    not compare.
+
+    Args:
+        model: Dense.
+        num_cores: For each matrix, by the path of its module.
+        size: How small they are made.
+        gauge: As in `decompose`.
+        statistics: Of the inputs; by default errors are those of the weights.
+
+    Returns:
+        A chain for each matrix, but for those that would be larger than their matrices where something smaller is
+        asked for.
+
+    Raises:
+        ValueError: If none would be smaller, or `keep_ratio` is too small.
+    """
+    found = statistics or Statistics()
+    plans = {
+        path: Plan(model.get_submodule(path), cores, found.moments.get(path), found.counts.get(path))
+        for path, cores in num_cores.items()
+    }
+    if statistics is None and size.max_error is None and size.keep_ratio is None:
+        return {path: plan.cap(size.bond, gauge) for path, plan in plans.items()}
+    exact = {path: plan.decompose() for path, plan in plans.items()}
+    if statistics is not None and size.max_error is not None:
+        chains = {path: _fit(plan, exact[path], size.max_error, gauge) for path, plan in plans.items()}
+    else:
+        bonds = _choose_bonds(plans, exact, size, apart=statistics is not None)
+        chains = {path: plan.cut(exact[path][0], bonds[path], gauge) for path, plan in plans.items()}
+    if statistics is None and (size.keep_ratio or 0) >= 1:
+        return chains
+    return _keep_smaller(plans, chains, size)
+
+
+def _choose_bonds(
+    plans: dict[str, Plan], exact: dict[str, tuple[list[Tensor], list[Tensor]]], size: Size, apart: bool
+) -> dict[str, tuple[int, ...]]:
+    """Choose the bonds of all matrices together, or of tables apart from those of linear layers."""
+    if size.bond is not None:
+        return {path: cap_bonds(*plan.factors, size.bond) for path, plan in plans.items()}
+    chosen = {}
+    for tables in (True, False) if apart else (None,):
+        group = {path: plan for path, plan in plans.items() if tables in (None, plan.is_table)}
+        budget = None
+        if size.keep_ratio is not None:
+            budget = sum(size.keep_ratio * plan.size - plan.count_scale() for plan in group.values())
+        shapes = [[i * j for i, j in zip(*plan.factors, strict=True)] for plan in group.values()]
+        values = [exact[path][1] for path in group]
+        bonds = choose_bonds(values, shapes, max_parameters=budget, max_error=size.max_error)
+        chosen |= dict(zip(group, bonds, strict=True))
+    return chosen
+
+
+def _fit(plan: Plan, exact: tuple[list[Tensor], list[Tensor]], max_error: float, gauge: str) -> Chain:
+    """Find the smallest chain within an error of the outputs, to 1/64 of the matrix; an exact one if there is none."""
+    cores, values = exact
+    shape = [i * j for i, j in zip(*plan.factors, strict=True)]
+    low, high, found = 0, 2**TRIALS, full_bonds(*plan.factors)
+    while high - low > 1:
+        middle = (low + high) // 2
+        budget = max(middle / 2**TRIALS * plan.size - plan.count_scale(), sum(shape))
+        (bonds,) = choose_bonds([values], [shape], max_parameters=budget)
+        if plan.error(plan.cut(cores, bonds, gauge, TRIAL_STEPS)) <= max_error:
+            high, found = middle, bonds
+        else:
+            low = middle
+    return plan.cut(cores, found, gauge)
+
+
+def _keep_smaller(plans: dict[str, Plan], chains: dict[str, Chain], size: Size) -> dict[str, Chain]:
+    """Return the chains that are smaller than their matrices, and tell of the others."""
+    name, value = next((name, value) for name, value in asdict(size).items() if value is not None)
+    kept = {path: chain for path, chain in chains.items() if chain.count() < plans[path].size}
+    if not kept:
+        raise ValueError(
+            f"`{name}` must allow chains smaller than their matrices, {value} does so for none of {len(chains)}. "
+            "Allow a larger error or a smaller size, or leave both out for exact chains, which are larger."
+        )
+    if larger := [path for path in chains if path not in kept]:
+        logger.warning(
+            f"{len(larger)} of {len(chains)} matrices stay dense, because a chain within `{name}` {value} would be "
+            f"larger: {', '.join(larger)}."
+        )
+    return kept

@@ -1,0 +1,402 @@
+"""Decompositions that know their data: moments, the least error of the outputs, scaled tables, round trips, refusals."""
+
+import copy
+import json
+
+import pytest
+import torch
+from new_process import run
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_mpo import MODELS, arguments, logits, make
+from torch import nn
+from transformers import BertTokenizer
+
+from hf_moebert import compress_mpo, optimize_for_inference, to_dense
+from hf_moebert.methods.mpo.conversion import find_matrices
+from hf_moebert.methods.mpo.conversion_calibration import measure_inputs
+from hf_moebert.methods.mpo.functional import contract, contract_activation, gather_rows
+from hf_moebert.methods.mpo.functional_calibration import output_error, refine_chain, stabilise, whiten
+from hf_moebert.methods.mpo.functional_decomposition import decompose, round_cores
+from hf_moebert.methods.mpo.functional_shapes import factor_matrix, full_bonds
+from hf_moebert.methods.mpo.modeling_matrix import list_matrices
+from hf_moebert.methods.mpo.modeling_mpo import MPOEmbedding, TiedMPOLinear
+
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = [f"w{number}" for number in range(99 - len(SPECIAL))]
+TABLES = {"bert": "bert.embeddings.word_embeddings", "bert-mlm": "bert.embeddings.word_embeddings"}
+TABLES |= {"gpt2": "transformer.wte", "t5": "shared", "llama-tied": "model.embed_tokens"}
+FAMILIES = pytest.mark.parametrize("name", TABLES)
+FORMS = pytest.mark.parametrize(
+    "form", [{"num_cores": 2}, {"num_cores": 3}, {"num_cores": 2, "table_cores": 5}], ids=["two", "chains", "mixture"]
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return BertTokenizer(vocab={word: index for index, word in enumerate(SPECIAL + WORDS)})
+
+
+def make_texts(count=60, seed=0):
+    """Texts of different lengths, of few words that are frequent and many that are rare."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 20, (count,), generator=generator).tolist()
+    odds = 1 / torch.arange(1, len(WORDS) + 1)
+    return [" ".join(WORDS[i] for i in odds.multinomial(n, True, generator=generator)) for n in lengths]
+
+
+def make_batches(name, count=8, seed=0):
+    """Batches of random ids, as a DataLoader yields them."""
+    generator = torch.Generator().manual_seed(seed)
+    return [arguments(name, torch.randint(3, 40, (4, 9), generator=generator)) for _ in range(count)]
+
+
+def make_inputs(columns, count=200):
+    """Inputs whose directions differ in size by orders of magnitude."""
+    generator = torch.Generator().manual_seed(columns)
+    sizes = torch.logspace(0, -2, columns, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(columns, columns, generator=generator, dtype=torch.float64))[0]
+    return torch.randn(count, columns, generator=generator, dtype=torch.float64) * sizes @ turn
+
+
+# Equations
+
+
+def test_the_error_is_that_of_the_outputs():
+    x, w = make_inputs(12), torch.randn(9, 12, dtype=torch.float64)
+    v = w + 0.1 * torch.randn_like(w)
+    expected = (x @ (w - v).T).norm() / (x @ w.T).norm()
+    assert output_error(w, v, x.T @ x) == pytest.approx(float(expected))
+    assert output_error(w, w, x.T @ x) == 0
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_two_factors_have_the_least_error_that_their_rank_allows(rank):
+    """The oracle is the projection of the outputs on their first principal directions."""
+    x, w = make_inputs(12), torch.randn(9, 12, dtype=torch.float64)
+    left, values, right = whiten(w, x.T @ x)
+    cut = left[:, :rank] * values[:rank] @ right[:rank]
+    spectrum = torch.linalg.svdvals(x @ w.T)
+    assert output_error(w, cut, x.T @ x) == pytest.approx(float(spectrum[rank:].norm() / spectrum.norm()))
+    torch.testing.assert_close(values, spectrum)
+    torch.testing.assert_close(left * values @ right, w)
+
+
+def test_an_exact_chain_stays_as_it_is():
+    w, x = torch.randn(16, 24), make_inputs(24)
+    cores, _ = decompose(w, *factor_matrix(16, 24, 3))
+    for core, other in zip(cores, refine_chain(cores, w, x.T @ x), strict=True):
+        assert torch.equal(core.double(), other)
+
+
+@pytest.mark.parametrize("num_cores", [3, 5])
+def test_refined_cores_are_at_a_minimum_of_the_outputs_error(num_cores):
+    w, moments = torch.randn(24, 24, dtype=torch.float64), make_inputs(24).T @ make_inputs(24)
+    factors = factor_matrix(24, 24, num_cores)
+    cores, _ = decompose(w, *factors, bonds=[min(4, full) for full in full_bonds(*factors)])
+    refined = refine_chain(cores, w, moments, steps=3000)
+    assert [core.shape for core in refined] == [core.shape for core in cores]
+    before, after = (output_error(w, contract(chain), moments) for chain in (cores, refined))
+    assert after < 0.6 * before
+    leaves = [core.clone().requires_grad_() for core in refined]
+    difference = contract(leaves) - w
+    ((difference @ moments * difference).sum() / (w @ moments * w).sum()).backward()
+    assert max(float(core.grad.norm()) for core in leaves) < 1e-2
+    torch.testing.assert_close(contract(round_cores(refined)[0]), contract(refined))
+
+
+def test_moments_of_inputs_that_were_never_seen_can_be_inverted():
+    moments = torch.zeros(6, 6, dtype=torch.float64)
+    torch.linalg.cholesky(stabilise(moments))
+    moments[0, 0] = 1.0
+    moments[:2, :2] = 1.0
+    torch.linalg.cholesky(stabilise(moments))
+    torch.testing.assert_close(stabilise(moments), moments, atol=2e-3, rtol=0)
+
+
+def test_two_cores_are_multiplied_as_any_chain():
+    left, right = torch.randn(1, 7, 1, 3), torch.randn(3, 1, 5, 1)
+    expected = left[0, :, 0] @ right[:, 0, :, 0]
+    torch.testing.assert_close(contract([left, right]), expected)
+    torch.testing.assert_close(contract_activation(torch.eye(5), [left, right]), expected.T)
+    ids = torch.tensor([6, 0, 0, 3])
+    torch.testing.assert_close(gather_rows([left, right], ids), expected[ids])
+
+
+# What is measured
+
+
+def test_moments_are_those_of_real_tokens_whatever_the_batches(tokenizer):
+    model, texts = make("bert"), make_texts()
+    groups = find_matrices(model)
+    whole = measure_inputs(model, groups, texts, tokenizer)
+    again = measure_inputs(model, groups, texts, tokenizer, batch_size=7)
+    path = "bert.encoder.layer.1.intermediate.dense"
+    expected, counts = 0, torch.zeros(99, dtype=torch.long)
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt")
+        with torch.no_grad():
+            x = model.bert(**ids, output_hidden_states=True)
+        counts += ids["input_ids"].flatten().bincount(minlength=99)
+        x = x.hidden_states[0][0]
+        expected = expected + x.T @ x
+    first = "bert.encoder.layer.0.attention.self.query"
+    torch.testing.assert_close(whole.moments[first], expected.double(), rtol=1e-4, atol=1e-3)
+    assert torch.equal(whole.counts[TABLES["bert"]], counts)
+    torch.testing.assert_close(whole.moments[path], again.moments[path], rtol=1e-4, atol=1e-3)
+    assert whole.seen == again.seen
+    assert whole.moments.keys() | whole.counts.keys() == {paths[0] for paths in groups}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_measuring_leaves_the_model_alone(name):
+    model = make(name).train()
+    before = copy.deepcopy(model.state_dict())
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    statistics = measure_inputs(model, find_matrices(model), make_batches(name, 16))
+    assert statistics.moments
+    assert model.training
+    assert trainable == [parameter.requires_grad for parameter in model.parameters()]
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+# Whole models
+
+
+@FORMS
+@FAMILIES
+def test_outputs_are_closer_than_without_calibration(name, form):
+    """By the error of each layer's outputs on inputs that were not seen."""
+    model = make(name)
+    held_out = measure_inputs(model, find_matrices(model), make_batches(name, 16, seed=1)).moments
+
+    def error(**options):
+        dense = to_dense(compress_mpo(model, keep_ratio=0.4, **options))
+        pairs = {path: [m.get_submodule(path) for m in (model, dense)] for path in held_out}
+        pairs = {path: pair for path, pair in pairs.items() if not isinstance(pair[0], nn.Embedding)}
+        errors = [
+            output_error(*(m.weight.mT if type(m) is not nn.Linear else m.weight for m in pair), held_out[path])
+            for path, pair in pairs.items()
+        ]
+        return sum(errors) / len(errors)
+
+    assert error(calibration=make_batches(name, 16), **form) < 0.95 * error(**form)
+
+
+@FORMS
+@FAMILIES
+def test_saved_and_loaded_it_gives_the_same_bytes(name, form, tmp_path):
+    model = compress_mpo(make(name), keep_ratio=0.5, calibration=make_batches(name, 16), **form)
+    model.save_pretrained(tmp_path)
+    loaded, info = MODELS[name][0].from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(logits(name, loaded.eval()), logits(name, model))
+    assert {n: p.requires_grad for n, p in loaded.named_parameters()} == {
+        n: p.requires_grad for n, p in model.named_parameters()
+    }
+    torch.testing.assert_close(logits(name, to_dense(loaded)), logits(name, model), atol=1e-4, rtol=1e-4)
+    again = copy.deepcopy(loaded)
+    torch.testing.assert_close(logits(name, again), logits(name, model))
+    parts = {name.rpartition(".")[0] for name in load_file(tmp_path / "model.safetensors")}
+    assert any(part.endswith("row_scale") for part in parts) == (form != {"num_cores": 2})
+
+
+@pytest.mark.process
+def test_a_mixture_loads_in_a_new_process(tmp_path):
+    form = {"num_cores": 2, "table_cores": 5}
+    model = compress_mpo(make("bert"), keep_ratio=0.5, calibration=make_batches("bert", 16), **form)
+    model.save_pretrained(tmp_path)
+    ids = make_batches("bert")[0]["input_ids"]
+    save_file({"ids": ids, "logits": logits("bert", model, ids)}, tmp_path / "expected.safetensors")
+    run(
+        "import sys, torch, hf_moebert\n"
+        "from safetensors.torch import load_file\n"
+        "from transformers import AutoModelForSequenceClassification as Auto\n"
+        "expected = load_file(sys.argv[1] + '/expected.safetensors')\n"
+        "with torch.no_grad():\n"
+        "    found = Auto.from_pretrained(sys.argv[1])(expected['ids']).logits\n"
+        "assert torch.equal(found, expected['logits'])\n",
+        str(tmp_path),
+    )
+
+
+@FAMILIES
+def test_plain_two_factors_need_no_data(name, tmp_path):
+    """They are the truncated singular values of every matrix, and train as a whole."""
+    dense, model = make(name), compress_mpo(make(name), num_cores=2, bond=3)
+    for path, matrix in list_matrices(model).items():
+        u, values, v = torch.linalg.svd(dense.get_parameter(f"{path}.weight").double(), full_matrices=False)
+        expected = (u[:, :3] * values[:3] @ v[:3]).float()
+        torch.testing.assert_close(matrix.weight, expected, atol=1e-4, rtol=1e-4)
+        assert matrix.bonds == (3,)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.train()(**arguments(name, labels=True)).loss.backward()
+    assert all(core.grad is not None for matrix in list_matrices(model).values() for core in matrix.chain())
+
+
+def test_training_and_evaluation_multiply_alike():
+    for form in ({"num_cores": 2}, {"num_cores": 3}):
+        model = compress_mpo(make("bert-mlm"), keep_ratio=0.5, calibration=make_batches("bert-mlm", 16), **form)
+        table = model.get_input_embeddings()
+        ids = torch.tensor([[3, 4, 3, 98]])
+        with torch.no_grad():
+            expected, scores = table.weight[ids], model.cls.predictions.decoder(table.weight[:5])
+        torch.testing.assert_close(table(ids), expected)
+        assert table(ids).requires_grad
+        assert isinstance(model.cls.predictions.decoder, TiedMPOLinear)
+        bias = model.cls.predictions.decoder.bias
+        torch.testing.assert_close(scores, table.weight[:5] @ table.weight.T + bias, atol=1e-5, rtol=1e-5)
+
+
+def test_frequent_words_of_a_scaled_table_are_closer():
+    dense = make("bert")
+    model = compress_mpo(dense, target_modules=["word_embeddings"], keep_ratio=0.5, calibration=make_batches("bert"))
+    table = model.get_input_embeddings()
+    assert isinstance(table, MPOEmbedding)
+    assert not table.row_scale[0].requires_grad
+    wanted = dense.get_input_embeddings().weight
+    rows = (table.weight - wanted).norm(dim=1) / wanted.norm(dim=1)
+    assert rows[3:40].mean() < 0.5 * rows[40:].mean()  # of the ids in the batches, and of the others
+    assert sum(parameter.numel() for parameter in table.parameters()) <= 0.5 * 99 * 24
+
+
+def test_an_error_of_the_outputs_holds_for_every_layer():
+    model, batches = make("bert"), make_batches("bert", 16)
+    statistics = measure_inputs(model, find_matrices(model), batches)
+    for form in ({"num_cores": 2}, {"num_cores": 3}):
+        compressed = compress_mpo(model, max_error=0.5, calibration=batches, **form)
+        dense = to_dense(compressed)
+        assert list_matrices(compressed)
+        for path, moments in statistics.moments.items():
+            weights = [m.get_parameter(f"{path}.weight") for m in (model, dense)]
+            assert output_error(*weights, moments) < 0.51
+
+
+def test_plain_chains_are_still_saved_for_earlier_releases(tmp_path):
+    for options, version in (({"bond": 3}, "1"), ({"bond": 3, "num_cores": 2}, "2")):
+        compress_mpo(make("bert"), **options).save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["quantization_config"]["format_version"] == version
+
+
+def test_it_is_no_other_model_that_is_loaded(tmp_path):
+    options = {"target_modules": ["word_embeddings"], "num_cores": 3, "keep_ratio": 0.5}
+    compress_mpo(make("bert"), calibration=make_batches("bert"), **options).save_pretrained(tmp_path)
+    weights, config = load_file(tmp_path / "model.safetensors"), (tmp_path / "config.json").read_text()
+    scale = f"{TABLES['bert']}.row_scale.0"
+    for change, message in (
+        (lambda: weights.pop(scale), "not so for .*row_scale.0"),
+        (lambda: weights.update({scale: torch.ones(98)}), r"'.*row_scale.0' of shape \[99\], got \[98\]"),
+        (lambda: weights.update({scale: torch.full((99,), float("nan"))}), "row_scale.0"),
+    ):
+        change()
+        save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            MODELS["bert"][0].from_pretrained(tmp_path)
+    described = json.loads(config)
+    described["quantization_config"]["matrices"]["classifier"] = {
+        "row_factors": [1, 2, 1], "column_factors": [2, 6, 2], "bonds": [2, 2], "scaled_rows": True
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="`scaled_rows` must be of an embedding, got Linear"):
+        MODELS["bert"][0].from_pretrained(tmp_path)
+
+
+# Neighbours
+
+
+@FORMS
+def test_neighbours_work_or_refuse(form, tmp_path):
+    model = compress_mpo(make("bert"), keep_ratio=0.5, calibration=make_batches("bert", 16), **form)
+    with pytest.raises(ValueError, match=r"`new_num_tokens` must be 99 .*, got 120\. Resize the dense model"):
+        model.resize_token_embeddings(120)
+    with pytest.raises(ValueError, match=r"^Target module MPO\w+\([\d, ]+bonds=\([\d,  ]+\)\) is not supported\."):
+        get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["query"]))
+    expected = logits("bert", model)
+    assert torch.equal(logits("bert", optimize_for_inference(copy.deepcopy(model), precision="float32")), expected)
+    model.save_pretrained(tmp_path / "model")
+    places = {"bert.embeddings": "disk", "bert.encoder": "disk", "bert.pooler": "cpu", "classifier": "cpu"}
+    loaded = MODELS["bert"][0].from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload"
+    )
+    for _ in range(2):
+        torch.testing.assert_close(logits("bert", loaded), expected)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ([], "`calibration` must hold texts or batches, got none"),
+        (iter([]), "`calibration` must hold texts or batches, got none"),
+        ("a text", "`calibration` must be a list of texts, or batches .*, got str"),
+        (5, "`calibration` must be a list of texts, or batches .*, got int"),
+        ({"input_ids": torch.ones(1, 3)}, "got dict. Put a single text or batch into a list"),
+        ([["a", "b"]], "each a mapping of tensors as the model takes it, got list"),
+        ([{"input_ids": [[1, 2]]}], "each a mapping of tensors as the model takes it, got dict"),
+        (["w1 w2", 5], "`calibration` must hold texts alone, got int among them"),
+        (["w1 w2"], "must hold at least 48 tokens, as many as the widest matrix has inputs, got 4. Give more texts"),
+        ([{"input_ids": torch.full((9, 9), 99)}], r"`input_ids` must be in \[0, 99\), got 99. Use the model's token"),
+        ([{"pixels": torch.ones(2, 3)}], r"`calibration` must hold what the model takes, got \['pixels'\]"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(calibration, message, tokenizer):
+    model = make("bert")
+    with pytest.raises(ValueError, match=message):
+        compress_mpo(model, keep_ratio=0.5, calibration=calibration, tokenizer=tokenizer)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(tokenizer):
+    texts = make_texts()
+    with pytest.raises(ValueError, match="`tokenizer` must be that of the model for texts, got NoneType"):
+        compress_mpo(make("bert"), keep_ratio=0.5, calibration=texts)
+    for size in (40, 110):
+        other = BertTokenizer(vocab={word: index for index, word in enumerate([*SPECIAL, *map(str, range(size - 5))])})
+        with pytest.raises(ValueError, match=f"but it knows {size} tokens, and the model 99. Load both from the same"):
+            compress_mpo(make("bert"), keep_ratio=0.5, calibration=texts, tokenizer=other)
+
+
+def test_activations_that_are_not_finite_are_refused(tokenizer):
+    model = make("bert")
+    with torch.no_grad():
+        model.bert.encoder.layer[0].attention.output.LayerNorm.bias[0] = float("inf")
+    with pytest.raises(
+        ValueError, match="got NaN or infinity at the input of bert.encoder.layer.0.intermediate.dense"
+    ):
+        compress_mpo(model, keep_ratio=0.5, calibration=make_texts(), tokenizer=tokenizer)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT, about gradient checkpointing
+def test_models_that_cannot_be_calibrated_are_refused():
+    calibration = make_batches("bert")
+    with torch.device("meta"):
+        hollow = MODELS["bert"][0].from_config(MODELS["bert"][1])
+    for model, message in (
+        (hollow, "partly on the meta device"),
+        (compress_mpo(make("bert"), bond=4), "already compressed by 'mpo'"),
+        (get_peft_model(make("bert"), LoraConfig(target_modules=["query"])), "merge an adapter by `merge_and_unload`"),
+        (nn.DataParallel(make("bert")), "or `module` of a parallel one"),
+        (torch.compile(make("bert"), backend="eager"), "take `_orig_mod` of a compiled"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compress_mpo(model, keep_ratio=0.5, calibration=calibration)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "One of `bond`, `max_error` and `keep_ratio` must be given with `calibration`"),
+        ({"keep_ratio": 0.5, "table_cores": 4}, "`table_cores` must be odd and at least 3, got 4"),
+        ({"keep_ratio": 0.5, "table_cores": 2.0}, "`table_cores` must be odd and at least 3, got 2.0"),
+        ({"keep_ratio": 9.0}, "`keep_ratio` must allow chains smaller than their matrices, 9.0 does so for none"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        compress_mpo(make("bert"), calibration=make_batches("bert", 16), **options)
