@@ -394,3 +394,22 @@ def test_multitask_bert(tmp_path, run_study):
     assert [
         str(f) for f in made if f.name in ("result.json", "predictions.json") and f.stat().st_mtime_ns != made[f]
     ] == []
+
+
+def test_mpo_calibration(tmp_path, run_study):
+    command = ("mpo_calibration", "--smoke", "--output_dir", tmp_path, "--texts", "60")
+    output = run_study(*command)
+    lines = [
+        line.strip("| ").split(" | ") for line in (tmp_path / "report.md").read_text().splitlines() if "|" in line
+    ]
+    table = {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
+    assert lines[0] == ["form", "size", "all layers", "attention", "up", "down", "table", "cosine", "cpu seconds"]
+    for form in ("two factors", "chains of 5"):
+        plain, calibrated = table[form], table[f"{form}, calibrated"]
+        assert float(calibrated["all layers"]) < 0.5 * float(plain["all layers"])
+        assert abs(float(calibrated["size"]) - float(plain["size"])) < 0.01
+    assert "cosine" in output
+    made = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
+    run_study(*command, "--forms", "two factors")  # makes nothing again
+    assert [str(file) for file in made if file.stat().st_mtime_ns != made[file]] == []
+    assert "chains of 3" not in (tmp_path / "report.md").read_text()

@@ -175,6 +175,13 @@ def compacted(family: str, auto: str, num_experts: int = 3, **fields: Any) -> Ca
     )
 
 
+def calibrated(teacher: PreTrainedModel) -> PreTrainedModel:
+    """Make a model of two factors, and of a chain of scaled rows for its table, that knows some inputs."""
+    ids = torch.randint(VOCAB, (8, 8), generator=torch.Generator().manual_seed(3))
+    options = {"num_cores": 2, "table_cores": 3, "keep_ratio": 0.7}
+    return compress_mpo(teacher, calibration=[{"input_ids": ids}], **options)
+
+
 def mpoe(cls: type, family: str, auto: str) -> Callable[[Path], None]:
     """A model whose experts share central tensors."""
     options = {"num_experts": 2, "num_cores": 3, "bond": 4}
@@ -281,6 +288,8 @@ FORMS: dict[str, Callable[[Path], None]] = {
     "packed-shrunk": model(lambda: prune(narrow("bert", CLASSIFIER, **TWO)), CLASSIFIER, packed=True),
     "mpo": model(lambda: compress_mpo(dense("bert", FILLER), num_cores=3), FILLER),
     "mpo-size-ratio": model(lambda: compress_mpo(dense("gpt2", SPEAKER), keep_ratio=0.7), SPEAKER),
+    "mpo-two-factors": model(lambda: compress_mpo(dense("bert", CLASSIFIER), num_cores=2, keep_ratio=0.7), CLASSIFIER),
+    "mpo-calibrated": model(lambda: calibrated(dense("gpt2", SPEAKER)), SPEAKER),
     "mpo-adapter": write_adapter,
     "mpoe-bert": mpoe(MPOEBertForSequenceClassification, "bert", CLASSIFIER),
     "mpoe-gpt2": mpoe(MPOEGPT2LMHeadModel, "gpt2", SPEAKER),

@@ -92,9 +92,8 @@ class MPOCompressionConfig(QuantizationConfigMixin):
         found = {}
         for name, shape in self.matrices.items():
             try:
-                found[name] = MatrixShape(
-                    **{key: value if key == "scaled_rows" else tuple(value) for key, value in shape.items()}
-                )
+                sizes = {key: tuple(value) for key, value in shape.items() if key != "scaled_rows"}
+                found[name] = MatrixShape(**sizes, scaled_rows=bool(shape.get("scaled_rows", False)))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"`matrices[{name!r}]` must hold factors and bonds, got {shape}: {error}") from error
         return found

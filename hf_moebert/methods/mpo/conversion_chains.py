@@ -15,6 +15,7 @@ from .functional_bonds import choose_bonds
 from .functional_calibration import output_error, refine_chain, row_scale, stabilise, whiten
 from .functional_decomposition import decompose, round_cores
 from .functional_shapes import cap_bonds, factor_matrix, full_bonds
+from .modeling_mpo import Dense
 
 
 logger = logging.get_logger(__name__)
@@ -69,16 +70,16 @@ class Plan:
     """
 
     def __init__(
-        self, layer: nn.Module, num_cores: int, moments: Tensor | None = None, counts: Tensor | None = None
+        self, layer: Dense, num_cores: int, moments: Tensor | None = None, counts: Tensor | None = None
     ) -> None:
-        weight: Tensor = layer.weight.detach()
+        weight = layer.weight.detach()
         self.is_table, self.transposed = isinstance(layer, nn.Embedding), isinstance(layer, Conv1D)
         self.moments = None if moments is None else stabilise(moments)
         self.scale = None if counts is None else row_scale(counts).to(weight.device)
         self.dtype, self.size = weight.dtype, weight.numel()
         matrix = weight.mT if self.transposed else weight  # (outputs, inputs)
         self.matrix = matrix.double() if self.scale is None else matrix.double() * self.scale.unsqueeze(1)
-        self.factors = factor_matrix(*weight.shape, num_cores)
+        self.factors = factor_matrix(weight.shape[0], weight.shape[1], num_cores)
         self.num_cores = num_cores
 
     def count_scale(self) -> int:
@@ -98,8 +99,8 @@ class Plan:
         With inputs that are known and more than two cores, the values are an estimate: by the inputs' sizes alone.
         """
         if self.num_cores == 2:
-            left, values, right = whiten(self.matrix, self._metric())
-            return self._pair(left * values, right), [values]
+            left, spectrum, right = whiten(self.matrix, self._metric())
+            return self._pair(left * spectrum, right), [spectrum]
         cores, values = decompose(self._stored(self.matrix), *self.factors, gauge="left")
         if self.moments is not None:
             sizes = self.moments.diagonal().sqrt()
@@ -194,7 +195,7 @@ def _choose_bonds(
     """Choose the bonds of all matrices together, or of tables apart from those of linear layers."""
     if size.bond is not None:
         return {path: cap_bonds(*plan.factors, size.bond) for path, plan in plans.items()}
-    chosen = {}
+    chosen: dict[str, tuple[int, ...]] = {}
     for tables in (True, False) if apart else (None,):
         group = {path: plan for path, plan in plans.items() if tables in (None, plan.is_table)}
         budget = None

@@ -1,4 +1,4 @@
-"""Decompositions that know their data: moments, the least error of the outputs, scaled tables, round trips, refusals."""
+"""Decompositions that know their data: moments, the least error of outputs, scaled tables, round trips, refusals."""
 
 import copy
 import json
