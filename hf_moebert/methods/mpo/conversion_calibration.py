@@ -1,4 +1,4 @@
-"""What a model's own inputs say about its matrices: second moments of what they multiply, and uses of table rows."""
+"""The inputs of a model's matrices on data of its use: their second moments, and the uses of the rows of tables."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
