@@ -20,7 +20,7 @@ LONGEST = 512  # tokens of a text, where neither model nor tokenizer says
 
 @dataclass
 class Statistics:
-    """What was seen of the inputs of each matrix, by the path of the first module that holds it.
+    """Sums over the inputs of each matrix, by the path of the first module that holds it.
 
     Attributes:
         moments: Second moments of the inputs of linear layers, `(inputs, inputs)`, in float64.
