@@ -11,11 +11,15 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_moebert import MoEBertConfig
 from .functional_losses import infer_problem_type, mean_cross_entropy, per_example_loss, span_loss
 from .modeling_moebert import MoEBertModel, MoEBertOutput, MoEBertPreTrainedModel
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -40,6 +44,11 @@ class MoEBertHead(MoEBertPreTrainedModel):
         """Add the weighted balance loss to the task loss, and pass the encoder's records on."""
         if loss is not None and outputs.aux_loss is not None:
             loss = loss + self.config.router_aux_loss_coef * outputs.aux_loss
+        elif self.training and torch.is_grad_enabled() and outputs.aux_loss is not None:
+            logger.warning_once(
+                "Without labels the balance loss is in no loss, as with `label_smoothing_factor`: add "
+                "`router_aux_loss_coef * aux_loss`."
+            )
         names = ("hidden_states", "attentions", "aux_loss", "router_logits", "expert_load")
         records = {name: outputs.get(name) for name in names}
         return output_class(loss=loss, **logits, **records)

@@ -472,3 +472,20 @@ def test_tensors_of_another_shape_are_refused(student, tmp_path):
     student.save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="size mismatch|mismatched"):
         MoEBertForSequenceClassification.from_pretrained(tmp_path, expert_size=8)
+
+
+@pytest.mark.parametrize("routing", ["gate-token", "gate-sentence", "hash-random"])
+def test_a_balance_loss_that_nothing_trains_is_named(dense, importance, routing, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_moebert.methods.moebert.modeling_heads.logger.warning_once", said.append)
+    sizes = {"num_experts": 4, "expert_size": 16, "num_shared_neurons": 8}
+    sizes["router_aux_loss_coef"] = 0.01
+    model = MoEBertForSequenceClassification.from_dense(dense, importance, routing=routing, **sizes)
+    ids = torch.randint(3, 100, (2, 6), generator=torch.Generator().manual_seed(0))
+    model.train()(input_ids=ids, labels=torch.tensor([0, 1]))
+    model.eval()(input_ids=ids)
+    with torch.no_grad():
+        model.train()(input_ids=ids)
+    assert not said
+    model(input_ids=ids)
+    assert ["`label_smoothing_factor`" in text for text in said] == [True] * routing.startswith("gate")
