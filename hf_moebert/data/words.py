@@ -9,6 +9,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 # Chinese characters are words of their own in lists of tagged words, and for BERT's tokenizers.
 IDEOGRAPHS = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 WORD = re.compile(rf"[{IDEOGRAPHS}]|[^\s{IDEOGRAPHS}]+")
+BESIDE = re.compile(rf"[{IDEOGRAPHS}][^\s{IDEOGRAPHS}]{{2}}|[^\s{IDEOGRAPHS}]{{2}}[{IDEOGRAPHS}]")
 # Thai to Myanmar, Khmer, kana, halfwidth kana: several letters in a row may be several words
 UNDIVIDED = re.compile(r"[\u0e00-\u109f\u1780-\u17ff\u3041-\u30ff\uff66-\uff9f]{2}")
 
@@ -28,10 +29,13 @@ def find_words(text: str) -> list[tuple[int, int]]:
 def has_sure_words(text: str) -> bool:
     """Check whether any other way to divide a text would find the words of `find_words`.
 
-    It may not where punctuation touches letters ("London."), or where letters are of a script without blanks.
+    It may not where punctuation touches letters ("London."), where letters are of a script without blanks, and where
+    letters or digits touch Chinese characters: lists of characters divide them, too.
     """
     words = (text[start:end] for start, end in find_words(text))
-    return not UNDIVIDED.search(text) and all(len(word) == 1 or set(map(_kind, word)) <= set("LMN") for word in words)
+    if UNDIVIDED.search(text) or BESIDE.search(text):
+        return False
+    return all(len(word) == 1 or set(map(_kind, word)) <= set("LMN") for word in words)
 
 
 def _kind(character: str) -> str:

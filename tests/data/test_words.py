@@ -53,7 +53,10 @@ def test_examples(text, words):
     ("sure", "text"),
     [
         *((True, text) for text in ("", "the London .", "北京 the", "सड़क London", "한국 and", "سلام", "a 1 é", "# !")),
-        *((False, text) for text in ("London.", "@user", "don't", "ไทย", "ひら", "カナ", "...", "a\u200bb")),
+        *(
+            (False, text)
+            for text in ("London.", "@user", "don't", "ไทย", "ひら", "カナ", "...", "a\u200bb", "1963年", "北京ok")
+        ),
     ],
 )
 def test_words_are_sure_where_nobody_would_divide_them(sure, text):
