@@ -73,7 +73,7 @@ class ScoresWithRate(nn.Module):
         if not self.score_rate or not all(any(id(p) not in scores for p in group["params"]) for group in groups):
             return 1.0
         for group in groups:
-            if rate := float(group.get("initial_lr", group["lr"])):  # 0 at the start of a warm-up without schedule
+            if rate := float(group.get("initial_lr", group.get("lr")) or 0):  # 0 at the start of a warm-up, or None
                 group.setdefault(BASE_RATE, rate)
         rates = [group[BASE_RATE] for group in groups if BASE_RATE in group]
         if not rates or min(rates) >= self.score_rate:

@@ -132,6 +132,27 @@ def test_a_warm_up_begins_at_nothing(tmp_path, data):  # noqa: F811
 # What leaves the rate to the optimizer
 
 
+class NoRate(torch.optim.SGD):
+    """Chooses its rate by itself."""
+
+    def step(self, closure=None):
+        """Make a step at the rate 1e-5."""
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data -= RATE * parameter.grad
+
+
+@pytest.mark.parametrize("rate", [None, "without"])
+def test_an_optimizer_that_has_no_rate_is_left_alone(rate):
+    model = make_tagger()
+    optimizer = NoRate(model.parameters(), lr=RATE)
+    optimizer.param_groups[0]["lr"] = None
+    if rate == "without":
+        del optimizer.param_groups[0]["lr"]
+    run(model, optimizer)
+    gradient = model["crf"].start.grad
+    torch.testing.assert_close(model["crf"].start.detach(), -RATE * gradient)
+
+
 @pytest.mark.parametrize("case", ["own group", "none", "higher", "closure", "averages", "evaluation"])
 def test_the_rate_of_the_optimizer_holds(case):
     plain, model = make_tagger(), make_tagger(rate=1e-9 if case == "higher" else None)
