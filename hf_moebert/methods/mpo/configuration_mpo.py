@@ -12,12 +12,12 @@ from .functional_shapes import check_bonds, full_bonds
 
 
 FORMAT_VERSION = "2"
-FIRST_VERSION = "1"  # without two factors and scaled rows; still written where there are none, for earlier releases
+FIRST_VERSION = "1"  # without two factors and sorted rows; still written where there are none, for earlier releases
 
 
 @dataclass(frozen=True)
 class MatrixShape:
-    """Factors and bonds of one matrix, and whether a vector of its own scales the rows of the chain's matrix.
+    """Factors and bonds of one matrix, and whether its rows are sorted and scaled by their use.
 
     Raises:
         ValueError: If the two sides have different numbers of factors, or the bonds do not fit them.
@@ -26,7 +26,7 @@ class MatrixShape:
     row_factors: tuple[int, ...]
     column_factors: tuple[int, ...]
     bonds: tuple[int, ...]
-    scaled_rows: bool = False
+    sorted_rows: bool = False
 
     def __post_init__(self) -> None:
         if len(self.row_factors) != len(self.column_factors):
@@ -43,7 +43,7 @@ class MPOCompressionConfig(QuantizationConfigMixin):
 
     Args:
         matrices: Factors and bonds of each matrix, as lists, by the path of its module; of a table whose rows are
-            scaled also `scaled_rows`.
+            sorted and scaled by their use also `sorted_rows`.
         tied: For each module that shares the matrix of another one, by path: the path of that other one.
         train_centre: Whether central tensors are trained; they are frozen otherwise.
         gauge: The gauge that later cuts leave the cores in; see `decompose`.
@@ -85,15 +85,15 @@ class MPOCompressionConfig(QuantizationConfigMixin):
         self.shapes()
 
     def _is_new(self) -> bool:
-        return any(shape.scaled_rows or len(shape.bonds) == 1 for shape in self.shapes().values())
+        return any(shape.sorted_rows or len(shape.bonds) == 1 for shape in self.shapes().values())
 
     def shapes(self) -> dict[str, MatrixShape]:
         """Return the shape of each matrix by the path of its module."""
         found = {}
         for name, shape in self.matrices.items():
             try:
-                sizes = {key: tuple(value) for key, value in shape.items() if key != "scaled_rows"}
-                found[name] = MatrixShape(**sizes, scaled_rows=bool(shape.get("scaled_rows", False)))
+                sizes = {key: tuple(value) for key, value in shape.items() if key != "sorted_rows"}
+                found[name] = MatrixShape(**sizes, sorted_rows=bool(shape.get("sorted_rows", False)))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"`matrices[{name!r}]` must hold factors and bonds, got {shape}: {error}") from error
         return found

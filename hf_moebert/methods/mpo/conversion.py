@@ -53,7 +53,7 @@ def compress_mpo(
 
     With `calibration` the error is that of every layer's *outputs* on the model's own inputs instead of the weights':
     all cores of linear layers are refined to it, two factors have the least possible one, and rows of tables are
-    scaled by how often they are used. Rare words get worse.
+    sorted and scaled by how often they are used. Rare words get worse.
 
     Args:
         model: Any dense model of transformers. It is not changed.
@@ -179,7 +179,7 @@ def _install(model: PreTrainedModel, chains: dict[str, Chain], config: MPOCompre
     for path, chain in chains.items():
         layer = model.get_submodule(path)
         assert isinstance(layer, MPOMatrix)
-        layer.set_cores(chain.cores, chain.scale)
+        layer.set_cores(chain.cores, chain.use)
     quantizer = MPOQuantizer(config)
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, config.quant_method
     quantizer.postprocess_model(model)

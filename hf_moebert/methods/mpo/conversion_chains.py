@@ -40,14 +40,14 @@ class Size:
 
 @dataclass
 class Chain:
-    """The cores of a matrix, each `(bond, rows, columns, next bond)`, and the scale of its rows, if there is one."""
+    """The cores of a matrix, each `(bond, rows, columns, next bond)`, and how its rows are used, as in `MPOMatrix`."""
 
     cores: list[Tensor]
-    scale: Tensor | None = None
+    use: tuple[Tensor, ...] = ()
 
     def count(self) -> int:
         """Count the parameters."""
-        return sum(core.numel() for core in self.cores) + (0 if self.scale is None else self.scale.numel())
+        return sum(tensor.numel() for tensor in (*self.cores, *self.use))
 
     def describe(self) -> dict:
         """Return factors and bonds as config.json has them."""
@@ -56,7 +56,7 @@ class Chain:
             "column_factors": [core.shape[2] for core in self.cores],
             "bonds": [core.shape[3] for core in self.cores[:-1]],
         }
-        return shape if self.scale is None else shape | {"scaled_rows": True}
+        return shape | {"sorted_rows": True} if self.use else shape
 
 
 class Plan:
@@ -79,12 +79,16 @@ class Plan:
         self.dtype, self.size = weight.dtype, weight.numel()
         matrix = weight.mT if self.transposed else weight  # (outputs, inputs)
         self.matrix = matrix.double() if self.scale is None else matrix.double() * self.scale.unsqueeze(1)
+        self.use: tuple[Tensor, ...] = ()
+        if counts is not None and self.scale is not None and num_cores > 2:
+            order = counts.to(weight.device).argsort(descending=True, stable=True)
+            self.matrix, self.use = self.matrix[order], (1 / self.scale, order.argsort())
         self.factors = factor_matrix(weight.shape[0], weight.shape[1], num_cores)
         self.num_cores = num_cores
 
-    def count_scale(self) -> int:
-        """Count the parameters of the scale, which two factors take back."""
-        return 0 if self.scale is None or self.num_cores == 2 else self.scale.numel()
+    def count_rest(self) -> int:
+        """Count the parameters of a chain besides its cores."""
+        return sum(tensor.numel() for tensor in self.use)
 
     def cap(self, bond: int | None, gauge: str) -> Chain:
         """Return the chain of the best cores with a cap on every bond, by the error of the weights."""
@@ -120,12 +124,12 @@ class Plan:
             matrix = self.matrix if self.dtype == torch.float64 else self.matrix.float()
             refined = refine_chain(self._turned(cut), matrix, self.moments, **options)
             cut, _ = round_cores(self._turned(refined), gauge=gauge)
-        return Chain(cut, None if self.scale is None else 1 / self.scale)
+        return Chain(cut, self.use)
 
     def error(self, chain: Chain) -> float:
         """Return the relative error of the outputs, of a table that of its rows, weighted by their use."""
         other = contract(chain.cores, *self._stored(self.matrix).shape)
-        if self.scale is not None and chain.scale is None:
+        if self.scale is not None and not self.use:
             other = other * self.scale.unsqueeze(1)
         return output_error(self.matrix, self._stored(other), self._metric())
 
@@ -200,7 +204,7 @@ def _choose_bonds(
         group = {path: plan for path, plan in plans.items() if tables in (None, plan.is_table)}
         budget = None
         if size.keep_ratio is not None:
-            budget = sum(size.keep_ratio * plan.size - plan.count_scale() for plan in group.values())
+            budget = sum(size.keep_ratio * plan.size - plan.count_rest() for plan in group.values())
         shapes = [[i * j for i, j in zip(*plan.factors, strict=True)] for plan in group.values()]
         values = [exact[path][1] for path in group]
         bonds = choose_bonds(values, shapes, max_parameters=budget, max_error=size.max_error)
@@ -215,7 +219,7 @@ def _fit(plan: Plan, exact: tuple[list[Tensor], list[Tensor]], max_error: float,
     low, high, found = 0, 2**TRIALS, full_bonds(*plan.factors)
     while high - low > 1:
         middle = (low + high) // 2
-        budget = max(middle / 2**TRIALS * plan.size - plan.count_scale(), sum(shape))
+        budget = max(middle / 2**TRIALS * plan.size - plan.count_rest(), sum(shape))
         (bonds,) = choose_bonds([values], [shape], max_parameters=budget)
         if plan.error(plan.cut(cores, bonds, gauge, TRIAL_STEPS)) <= max_error:
             high, found = middle, bonds

@@ -4,7 +4,7 @@ For inputs `X`, one a row, the outputs of a linear layer of matrix `W` are off b
 `W`. The squared norm is `tr((W - V) M (W - V)^T)` with the second moments `M = X^T X`: the inputs are not needed.
 
 Source: the whitened decomposition is that of Wang et al. 2024, https://arxiv.org/abs/2403.07378; chains refined to the
-outputs' error, and tables scaled by how often their rows are used, are our own design.
+outputs' error, and tables sorted and scaled by the use of their rows, are our own design.
 """
 
 import math

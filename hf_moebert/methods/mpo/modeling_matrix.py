@@ -53,7 +53,9 @@ class MPOMatrix(nn.Module):
         row_factors: One for each core.
         column_factors: Likewise.
         bonds: Between the cores.
-        scaled_rows: Whether a vector of its own scales the rows of the chain's matrix.
+        sorted_rows: Whether the chain has the rows in another order, and each by a scale, so that it is most exact for
+            rows that are used most. A scale `(rows,)` and the place of each row in the chain `(rows,)` then belong to
+            the parameters.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class MPOMatrix(nn.Module):
         row_factors: Sequence[int],
         column_factors: Sequence[int],
         bonds: Sequence[int],
-        scaled_rows: bool = False,
+        sorted_rows: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -73,9 +75,10 @@ class MPOMatrix(nn.Module):
         ends = (1, *check_bonds(bonds, full_bonds(row_factors, column_factors)), 1)
         shapes = zip(ends, row_factors, column_factors, ends[1:], strict=False)
         self.cores = Cores(nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes)
-        # A list of one, so that accelerate loads it alone, and frozen: it chooses what is precise, and knows no more.
-        scale = [nn.Parameter(torch.ones(rows, dtype=dtype), requires_grad=False)] if scaled_rows else []
-        self.row_scale = Cores(scale) if scaled_rows else None
+        self.row_use = None
+        if sorted_rows:  # frozen: they choose what is precise, and know no more; a list, as accelerate loads it alone
+            use = (torch.ones(rows, dtype=dtype), torch.arange(rows, dtype=torch.int32))
+            self.row_use = Cores(nn.Parameter(tensor, requires_grad=False) for tensor in use)
         self._matrix: Derived[Tensor] = Derived()
         self._links: Derived[list[Tensor]] = Derived()
 
@@ -99,18 +102,18 @@ class MPOMatrix(nn.Module):
         return self.cores.as_stored() or [getattr(self.cores, str(k)) for k in range(len(self.row_factors))]
 
     def freeze(self, train_centre: bool) -> None:
-        """Freeze what no training changes: the scale of the rows, and the central tensor unless it is asked for."""
+        """Freeze what no training changes: scale and place of rows, and the central tensor unless it is asked for."""
         if not train_centre and not self.is_pair():
             self.centre.requires_grad_(False)
-        if self.row_scale is not None:
-            self.row_scale.requires_grad_(False)
+        if self.row_use is not None:
+            self.row_use.requires_grad_(False)
 
-    def scale(self) -> list[Tensor]:
-        """List the scale of the rows, `(rows,)`, if there is one; loaded if it is offloaded."""
-        if self.row_scale is None:
+    def use(self) -> list[Tensor]:
+        """List scale and place of the rows if they are sorted; loaded if they are offloaded."""
+        if self.row_use is None:
             return []
-        scale: list[Tensor] = self.row_scale() if self.is_offloaded() else self.row_scale.as_stored()
-        return scale
+        use: list[Tensor] = self.row_use() if self.is_offloaded() else self.row_use.as_stored()
+        return use
 
     def is_pair(self) -> bool:
         """Check whether the matrix is a product of two factors, one with all rows and one with all columns."""
@@ -123,32 +126,32 @@ class MPOMatrix(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The matrix, `(rows, columns)`, kept while the cores need no gradient, rebuilt otherwise."""
-        chain, scale = self.chain(), self.scale()
+        chain, use = self.chain(), self.use()
         if torch.compiler.is_compiling() or self.learns() or self.is_offloaded():
-            return self._contract(chain, scale)
-        return self._matrix.get([*chain, *scale], lambda: self._contract(chain, scale))
+            return self._contract(chain, use)
+        return self._matrix.get([*chain, *use], lambda: self._contract(chain, use))
 
-    def _contract(self, chain: list[Tensor], scale: list[Tensor]) -> Tensor:
+    def _contract(self, chain: list[Tensor], use: list[Tensor]) -> Tensor:
         if chain[0].is_meta:  # without hooks, as while a model is loaded; there is no autocast for this device
             return contract(chain, self.rows, self.columns)
         with torch.autocast(chain[0].device.type, enabled=False):  # rounded cores give another matrix
             matrix = contract(chain, self.rows, self.columns)
-            return matrix * scale[0].unsqueeze(1) if scale else matrix
+            return matrix.index_select(0, use[1]) * use[0].unsqueeze(1) if use else matrix
 
     def learns(self) -> bool:
         """Check whether any core needs a gradient."""
         return torch.is_grad_enabled() and any(core.requires_grad for core in self._stored())
 
     @torch.no_grad()
-    def set_cores(self, cores: Sequence[Tensor], scale: Tensor | None = None) -> None:
+    def set_cores(self, cores: Sequence[Tensor], use: Sequence[Tensor] = ()) -> None:
         """Replace the values of the cores, and with them the bonds; the parameters stay the same objects.
 
         Args:
             cores: As many as there are.
-            scale: Of the rows, `(rows,)`; by default it stays.
+            use: Scale and place of the rows, if they are sorted; by default they stay.
         """
-        if scale is not None and self.row_scale is not None:
-            self.row_scale[0].data = scale.to(self.row_scale[0]).contiguous()
+        for parameter, tensor in zip(self.row_use or (), use, strict=False):
+            parameter.data = tensor.to(parameter).contiguous()
         for parameter, core in zip(self.cores, cores, strict=True):
             parameter.grad = None
             parameter.data = core.to(parameter).contiguous()
@@ -157,7 +160,7 @@ class MPOMatrix(nn.Module):
         """Return `x @ weight.T + bias`, or with `weight` if transposed, through the chain where that is cheaper."""
         if (
             self.is_pair()
-            and not self.scale()
+            and self.row_use is None
             and self.bonds[0] * (self.rows + self.columns) < self.rows * self.columns
         ):
             left, right = (core.flatten(0, 1).flatten(1) for core in self.chain())  # (rows, bond), (bond, columns)
@@ -167,7 +170,7 @@ class MPOMatrix(nn.Module):
             out, wide = (self.columns, self.row_factors) if transposed else (self.rows, self.column_factors)
             links = self._links.get(self.chain(), lambda: self._make_links(counts, transposed))
             y = contract_activation(F.pad(x, (0, math.prod(wide) - x.shape[-1])), links)[..., :out]
-            y = y * scale[0] if (scale := self.scale()) else y
+            y = y.index_select(-1, use[1]) * use[0] if (use := self.use()) else y
             return y if bias is None else y + bias
         return F.linear(x, self.weight.T if transposed else self.weight, bias)
 

@@ -114,8 +114,9 @@ def look_up(table: MPOMatrix, ids: Tensor, padding_idx: int | None) -> Tensor:
     distinct, places = ids.unique(return_inverse=True)
     if len(distinct) * _macs_per_row(table) < _macs_of_all(table):
         with torch.autocast(ids.device.type, enabled=False):
-            rows = gather_rows(table.chain(), distinct, table.columns)
-            rows = rows * scale[0][distinct].unsqueeze(1) if (scale := table.scale()) else rows
+            use = table.use()
+            rows = gather_rows(table.chain(), use[1][distinct].long() if use else distinct, table.columns)
+            rows = rows * use[0][distinct].unsqueeze(1) if use else rows
             rows = F.embedding(places, rows)
     else:
         rows = F.embedding(ids, table.weight)
@@ -146,7 +147,7 @@ def make_layer(
     row_factors: Sequence[int],
     column_factors: Sequence[int],
     bonds: Sequence[int],
-    scaled_rows: bool = False,
+    sorted_rows: bool = False,
 ) -> MPOMatrix:
     """Build the layer that replaces a dense layer, with its bias and with cores of zeros.
 
@@ -155,10 +156,10 @@ def make_layer(
         row_factors: Of the rows of its weight.
         column_factors: Of the columns.
         bonds: Between the cores.
-        scaled_rows: Whether a vector scales the rows, of an embedding only.
+        sorted_rows: As in `MPOMatrix`, of an embedding only.
 
     Raises:
-        ValueError: If the factors do not fit the weight, the bonds the factors, or the scale the layer.
+        ValueError: If factors do not fit the weight, or bonds the factors, or if the layer cannot have sorted rows.
     """
     rows, columns = module.weight.shape
     for name, factors, size in (("row_factors", row_factors, rows), ("column_factors", column_factors, columns)):
@@ -166,12 +167,12 @@ def make_layer(
             raise ValueError(
                 f"`{name}` must multiply to {size} or more, got {tuple(factors)}. The model has other sizes."
             )
-    if scaled_rows and not isinstance(module, nn.Embedding):
-        raise ValueError(f"`scaled_rows` must be of an embedding, got {type(module).__name__}. Save the model again.")
+    if sorted_rows and not isinstance(module, nn.Embedding):
+        raise ValueError(f"`sorted_rows` must be of an embedding, got {type(module).__name__}. Save the model again.")
     shape: dict[str, Any] = {"row_factors": row_factors, "column_factors": column_factors, "bonds": bonds}
     shape["dtype"] = module.weight.dtype
     if isinstance(module, nn.Embedding):
-        shape["scaled_rows"] = scaled_rows
+        shape["sorted_rows"] = sorted_rows
         layer: MPOMatrix = MPOEmbedding(rows, columns, padding_idx=module.padding_idx, **shape)
     else:
         kind = MPOConv1D if isinstance(module, Conv1D) else MPOLinear

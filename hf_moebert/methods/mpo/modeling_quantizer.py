@@ -6,6 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -152,6 +153,7 @@ class MPOQuantizer(StrictQuantizer):
         for module in model.modules():
             if isinstance(module, MPOMatrix):
                 module.freeze(self.quantization_config.train_centre)
+                check_places(module, model.config.name_or_path)
         fix_vocabulary(model)
         hook_empty_loss(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
@@ -169,7 +171,7 @@ def check_cores(stored: Mapping[str, Any], model: PreTrainedModel) -> None:
     """
     for path, matrix in list_matrices(model).items() if stored else ():
         wanted = {f"cores.{index}": core for index, core in enumerate(matrix.chain())}
-        wanted |= {f"row_scale.{index}": scale for index, scale in enumerate(matrix.scale())}
+        wanted |= {f"row_use.{index}": tensor for index, tensor in enumerate(matrix.use())}
         for part, tensor in wanted.items():
             name = f"{path}.{part}"
             if (saved := stored[name].get_shape() if name in stored else None) != list(tensor.shape):
@@ -177,3 +179,14 @@ def check_cores(stored: Mapping[str, Any], model: PreTrainedModel) -> None:
                     f"{model.config.name_or_path!r} must hold {name!r} of shape {list(tensor.shape)}, got {saved}. "
                     "Copy or save it again."
                 )
+
+
+def check_places(matrix: MPOMatrix, source: str) -> None:
+    """Refuse places of sorted rows that are not each row once.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    for places in matrix.use()[1:]:
+        if not places.is_meta and not torch.equal(places.sort().values, torch.arange(len(places)).to(places)):
+            raise ValueError(f"{source!r} must name a place for each row once in `row_use.1`. Copy or save it again.")

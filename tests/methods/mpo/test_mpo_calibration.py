@@ -200,7 +200,7 @@ def test_saved_and_loaded_it_gives_the_same_bytes(name, form, tmp_path):
     again = copy.deepcopy(loaded)
     torch.testing.assert_close(logits(name, again), logits(name, model))
     parts = {name.rpartition(".")[0] for name in load_file(tmp_path / "model.safetensors")}
-    assert any(part.endswith("row_scale") for part in parts) == (form != {"num_cores": 2})
+    assert any(part.endswith("row_use") for part in parts) == (form != {"num_cores": 2})
 
 
 @pytest.mark.process
@@ -255,7 +255,7 @@ def test_frequent_words_of_a_scaled_table_are_closer():
     model = compress_mpo(dense, target_modules=["word_embeddings"], keep_ratio=0.5, calibration=make_batches("bert"))
     table = model.get_input_embeddings()
     assert isinstance(table, MPOEmbedding)
-    assert not table.row_scale[0].requires_grad
+    assert not table.row_use[0].requires_grad
     wanted = dense.get_input_embeddings().weight
     rows = (table.weight - wanted).norm(dim=1) / wanted.norm(dim=1)
     assert rows[3:40].mean() < 0.5 * rows[40:].mean()  # of the ids in the batches, and of the others
@@ -285,11 +285,12 @@ def test_it_is_no_other_model_that_is_loaded(tmp_path):
     options = {"target_modules": ["word_embeddings"], "num_cores": 3, "keep_ratio": 0.5}
     compress_mpo(make("bert"), calibration=make_batches("bert"), **options).save_pretrained(tmp_path)
     weights, config = load_file(tmp_path / "model.safetensors"), (tmp_path / "config.json").read_text()
-    scale = f"{TABLES['bert']}.row_scale.0"
+    scale, places = (f"{TABLES['bert']}.row_use.{number}" for number in (0, 1))
     for change, message in (
-        (lambda: weights.pop(scale), "not so for .*row_scale.0"),
-        (lambda: weights.update({scale: torch.ones(98)}), r"'.*row_scale.0' of shape \[99\], got \[98\]"),
-        (lambda: weights.update({scale: torch.full((99,), float("nan"))}), "row_scale.0"),
+        (lambda: weights.pop(scale), "not so for .*row_use.0"),
+        (lambda: weights.update({scale: torch.ones(98)}), r"'.*row_use.0' of shape \[99\], got \[98\]"),
+        (lambda: weights.update({scale: torch.full((99,), float("nan"))}), "row_use.0"),
+        (lambda: weights.update({scale: torch.ones(99), places: torch.zeros(99, dtype=torch.int32)}), "each row once"),
     ):
         change()
         save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
@@ -297,10 +298,10 @@ def test_it_is_no_other_model_that_is_loaded(tmp_path):
             MODELS["bert"][0].from_pretrained(tmp_path)
     described = json.loads(config)
     described["quantization_config"]["matrices"]["classifier"] = {
-        "row_factors": [1, 2, 1], "column_factors": [2, 6, 2], "bonds": [2, 2], "scaled_rows": True
+        "row_factors": [1, 2, 1], "column_factors": [2, 6, 2], "bonds": [2, 2], "sorted_rows": True
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(described))
-    with pytest.raises(ValueError, match="`scaled_rows` must be of an embedding, got Linear"):
+    with pytest.raises(ValueError, match="`sorted_rows` must be of an embedding, got Linear"):
         MODELS["bert"][0].from_pretrained(tmp_path)
 
 
