@@ -46,5 +46,6 @@ from .methods.multitask import (
 from .methods.platon import (
     PlatonConfig as PlatonConfig,
     PlatonPruningCallback as PlatonPruningCallback,
+    prune_structured as prune_structured,
 )
 from .registration import register_architecture as register_architecture

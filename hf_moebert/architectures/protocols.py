@@ -55,6 +55,25 @@ class PackedSentences(Protocol):
 
 
 @runtime_checkable
+class UnitCosts(Protocol):
+    """Costs of the units of a model, as shares of the time of the dense model; `LatencyTable` is one.
+
+    Attributes:
+        milliseconds: Time of the dense model.
+        smallest: Share that is left with one unit of each kind in every layer.
+    """
+
+    @property
+    def milliseconds(self) -> float: ...  # noqa: D102 - see above
+
+    @property
+    def smallest(self) -> float: ...  # noqa: D102 - see above
+
+    def costs(self, kind: str) -> "Tensor":
+        """Return the share of 1, 2, ... units of one layer above that of one unit, `(units,)`."""
+
+
+@runtime_checkable
 class OptimizedForInference(Protocol):
     """A module changed by `optimize_for_inference`; what rewrites weights refuses it.
 

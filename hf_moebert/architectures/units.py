@@ -111,15 +111,16 @@ def _group_heads(layer: Layer, index: int, paths: AttentionPaths) -> UnitGroup:
     return UnitGroup(index, "heads", tuple(readers), writer, columns // count)
 
 
-def find_kept_units(group: UnitGroup, *, multiple_of: int = 1) -> Tensor:
+def find_kept_units(group: UnitGroup, *, multiple_of: int = 1, at_least: int = 1) -> Tensor:
     """Find the units that have to stay: those whose columns of the writer are not all exactly zero.
 
     The others contribute nothing, whatever their rows and biases hold. Of them the first ones stay where fewer than
-    one head, or no multiple of `multiple_of` neurons, would be left.
+    `at_least`, or no multiple of `multiple_of` neurons, would be left.
 
     Args:
         group: The units of a layer.
         multiple_of: What the number of neurons is rounded up to.
+        at_least: Units that stay in any case.
 
     Returns:
         Indices of the units, ascending. Shape `(kept,)`.
@@ -127,7 +128,7 @@ def find_kept_units(group: UnitGroup, *, multiple_of: int = 1) -> Tensor:
     columns = matrix_of(group.writer).detach().unflatten(1, (group.num_units, group.unit_size))
     needed = (columns != 0).any(dim=2).any(dim=0)  # (hidden, units, unit_size) -> (units,)
     step = multiple_of if group.kind == "neurons" else 1
-    count = max(-(-int(needed.sum()) // step), 1) * step
+    count = -(-max(int(needed.sum()), at_least) // step) * step
     order = needed.int().argsort(descending=True, stable=True)  # the needed ones first
     return order[:count].sort().values
 

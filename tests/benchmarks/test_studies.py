@@ -98,6 +98,19 @@ def test_platon_text_classification_in_whole_units(tmp_path, run_study):
     check_shrunk(tmp_path / "seed-0", "platon-0.5", hidden=32, head_size=8, ratio=0.5)
 
 
+def test_platon_one_shot(tmp_path, run_study):
+    output = run_study("platon_one_shot", "--smoke", "--output_dir", tmp_path, "--max_steps", "2", "--use_cpu")
+    report = (tmp_path / "report.md").read_text()
+    table = ["run", "accuracy", "accuracy difference", "weights stored", "weights not zero", "on disk"]
+    assert columns(report) == columns(output) == [table, ["run", "speed-up over dense"]]
+    rules = ["random", "magnitude", "importance", "one-shot"]
+    runs = [f"{rule}-{ratio}" for ratio in (0.5, 0.3) for rule in rules]
+    assert {"dense", "one-shot-uniform-0.5", *runs} <= set(names_of(report))
+    for run in runs:
+        assert load_model(tmp_path / "seed-0" / run).config.model_type == "shrunk_bert"
+    assert load_model(tmp_path / "seed-0/one-shot-uniform-0.5").config.model_type == "bert"
+
+
 def test_platon_image_classification(tmp_path, run_study):
     output = run_study(
         *(
