@@ -96,6 +96,11 @@ class CrfTagger(StrictModel):
     ) -> CrfTokenClassifierOutput:
         """Add loss, tags and marginals to the output of a token classifier."""
         found: tuple[Tensor | None, ...] = (None, None, None)
+        if self.training and labels is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            logger.warning_once(
+                "Without `labels` the CRF is in no loss, and is not trained. Train without `label_smoothing_factor` "
+                "and `compute_loss_func`."
+            )
         emissions_suffice = self.training and labels is None and not output_marginals
         if not (emissions_suffice or torch.compiler.is_exporting()):  # exported models are decoded outside
             mask = _find_words(outputs.logits, labels, word_mask)  # (batch, seq)
@@ -115,11 +120,6 @@ class CrfTagger(StrictModel):
         self, outputs: Any, labels: Tensor | None, mask: Tensor, *, output_marginals: bool
     ) -> tuple[Tensor | None, ...]:
         emissions = outputs.logits
-        if labels is None and self.training and torch.is_grad_enabled():
-            logger.warning_once(
-                "Without `labels` the CRF is in no loss, and is not trained. Train without `label_smoothing_factor` "
-                "and `compute_loss_func`."
-            )
         loss = None if labels is None else self._loss(emissions, labels, mask, outputs)
         tags = None if self.training else self.crf.decode(emissions, mask)  # (batch, seq)
         return loss, tags, self.crf.marginals(emissions, mask) if output_marginals else None
