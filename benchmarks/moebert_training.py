@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, HfArgumentParser
 
-from hf_moebert import MoEBertConfig, measure_importance
+from hf_moebert import MoEBertConfig, MoEBertModel, measure_importance
 from hf_moebert.measuring.latency import compare_latency, environment
-from hf_moebert.methods.moebert.modeling_experts import MoEBertExperts
 from hf_moebert.reporting.tables import markdown_table
 
 
@@ -67,12 +66,10 @@ class Dense(nn.Module):
 
 def experts(implementation: str) -> nn.Module:
     """Build one layer's experts with random weights."""
-    config = MoEBertConfig()
-    config._experts_implementation = implementation
-    module = MoEBertExperts(config)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    return module
+    model = MoEBertModel(MoEBertConfig(num_hidden_layers=1))
+    model.set_experts_implementation(implementation)
+    (network,) = model.networks().values()
+    return network.experts
 
 
 def train_step(module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> None:

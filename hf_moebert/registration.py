@@ -8,7 +8,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -38,13 +37,10 @@ from .checkpoints import packing  # noqa: F401 - registers the quantizer `bitmas
 from .methods.masked_crf.configuration_masked_crf import BertCrfConfig, CrfConfig
 from .methods.masked_crf.modeling_masked_crf import BertCrfForTokenClassification, CrfForTokenClassification
 from .methods.masked_crf.pipeline import CrfTokenClassificationPipeline
-from .methods.moebert.configuration_moebert import MoEBertConfig
-from .methods.moebert.modeling_heads import (
-    MoEBertForQuestionAnswering,
-    MoEBertForSequenceClassification,
-    MoEBertForTokenClassification,
-)
-from .methods.moebert.modeling_moebert import MoEBertModel
+from .methods.moebert import configuration_families as moebert_families
+from .methods.moebert.configuration_moebert import MoEFields, moe_config, why_not_experts
+from .methods.moebert.conversion import classes_to_cut
+from .methods.moebert.modeling_moebert import moe_class
 from .methods.mpo import modeling_quantizer  # noqa: F401 - registers the quantizer `mpo`
 from .methods.mpo.modeling_tuner import TARGETS
 from .methods.mpoe.configuration_mpoe import MPOEBertConfig, MPOEGPT2Config, MPOET5Config
@@ -62,12 +58,6 @@ from .methods.platon.modeling_shrunk import shrunk_class
 # The classes that `AutoModel….from_pretrained` finds after `import hf_moebert`. Their code is saved with a checkpoint
 # for users without this package (`trust_remote_code=True`), except for the classes in `_STAY`.
 _TABLE: dict[Any, dict[Any, Any]] = {
-    MoEBertConfig: {
-        AutoModel: MoEBertModel,
-        AutoModelForSequenceClassification: MoEBertForSequenceClassification,
-        AutoModelForTokenClassification: MoEBertForTokenClassification,
-        AutoModelForQuestionAnswering: MoEBertForQuestionAnswering,
-    },
     BertCrfConfig: {AutoModelForTokenClassification: BertCrfForTokenClassification},
     CrfConfig: {AutoModelForTokenClassification: CrfForTokenClassification},
     MPOEBertConfig: {AutoModelForSequenceClassification: MPOEBertForSequenceClassification},
@@ -106,6 +96,8 @@ def _register_family(dense: Any, *, travels: bool) -> None:
         forms.append((shrunk_config(dense), stock_classes, shrunk_class))
     if not why_not_masked(dense.model_type):
         forms.append((masked_config(dense), classes_to_mask, masked_class))
+    if not why_not_experts(dense.model_type):
+        forms.append((moe_config(dense), classes_to_cut, moe_class))
     for config, find, make in forms:
         _register(config, {}, travels=travels)
         _unused[config] = (dense, find, make, travels)
@@ -118,14 +110,15 @@ def _register_models(config: type) -> None:
         _register(config, models, travels=travels)
 
 
-for _fields in (ShrunkConfig, MoMFields):
+for _fields in (ShrunkConfig, MoMFields, MoEFields):
     _fields.before_use.append(_register_models)
 for _config, _models in _TABLE.items():
     _register(_config, _models, travels=not issubclass(_config, _STAY))
 for _model_type in list(ARCHITECTURES):
     _register_family(CONFIG_MAPPING[_model_type], travels=True)
 
-ROWS: tuple[dict[str, Any], ...] = (ARCHITECTURES, configuration_families.ARCHITECTURES, platon_families.ARCHITECTURES)
+_ROLES = (configuration_families, moebert_families, platon_families)
+ROWS: tuple[dict[str, Any], ...] = (ARCHITECTURES, *(role.ARCHITECTURES for role in _ROLES))
 
 
 def register_architecture(model_type: str, row: Architecture, model: PreTrainedModel | None = None) -> None:

@@ -11,14 +11,18 @@ TRAVELLERS = ("masked_crf", "mixture_of_masks", "moebert", "platon")  # methods 
 COPIES = {
     "hf_moebert/checkpoints/strict_config.py": tuple(f"{METHODS}/{x}/configuration_strict.py" for x in TRAVELLERS),
     "hf_moebert/checkpoints/strict_model.py": tuple(f"{METHODS}/{x}/modeling_strict.py" for x in TRAVELLERS),
-    "hf_moebert/architectures/functional_losses.py": (f"{METHODS}/moebert/functional_losses.py",),
-    "hf_moebert/architectures/empty_losses.py": (f"{METHODS}/platon/modeling_empty_losses.py",),
+    "hf_moebert/architectures/empty_losses.py": (
+        f"{METHODS}/moebert/modeling_empty_losses.py",
+        f"{METHODS}/platon/modeling_empty_losses.py",
+    ),
     "hf_moebert/architectures/families.py": (
         f"{METHODS}/mixture_of_masks/configuration_families.py",
+        f"{METHODS}/moebert/configuration_families.py",
         f"{METHODS}/platon/configuration_families.py",
     ),
     "hf_moebert/architectures/paths.py": (
         f"{METHODS}/mixture_of_masks/configuration_paths.py",
+        f"{METHODS}/moebert/configuration_paths.py",
         f"{METHODS}/platon/configuration_paths.py",
     ),
     "hf_moebert/architectures/stock.py": (
@@ -27,6 +31,7 @@ COPIES = {
     ),
     "hf_moebert/architectures/surgery.py": (
         f"{METHODS}/mixture_of_masks/modeling_surgery.py",
+        f"{METHODS}/moebert/modeling_surgery.py",
         f"{METHODS}/platon/modeling_surgery.py",
     ),
     "hf_moebert/architectures/functional_routing.py": (

@@ -47,7 +47,8 @@ def test_the_code_that_it_names_is_here(folder):
     files = {path.stem for path in PACKAGE.rglob("*.py")}
     for config in configs(folder):
         places = [place for place in config.get("auto_map", {}).values() if "--" not in place]
-        assert {place.partition(".")[0] for place in places} <= files
+        # The code of 0.1 lies beside the checkpoints that it saved: one file has no counterpart here
+        assert {place.partition(".")[0] for place in places} <= files | {"modeling_heads"}
 
 
 @pytest.mark.parametrize("folder", FORMS, ids=name)
@@ -59,7 +60,7 @@ def registered():
     """Types of models that `import hf_moebert` makes known to transformers; of those that the table makes, a few."""
     found = CONFIG_MAPPING._extra_content.items()
     kinds = {kind for kind, config in found if config.__module__.split(".")[0] == hf_moebert.__name__}
-    made = {f"{form}_{family}" for family in ARCHITECTURES for form in ("shrunk", "mom")}
+    made = {f"{form}_{family}" for family in ARCHITECTURES for form in ("shrunk", "mom", "moe")}
     kept = {f"shrunk_{family}" for family in ("bert", "roberta", "distilbert", "vit")}
     kept |= {f"mom_{family}" for family in ("bert", "gpt2", "llama", "mistral", "qwen2", "qwen3", "t5")}
     return kinds - (made - kept)

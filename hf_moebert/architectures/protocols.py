@@ -29,18 +29,23 @@ class SortedExperts(Protocol):
 
     Attributes:
         prefers_slices: Whether slices are multiplied on any device.
-        up_proj: Shape `(experts, expert_size, hidden)`.
-        up_proj_bias: Shape `(experts, expert_size)`.
-        down_proj: Shape `(experts, hidden, expert_size)`.
-        down_proj_bias: Shape `(experts, hidden)`.
-        act_fn: The activation.
+        has_gate: Whether the first matrix is a gate and an up-projection, one above the other.
+        act_fn: The activation; of a gate alone, where there is one.
     """
 
-    # The parameters are not declared: from Python 3.12 on, `isinstance` does not see what a module registers.
+    # What a module registers is not declared: from Python 3.12 on, `isinstance` does not see it.
     prefers_slices: bool
+    has_gate: bool
+
+    @property
+    def stacks(self) -> "tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]":
+        """Weights and biases before and behind the activation, `(experts, out, in)` and `(experts, out)`."""
 
     def run_sorted(self, slots: "Tensor", counts: list[int]) -> "Tensor":
         """Apply each expert to its slice, of `counts` rows: `(slots, hidden)` to `(slots, hidden)`."""
+
+    def activate(self, x: "Tensor") -> "Tensor":
+        """Apply the activation and, in a gated network, the gate: `(slots, expert_size or twice that)`."""
 
 
 @runtime_checkable
@@ -52,6 +57,9 @@ class PackedSentences(Protocol):
     """
 
     lengths: list[int]
+
+    def unpack(self, x: "Tensor") -> "Tensor":
+        """Put the tokens back, `(1, tokens, ...)` to `(batch, seq, ...)`; padding is zero."""
 
 
 @runtime_checkable

@@ -1,8 +1,8 @@
 """Records of what the routers of a model decided, and the fields that an output has for them."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,28 +27,31 @@ class Routing(NamedTuple):
     """The decision of one network in one forward pass."""
 
     network: Any
-    logits: Tensor  # (batch, seq, experts)
+    logits: Any  # (batch, [seq,] experts), None where a table decides
     chosen: Tensor  # index, (tokens, top_k)
 
 
-# The decisions in the forward pass that runs in this thread; None outside of one that is recorded, as when a
-# checkpointed block runs again in the backward pass
-_records: ContextVar[list[Routing] | None] = ContextVar("routing", default=None)
+class _Thread(threading.local):
+    """State of the forward pass that runs in this thread; unlike a context variable, compilers can trace it."""
+
+    # None outside of a pass that is recorded, as when a checkpointed block runs again in the backward pass
+    records: list[Routing] | None = None
+
+
+_thread = _Thread()
 
 
 @contextmanager
 def recording() -> Iterator[list[Routing]]:
     """Collect the decisions of all networks that run inside, in order."""
-    records: list[Routing] = []
-    token = _records.set(records)
+    outer, _thread.records = _thread.records, []
     try:
-        yield records
+        yield _thread.records
     finally:
-        _records.reset(token)
+        _thread.records = outer
 
 
 def record(routing: Routing) -> None:
     """Add a decision to the records, if there are any."""
-    records = _records.get()
-    if records is not None:
-        records.append(routing)
+    if _thread.records is not None:
+        _thread.records.append(routing)

@@ -182,21 +182,20 @@ class OptimizedExperts(OptimizedModule):
     """Stacked experts that multiply slices of tokens sorted by expert."""
 
     prefers_slices = True
-    up_proj: Tensor
-    up_proj_bias: Tensor
-    down_proj: Tensor
-    down_proj_bias: Tensor
+    has_gate: bool
+    stacks: tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+    activate: Callable[[Tensor], Tensor]
     act_fn: Callable[[Tensor], Tensor]
 
     def source_tensors(self) -> list[Tensor | None]:
         """Return the stacked weights and biases."""
-        return [self.up_proj, self.up_proj_bias, self.down_proj, self.down_proj_bias]
+        return [tensor for stack in self.stacks for tensor in stack]
 
     def build_linears(self) -> InferenceLinears:
-        """Build the up-projections of all experts, followed by all down-projections."""
-        ups = [self.make_linear(w, b, self.act_fn) for w, b in zip(self.up_proj, self.up_proj_bias, strict=True)]
-        downs = [self.make_linear(w, b) for w, b in zip(self.down_proj, self.down_proj_bias, strict=True)]
-        return *ups, *downs
+        """Build what comes before the activation in all experts, followed by all down-projections."""
+        before, behind = (zip(w, [None] * len(w) if b is None else b, strict=True) for w, b in self.stacks)
+        fused = None if self.has_gate else self.act_fn
+        return *(self.make_linear(w, b, fused) for w, b in before), *(self.make_linear(w, b) for w, b in behind)
 
     def run_sorted(self, slots: Tensor, counts: list[int]) -> Tensor:
         """Apply each expert to its slice, `(slots, hidden)`."""
@@ -205,6 +204,8 @@ class OptimizedExperts(OptimizedModule):
             return super().run_sorted(slots, counts)  # type: ignore[misc]
         ups, downs = linears[: len(counts)], linears[len(counts) :]
         hidden = apply_to_slices(ups, ups[0].prepare(slots), counts)
+        if self.has_gate:
+            hidden = self.activate(hidden)
         return apply_to_slices(downs, downs[0].prepare(hidden), counts).to(slots.dtype)
 
 

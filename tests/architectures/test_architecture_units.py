@@ -155,7 +155,7 @@ def test_families_without_units_say_why(family):
 def test_other_types_are_refused():
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 24}
     moebert = MoEBertModel(MoEBertConfig(**sizes, num_experts=2, expert_size=12, num_shared_neurons=0))
-    with pytest.raises(ValueError, match="`intermediate.dense` of MoEBertLayer must be a plain .*got nothing. Merge"):
+    with pytest.raises(ValueError, match="`intermediate.dense` of BertLayer must be a plain .*got nothing. Merge"):
         find_unit_groups(moebert)
     with pytest.raises(ValueError, match="got 'Linear'"):
         find_unit_groups(torch.nn.Linear(2, 2))

@@ -40,7 +40,7 @@ def test_moebert_text_classification(tmp_path, run_study, few_resamples, monkeyp
     models = ["teacher", "converted", "student", "undistilled"]
     assert list(measurement["models"]) == models + [f"{model}, {form}" for model in models for form in WORKING]
     assert "| effective |" in (tmp_path / "student/report.md").read_text()
-    for file in ("README.md", "expert_load.png", "distillation_loss.png", "model.safetensors", "modeling_heads.py"):
+    for file in ("README.md", "expert_load.png", "distillation_loss.png", "model.safetensors", "modeling_moebert.py"):
         assert (tmp_path / "student" / file).stat().st_size > 0, file
     header, *rows = output.splitlines()[-5:]  # the output ends with a table of five lines
     assert re.split("  +", header) == list(measurement_rows(measurement)[0])

@@ -106,7 +106,11 @@ DISTILBERT = Architecture(
                     head_size="attention_head_size",
                 ),
             ),
-            feed_forwards=(FeedForwardPaths(up="ffn.lin1", activation="ffn.activation", down="ffn.lin2"),),
+            feed_forwards=(
+                FeedForwardPaths(
+                    up="ffn.lin1", activation="ffn.activation", down="ffn.lin2", outer_dropout="ffn.dropout"
+                ),
+            ),
         ),
     ),
     units=HEADS,
@@ -303,7 +307,7 @@ ARCHITECTURES = {
 }
 
 # What the model types of this package put before the type of the family, as in `shrunk_bert`, `mom_t5` and `moebert`
-OWN_PREFIXES = ("shrunk_", "mom_", "mpoe_", "moe")
+OWN_PREFIXES = ("shrunk_", "mom_", "mpoe_", "moe_", "moe")
 
 
 def find_architecture(model: Any) -> Architecture:

@@ -6,9 +6,9 @@ from .conversion import (
     measure_expert_load as measure_expert_load,
     save_importance as save_importance,
 )
-from .modeling_heads import (
+from .modeling_moebert import (
     MoEBertForQuestionAnswering as MoEBertForQuestionAnswering,
     MoEBertForSequenceClassification as MoEBertForSequenceClassification,
     MoEBertForTokenClassification as MoEBertForTokenClassification,
+    MoEBertModel as MoEBertModel,
 )
-from .modeling_moebert import MoEBertModel as MoEBertModel

@@ -8,59 +8,65 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_moebert.architectures.families import name_family
 from hf_moebert.architectures.heads import warn_of_untrained_head
 from hf_moebert.architectures.importance import LABELS, load_batches
+from hf_moebert.architectures.stock import refuse_other_classes, stock_classes
 from hf_moebert.checkpoints.tensor_files import read_tensors, save_tensors
 
-from .modeling_heads import (
-    MoEBertForQuestionAnswering,
-    MoEBertForSequenceClassification,
-    MoEBertForTokenClassification,
-)
-from .modeling_moebert import MoEBertModel, MoEBertPreTrainedModel
+from .configuration_moebert import ENCODERS, why_not_experts
+from .modeling_moebert import MoEBertPreTrainedModel, moe_class
 
 
 FORMAT_VERSION = "1"  # of importance files
-# The MoEBERT of each dense class
-MOEBERTS: dict[type[PreTrainedModel], type[MoEBertPreTrainedModel]] = {
-    BertModel: MoEBertModel,
-    BertForSequenceClassification: MoEBertForSequenceClassification,
-    BertForTokenClassification: MoEBertForTokenClassification,
-    BertForQuestionAnswering: MoEBertForQuestionAnswering,
-}
+
+
+def classes_to_cut(dense: type[PreTrainedConfig]) -> dict[str, type[PreTrainedModel]]:
+    """Return the classes of a family whose outputs can tell what routers decided, by the name of the Auto class."""
+    return {auto: stock for auto, stock in stock_classes(dense).items() if auto != "AutoModelForCausalLM"}
+
+
+def find_moe_class(model: PreTrainedModel) -> type[MoEBertPreTrainedModel]:
+    """Return the class of mixtures for a dense model.
+
+    Raises:
+        ValueError: If its family is not cut into experts, or its class is not one of transformers for the family.
+    """
+    family = name_family(model)
+    if reason := why_not_experts(family):
+        raise ValueError(
+            f"`model` must be of a family whose networks can be cut into experts, got {family!r}, of which they "
+            f"cannot, because {reason}. Use an encoder, one of {ENCODERS}."
+        )
+    known = classes_to_cut(type(model.config)).values()
+    dense = next((stock for stock in known if isinstance(model, stock)), None)
+    if dense is None:
+        refuse_other_classes(model, known)
+    return moe_class(dense)  # type: ignore[arg-type]  # refused above
 
 
 def from_dense(model: PreTrainedModel, importance: Tensor, **options: Any) -> MoEBertPreTrainedModel:
-    """Convert a fine-tuned dense BERT to the MoEBERT with the same head.
+    """Convert a fine-tuned dense model to the mixture of experts with the same head.
 
     Args:
-        model: The dense BERT. It is not changed.
+        model: The dense model, of a family that `hf_moebert.architectures` knows. It is not changed.
         importance: Score of each neuron, from `measure_importance`. Shape `(layers, intermediate)`.
         **options: See `MoEBertModel.from_dense`: `num_experts`, `expert_size`, `num_shared_neurons`, `routing`,
-            `token_counts`, `seed`, and further fields of `MoEBertConfig`.
+            `token_counts`, `seed`, and further fields of the configuration.
 
     Returns:
         The student in eval mode, with the dense model's dtype and device.
 
     Raises:
-        ValueError: If no MoEBERT has the model's head, or the importance or an option does not fit.
+        ValueError: If the family is not known, it has no such head, or the importance or an option does not fit.
 
     Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, section 3.2.
     """
-    for dense_class, moebert_class in MOEBERTS.items():
-        if isinstance(model, dense_class):
-            warn_of_untrained_head(model, "the student")
-            return moebert_class.from_dense(model, importance, **options)
-    names = ", ".join(dense_class.__name__ for dense_class in MOEBERTS)
-    raise ValueError(f"`model` must be one of {names}, got {type(model).__name__}. Other heads have no MoEBERT.")
+    student_class = find_moe_class(model)
+    warn_of_untrained_head(model, "the student")
+    return student_class.from_dense(model, importance, **options)
 
 
 def count_tokens(dataset: Any, vocab_size: int) -> Tensor:

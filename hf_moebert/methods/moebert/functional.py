@@ -43,26 +43,30 @@ def assign_neurons(importance: Tensor, num_experts: int, expert_size: int, num_s
 
 
 def cut_experts(
-    up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor, *, index: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, *, index: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """Copy each expert's neurons out of a dense feed-forward layer; every expert gets the whole output bias.
 
     Args:
-        up: Shape `(intermediate, hidden)`.
-        up_bias: Shape `(intermediate,)`.
+        up: One matrix above the other, where the network has a gate before its up-projection. Shape
+            `(gates * intermediate, hidden)`.
+        up_bias: Shape `(gates * intermediate,)`.
         down: Shape `(hidden, intermediate)`.
         down_bias: Shape `(hidden,)`.
         index: Neurons of each expert, from `assign_neurons`. Shape `(experts, expert_size)`.
 
     Returns:
-        The stacks `(experts, expert_size, hidden)`, `(experts, expert_size)`, `(experts, hidden, expert_size)` and
-        `(experts, hidden)`.
+        The stacks `(experts, gates * expert_size, hidden)`, `(experts, gates * expert_size)`, `(experts, hidden,
+        expert_size)` and `(experts, hidden)`; no biases where there are none.
 
     Source: section 3.2.
     """
     index = index.to(up.device)
+    units = down.shape[1]
+    rows = torch.cat([index + start for start in range(0, len(up), units)], dim=1)  # (experts, gates * expert_size)
     cut_down = down[:, index].transpose(0, 1).contiguous()  # (experts, hidden, expert_size)
-    return up[index], up_bias[index], cut_down, down_bias.repeat(len(index), 1)
+    bias = None if up_bias is None else up_bias[rows]
+    return up[rows], bias, cut_down, None if down_bias is None else down_bias.repeat(len(index), 1)
 
 
 def random_table(vocab_size: int, num_experts: int, *, generator: Generator) -> Tensor:

@@ -1,21 +1,20 @@
-"""The cut of a dense BERT: checks of what it is cut by, and the weights of the experts."""
+"""The cut of a dense model: checks of what it is cut by, and the weights of the experts."""
 
-from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .configuration_moebert import MoEBertConfig
+from .configuration_moebert import MoEFields
 from .functional import assign_neurons, cut_experts
+from .modeling_layers import MoEBertFeedForward
+from .modeling_surgery import FeedForward, matrix_of
 
 
-EXPERT_STACKS = ("up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
-
-
-def check_dense(model: Any, name: str) -> None:
-    """Refuse a model that is not the dense BERT with the same head, or whose matrices are not dense tensors."""
-    wanted = name.replace("MoEBert", "Bert")
-    if wanted not in {cls.__name__ for cls in type(model).__mro__} or model.config.is_heterogeneous:
+def check_dense(model: Any, dense_class: type, name: str) -> None:
+    """Refuse a model that is not of the dense class with the same head, or whose matrices are not dense tensors."""
+    wanted, ours = dense_class.__name__, getattr(model, "loads_strictly", False)
+    if ours or not isinstance(model, dense_class) or model.config.is_heterogeneous:  # type: ignore[attr-defined]
         raise ValueError(
             f"`model` must be a dense {wanted} to become a {name}, got {type(model).__name__}. Load it with "
             f"`{wanted}.from_pretrained`, merge adapters, and convert it before it is shrunk or compiled."
@@ -26,7 +25,7 @@ def check_dense(model: Any, name: str) -> None:
             f"`model` must be dense to be cut into the experts of {name}, but its form is {form!r}. Call "
             "`to_dense(model)` first."
         )
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if any(parameter.is_meta for parameter in model.parameters()):  # type: ignore[attr-defined]
         raise ValueError("`model` must hold its weights in memory, some are offloaded. Load it without offloading.")
 
 
@@ -54,45 +53,52 @@ def check_token_counts(token_counts: Tensor | None, vocab_size: int) -> None:
         )
 
 
-def load_experts(student: Any, dense: nn.Module, importance: Tensor) -> None:
-    """Fill a new MoEBERT with the weights of a dense BERT, cut into experts.
+def load_dense(student: Any, dense: nn.Module, found: list[FeedForward], importance: Tensor) -> None:
+    """Fill a new mixture with the weights of a dense model, cut into experts.
 
     Args:
-        student: The MoEBERT; its gates and tables stay as they were drawn.
-        dense: The dense BERT with the same head.
-        importance: Score of each neuron. Shape `(layers, intermediate)`.
+        student: The mixture; its gates and tables stay as they were drawn.
+        dense: The dense model with the same head.
+        found: Feed-forward networks of the dense model.
+        importance: Score of each neuron. Shape `(networks, width)`.
 
     Raises:
         ValueError: If body or head have other parts.
     """
-    prefix = "" if student.base_model is student else f"{student.base_model_prefix}."
-    state = cut_state(dense.state_dict(), importance, student.config, prefix)
+    networks = student.networks()
+    converted = [found[layer] for layer in student.config.converted_layers]
+    cut = [f"{path}." for network in converted for path in network.matrix_paths]
+    state = {name: x for name, x in dense.state_dict().items() if not name.startswith(tuple(cut))}
     missing, unexpected = student.load_state_dict(state, strict=False)
-    missing = without_routing(missing)
+    own = (*(f"{path}." for path in networks), "router.", f"{student.base_model_prefix}.router.")
+    missing = [name for name in missing if not name.startswith(own)]
     if missing or unexpected:
         raise ValueError(
             f"`model` must have the body and head of a dense {type(student).__name__}, got {type(dense).__name__}: "
             f"missing {missing}, unexpected {unexpected}. Convert with the class that has the same head."
         )
+    for layer, network, source in zip(student.config.converted_layers, networks.values(), converted, strict=True):
+        fill_experts(network, source, importance[layer], student.config)
 
 
-def cut_state(state: dict[str, Tensor], importance: Tensor, config: MoEBertConfig, prefix: str) -> dict[str, Tensor]:
-    """Rename and cut the feed-forward weights of a dense state dict, whose names begin with `prefix`."""
-    state = dict(state)
-    for layer in config.converted_layers:
-        name = f"{prefix}encoder.layer.{layer}."
-        for part in ("weight", "bias"):
-            state[f"{name}moe.LayerNorm.{part}"] = state.pop(f"{name}output.LayerNorm.{part}")
+@torch.no_grad()
+def fill_experts(network: MoEBertFeedForward, dense: FeedForward, importance: Tensor, config: MoEFields) -> None:
+    """Copy the neurons of a dense network to the experts that they are dealt to.
 
-        up, up_bias = (state.pop(f"{name}intermediate.dense.{part}") for part in ("weight", "bias"))
-        down, down_bias = (state.pop(f"{name}output.dense.{part}") for part in ("weight", "bias"))
-        index = assign_neurons(importance[layer], config.num_experts, config.expert_size, config.num_shared_neurons)
-        stacks = cut_experts(up, up_bias, down, down_bias, index=index)
-        for stack, tensor in zip(EXPERT_STACKS, stacks, strict=True):
-            state[f"{name}moe.experts.{stack}"] = tensor
-    return state
-
-
-def without_routing(names: Collection[str]) -> list[str]:
-    """Leave out the names of gates and hash tables, which no dense model has."""
-    return [name for name in names if not name.endswith((".gate.weight", "router.table"))]
+    Args:
+        network: The mixture.
+        dense: The network that it takes the place of.
+        importance: Score of each neuron. Shape `(width,)`.
+        config: Configuration of the mixture.
+    """
+    size, shared = config.expert_size or 0, config.num_shared_neurons or 0
+    index = assign_neurons(importance, config.num_experts, size, shared)
+    entries = [dense.part("up")] if dense.paths.gate is None else [dense.part("gate"), dense.part("up")]
+    down = dense.part("down")
+    up = torch.cat([matrix_of(linear) for linear in entries])  # (gates * width, hidden)
+    bias = None if down.bias is None else torch.cat([linear.bias for linear in entries])
+    tensors: Any = cut_experts(up, bias, matrix_of(down), down.bias, index=index)
+    for (weight, weight_bias), (cut, cut_bias) in zip(network.experts.stacks, (tensors[:2], tensors[2:]), strict=True):
+        weight.copy_(cut)
+        if weight_bias is not None:
+            weight_bias.copy_(cut_bias)

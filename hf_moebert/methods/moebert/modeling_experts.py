@@ -1,40 +1,67 @@
 """The stacked experts of one layer, and the ways to multiply them with their tokens."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
-from transformers.integrations.moe import (
-    ALL_EXPERTS_FUNCTIONS,
-    grouped_mm_experts_forward,
-    use_experts_implementation,
-)
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from .configuration_moebert import MoEBertConfig
+from .configuration_moebert import MoEFields
 from .functional import sort_by_expert, weigh_experts
 from .modeling_export import export_experts_forward, is_exporting
+from .modeling_surgery import FeedForward, matrix_of
 
 
 # Slots in order of their expert, the inverse permutation, and the number of slots of each expert
 Dispatch = tuple[Tensor, Tensor, list[int]]
 
 
-@use_experts_implementation(has_gate=False, has_bias=True)
 class MoEBertExperts(nn.Module):
-    """The experts of one layer: up-projection, activation, down-projection, stacked along the first dimension."""
+    """The experts of one layer: up-projection, activation, down-projection, stacked along the first dimension.
+
+    Names and attributes are those by which transformers' implementations of experts know them.
+
+    Args:
+        dense: The network that they are cut from; its weights are not copied.
+        config: Configuration of the model.
+
+    Raises:
+        ValueError: If the network's matrices do not agree on biases.
+    """
 
     prefers_slices = False  # whether `sorted_mm` multiplies slices on every device
+    has_post_expert_norm = is_transposed = _is_expert_parallel = False
+    is_concatenated = True
 
-    def __init__(self, config: MoEBertConfig) -> None:
+    def __init__(self, dense: FeedForward, config: MoEFields) -> None:
         super().__init__()
-        self.num_experts = config.num_experts
+        up, down = dense.part("up"), dense.part("down")
+        hidden, units = matrix_of(down).shape
+        gates = matrix_of(up).shape[0] // units + (dense.paths.gate is not None)  # matrices before the activation
+        if (up.bias is None) != (down.bias is None):
+            raise ValueError(
+                f"Up- and down-projection of {dense.path} must both have a bias or none. Use another model."
+            )
+        self.config, self.num_experts = config, config.num_experts
+        self.has_gate, self.has_bias = gates == 2, up.bias is not None
         self.active_fraction = config.top_k / config.num_experts  # read by `measure_footprint`
-        experts, size, hidden = config.num_experts, config.expert_size, config.hidden_size
-        self.up_proj = nn.Parameter(torch.empty(experts, size, hidden))
-        self.up_proj_bias = nn.Parameter(torch.empty(experts, size))
+        experts, size = config.num_experts, config.expert_size or 0
+        self.entry = "gate_up_proj" if self.has_gate else "up_proj"
+        self.register_parameter(self.entry, nn.Parameter(torch.empty(experts, gates * size, hidden)))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, size))
-        self.down_proj_bias = nn.Parameter(torch.empty(experts, hidden))
-        self.act_fn = ACT2FN[config.hidden_act]
+        if self.has_bias:
+            self.register_parameter(f"{self.entry}_bias", nn.Parameter(torch.empty(experts, gates * size)))
+            self.down_proj_bias = nn.Parameter(torch.empty(experts, hidden))
+        self.act_fn = dense.part("activation")
+        self.inner_dropout = dense.part("inner_dropout") or nn.Identity()
+
+    @property
+    def stacks(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+        """Weights and biases before and behind the activation, `(experts, out, in)` and `(experts, out)`."""
+        entry: Any = getattr(self, self.entry)
+        biases: Any = (getattr(self, f"{self.entry}_bias"), self.down_proj_bias) if self.has_bias else (None, None)
+        return (entry, biases[0]), (self.down_proj, biases[1])
 
     def forward(
         self,
@@ -43,7 +70,7 @@ class MoEBertExperts(nn.Module):
         top_k_weights: Tensor | None,
         dispatch: Dispatch | None = None,
     ) -> Tensor:
-        """Multiply each expert with its slice of the sorted tokens: the "eager" implementation.
+        """Multiply each expert with its tokens, by the implementation that the configuration names.
 
         Args:
             hidden_states: Shape `(tokens, hidden)`.
@@ -54,12 +81,19 @@ class MoEBertExperts(nn.Module):
         Returns:
             Weighted sum of the chosen experts' outputs. Shape `(tokens, hidden)`.
         """
-        return self.run_slices(hidden_states, top_k_index, top_k_weights, dispatch)
+        name = self.config._experts_implementation  # type: ignore[attr-defined]  # of the family's base class
+        run = ALL_EXPERTS_FUNCTIONS.get_interface(name, MoEBertExperts.run_slices)
+        extra = {} if dispatch is None else {"dispatch": dispatch}  # implementations of transformers do not know it
+        return run(self, hidden_states, top_k_index, top_k_weights, **extra)
 
     def run_slices(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor | None, dispatch: Dispatch | None
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor | None,
+        dispatch: Dispatch | None = None,
     ) -> Tensor:
-        """Do what `forward` says; transformers replaces `forward` itself with the chosen implementation."""
+        """Multiply each expert with its slice of the sorted tokens: the "eager" implementation, as `forward`."""
         tokens, top_k = top_k_index.shape
         if self.num_experts == 1:
             return self.run_sorted(hidden_states, [tokens])
@@ -78,17 +112,26 @@ class MoEBertExperts(nn.Module):
 
     def run_sorted(self, slots: Tensor, counts: list[int]) -> Tensor:
         """Apply each expert to its slice of the sorted slots, of `counts` rows, `(slots, hidden)`."""
-        slots = self.act_fn(multiply_slices(slots, counts, self.up_proj, self.up_proj_bias))
-        return multiply_slices(slots, counts, self.down_proj, self.down_proj_bias)
+        before, behind = self.stacks
+        return multiply_slices(self.activate(multiply_slices(slots, counts, *before)), counts, *behind)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Apply the activation and, in a gated network, the gate: `(slots, expert_size or twice that)`."""
+        return self.inner_dropout(self._apply_gate(x) if self.has_gate else self.act_fn(x))
+
+    def _apply_gate(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)  # (slots, expert_size) each
+        return self.act_fn(gate) * up
 
 
-def multiply_slices(slots: Tensor, counts: list[int], weight: Tensor, bias: Tensor) -> Tensor:
+def multiply_slices(slots: Tensor, counts: list[int], weight: Tensor, bias: Tensor | None) -> Tensor:
     """Apply each expert's linear map to its slice of the sorted slots, `(slots, in)` to `(slots, out)`."""
     if len(slots) in counts:  # one expert has all slots
         expert = counts.index(len(slots))
-        return F.linear(slots, weight[expert], bias[expert])
+        return F.linear(slots, weight[expert], None if bias is None else bias[expert])
     # `unbind` once: the backward of an index into a stack zero-fills the whole stack for every expert
-    experts = zip(slots.split(counts), weight.unbind(0), bias.unbind(0), strict=True)
+    biases = [None] * len(weight) if bias is None else bias.unbind(0)
+    experts = zip(slots.split(counts), weight.unbind(0), biases, strict=True)
     return torch.cat([F.linear(*expert) for expert in experts])
 
 
@@ -108,11 +151,12 @@ def can_group(experts: MoEBertExperts, device: str) -> bool:
     """Check whether transformers' `grouped_mm` can multiply these experts.
 
     It cannot with a single expert, in float64, with rows that are no multiple of 16 bytes, and under autocast, which
-    it ignores.
+    it ignores; nor does it know dropout between the matrices.
     """
-    dtype = experts.up_proj.dtype
-    aligned = all(size * dtype.itemsize % 16 == 0 for size in experts.up_proj.shape[1:])
-    if experts.num_experts == 1 or dtype == torch.float64 or not aligned:
+    (weight, _), _ = experts.stacks
+    aligned = all(size * weight.dtype.itemsize % 16 == 0 for size in (*weight.shape[1:], experts.down_proj.shape[2]))
+    dropped = experts.training and getattr(experts.inner_dropout, "p", 0) > 0
+    if experts.num_experts == 1 or weight.dtype == torch.float64 or not aligned or dropped:
         return False
     return torch.compiler.is_compiling() or not torch.is_autocast_enabled(device)
 

@@ -25,11 +25,12 @@ def export_experts_forward(
     top_k = top_k_index.shape[1]
     index = top_k_index.flatten()  # (tokens * top_k,)
     slots = [(index == expert).nonzero().squeeze(1) for expert in range(self.num_experts)]
-    weights = zip(self.up_proj, self.up_proj_bias, self.down_proj, self.down_proj_bias, strict=True)
+    (entries, entry_biases), (exits, exit_biases) = self.stacks
     outputs = []
-    for chosen, (up, up_bias, down, down_bias) in zip(slots, weights, strict=True):
+    for expert, chosen in enumerate(slots):
         x = hidden_states.index_select(0, chosen if top_k == 1 else chosen // top_k)  # (chosen, hidden)
-        outputs.append(F.linear(self.act_fn(F.linear(x, up, up_bias)), down, down_bias))
+        x = self.activate(F.linear(x, entries[expert], None if entry_biases is None else entry_biases[expert]))
+        outputs.append(F.linear(x, exits[expert], None if exit_biases is None else exit_biases[expert]))
     output = hidden_states.new_empty(index.shape[0], hidden_states.shape[1])
     output = output.index_copy(0, torch.cat(slots), torch.cat(outputs))  # (tokens * top_k, hidden)
     return output if top_k_weights is None else weigh_experts(output, top_k_weights).to(hidden_states.dtype)

@@ -1,31 +1,99 @@
-"""The routing that chooses among experts, and the layers that the experts live in."""
+"""The routing that chooses among experts, and the networks that the experts live in."""
 
-from contextlib import nullcontext
-from typing import Any
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.bert.modeling_bert import BertAttention, BertLayer
 
-from .configuration_moebert import MoEBertConfig
+from .configuration_moebert import MoEFields
 from .functional import balanced_table, choose_experts, masked_mean, random_table, sentence_means
-from .functional_routing import expert_load
+from .functional_routing import real_tokens
 from .modeling_experts import Dispatch, MoEBertExperts, plan_dispatch, should_slice
+from .modeling_routing import Routing, record, recording
+from .modeling_surgery import FeedForward
 
 
-# Expert of each token `(tokens,)` where a table names it, and the tokens sorted by it
-Route = tuple[Tensor | None, Dispatch | None]
+class Route(NamedTuple):
+    """The batch that runs through a model, as far as its networks need to know it.
+
+    Attributes:
+        token_mask: True at real tokens, `(batch, seq)`; `None` if all are.
+        lengths: Tokens of each sentence, where the batch is one row of them without padding.
+        tables: Of each network, the expert of each token `(tokens,)` and the tokens sorted by it; `None` with gates.
+    """
+
+    token_mask: Tensor | None
+    lengths: list[int] | None
+    tables: list[tuple[Tensor, Dispatch | None]] | None
+
+
+class _Thread(threading.local):
+    """State that the layers between a model and its experts do not pass on, of the forward pass of this thread."""
+
+    route: Route | None = None
+    scale: Tensor | None = None  # of the last network, for what follows it in its layer
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def routing(route: Route) -> Iterator[None]:
+    """Run what is inside with a route."""
+    outer, _thread.route = _thread.route, route
+    try:
+        yield
+    finally:
+        _thread.route = outer
+
+
+def keep_route(checkpoint: Callable) -> Callable:
+    """Wrap a function that checkpoints activations, so that a layer that runs again takes the route it took at first.
+
+    What its networks recorded becomes an output of the layer, since with reentrant checkpointing only outputs have
+    gradients.
+    """
+
+    @functools.wraps(checkpoint)
+    def wrapped(function: Callable, *args: Any, **kwargs: Any) -> Any:
+        route, records = _thread.route, []  # type: ignore[var-annotated]  # of this call
+        if route is None:
+            return checkpoint(function, *args, **kwargs)
+
+        def run(*inputs: Any) -> tuple[Any, ...]:
+            with routing(route), recording() as inner:
+                output = function(*inputs)
+            records[:] = inner
+            single = not isinstance(output, tuple)
+            return (single, *((output,) if single else output), *(decision.logits for decision in inner))
+
+        single, *outputs = checkpoint(run, *args, **kwargs)
+        first = len(outputs) - len(records)
+        for decision, logits in zip(records, outputs[first:], strict=True):
+            record(decision._replace(logits=logits))
+        return outputs[0] if single else tuple(outputs[:first])
+
+    return wrapped
+
+
+def scale_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    """Multiply the end of a layer by the probability of its expert, as the paper's code does: a forward hook."""
+    scale, _thread.scale = _thread.scale, None
+    return output if scale is None else output * scale.view(*output.shape[:2], 1).to(output.dtype)
 
 
 class MoEBertHashRouter(nn.Module):
     """The expert of every token id in every converted layer, as tables that travel with the weights."""
 
-    def __init__(self, config: MoEBertConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
-        shape = (len(config.converted_layers), config.vocab_size)
+        shape = (len(self.config.converted_layers), self.config.vocab_size)
         self.table: Tensor = nn.Buffer(torch.empty(shape, dtype=torch.uint8))  # (layers, vocab)
 
     def draw_table(self, vocab_size: int, token_counts: Tensor | None = None) -> Tensor:
@@ -43,7 +111,7 @@ class MoEBertHashRouter(nn.Module):
         drawn = self.draw_table(vocab_size)[:, known.shape[1] :].to(known.device)
         self.table = torch.cat([known, drawn], dim=1)
 
-    def forward(self, input_ids: Tensor) -> list[Route]:
+    def forward(self, input_ids: Tensor) -> list[tuple[Tensor, Dispatch | None]]:
         """Look up the experts of all tokens in every converted layer, and sort the tokens where slices will be run."""
         index = self.table[:, input_ids.flatten()].long()  # (layers, tokens)
         plans: list[Any] = [None] * len(index)
@@ -55,9 +123,6 @@ class MoEBertHashRouter(nn.Module):
 class MoEBertGate(nn.Linear):
     """A linear gate whose logits are computed in float32, whatever the model's dtype or autocast."""
 
-    def __init__(self, config: MoEBertConfig) -> None:
-        super().__init__(config.hidden_size, config.num_experts, bias=False)
-
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Score the experts, `(..., experts)`."""
         device = hidden_states.device.type
@@ -66,61 +131,66 @@ class MoEBertGate(nn.Linear):
             return F.linear(hidden_states.float(), self.weight.float())
 
 
-class MoEBertBlock(nn.Module):
-    """The mixture of experts in the place of a feed-forward network, with its residual and LayerNorm."""
+class MoEBertFeedForward(nn.Module):
+    """A mixture of experts in the place of a feed-forward network; residual and normalisation stay the layer's own.
 
-    def __init__(self, config: MoEBertConfig) -> None:
+    Args:
+        dense: The network whose place it takes.
+        config: Configuration of the model.
+        index: Its number among the mixtures of the model.
+    """
+
+    def __init__(self, dense: FeedForward, config: MoEFields, index: int) -> None:
         super().__init__()
-        self.top_k, self.scaling = config.top_k, config.gate_scaling
+        self.index, self.top_k, self.scaling = index, config.top_k, config.gate_scaling
         self.by_sentence = config.routing == "gate-sentence"
-        self.gate = MoEBertGate(config) if config.uses_gate else None
-        self.experts = MoEBertExperts(config)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.experts = MoEBertExperts(dense, config)
+        hidden = self.experts.down_proj.shape[1]
+        self.gate = MoEBertGate(hidden, config.num_experts, bias=False) if config.uses_gate else None
+        self.dropout = dense.part("outer_dropout") or nn.Identity()
 
-    def forward(
-        self, hidden_states: Tensor, token_mask: Tensor, hash_route: Route, lengths: list[int] | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Route, run the experts, add the residual and normalise.
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Route, and run the experts.
 
         Args:
-            hidden_states: Output of the attention. Shape `(batch, seq, hidden)`.
-            token_mask: True at real tokens. Shape `(batch, seq)`.
-            hash_route: What the hash router returns; `(None, None)` with a gate.
-            lengths: Tokens of each sentence, where the batch is one row of them without padding.
+            hidden_states: What the dense network reads. Shape `(batch, seq, hidden)`.
 
         Returns:
-            Output of the block, the gate's logits, and the experts of each token, `(batch * seq, top_k)`.
+            Shape `(batch, seq, hidden)`.
+
+        Raises:
+            ValueError: If it runs outside of its model, which knows the route.
 
         Source: eqs. 2 and 3.
         """
-        logits, scale = None, None
-        expert_index, dispatch = hash_route
-        if expert_index is not None:
-            index = expert_index.unsqueeze(-1)  # (tokens, 1)
+        route = _thread.route
+        if route is None:
+            raise ValueError("A layer of experts must run within its model, which knows the tokens. Call the model.")
+        dispatch = None
+        if route.tables is not None:
+            expert_index, dispatch = route.tables[self.index]
+            logits, index = None, expert_index.unsqueeze(-1)  # (tokens, 1)
             weights = None if dispatch else torch.ones_like(index, dtype=hidden_states.dtype)
         else:
-            logits, index, weights = self.route(hidden_states, token_mask, lengths)
+            logits, index, weights = self.route(hidden_states, route)
             weights = weights.to(hidden_states.dtype)
             if self.scaling == "reference":
-                weights, scale = torch.ones_like(weights), weights
-
-        extra = {"dispatch": dispatch} if dispatch else {}  # implementations of transformers do not know it
+                weights, _thread.scale = torch.ones_like(weights), weights
+        record(Routing(self, logits, index))
         tokens = hidden_states.flatten(0, 1)  # (tokens, hidden)
-        output = self.experts(tokens, index, weights, **extra).view_as(hidden_states)
-        output = self.LayerNorm(self.dropout(output) + hidden_states)
-        if scale is not None:
-            output = output * scale.view(*output.shape[:2], 1).to(output.dtype)
-        return output, logits, index
+        return self.dropout(self.experts(tokens, index, weights, dispatch).view_as(hidden_states))
 
-    def route(
-        self, hidden_states: Tensor, token_mask: Tensor, lengths: list[int] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def route(self, hidden_states: Tensor, route: Route) -> tuple[Tensor, Tensor, Tensor]:
         """Ask the gate: logits `(batch, [seq,] experts)`, index and weights of each token `(batch * seq, top_k)`."""
-        assert self.gate is not None  # a hash router would have given the route
-        logits = self.gate(hidden_states)
-        if self.by_sentence:  # a gate is linear: the mean of its logits is its logits of the mean, and takes less time
-            logits = masked_mean(logits, token_mask) if lengths is None else sentence_means(logits, lengths)
+        assert self.gate is not None  # a hash router would have given the experts
+        logits, lengths = self.gate(hidden_states), route.lengths
+        if self.by_sentence and lengths is not None:
+            logits = sentence_means(logits, lengths)
+        elif (
+            self.by_sentence
+        ):  # a gate is linear: the mean of its logits is its logits of the mean, and takes less time
+            mask = real_tokens(None, logits.shape[:2]) if route.token_mask is None else route.token_mask
+            logits = masked_mean(logits, mask.to(logits.device))
         scaling = "straight-through" if self.scaling == "straight-through" else "probability"
         index, weights = choose_experts(logits, self.top_k, scaling)
 
@@ -133,66 +203,3 @@ class MoEBertBlock(nn.Module):
         if lengths is not None:
             return values.repeat_interleave(torch.tensor(lengths), dim=0)
         return values.unsqueeze(1).expand(-1, hidden_states.shape[1], -1)
-
-
-class MoEBertLayer(GradientCheckpointingLayer):
-    """A BERT layer with a mixture of experts."""
-
-    def __init__(self, config: MoEBertConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.num_experts = config.num_experts
-        self.attention = BertAttention(config, layer_idx=layer_idx)
-        self.moe = MoEBertBlock(config)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        token_mask: Tensor,
-        hash_route: Route,
-        output_expert_load: bool = False,
-        sentences: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the hidden states, the gate's logits, and the experts' load if asked for.
-
-        `sentences` divides one row of tokens without padding; whoever gives it has attention that knows it.
-        """
-        packed = {} if sentences is None else {"sentences": sentences}
-        hidden_states, _ = self.attention(hidden_states, attention_mask, **packed, **kwargs)
-        lengths = None if sentences is None else sentences.lengths
-        hidden_states, logits, index = self.moe(hidden_states, token_mask, hash_route, lengths)
-        load = expert_load(index, token_mask.flatten(), self.num_experts) if output_expert_load else None
-        return hidden_states, logits, load
-
-
-class MoEBertEncoder(nn.Module):
-    """The layers, dense and converted."""
-
-    def __init__(self, config: MoEBertConfig) -> None:
-        super().__init__()
-        converted = set(config.converted_layers)
-        self.layer = nn.ModuleList()
-        for index in range(config.num_hidden_layers):
-            layer_class = MoEBertLayer if index in converted else BertLayer
-            self.layer.append(layer_class(config, layer_idx=index))
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        token_mask: Tensor,
-        hash_routes: list[Route],
-        **kwargs: Any,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return the last hidden states, and the gates' logits of each converted layer."""
-        if hidden_states.shape[0] == 0:  # the attention of transformers cannot take an empty batch
-            return hidden_states, []
-        router_logits, routes = [], iter(hash_routes)
-        for layer in self.layer:
-            if isinstance(layer, MoEBertLayer):
-                hidden_states, logits, _ = layer(hidden_states, attention_mask, token_mask, next(routes), **kwargs)
-                router_logits.append(logits)
-            else:
-                hidden_states = layer(hidden_states, attention_mask, **kwargs)
-        return hidden_states, router_logits

@@ -1,237 +1,214 @@
-"""BERT with mixtures of experts in place of its feed-forward networks."""
+"""Models whose feed-forward networks are mixtures of experts: one base for all, and a class for each of transformers'.
 
-from dataclasses import dataclass
+The experts of a layer take the place of its down-projection, or of the module that holds the network; everything else
+stays as transformers built it, under its own name.
+"""
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import initialization as init
-from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.bert.modeling_bert import (
-    BertEmbeddings,
-    BertPooler,
-    BertPreTrainedModel,
-    BertSelfAttention,
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    PreTrainedModel,
+    initialization as init,
 )
-from transformers.utils import logging
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils import ModelOutput, logging
+from transformers.utils.generic import can_return_tuple
 
-from .configuration_moebert import MoEBertConfig
+from .configuration_families import find_architecture
+from .configuration_moebert import PREFIX, MoEBertConfig, moe_config, why_not_experts
 from .functional import choose_experts
 from .functional_routing import balance_loss, expert_load, real_tokens
-from .modeling_dense import check_dense, check_importance, check_token_counts, load_experts
+from .modeling_dense import check_dense, check_importance, check_token_counts, load_dense
+from .modeling_empty_losses import zero_empty_loss
 from .modeling_experts import MoEBertExperts
-from .modeling_layers import MoEBertEncoder, MoEBertHashRouter, MoEBertLayer, Route
-from .modeling_routing import RoutingOutput
+from .modeling_inputs import check_classes, check_inputs
+from .modeling_layers import (
+    MoEBertFeedForward,
+    MoEBertGate,
+    MoEBertHashRouter,
+    Route,
+    keep_route,
+    routing,
+    scale_output,
+)
+from .modeling_outputs import with_routing
+from .modeling_routing import Routing, recording
 from .modeling_strict import StrictModel
+from .modeling_surgery import find_feed_forwards, get_part
 
 
 logger = logging.get_logger(__name__)
 MAX_IDLE_STEPS = 100  # training steps without a token after which an expert counts as dead
+FLAGS = ("output_router_logits", "output_expert_load")
+# Where version 0.1, which knew BERT alone, kept the experts and the normalisation behind them
+NAMES_OF_0_1 = {
+    r"encoder\.layer\.(\d+)\.moe\.LayerNorm\.": r"encoder.layer.\1.output.LayerNorm.",
+    r"encoder\.layer\.(\d+)\.moe\.": r"encoder.layer.\1.output.dense.",
+}
 
 
-@dataclass
-class MoEBertOutput(RoutingOutput):
-    """The fields that every MoEBERT output has besides those of the base class.
+class _Thread(threading.local):
+    """State that a head and its body exchange, past the classes of transformers between them."""
 
-    Args:
-        expert_load: Real tokens that each expert of each converted layer processed, `(experts,)`.
-    """
-
-    expert_load: tuple[Tensor, ...] | None = None
+    wanted: dict[str, bool] | None = None  # the records that the head was asked for; None outside of a head
+    decisions: dict[str, Any]  # what the routers of the body decided
 
 
-@dataclass
-class MoEBertModelOutput(MoEBertOutput, BaseModelOutputWithPooling):
-    """Output of `MoEBertModel`."""
+_thread = _Thread()
 
 
-class MoEBertPreTrainedModel(StrictModel, BertPreTrainedModel):
-    """Base class of all MoEBERTs: initialisation, growing the vocabulary, and conversion of a dense model."""
+def add_routing(forward: Callable) -> Callable:
+    """Wrap the forward of a class of transformers, so that its output has what the routers decided."""
+    names = list(inspect.signature(forward).parameters)[1:]
+
+    @can_return_tuple
+    @functools.wraps(forward)  # with its signature, by which transformers chooses columns
+    def wrapped(self: "MoEBertPreTrainedModel", *args: Any, **kwargs: Any) -> ModelOutput:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        given.pop("return_dict", None)
+        wanted = {name: given.pop(name, None) for name in FLAGS}
+        wanted = {name: getattr(self.config, name) if flag is None else flag for name, flag in wanted.items()}
+        run = functools.partial(forward, self, return_dict=True)
+        return self.run_body(run, given, wanted) if self.base_model is self else self.run_head(run, given, wanted)
+
+    return wrapped
+
+
+class MoEBertPreTrainedModel(StrictModel):
+    """Base of all mixtures of experts; a subclass only adds the class of transformers that it extends."""
 
     config: MoEBertConfig
     accepts_loss_kwargs = False  # losses are means over the batch: the Trainer divides by accumulation steps
-    _no_split_modules = ["BertEmbeddings", "BertLayer", "MoEBertLayer"]
-    _can_record_outputs = {
-        "hidden_states": GradientCheckpointingLayer,  # dense layers and converted ones alike
-        "attentions": BertSelfAttention,
-        "router_logits": OutputRecorder(MoEBertLayer, index=1),  # at the layer: survives reentrant checkpointing
-        "expert_load": OutputRecorder(MoEBertLayer, index=2),
-    }
+    router: MoEBertHashRouter | None  # of a body
+    steps: int  # training steps with gates, of a body
+    idle_steps: Tensor | None  # since each expert's last token, (layers, experts), of a body
 
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return True  # transformers would look for its decorator in another file
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if MoEBertPreTrainedModel in cls.__bases__:  # further subclasses inherit the wrapped method
+            dense: Any = cls.__bases__[1]
+            cls.forward = add_routing(dense.forward)
+            _made[dense] = cls
 
-    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """Prefer `sorted_mm` to the choice of transformers."""
-        return super().get_correct_experts_implementation(requested_experts or "sorted_mm")
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, MoEBertExperts):
-            for weight, bias in ((module.up_proj, module.up_proj_bias), (module.down_proj, module.down_proj_bias)):
-                init.normal_(weight, std=self.config.initializer_range)
-                init.zeros_(bias)
-        elif isinstance(module, MoEBertHashRouter):
-            init.copy_(module.table, module.draw_table(self.config.vocab_size))
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize the embeddings like the base class, and the hash tables with them."""
-        embeddings = super().resize_token_embeddings(*args, **kwargs)
-        if self.base_model.router is not None:
-            self.base_model.router.resize(embeddings.num_embeddings)
-        return embeddings
-
-    @classmethod
-    @torch.no_grad()
-    def from_dense(
-        cls,
-        model: BertPreTrainedModel,
-        importance: Tensor,
-        *,
-        num_experts: int = 4,
-        expert_size: int | None = None,
-        num_shared_neurons: int | None = None,
-        routing: str = "hash-random",
-        token_counts: Tensor | None = None,
-        seed: int = 0,
-        **options: Any,
-    ) -> Self:
-        """Convert a fine-tuned dense BERT with the same head: cut its feed-forward networks into experts.
-
-        Args:
-            model: Any model of BERT's architecture, e.g. `BertForSequenceClassification`. It is not changed.
-            importance: Score of each neuron, from `measure_importance`. Shape `(layers, intermediate)`.
-            num_experts: Experts per converted layer.
-            expert_size: Neurons per expert; by default `intermediate_size // num_experts`, as in the paper.
-            num_shared_neurons: Neurons that every expert gets; by default `intermediate_size // 6`, as in the paper,
-                but at most two thirds of an expert, the paper's share, so that many experts still differ.
-            routing: See `MoEBertConfig`.
-            token_counts: Occurrences of each token id in the training corpus, for `hash-balanced`. Shape `(vocab,)`.
-            seed: Seed of hash tables and gates.
-            **options: Further fields of `MoEBertConfig`: `top_k`, `gate_scaling`, `router_aux_loss_coef`,
-                `layers`.
-
-        Returns:
-            The student in eval mode, with the dense model's dtype and device.
-
-        Raises:
-            ValueError: If the importance, the model or an option does not fit.
-
-        Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, section 3.2.
-        """
-        check_dense(model, cls.__name__)
-        dense_size = model.config.intermediate_size
-        count = num_experts if isinstance(num_experts, int) and num_experts > 0 else 1  # the config refuses others
-        expert_size = dense_size // count if expert_size is None else expert_size
-        if num_shared_neurons is None:
-            num_shared_neurons = min(dense_size // 6, expert_size * 2 // 3)
-        config = cls.config_class.from_dense(
-            model.config,
-            num_experts=num_experts,
-            expert_size=expert_size,
-            num_shared_neurons=num_shared_neurons,
-            routing=routing,
-            routing_seed=seed,
-            **options,
-        )
-        check_importance(importance, (config.num_hidden_layers, dense_size))
-        if routing == "hash-balanced":
-            check_token_counts(token_counts, config.vocab_size)
-
-        with torch.random.fork_rng(devices=[]):  # gates are drawn from `seed`, and nothing else is disturbed
-            torch.manual_seed(seed)
-            pooling = {"add_pooling_layer": False} if getattr(model, "pooler", model) is None else {}
-            student = cls(config, **pooling).to(dtype=model.dtype, device=model.device)
-        load_experts(student, model, importance)
-        if routing == "hash-balanced":
-            router = student.base_model.router
-            router.table.copy_(router.draw_table(config.vocab_size, token_counts))
-        return student.eval()
-
-
-class MoEBertModel(MoEBertPreTrainedModel):
-    """The encoder: embeddings, layers of which some hold experts, and an optional pooler."""
-
-    def __init__(self, config: MoEBertConfig, add_pooling_layer: bool = True) -> None:
-        super().__init__(config)
-        self.embeddings = BertEmbeddings(config)
-        self.router = None if config.uses_gate else MoEBertHashRouter(config)
-        self.encoder = MoEBertEncoder(config)
-        self.pooler = BertPooler(config) if add_pooling_layer else None
-        self.steps = 0  # training steps with gates
-        self.idle_steps: Tensor | None = None  # since each expert's last token, (layers, experts)
+    def __init__(self, config: MoEBertConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        body: Any = self.base_model
+        if body is not self:  # transformers' heads build the stock body
+            body.__class__ = moe_class(type(body))
+            # What a class can record is noted when its first model is built, and this one was built as another
+            PreTrainedModel.__init__(body.__class__.__new__(body.__class__), config)
+        body.build_experts()
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        """Return the word embeddings."""
-        return self.embeddings.word_embeddings
+    def build_experts(self) -> None:
+        """Put experts in the place of the feed-forward networks of this body, and a router before them."""
+        found = find_feed_forwards(self)
+        hooked = self.config.gate_scaling == "reference"
+        if hooked and not find_architecture(self).bert_like:
+            raise ValueError(
+                "`gate_scaling` 'reference' needs layers that compute as BERT's do, got a "
+                f"{type(self).__name__}. Use 'probability'."
+            )
+        for index, layer in enumerate(self.config.converted_layers):
+            dense = found[layer]
+            dense.replace_in(self, MoEBertFeedForward(dense, self.config, index))
+            if hooked:
+                get_part(dense.layer, "output.LayerNorm").register_forward_hook(scale_output)
+        self.router = None if self.config.uses_gate else MoEBertHashRouter(self.config)
+        self.steps, self.idle_steps = 0, None
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the word embeddings."""
-        self.embeddings.word_embeddings = value
+    def networks(self) -> dict[str, MoEBertFeedForward]:
+        """Return the mixtures of experts by path, from the first layer to the last."""
+        return {path: module for path, module in self.named_modules() if isinstance(module, MoEBertFeedForward)}
 
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> MoEBertModelOutput:
-        """Encode a batch.
+    # ------------------------------------------------------------------------------------------------- running
 
-        Args:
-            input_ids: Token ids; what hash routing looks at. Shape `(batch, seq)`.
-            attention_mask: 1 or True at real tokens, shape `(batch, seq)`; or a ready mask `(batch, 1, seq, seq)`.
-            token_type_ids: Shape `(batch, seq)`.
-            position_ids: Shape `(batch, seq)`.
-            inputs_embeds: Embeddings in place of ids, only with a gate. Shape `(batch, seq, hidden)`.
-            **kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `output_expert_load`,
-                `return_dict`.
+    def run_head(self, forward: Callable, given: dict[str, Any], wanted: dict[str, bool]) -> ModelOutput:
+        """Run a head of transformers around its body, and add the balance loss to its loss."""
+        check_classes(self, given)
+        _thread.wanted = wanted
+        try:
+            outputs = forward(**given)
+            decisions = _thread.decisions
+        finally:
+            _thread.wanted = None
+        zero_empty_loss(self, (), given, outputs)
+        if decisions["aux_loss"] is not None and outputs.get("loss") is not None:
+            outputs["loss"] = outputs["loss"] + self.config.router_aux_loss_coef * decisions["aux_loss"]
+        elif decisions["aux_loss"] is not None and self.training and torch.is_grad_enabled():
+            logger.warning_once(
+                "Without labels the balance loss is in no loss, as with `label_smoothing_factor`: add "
+                "`router_aux_loss_coef * aux_loss`."
+            )
+        return with_routing(outputs, **decisions)
 
-        Raises:
-            ValueError: If ids, lengths or devices do not fit the model.
-        """
-        self._check_inputs(input_ids, inputs_embeds, position_ids)
-        hidden_states = self.embeddings(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            inputs_embeds=inputs_embeds,
-        )
-        token_mask = real_tokens(attention_mask, hidden_states.shape[:2]).to(hidden_states.device)
-        attention_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
-        )
-        no_route: Route = (None, None)
-        routes = self.router(input_ids) if self.router else [no_route] * len(self.config.converted_layers)
-        kwargs.setdefault("output_expert_load", self.config.output_expert_load)
-        hidden_states, router_logits = self.encoder(hidden_states, attention_mask, token_mask, routes, **kwargs)
-        if self.training and self.config.uses_gate and router_logits and not torch.compiler.is_compiling():
-            self._warn_of_idle_experts(router_logits, token_mask)
-        return MoEBertModelOutput(
-            last_hidden_state=hidden_states,
-            pooler_output=None if self.pooler is None else self.pooler(hidden_states),
-            aux_loss=self._balance_loss(router_logits, token_mask, kwargs.get("sentences")),
-        )
+    def run_body(self, forward: Callable, given: dict[str, Any], wanted: dict[str, bool]) -> ModelOutput:
+        """Run a body of transformers with the route of its batch."""
+        check_inputs(self, given)
+        in_head = _thread.wanted is not None
+        wanted = _thread.wanted or wanted
+        route = self._make_route(given)
+        gated = self.config.uses_gate and (self.config.router_aux_loss_coef > 0 or self.training)
+        watched: AbstractContextManager[list[Routing]] = nullcontext([])
+        if gated or any(wanted.values()):
+            watched = recording()
+        with routing(route), watched as records:
+            outputs = forward(**given)
+        decisions = self._tell(records, route, wanted, given.get("sentences"))
+        if in_head:
+            _thread.decisions = decisions
+        return outputs if in_head else with_routing(outputs, **decisions)
+
+    def _make_route(self, given: dict[str, Any]) -> Route:
+        ids, mask, sentences = given.get("input_ids"), given.get("attention_mask"), given.get("sentences")
+        tokens = given.get("inputs_embeds") if ids is None else ids
+        if isinstance(mask, Tensor) and tokens is not None:
+            mask = real_tokens(mask, tokens.shape[:2])
+        lengths = None if sentences is None else sentences.lengths
+        return Route(mask, lengths, None if self.router is None else self.router(ids))
+
+    def _tell(self, records: list[Routing], route: Route, wanted: dict[str, bool], sentences: Any) -> dict[str, Any]:
+        """Return what an output tells of the decisions of its routers."""
+        told: dict[str, Any] = {"aux_loss": None, "router_logits": None, "expert_load": None}
+        if not records:
+            return told
+        experts, by_sentence = self.config.num_experts, self.config.routing == "gate-sentence"
+        real = real_tokens(None, records[0].chosen.shape[:1] + (1,)) if route.token_mask is None else route.token_mask
+        real = real.to(records[0].chosen.device)
+        if wanted["output_expert_load"]:
+            told["expert_load"] = tuple(expert_load(r.chosen, real.flatten(), experts) for r in records)
+        if not self.config.uses_gate:
+            return told
+        logits: list[Any] = [r.logits for r in records]
+        if wanted["output_router_logits"]:
+            unpack = by_sentence or sentences is None
+            told["router_logits"] = tuple(x if unpack else sentences.unpack(x) for x in logits)
+        if by_sentence:
+            real = _real_sentences(route, logits[0])
+        flat = [x.flatten(0, -2) for x in logits]  # (items, experts)
+        chosen = [choose_experts(x.detach(), self.config.top_k, "probability")[0] for x in flat]
+        if self.config.router_aux_loss_coef > 0:
+            losses = [balance_loss(x, c, real.flatten()) for x, c in zip(flat, chosen, strict=True)]
+            told["aux_loss"] = torch.stack(losses).sum()
+        if self.training and not torch.compiler.is_compiling():
+            self._warn_of_idle_experts(torch.stack([expert_load(c, real.flatten(), experts) for c in chosen]))
+        return told
 
     @torch.no_grad()
-    def _warn_of_idle_experts(self, router_logits: list[Tensor], token_mask: Tensor) -> None:
-        """Warn of experts that the gates have not chosen for a long time; training goes on."""
-        mask = token_mask.any(dim=1) if self.config.routing == "gate-sentence" else token_mask
-        loads = []
-        for logits in router_logits:
-            chosen, _ = choose_experts(logits.flatten(0, -2), self.config.top_k, "probability")
-            loads.append(expert_load(chosen, mask.flatten(), self.config.num_experts))
-        load = torch.stack(loads)  # (layers, experts)
-
+    def _warn_of_idle_experts(self, load: Tensor) -> None:
+        """Warn of experts that the gates have not chosen for a long time, `(layers, experts)`; training goes on."""
         before = 0 if self.idle_steps is None else self.idle_steps.to(load.device)
         idle = torch.where(load > 0, 0, before + 1)
         self.steps, self.idle_steps = self.steps + 1, idle
@@ -242,47 +219,173 @@ class MoEBertModel(MoEBertPreTrainedModel):
                 "(converted layer, expert). Raise `router_aux_loss_coef`."
             )
 
-    def _balance_loss(self, router_logits: list[Tensor], token_mask: Tensor, sentences: Any) -> Tensor | None:
-        """Sum the load-balancing losses of the layers, if they have a weight."""
-        if not self.config.uses_gate or self.config.router_aux_loss_coef == 0 or not router_logits:
-            return None
-        mask = token_mask
-        if self.config.routing == "gate-sentence":
-            mask = token_mask.any(dim=1) if sentences is None else torch.tensor(sentences.lengths) > 0
-        losses = []
-        for logits in router_logits:
-            logits = logits.flatten(0, -2)  # (tokens, experts)
-            chosen, _ = choose_experts(logits.detach(), self.config.top_k, "probability")
-            losses.append(balance_loss(logits, chosen, mask.flatten()))
-        return torch.stack(losses).sum()
+    # ------------------------------------------------------------------------- what transformers asks of a model
 
-    def _check_inputs(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, position_ids: Tensor | None
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as `StrictModel`, also what version 0.1 saved, under its names.
+
+        Args:
+            *args: As `StrictModel.from_pretrained`.
+            **kwargs: Likewise.
+        """
+        kwargs.setdefault("key_mapping", NAMES_OF_0_1)
+        return super().from_pretrained(*args, **kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save under the modules' own names, and name all classes of the family, whose code is saved along."""
+        family = [cls for cls in _made.values() if cls.config_class is self.config_class]
+        code = {c._auto_class: f"{c.__module__.rpartition('.')[2]}.{c.__name__}" for c in family if c._auto_class}
+        self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | code
+        kwargs.setdefault("save_original_format", False)  # else the names of version 0.1 would be written
+        super().save_pretrained(*args, **kwargs)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers would look for its decorator in another file
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Prefer `sorted_mm` to the choice of transformers."""
+        return super().get_correct_experts_implementation(requested_experts or "sorted_mm")
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
     ) -> None:
-        """Refuse inputs that would fail later without a reason, or on a GPU take the whole process down."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        if input_ids is None and self.router is not None:
-            raise ValueError(
-                f"`inputs_embeds` cannot be routed by `routing` {self.config.routing!r}, which looks token ids up. "
-                "Give `input_ids`, or convert with a gate."
-            )
-        given = inputs_embeds if input_ids is None else input_ids
-        assert given is not None
-        limit = self.config.max_position_embeddings
-        if given.shape[1] == 0 or (position_ids is None and given.shape[1] > limit):
-            raise ValueError(f"Sequences must have 1 to {limit} tokens, got {given.shape[1]}. Truncate longer ones.")
-        if input_ids is None or torch.compiler.is_compiling():
-            return
-        if input_ids.is_floating_point():
-            raise ValueError(
-                f"`input_ids` must be integers, got {input_ids.dtype}. Give embeddings as `inputs_embeds`."
-            )
-        vocab = self.embeddings.word_embeddings.num_embeddings
-        wrong = (input_ids < 0) | (input_ids >= vocab)
-        if wrong.any():
-            row, column = (int(x) for x in wrong.nonzero()[0])
-            raise ValueError(
-                f"`input_ids` must be in [0, {vocab}), got {int(input_ids[row, column])} at row {row}, position "
-                f"{column}. Use the model's own tokenizer, or `resize_token_embeddings` after adding tokens."
-            )
+        super()._set_gradient_checkpointing(enable, keep_route(gradient_checkpointing_func), **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = getattr(self.config, "initializer_range", 0.02)
+        if isinstance(module, MoEBertExperts):
+            for name, parameter in module.named_parameters():
+                init.zeros_(parameter) if name.endswith("bias") else init.normal_(parameter, std=std)
+        elif isinstance(module, MoEBertGate):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, MoEBertHashRouter):
+            init.copy_(module.table, module.draw_table(self.config.vocab_size))
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the embeddings like the base class, and the hash tables with them."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if self.base_model.router is not None:
+            self.base_model.router.resize(embeddings.num_embeddings)
+        return embeddings
+
+    # ---------------------------------------------------------------------------------------------- conversion
+
+    @classmethod
+    @torch.no_grad()
+    def from_dense(
+        cls,
+        model: PreTrainedModel,
+        importance: Tensor,
+        *,
+        token_counts: Tensor | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> Self:
+        """Convert a fine-tuned dense model with the same head: cut its feed-forward networks into experts.
+
+        Args:
+            model: Model of the class that this one extends. It is not changed.
+            importance: Score of each neuron, from `measure_importance`. Shape `(networks, width)`.
+            token_counts: Occurrences of each token id in the training corpus, for `hash-balanced`. Shape `(vocab,)`.
+            seed: Seed of hash tables and gates.
+            **options: Fields of `MoEFields`: `num_experts`, `expert_size`, `num_shared_neurons`, `routing`, `top_k`,
+                `gate_scaling`, `router_aux_loss_coef`, `layers`.
+
+        Returns:
+            The student in eval mode, with the dense model's dtype and device.
+
+        Raises:
+            ValueError: If the importance, the model or an option does not fit.
+
+        Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, section 3.2.
+        """
+        dense_class: Any = cls.__bases__[1]
+        check_dense(model, dense_class, cls.__name__)
+        config = cls.config_class.from_dense(model.config, routing_seed=seed, **options)
+        found = find_feed_forwards(model)
+        check_importance(importance, (len(found), found[0].num_units))
+        if config.routing == "hash-balanced":
+            check_token_counts(token_counts, config.vocab_size)
+
+        with torch.random.fork_rng(devices=[]):  # gates are drawn from `seed`, and nothing else is disturbed
+            torch.manual_seed(seed)
+            has_pooler = "add_pooling_layer" in inspect.signature(dense_class.__init__).parameters
+            pooling = {"add_pooling_layer": False} if has_pooler and model.pooler is None else {}
+            student = cls(config, **pooling).to(dtype=model.dtype, device=model.device)
+        load_dense(student, model, found, importance)
+        if config.routing == "hash-balanced":
+            router = student.base_model.router
+            router.table.copy_(router.draw_table(config.vocab_size, token_counts))
+        return student.eval()
+
+
+def _real_sentences(route: Route, logits: Tensor) -> Tensor:
+    """Mark the sentences that are not padding alone, `(sentences,)`, of which the gate has logits."""
+    if route.lengths is not None:
+        return torch.tensor(route.lengths, device=logits.device) > 0
+    mask = logits.new_ones(logits.shape[0], 1, dtype=torch.bool) if route.token_mask is None else route.token_mask
+    return mask.to(logits.device).any(dim=1)
+
+
+_made: dict[type[PreTrainedModel], type[MoEBertPreTrainedModel]] = {}
+
+
+class MoEBertModel(MoEBertPreTrainedModel, BertModel):
+    """BERT without a head."""
+
+    config: MoEBertConfig
+
+
+class MoEBertForSequenceClassification(MoEBertPreTrainedModel, BertForSequenceClassification):
+    """BERT with a linear layer on the pooled [CLS]: classes, several labels at once, or regression."""
+
+    config: MoEBertConfig
+
+
+class MoEBertForTokenClassification(MoEBertPreTrainedModel, BertForTokenClassification):
+    """BERT with a linear layer on every token."""
+
+    config: MoEBertConfig
+
+
+class MoEBertForQuestionAnswering(MoEBertPreTrainedModel, BertForQuestionAnswering):
+    """BERT with two scores on every token: that an answer starts there, and that it ends there."""
+
+    config: MoEBertConfig
+
+
+def moe_class(dense: type[PreTrainedModel]) -> type[MoEBertPreTrainedModel]:
+    """Return the class of the mixtures of a class of transformers, which the first call makes.
+
+    Args:
+        dense: A body or head of a family of encoders in the table.
+    """
+    if dense not in _made:
+        body = {
+            "__doc__": f"`{dense.__name__}` whose feed-forward networks are mixtures of experts.",
+            "__module__": __name__,
+            "config_class": moe_config(dense.config_class),
+        }
+        name = f"{PREFIX}{dense.__name__}"
+        globals()[name] = type(name, (MoEBertPreTrainedModel, dense), body)
+    return _made[dense]
+
+
+def __getattr__(name: str) -> Any:
+    """Make the class of a mixture when it is asked for by name, such as `MoERobertaForTokenClassification`."""
+    dense: Any = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if why_not_experts(getattr(getattr(dense, "config_class", None), "model_type", "")):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return moe_class(dense)
+
+
+__all__ = [
+    "MoEBertForQuestionAnswering",
+    "MoEBertForSequenceClassification",
+    "MoEBertForTokenClassification",
+    "MoEBertModel",
+]

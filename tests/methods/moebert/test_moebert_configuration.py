@@ -89,5 +89,5 @@ def test_from_dense_keeps_what_the_dense_config_says():
 def test_from_dense_refuses_typos_and_other_architectures():
     with pytest.raises(ValueError, match="`num_expert` is no field of MoEBertConfig. Did you mean `num_experts`?"):
         MoEBertConfig.from_dense(BertConfig(), num_expert=4)
-    with pytest.raises(ValueError, match="must have BERT's architecture .* got 'roberta'"):
+    with pytest.raises(ValueError, match="must be of the family .'bert'. .* got 'roberta'"):
         MoEBertConfig.from_dense(RobertaConfig())

@@ -43,7 +43,7 @@ def make_student(routing):
             model.bert.router.table.remainder_(2)
         else:
             for layer in model.bert.encoder.layer:
-                layer.moe.gate.weight[2:] = layer.moe.gate.weight[:1]  # ties go to the lower index
+                layer.output.dense.gate.weight[2:] = layer.output.dense.gate.weight[:1]  # ties go to the lower index
     return model.train()
 
 

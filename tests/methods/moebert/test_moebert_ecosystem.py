@@ -334,7 +334,7 @@ def test_activation_checkpointing_changes_nothing(convert, batch, routing, use_r
         saving.zero_grad()
         saving(**batch).aux_loss.backward()
         for layer in saving.bert.encoder.layer:
-            assert layer.moe.gate.weight.grad.abs().sum() > 1e-3
+            assert layer.output.dense.gate.weight.grad.abs().sum() > 1e-3
 
 
 @pytest.mark.parametrize("options", [{}, {"routing": "gate-token"}, {"routing": "gate-token", "top_k": 2}])
@@ -493,7 +493,7 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_is_the_same_run(tmp_path, train
     torch.rand(5)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     assert_equal_states(resumed.model.state_dict(), whole.model.state_dict())
-    name = "bert.encoder.layer.0.moe.experts.up_proj"
+    name = "bert.encoder.layer.0.output.dense.experts.up_proj"
     assert not torch.equal(whole.model.state_dict()[name], model.state_dict()[name])
 
 
@@ -505,7 +505,7 @@ def test_the_best_model_comes_back_with_its_experts(tmp_path, train, convert):
     assert trainer.state.best_global_step < 6
     best, last = (load_file(path / "model.safetensors") for path in sorted((tmp_path / "run").iterdir())[::2])
     assert_equal_states(trainer.model.state_dict(), best)
-    name = "bert.encoder.layer.0.moe.experts.up_proj"
+    name = "bert.encoder.layer.0.output.dense.experts.up_proj"
     assert not torch.equal(best[name], last[name])
 
 

@@ -21,9 +21,21 @@ from hf_moebert.methods.moebert import from_dense
 
 pytestmark = pytest.mark.process
 SIZES = {"num_experts": 4, "expert_size": 16, "num_shared_neurons": 8}
-CODE = {f"modeling_{name}.py" for name in ("dense", "experts", "export", "layers", "moebert", "routing", "strict")}
+PARTS = (
+    "dense",
+    "experts",
+    "export",
+    "families",
+    "inputs",
+    "layers",
+    "moebert",
+    "outputs",
+    "routing",
+    "strict",
+    "surgery",
+)
+CODE = {f"modeling_{part}.py" for part in PARTS}
 CODE |= {"configuration_moebert.py", "configuration_strict.py", "functional.py", "functional_routing.py"}
-HEADS_CODE = {"modeling_heads.py", "functional_losses.py"}
 START = """
 import json, os, pathlib, sys
 import torch
@@ -171,9 +183,9 @@ def test_pushed_models_load_with_and_without_the_package(loopback_hub, published
     same(told["trust False"], first + 1)
     same(told["trust True"], first + 1)
     assert loopback_hub.resolve("tester/classes", "main") == told["second"]
-    for name, extra in (("classes", HEADS_CODE), ("body", set())):
+    for name in ("classes", "body"):
         files = loopback_hub.files(f"tester/{name}")
-        assert {file for file in files if file.endswith(".py")} == CODE | extra
+        assert {file for file in files if file.endswith(".py")} == CODE
         assert not [file for file in files if file.endswith((".bin", ".pt", ".pkl"))]
 
     told = run(WITHOUT_PACKAGE, folder, ids.tolist(), told["first"])
@@ -199,7 +211,7 @@ def test_a_stock_trainer_pushes_what_loads(loopback_hub, published, tmp_path, id
     for name in ("plain", "prepared"):
         commits = loopback_hub.repositories[f"tester/{name}"]["commits"].values()
         pushed = [files for files in commits if "model.safetensors" in files]
-        whole = [CODE | HEADS_CODE <= files.keys() for files in pushed]
+        whole = [CODE <= files.keys() for files in pushed]
         assert len(whole) >= 3
         assert all(whole) if name == "prepared" else whole[-1]
         fetched = tmp_path / name

@@ -19,7 +19,7 @@ from hf_moebert import (
 
 try:
     common = load("test_modeling_common")
-    ConfigTester = load("test_configuration_common").ConfigTester
+    configurations = load("test_configuration_common")
 except TransformersSuiteUnavailableError as error:
     pytest.skip(str(error), allow_module_level=True)
 
@@ -87,8 +87,14 @@ class MoEBertSuite(common.ModelTesterMixin):
         self.all_model_classes = (MoEBertModel,)  # loads it 14 times, by two names of one argument
         super().test_bc_torch_dtype()
 
+    @patch.dict(configurations.config_common_kwargs, {"chunk_size_feed_forward": 0})  # others are refused
     def test_config(self):
-        ConfigTester(self, config_class=MoEBertConfig, hidden_size=32, **self.fields).run_common_tests()
+        tester = configurations.ConfigTester(self, config_class=MoEBertConfig, hidden_size=32, **self.fields)
+        tester.run_common_tests()
+
+    @unittest.skip("A route is that of a whole batch; chunks are refused by design.")
+    def test_feed_forward_chunking(self):
+        pass
 
 
 class GateTokenTest(MoEBertSuite, unittest.TestCase):

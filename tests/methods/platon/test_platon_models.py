@@ -32,7 +32,10 @@ T5_ENCODER = [f"0.SelfAttention.{name}" for name in "qkvo"] + ["1.DenseReluDense
 T5_DECODER = [f"0.SelfAttention.{name}" for name in "qkvo"] + [f"1.EncDecAttention.{name}" for name in "qkvo"]
 T5_DECODER += ["2.DenseReluDense.wi", "2.DenseReluDense.wo"]
 BERT_LAYER = [f"{path}.weight" for path in [*ATTENTION, "intermediate.dense", "output.dense"]]
-MOE_LAYER = [f"{path}.weight" for path in ATTENTION] + ["moe.experts.up_proj", "moe.experts.down_proj"]
+MOE_LAYER = [f"{path}.weight" for path in ATTENTION] + [
+    "output.dense.experts.up_proj",
+    "output.dense.experts.down_proj",
+]
 
 # Where the layers are, and the parameters that are pruned in each.
 CHOSEN = {
@@ -95,8 +98,8 @@ def test_biases_only_if_asked_for():
     assert weights == list(find_prunable(build("bert"), PlatonConfig()))
     assert list(chosen) == [f"{name.removesuffix('weight')}{kind}" for name in weights for kind in ("weight", "bias")]
     chosen = find_prunable(build("hash"), PlatonConfig(include_bias=True))
-    assert [name for name in chosen if "layer.0.moe" in name] == [
-        f"bert.encoder.layer.0.moe.experts.{name}"
+    assert [name for name in chosen if "layer.0.output.dense" in name] == [
+        f"bert.encoder.layer.0.output.dense.experts.{name}"
         for name in ("up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
     ]
 
@@ -260,7 +263,9 @@ def test_few_tokens_alone_do_not_prune_an_expert(prune, balance):
     recipe = {"balance_experts": balance, "keep_ratio": 0.5, "window": 5, "initial_warmup": 5}
     prune(model, recipe, data=data, max_steps=60, per_device_train_batch_size=32, learning_rate=1e-3)
     stacks = [
-        getattr(layer.moe.experts, name) for layer in model.bert.encoder.layer for name in ("up_proj", "down_proj")
+        getattr(layer.output.dense.experts, name)
+        for layer in model.bert.encoder.layer
+        for name in ("up_proj", "down_proj")
     ]
     rare, *others = (
         torch.stack([(stack[expert] == 0).double().mean() for stack in stacks]).mean() for expert in range(4)

@@ -64,7 +64,7 @@ def test_the_code_of_all_classes_travels(tmp_path, family, cls):
     shrunk = shrink(build(family, cls, num_hidden_layers=1))
     shrunk.save_pretrained(tmp_path)
     files = {f"configuration_{name}.py" for name in ("families", "paths", "shrunk", "strict")}
-    files |= {f"modeling_{name}.py" for name in ("shrunk", "strict", "surgery", "units")}
+    files |= {f"modeling_{name}.py" for name in ("empty_losses", "shrunk", "stock", "strict", "surgery", "units")}
     assert {file.name for file in tmp_path.glob("*.py")} == files
     classes = {f"modeling_shrunk.Shrunk{sibling.__name__}" for sibling in CLASSES[family]}
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
