@@ -11,6 +11,7 @@ TRAVELLERS = ("masked_crf", "mixture_of_masks", "moebert", "platon")  # methods 
 COPIES = {
     "hf_moebert/checkpoints/strict_config.py": tuple(f"{METHODS}/{x}/configuration_strict.py" for x in TRAVELLERS),
     "hf_moebert/checkpoints/strict_model.py": tuple(f"{METHODS}/{x}/modeling_strict.py" for x in TRAVELLERS),
+    "hf_moebert/data/words.py": (f"{METHODS}/masked_crf/modeling_words.py",),
     "hf_moebert/architectures/empty_losses.py": (
         f"{METHODS}/moebert/modeling_empty_losses.py",
         f"{METHODS}/platon/modeling_empty_losses.py",

@@ -11,9 +11,8 @@ from transformers import BatchEncoding, TokenClassificationPipeline
 from transformers.pipelines.token_classification import AggregationStrategy
 from transformers.utils import logging
 
-from hf_moebert.data.words import find_words, has_sure_words, keep_words
-
 from .functional_tags import SCHEMES, Segment, find_segments, plain_tags, split_tag
+from .modeling_words import find_words, has_sure_words, keep_words
 
 
 logger = logging.get_logger(__name__)

@@ -12,8 +12,8 @@ from hf_moebert.methods.masked_crf import CrfTokenClassificationPipeline
 
 
 CODE = {"configuration_masked_crf.py", "modeling_masked_crf.py", "modeling_crf.py", "pipeline.py"}
-CODE |= {"configuration_strict.py", "modeling_strict.py"}
-CODE |= {f"functional{name}.py" for name in ("", "_decoding", "_numpy", "_passes", "_tags", "_words")}
+CODE |= {"configuration_strict.py", "modeling_rates.py", "modeling_strict.py", "modeling_words.py"}
+CODE |= {f"functional{name}.py" for name in ("", "_decoding", "_numpy", "_passes", "_schemes", "_tags", "_words")}
 TEXT = "New Yorkers in the London and New York"
 PUBLISH = """
 from hf_moebert.methods.masked_crf import CrfTokenClassificationPipeline
@@ -23,7 +23,7 @@ for name in ("bert", "roberta"):
     model = AutoModelForTokenClassification.from_pretrained(folder / name)
     tokenizer = AutoTokenizer.from_pretrained(folder / name)
     CrfTokenClassificationPipeline(model=model, tokenizer=tokenizer).push_to_hub(name)
-    results[name] = model(ids).predictions.tolist()
+    results[name] = model(ids, word_mask=torch.ones_like(ids)).predictions.tolist()
 """
 WITHOUT_PACKAGE = """
 sys.modules["hf_moebert"] = None  # importing it fails
@@ -36,7 +36,8 @@ for name in ("bert", "roberta"):
         except ValueError as error:
             results.setdefault("refusals", []).append(str(error))
         model = AutoModelForTokenClassification.from_pretrained(place, trust_remote_code=True).eval()
-        results[place.rsplit("/")[-1] + str(place.startswith("tester"))] = model(ids).predictions.tolist()
+        found = model(ids, word_mask=torch.ones_like(ids)).predictions.tolist()
+        results[place.rsplit("/")[-1] + str(place.startswith("tester"))] = found
     pipe = pipeline("masked-crf", model=f"tester/{name}", trust_remote_code=True)
     results[f"text {name}"] = pipe(sys.argv[3], aggregation_strategy="simple")
 """
@@ -59,7 +60,10 @@ def test_new_processes_find_the_same_tags_with_the_package_and_without(loopback_
         model.save_pretrained(tmp_path / name)
         make_tokenizer().save_pretrained(tmp_path / name)
         pipe = CrfTokenClassificationPipeline(model=model, tokenizer=make_tokenizer())
-        found[name], texts[name] = model(ids).predictions.tolist(), pipe(TEXT, aggregation_strategy="simple")
+        found[name], texts[name] = (
+            model(ids, word_mask=torch.ones_like(ids)).predictions.tolist(),
+            pipe(TEXT, aggregation_strategy="simple"),
+        )
         assert texts[name]
     values = (tmp_path, json.dumps(ids.tolist()), TEXT)
     assert run(PUBLISH, *values) == found
