@@ -24,7 +24,8 @@ class PlatonConfig:
 
     Source: Zhang et al. 2022, https://arxiv.org/abs/2206.12562. `sensitivity_at`, `include_bias` and
     `reference_parity` switch between the paper and its code. The defaults of `beta2` and of the warm-ups, which the
-    paper chooses for each task, and `granularity`, `modules`, `min_keep` and `balance_experts` are our own design.
+    paper chooses for each task, and `granularity`, `speed_up`, `modules`, `min_keep` and `balance_experts` are our own
+    design.
     """
 
     keep_ratio: float = HfArg(default=0.1, help="Share of the prunable weights kept at the end, in (0, 1].")
@@ -63,6 +64,11 @@ class PlatonConfig:
         help="What is pruned: single weights (`unstructured`), two of every four along the input (`2:4`), or whole"
         " feed-forward neurons and attention heads (`structured`), which `shrink` then removes.",
     )
+    speed_up: float | None = HfArg(
+        default=None,
+        help="Time of the dense model over that of the pruned one, above 1, for `structured` units: it takes the place"
+        " of `keep_ratio`. The callback then needs a latency table of this machine.",
+    )
     criterion: str = HfArg(
         default="platon",
         help="What is kept: the weights of largest sensitivity times uncertainty (`platon`), those that gradient"
@@ -93,6 +99,7 @@ class PlatonConfig:
             if getattr(self, name) not in (True, False):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}. Write it unquoted.")
         self._check_ratios()
+        self._check_speed_up()
         self._check_clock()
         if self.modules is not None and (isinstance(self.modules, str) or not all(map(_is_path, self.modules))):
             raise ValueError(
@@ -117,6 +124,22 @@ class PlatonConfig:
                     f"`{name}` must be {default} with granularity 'structured', got {getattr(self, name)!r}. It"
                     " applies to single weights; units include their biases, in every layer."
                 )
+
+    @property
+    def final_share(self) -> float:
+        """Share that is left at the end: of the weights, or of the time of the dense model."""
+        return self.keep_ratio if self.speed_up is None else 1 / self.speed_up
+
+    def _check_speed_up(self) -> None:
+        if self.speed_up is None:
+            return
+        if not _is_number(self.speed_up) or self.speed_up <= 1:
+            raise ValueError(f"`speed_up` must be above 1, got {self.speed_up!r}. Use 2.0 for half of the time.")
+        if self.granularity != "structured":
+            raise ValueError(
+                f"`granularity` must be 'structured' with `speed_up`, got {self.granularity!r}. Zeros that stay"
+                " save no time; use `keep_ratio`."
+            )
 
     def _check_ratios(self) -> None:
         if not _is_number(self.keep_ratio) or not 0 < self.keep_ratio <= 1:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from hf_moebert.architectures.protocols import UnitCosts
 from hf_moebert.checkpoints.callbacks import CheckpointManifestCallback
 from hf_moebert.training.optimizers import refuse_averaging
 from hf_moebert.training.sharding import refuse_sharded
@@ -35,13 +36,15 @@ class PlatonPruningCallback(CheckpointManifestCallback):
 
     Args:
         config: The recipe; by default `PlatonConfig()`.
+        latency: What units cost on this machine, from `measure_unit_latency`, for a recipe with `speed_up`.
         resume_from: Folder of the checkpoint from which a run is resumed, if it is not in its `output_dir`.
         allow_changes: As for `CheckpointManifestCallback`.
 
     Raises:
-        ValueError: When training begins, if nothing can be pruned, the run is too short for the schedule, the model
-            is sharded (FSDP, DeepSpeed), the optimizer evaluates other weights than it trains, or the checkpoint has
-            no matching state; and as `CheckpointManifestCallback`.
+        ValueError: If `speed_up` and `latency` do not go together; when training begins, if nothing can be pruned or
+            not so much, the run is too short for the schedule, the model is sharded (FSDP, DeepSpeed), the optimizer
+            evaluates other weights than it trains, or the checkpoint has no matching state; and as
+            `CheckpointManifestCallback`.
         FloatingPointError: While training, if gradients stay NaN or infinite.
 
     Source: Zhang et al. 2022, https://arxiv.org/abs/2206.12562.
@@ -51,11 +54,18 @@ class PlatonPruningCallback(CheckpointManifestCallback):
         self,
         config: PlatonConfig | None = None,
         *,
+        latency: UnitCosts | None = None,
         resume_from: str | Path | None = None,
         allow_changes: bool = False,
     ) -> None:
         super().__init__(resume_from=resume_from, allow_changes=allow_changes)
         self.config = PlatonConfig() if config is None else config
+        self.latency = latency
+        if (self.config.speed_up is None) != (latency is None):
+            raise ValueError(
+                f"`latency` must be given with `speed_up` and only then, got {type(latency).__name__} with "
+                f"`speed_up={self.config.speed_up}`. Measure it by `measure_unit_latency(model)`."
+            )
         self.pruner: Pruner | None = None
         self._overflow = False
 
@@ -68,7 +78,9 @@ class PlatonPruningCallback(CheckpointManifestCallback):
         refuse_sharded(model, "Pruning must see whole parameters and their gradients")
         refuse_averaging(kwargs["optimizer"], "Pruning must see the weights that are evaluated and saved")
         self.pruner = None  # frees its memory before the next one allocates as much
-        self.pruner = Pruner(model, self.config, state.max_steps)  # a new one: `train` may be called twice
+        self.pruner = Pruner(
+            model, self.config, state.max_steps, latency=self.latency
+        )  # a new one: `train` may be called twice
         if state.global_step:
             folder = self.find_checkpoint(args, state)
             self.pruner.load(folder, state.global_step, allow_changes=self.allow_changes)
@@ -137,7 +149,7 @@ class PlatonPruningCallback(CheckpointManifestCallback):
             left = 1 - self._running.average_sparsity(self._running.measure_sparsity())
             logger.warning(
                 f"Training stopped after {self._running.clock} steps, before the final ratio"
-                f" {self.config.keep_ratio} was reached: {left:.1%} of the weights are not zero."
+                f" {self.config.final_share:.4g} was reached: {left:.1%} of the weights are not zero."
             )
 
     @property

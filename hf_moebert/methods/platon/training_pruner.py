@@ -3,18 +3,21 @@
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from hf_moebert.architectures.protocols import UnitCosts
 from hf_moebert.training.schedules import cubic_decay
 
 from .functional import apply_mask_, checksum, fingerprint
 from .modeling_shrunk import refuse_unshrinkable
 from .modeling_units import find_unit_groups
 from .recipe import PlatonConfig
+from .training_latency import TimedUnitSelector
 from .training_parameters import find_grouped, find_prunable
 from .training_selection import UnitSelector, WeightSelector
 from .training_state import NUMBERS, STATE_FILE, read_state, write_state
@@ -35,6 +38,7 @@ class Pruner:
         model: Its weights are changed in place.
         config: The recipe.
         total_steps: Optimiser steps of the run.
+        latency: What units cost, for `speed_up`.
 
     Attributes:
         parameters: The parameters whose scores count, by name.
@@ -50,7 +54,9 @@ class Pruner:
     Source: Zhang et al. 2022, https://arxiv.org/abs/2206.12562.
     """
 
-    def __init__(self, model: nn.Module, config: PlatonConfig, total_steps: int) -> None:
+    def __init__(
+        self, model: nn.Module, config: PlatonConfig, total_steps: int, *, latency: UnitCosts | None = None
+    ) -> None:
         self.config, self.total_steps = config, total_steps
         self.begin, self.end = config.resolve_steps(total_steps)
         groups = []
@@ -60,19 +66,22 @@ class Pruner:
         self.parameters = find_grouped(model, groups) if groups else find_prunable(model, config)
         _check_placement(self.parameters)
         self.statistics = Statistics(self.parameters, config)
-        self.selector = UnitSelector(self.statistics, groups) if groups else WeightSelector(self.statistics)
+        if latency is not None:
+            self.selector: Any = TimedUnitSelector(self.statistics, groups, latency)
+        else:
+            self.selector = UnitSelector(self.statistics, groups) if groups else WeightSelector(self.statistics)
         masked = {name: self.parameters[name] for name in self.selector.sizes}
         self.keep = {n: torch.ones(p.numel(), dtype=torch.bool, device=p.device) for n, p in masked.items()}
         self.clock, self.dropped = 0, 0
         self.ratio, self.threshold, self.revived = 1.0, -math.inf, 0.0
         self._observed = False
-        if config.keep_ratio == 1:
+        if config.final_share == 1:
             logger.warning("`keep_ratio` is 1: nothing will be pruned.")
 
     @property
     def is_final(self) -> bool:
         """True once the final ratio has been reached, so that the weights are sparse after every step."""
-        return self.clock > self.end or self.config.keep_ratio == 1
+        return self.clock > self.end or self.config.final_share == 1
 
     def observe(self) -> None:
         """Take in the gradients of the current step, number `clock + 1`.
@@ -119,7 +128,7 @@ class Pruner:
             return
         # Scores change at the end of a window only, and the ratio until the final phase: in between, masks stay.
         window_ends = self.clock % self.config.window == 0
-        if window_ends or (self.is_final and self.ratio != self.config.keep_ratio):
+        if window_ends or (self.is_final and self.ratio != self.config.final_share):
             self._renew_masks()
         if self.statistics.restore_values() or window_ends or self.is_final:
             self.apply_masks()
@@ -139,7 +148,7 @@ class Pruner:
                 f"Gradients must tell weights apart to prune them, but all were zero up to step {self.clock}. Check "
                 "the labels: where all are -100, there is no loss."
             )
-        self.ratio = cubic_decay(self.clock, begin=self.begin, end=self.end, final=self.config.keep_ratio)
+        self.ratio = cubic_decay(self.clock, begin=self.begin, end=self.end, final=self.config.final_share)
         selection = self.selector.update_masks_(self.keep, self.ratio)
         self.threshold, self.revived = selection.threshold, selection.revived / self.numel
         self._compare_processes()

@@ -1,0 +1,56 @@
+"""The selector of whole units within a budget of time."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hf_moebert.architectures.protocols import UnitCosts
+
+from .conversion_plan import Budget, plan_widths, time_budget
+from .functional_selection import Selection
+from .modeling_units import UnitGroup
+from .training_selection import UnitSelector
+from .training_statistics import Statistics
+
+
+MULTIPLE_OF = 8  # neurons of each layer
+
+
+class TimedUnitSelector(UnitSelector):
+    """A selector of the units with the largest total score that run in a share of the dense model's time.
+
+    The knapsack of scores over the costs of a latency table is solved exactly: our own design.
+
+    Args:
+        statistics: Running statistics of the units' weights.
+        groups: Units of the model.
+        latency: What they cost, from `measure_unit_latency`.
+
+    Raises:
+        ValueError: If the table is not of this model, or `speed_up` cannot be reached.
+    """
+
+    def __init__(self, statistics: Statistics, groups: list[UnitGroup], latency: UnitCosts) -> None:
+        self.latency = latency
+        super().__init__(statistics, groups)
+
+    def _check_floor(self) -> None:
+        self.costs = time_budget(self.groups, self.latency, speed_up=self.statistics.config.speed_up).costs
+
+    def update_masks_(self, masks: Mapping[str, Tensor], ratio: float) -> Selection:
+        """Mark the best units that take at most this share of the time."""
+        scored = [self._score_units(index) for index in range(len(self.groups))]
+        ranked = [score.sort(descending=True, stable=True) for score, _ in scored]
+        values = [
+            (score.double() * numel[0]).cumsum(0).cpu() for (score, _), (_, numel) in zip(ranked, scored, strict=True)
+        ]
+        budget = Budget(self.costs, ratio - self.latency.smallest)
+        widths = plan_widths(self.groups, values, budget, multiple_of=MULTIPLE_OF)
+        revived, threshold = 0, torch.inf
+        for index, ((score, order), width) in enumerate(zip(ranked, widths, strict=True)):
+            kept = torch.zeros_like(order, dtype=torch.bool)
+            kept[order[:width]] = True
+            revived += self._write_masks_(masks, index, kept)
+            threshold = min(threshold, float(score[width - 1]))
+        return Selection(threshold, revived, emptied=0)
