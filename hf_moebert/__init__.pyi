@@ -40,6 +40,7 @@ from .methods.mpoe import (
 )
 from .methods.multitask import (
     MultiTaskBertModel as MultiTaskBertModel,
+    MultiTaskModel as MultiTaskModel,
     MultiTaskSweep as MultiTaskSweep,
     MultiTaskSweepConfig as MultiTaskSweepConfig,
     MultiTaskSweepTask as MultiTaskSweepTask,

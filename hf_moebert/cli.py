@@ -293,16 +293,15 @@ def serve(
 
 
 def _load_tasks(source: str) -> Any:
-    from transformers import AutoConfig, pipeline
+    from transformers import AutoConfig, AutoModel, pipeline
 
-    from hf_moebert import MultiTaskBertModel
     from hf_moebert.checkpoints.remote_code import refuse_code
 
     with refuse_code(source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if config.model_type != MultiTaskBertModel.config_class.model_type:
+        if not config.model_type.startswith("multitask_"):
             raise ValueError(f"`model` must be a merged multi-task model, got {config.model_type!r} in {source!r}.")
-        model = MultiTaskBertModel.from_pretrained(source, use_safetensors=True)
+        model = AutoModel.from_pretrained(source, use_safetensors=True)
         return pipeline("multitask", model=model, tokenizer=source, trust_remote_code=False)
 
 

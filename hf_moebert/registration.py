@@ -47,8 +47,8 @@ from .methods.mpoe.configuration_mpoe import MPOEBertConfig, MPOEGPT2Config, MPO
 from .methods.mpoe.modeling_bert import MPOEBertForSequenceClassification
 from .methods.mpoe.modeling_gpt2 import MPOEGPT2LMHeadModel
 from .methods.mpoe.modeling_t5 import MPOET5ForConditionalGeneration
-from .methods.multitask.configuration_multitask import MultiTaskBertConfig
-from .methods.multitask.modeling_multitask import MultiTaskBertModel
+from .methods.multitask.configuration_multitask import MultiTaskBertConfig, MultiTaskFields, multitask_config
+from .methods.multitask.modeling_multitask import MultiTaskBertModel, multitask_class
 from .methods.multitask.pipeline import MultiTaskPipeline
 from .methods.platon import configuration_families as platon_families
 from .methods.platon.configuration_shrunk import ShrunkConfig, shrunk_config
@@ -98,6 +98,10 @@ def _register_family(dense: Any, *, travels: bool) -> None:
         forms.append((masked_config(dense), classes_to_mask, masked_class))
     if not why_not_experts(dense.model_type):
         forms.append((moe_config(dense), classes_to_cut, moe_class))
+    if ARCHITECTURES[dense.model_type].trunk is not None and dense.model_type != "bert":
+        config = multitask_config(dense)
+        _register(config, {}, travels=False)
+        _unused[config] = (dense, lambda dense: {"AutoModel": dense}, multitask_class, False)
     for config, find, make in forms:
         _register(config, {}, travels=travels)
         _unused[config] = (dense, find, make, travels)
@@ -110,7 +114,7 @@ def _register_models(config: type) -> None:
         _register(config, models, travels=travels)
 
 
-for _fields in (ShrunkConfig, MoMFields, MoEFields):
+for _fields in (ShrunkConfig, MoMFields, MoEFields, MultiTaskFields):
     _fields.before_use.append(_register_models)
 for _config, _models in _TABLE.items():
     _register(_config, _models, travels=not issubclass(_config, _STAY))

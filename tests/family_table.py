@@ -10,7 +10,7 @@ from hf_moebert.methods.mpo.modeling_tuner import TARGETS
 
 README = Path(__file__).parents[1] / "hf_moebert" / "architectures" / "README.md"
 MARKS = ("<!-- families: written by tests/family_table.py -->\n", "<!-- families: end -->\n")
-COLUMNS = ("family", "importance, MPO", "PLATON whole units, `shrink`", "masks", "unpadded, fused attention")
+COLUMNS = ("family", "importance, MPO", "PLATON whole units, `shrink`", "masks", "trunk of many tasks", "unpadded")
 
 
 def rows() -> list[tuple[str, ...]]:
@@ -25,6 +25,7 @@ def rows() -> list[tuple[str, ...]]:
             "yes" if family in TARGETS else "no",
             "; ".join(units) if units else f"no: {row.kept}",
             masks,
+            "yes" if row.trunk is not None else "no",
             "yes" if row.bert_like else "no",
         )
         kinds.setdefault(cells, []).append(family)

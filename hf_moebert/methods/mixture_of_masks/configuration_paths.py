@@ -108,6 +108,8 @@ class Architecture:
         neurons: Field of the configuration with the number of neurons of a layer.
         heads: Field of the configuration with the number of heads of a layer, as they are removed: of keys where
             several heads read the same.
+        trunk: Paths of the modules of the body, besides the embeddings, that all layers read, if tasks can share its
+            first layers; None if they cannot.
         undeclared: What the models read off their configuration, though its class does not declare it.
         bert_like: Prefix of the full names of transformers' classes (`...Attention`, `...Layer`, `...Intermediate`,
             `...Output`) if they compute what BERT's do; many others have parts of the same names, and do not.
@@ -118,6 +120,7 @@ class Architecture:
     kept: str = ""
     neurons: str = "intermediate_size"
     heads: str = "num_attention_heads"
+    trunk: tuple[str, ...] | None = None
     undeclared: tuple[str, ...] = ()
     bert_like: str = ""
 

@@ -41,6 +41,7 @@ BERT = Architecture(
         ),
     ),
     units=HEADS,
+    trunk=(),
 )
 MPNET = Architecture(
     stacks=(
@@ -52,6 +53,7 @@ MPNET = Architecture(
     ),
     units=NEURONS,
     kept="the heads of all layers share a table of relative positions",
+    trunk=("encoder.relative_attention_bias",),
 )
 DEBERTA = Architecture(
     stacks=(
@@ -93,6 +95,7 @@ DEBERTA_V2 = Architecture(
         "position_buckets",
         "share_att_key",
     ),
+    trunk=("encoder.rel_embeddings", "encoder.LayerNorm"),
 )
 DISTILBERT = Architecture(
     stacks=(
@@ -116,6 +119,7 @@ DISTILBERT = Architecture(
     units=HEADS,
     neurons="hidden_dim",
     heads="n_heads",
+    trunk=(),
 )
 VIT = Architecture(
     stacks=(
@@ -159,6 +163,7 @@ MODERNBERT = Architecture(
     ),
     units=HEADS,
     undeclared=("head_dim",),
+    trunk=(),
 )
 NOMIC = Architecture(
     stacks=(Stack("layers", (SEPARATE.under("self_attn", "head_dim"),), (GATED.under("mlp"),)),),
@@ -280,7 +285,7 @@ ARCHITECTURES = {
     "deit": VIT,
     "dinov2": DINOV2,
     "distilbert": DISTILBERT,
-    "electra": _bert_like("electra", "Electra"),
+    "electra": replace(_bert_like("electra", "Electra"), trunk=None),  # what projects its embeddings is in the body
     "ernie": _bert_like("ernie", "Ernie"),
     "eurobert": LLAMA,
     "gemma": LLAMA,
@@ -307,7 +312,7 @@ ARCHITECTURES = {
 }
 
 # What the model types of this package put before the type of the family, as in `shrunk_bert`, `mom_t5` and `moebert`
-OWN_PREFIXES = ("shrunk_", "mom_", "mpoe_", "moe_", "moe")
+OWN_PREFIXES = ("shrunk_", "mom_", "mpoe_", "multitask_", "moe_", "moe")
 
 
 def find_architecture(model: Any) -> Architecture:

@@ -16,7 +16,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from hf_moebert.checkpoints.tensor_files import drafting, naming, sync
 
-from .configuration_multitask import TASK_NAME, MultiTaskBertConfig
+from .configuration_multitask import TASK_NAME
 from .functional import chain_hashes
 
 
@@ -48,7 +48,7 @@ def hash_trunk(names: Iterable[str], read: Callable[[str], Tensor], num_layers: 
     return chain_hashes({name: read(name) for name in part} for part in parts)
 
 
-def hash_branch(tensors: Mapping[str, Tensor], config: MultiTaskBertConfig) -> str:
+def hash_branch(tensors: Mapping[str, Tensor], config: Any) -> str:
     """Fingerprint a branch together with the trunk below it.
 
     Args:
@@ -59,7 +59,7 @@ def hash_branch(tensors: Mapping[str, Tensor], config: MultiTaskBertConfig) -> s
     return chain_hashes([tensors], start=config.trunk_sha256[task["frozen_layers"]])[0]
 
 
-def write_folder(folder: Path, state: Mapping[str, Tensor], config: MultiTaskBertConfig) -> None:
+def write_folder(folder: Path, state: Mapping[str, Tensor], config: Any) -> None:
     """Write weights, index and config.json, without touching files that would not change.
 
     Everything is written to a temporary folder first, and then renamed: config.json decides at once which model the
@@ -123,7 +123,7 @@ def _settle(draft: Path, place: Path, follower: Path | None = None) -> None:
         follower.unlink(missing_ok=True)  # of an interrupted save
 
 
-def finish_save(folder: Path, config: MultiTaskBertConfig) -> None:
+def finish_save(folder: Path, config: Any) -> None:
     """Put files of weights that an interrupted save left into their places, if config.json describes them.
 
     Raises:
@@ -136,7 +136,7 @@ def finish_save(folder: Path, config: MultiTaskBertConfig) -> None:
                 os.replace(follower, place)
 
 
-def _is_described(file: Path, config: MultiTaskBertConfig) -> bool:
+def _is_described(file: Path, config: Any) -> bool:
     """Check whether a file of weights is the one that config.json describes."""
     try:
         with safe_open(file, framework="pt") as opened:
@@ -148,7 +148,7 @@ def _is_described(file: Path, config: MultiTaskBertConfig) -> bool:
     return bool(held)
 
 
-def check_folder(source: str | os.PathLike[str], config: MultiTaskBertConfig, **hub: Any) -> None:
+def check_folder(source: str | os.PathLike[str], config: Any, **hub: Any) -> None:
     """Refuse a model whose files do not belong together, before any weight is loaded.
 
     Args:
@@ -194,7 +194,7 @@ def _read_index(source: str | os.PathLike[str], **hub: Any) -> dict[str, str]:
     return index
 
 
-def is_left_over(name: str, config: MultiTaskBertConfig) -> bool:
+def is_left_over(name: str, config: Any) -> bool:
     """Check whether a tensor belongs to a task or layer that config.json lacks, after an interrupted save."""
     match name.split("."):
         case ["trunk", "layer", index, *_] if index.isdecimal():
@@ -204,7 +204,7 @@ def is_left_over(name: str, config: MultiTaskBertConfig) -> bool:
     return False
 
 
-def _check_content(file: Any, held: set[str], config: MultiTaskBertConfig, what: str) -> None:
+def _check_content(file: Any, held: set[str], config: Any, what: str) -> None:
     """Refuse a file of weights other than the one that config.json describes."""
     if any(name.startswith("trunk.") for name in held):
         names = [name.removeprefix("trunk.") for name in held]
@@ -218,7 +218,7 @@ def _read_trunk(file: Any, name: str) -> Tensor:
     return file.get_tensor(f"trunk.{name}")
 
 
-def _check_branch(tensors: Mapping[str, Tensor], config: MultiTaskBertConfig, what: str) -> None:
+def _check_branch(tensors: Mapping[str, Tensor], config: Any, what: str) -> None:
     """Refuse a branch other than the one that config.json describes."""
     found = hash_branch(tensors, config)
     expected = config.tasks[next(iter(tensors)).split(".")[1]].get("sha256")

@@ -7,18 +7,30 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.models.bert.configuration_bert import BertConfig
+from transformers.models.bert.modeling_bert import BertPreTrainedModel
 from transformers.utils import ModelOutput
 
 from hf_moebert.methods.masked_crf.modeling_masked_crf import CrfTagger
 
-from .configuration_multitask import SHARED, MultiTaskBertConfig, check_task_name, describe_task
+from .configuration_multitask import MultiTaskBertConfig, check_task_name, describe_task, multitask_config
 from .modeling_files import check_hashes, hash_trunk
-from .modeling_splitting import HEADS, check_single_task, fill, join, take_branch, trunk_state
+from .modeling_splitting import (
+    FAMILIES,
+    HEADS,
+    check_single_task,
+    fill,
+    find_head,
+    join,
+    take_branch,
+    take_trunk,
+    trunk_state,
+)
 from .modeling_storage import StoredByTask
-from .modeling_trunk import BertTrunk, new_branch
+from .modeling_trunk import find_dense, new_branch, new_trunk
 
 
 CRF_ARGUMENTS = ("word_mask", "output_marginals")
@@ -26,19 +38,20 @@ RECORDS = ("output_attentions", "output_hidden_states")  # which the configurati
 Labels = Tensor | Mapping[str, Tensor]
 
 
-class MultiTaskBertModel(StoredByTask):
+class MultiTaskModel(StoredByTask):
     """A trunk with a branch for every task: a single-task model of transformers without its first layers."""
 
     accepts_loss_kwargs = False  # losses are means over the batch: the Trainer divides by accumulation steps
 
-    def __init__(self, config: MultiTaskBertConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.trunk = BertTrunk(config)
+        self.trunk = new_trunk(config)
         self.branches = nn.ModuleDict()
         for name, task in config.tasks.items():
-            if (head := HEADS.get(task["architecture"])) is None:
+            if (head := find_head(task["architecture"])) is None:
                 raise ValueError(
-                    f"`tasks[{name!r}].architecture` must be one of {', '.join(HEADS)}, got {task['architecture']!r}. "
+                    f"`tasks[{name!r}].architecture` must be one of {', '.join(HEADS)}, or of a family in {FAMILIES}, "
+                    f"got {task['architecture']!r}. "
                     "Update hf_moebert if the model is newer."
                 )
             own = head.config_class.from_dict(copy.deepcopy(task["config"]))
@@ -64,9 +77,9 @@ class MultiTaskBertModel(StoredByTask):
         """Merge single-task models that share their first layers.
 
         Args:
-            models: For each task a `BertForSequenceClassification` or another class of `HEADS`, whose
-                `config.frozen_layers` is the number of layers that stayed as they were pre-trained. They are not
-                changed.
+            models: For each task a `BertForSequenceClassification` or another class of `HEADS`, or one for sequence
+                or token classification or question answering of one other family. `config.frozen_layers` is the number
+                of layers that stayed as they were pre-trained. They are not changed.
 
         Returns:
             The merged model in eval mode; the outputs of each task equal those of its model bit for bit.
@@ -82,10 +95,11 @@ class MultiTaskBertModel(StoredByTask):
             check_single_task(model)
             describe_task(type(model).__name__, model.config)  # refuses a `frozen_layers` that cannot be
         deepest = max(models.values(), key=lambda model: model.config.frozen_layers)
-        config = cls.config_class.from_single_task(deepest.config, deepest.config.frozen_layers)
+        own: Any = multitask_class(find_dense(deepest.config))
+        config = own.config_class.from_single_task(deepest.config, deepest.config.frozen_layers)
         config._attn_implementation = deepest.config._attn_implementation
         with no_init_weights():
-            merged = cls(config)
+            merged = own(config)
         fill(merged.trunk, trunk_state(deepest, config.num_hidden_layers))
         merged.to(deepest.device).eval()._seal_trunk()
         for name, model in models.items():
@@ -219,19 +233,32 @@ class MultiTaskBertModel(StoredByTask):
         branch.set_attn_implementation(self.config._attn_implementation)
         theirs = trunk_state(model, frozen)
         self._check_prefix(theirs, frozen)
-        for index in range(len(self.trunk.layer), frozen):
-            place = f"layer.{index}."
-            with no_init_weights():
-                layer = BertLayer(self.config, layer_idx=index)
-            fill(layer, {name.removeprefix(place): x for name, x in theirs.items() if name.startswith(place)})
-            self.trunk.layer.append(layer.requires_grad_(False).to(self.device).eval())
+        if frozen > len(self.trunk.layer):
+            self.trunk = take_trunk(model, frozen).to(self.device)
+            self._adopt(self.trunk.config)
         if len(self.trunk.layer) >= len(self.config.trunk_sha256):  # the trunk became deeper
             self._seal_trunk()
         return branch.train(self.training)
 
+    def _adopt(self, config: Any) -> None:
+        """Take over the depth of a deeper trunk, whose modules then read this model's configuration."""
+        self.config.num_hidden_layers = config.num_hidden_layers
+        if getattr(config, "layer_types", None) is not None:
+            self.config.layer_types = config.layer_types
+        for module in self.trunk.modules():
+            if getattr(module, "config", None) is config:
+                module.config = self.config
+        for body in getattr(self.trunk, "_body", ()):
+            body.config = self.config
+
     def _check_sizes(self, model: PreTrainedModel) -> None:
         """Refuse a model of other sizes or another precision than the trunk."""
-        sizes = {field: (getattr(self.config, field), getattr(model.config, field)) for field in SHARED}
+        sizes: dict[str, tuple[Any, Any]] = {
+            field: (getattr(self.config, field, None), getattr(model.config, field, None))
+            for field in self.config.shared
+        }
+        families = self.config.dense_class.model_type, find_dense(model.config).model_type
+        sizes = {"model_type": families} | sizes
         for field, (ours, theirs) in (sizes | {"dtype": (self.dtype, model.dtype)}).items():
             if ours != theirs:
                 raise ValueError(
@@ -266,11 +293,12 @@ class MultiTaskBertModel(StoredByTask):
 
     def get_input_embeddings(self) -> nn.Embedding:
         """Return the word embeddings."""
-        return self.trunk.embeddings.word_embeddings
+        return self.trunk.words
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replace the word embeddings."""
-        self.trunk.embeddings.word_embeddings = value
+        place = "word_embeddings" if hasattr(self.trunk.embeddings, "word_embeddings") else "tok_embeddings"
+        setattr(self.trunk.embeddings, place, value)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Refuse to change the vocabulary, with which all tasks were trained."""
@@ -278,3 +306,33 @@ class MultiTaskBertModel(StoredByTask):
             "The vocabulary must stay the one that the tasks were trained with. Resize the pre-trained model before "
             "tasks are trained on it."
         )
+
+
+class MultiTaskBertModel(MultiTaskModel, BertPreTrainedModel):
+    """A trunk of a BERT with a branch for every task: a single-task model without its first layers."""
+
+    config: MultiTaskBertConfig
+    config_class = MultiTaskBertConfig
+
+
+_made: dict[type, type[MultiTaskModel]] = {BertConfig: MultiTaskBertModel}  # by the dense configuration
+
+
+def multitask_class(dense: type[PreTrainedConfig]) -> type[MultiTaskModel]:
+    """Return the class of many tasks on the trunk of a family, which the first call makes.
+
+    Args:
+        dense: Configuration of transformers, of a family in the table whose first layers tasks can share.
+    """
+    if dense in _made:
+        return _made[dense]
+    base = next(cls for cls in MODEL_MAPPING[dense].__mro__ if cls.__name__.endswith("PreTrainedModel"))
+    name = MODEL_MAPPING[dense].__name__
+    body = {
+        "__doc__": f"A trunk of a {name} with a branch for every task: a single-task model without its first layers.",
+        "__module__": __name__,
+        "config_class": multitask_config(dense),
+    }
+    cls: Any = type(f"MultiTask{name}", (MultiTaskModel, base), body)
+    globals()[cls.__name__] = _made[dense] = cls
+    return cls

@@ -4,8 +4,9 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BertConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.bert.modeling_bert import (
     BertForQuestionAnswering,
@@ -13,10 +14,14 @@ from transformers.models.bert.modeling_bert import (
     BertForTokenClassification,
 )
 
+from hf_moebert.architectures.families import ARCHITECTURES
+from hf_moebert.architectures.stock import stock_classes
+from hf_moebert.architectures.surgery import get_part
 from hf_moebert.checkpoints.packing import has_adapters
 from hf_moebert.methods.masked_crf.modeling_masked_crf import BertCrfForTokenClassification
 
-from .modeling_trunk import BertTrunk, new_branch
+from .configuration_multitask import multitask_config
+from .modeling_trunk import Trunk, layers_of, new_branch, new_trunk, row_of
 
 
 HEADS: dict[str, type[PreTrainedModel]] = {
@@ -30,7 +35,35 @@ HEADS: dict[str, type[PreTrainedModel]] = {
 }
 
 
-def take_trunk(model: PreTrainedModel, num_layers: int) -> BertTrunk:
+FAMILIES = sorted(family for family, row in ARCHITECTURES.items() if row.trunk is not None)
+KINDS = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering")
+OF_ALL_LAYERS = "embeddings.shared."  # in a trunk: what all layers read
+
+
+def find_head(name: str) -> type[PreTrainedModel] | None:
+    """Return the class of a single-task model by its name, or None if there is no such class for tasks."""
+    if name in HEADS:
+        return HEADS[name]
+    head: Any = getattr(transformers, name, None)
+    dense: Any = getattr(head, "config_class", None)
+    if getattr(dense, "model_type", None) not in FAMILIES:
+        return None
+    known = stock_classes(dense)
+    return head if head in [known.get(kind) for kind in KINDS] else None
+
+
+def trunk_config(model: PreTrainedModel, num_layers: int) -> Any:
+    """Return the configuration of the trunk of a single-task model."""
+    if isinstance(model.config, BertConfig):
+        config = copy.deepcopy(model.config)
+        config.num_hidden_layers = num_layers
+        return config
+    config = multitask_config(type(model.config)).from_single_task(model.config, num_layers)
+    config._attn_implementation = model.config._attn_implementation
+    return config
+
+
+def take_trunk(model: PreTrainedModel, num_layers: int) -> Trunk:
     """Copy the embeddings and the first layers of a single-task model.
 
     Args:
@@ -46,10 +79,9 @@ def take_trunk(model: PreTrainedModel, num_layers: int) -> BertTrunk:
             f"`num_layers` must be in [0, {model.config.num_hidden_layers}], got {num_layers}. Use "
             "`model.config.frozen_layers`."
         )
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = num_layers
+    config = trunk_config(model, num_layers)
     with no_init_weights():
-        trunk = BertTrunk(config)
+        trunk = new_trunk(config)
     fill(trunk, trunk_state(model, num_layers))
     return trunk.to(model.device)
 
@@ -83,7 +115,7 @@ def take_branch(model: PreTrainedModel, frozen_layers: int, num_layers: int | No
     with no_init_weights():
         branch = new_branch(type(model), config)
     state = model.state_dict()
-    layers = f"{model.base_model_prefix}.encoder.layer."
+    layers = f"{model.base_model_prefix}.{row_of(model).stacks[0].path}."
     for name in branch.state_dict():
         if name.startswith(layers):
             index, _, rest = name.removeprefix(layers).partition(".")
@@ -92,7 +124,7 @@ def take_branch(model: PreTrainedModel, frozen_layers: int, num_layers: int | No
     return branch.to(model.device).eval()
 
 
-def join(trunk: BertTrunk, branch: PreTrainedModel) -> PreTrainedModel:
+def join(trunk: Trunk, branch: PreTrainedModel) -> PreTrainedModel:
     """Join a trunk and a branch to a plain single-task model.
 
     Args:
@@ -112,13 +144,14 @@ def join(trunk: BertTrunk, branch: PreTrainedModel) -> PreTrainedModel:
     config.num_hidden_layers = frozen + own
     with no_init_weights():
         model = type(branch)(config)
-    prefix = f"{branch.base_model_prefix}."
-    layers, shared = f"{prefix}encoder.layer.", trunk.state_dict()
-    state = {f"{prefix}{name}": tensor for name, tensor in shared.items() if name.startswith("embeddings.")}
+    row, prefix = row_of(branch), f"{branch.base_model_prefix}."
+    layers, shared = f"{prefix}{row.stacks[0].path}.", trunk.state_dict()
+    words = {name: tensor for name, tensor in shared.items() if name.startswith("embeddings.")}
+    state = {f"{prefix}{name}": x for name, x in words.items() if not name.startswith(OF_ALL_LAYERS)}
     for name, tensor in shared.items():
         if name.startswith("layer.") and int(name.split(".")[1]) < frozen:
-            state[f"{prefix}encoder.{name}"] = tensor
-    for name, tensor in branch.state_dict().items():
+            state[f"{layers}{name.removeprefix('layer.')}"] = tensor
+    for name, tensor in branch.state_dict().items():  # what all layers read is in both
         if name.startswith(layers):
             index, _, rest = name.removeprefix(layers).partition(".")
             name = f"{layers}{int(index) + frozen}.{rest}"
@@ -130,7 +163,10 @@ def join(trunk: BertTrunk, branch: PreTrainedModel) -> PreTrainedModel:
 def trunk_state(model: PreTrainedModel, num_layers: int) -> dict[str, Tensor]:
     """Return the tensors of a single-task model's embeddings and first layers, named as in a trunk."""
     base: Any = model.base_model
-    parts = {"embeddings": base.embeddings} | {f"layer.{i}": base.encoder.layer[i] for i in range(num_layers)}
+    parts = {"embeddings": base.embeddings} | {f"layer.{i}": layers_of(model)[i] for i in range(num_layers)}
+    for path in row_of(model).trunk or ():
+        if (part := get_part(base, path)) is not None:
+            parts[f"{OF_ALL_LAYERS}{path.rpartition('.')[2]}"] = part
     return {f"{path}.{name}": x for path, part in parts.items() for name, x in part.state_dict().items()}
 
 
@@ -140,10 +176,10 @@ def check_single_task(model: PreTrainedModel) -> None:
     Raises:
         ValueError: If the model is of another class, quantized, a branch, a decoder, or offloaded, or has adapters.
     """
-    if type(model) not in HEADS.values():
+    if find_head(type(model).__name__) is not type(model):
         raise ValueError(
-            f"`model` must be one of {', '.join(HEADS)}, got {type(model).__name__}. Merge adapters, and load the "
-            "checkpoint with one of these classes."
+            f"`model` must be one of {', '.join(HEADS)}, or have such a head on a body of one of {FAMILIES}, got "
+            f"{type(model).__name__}. Merge adapters, and load the checkpoint with one of these classes."
         )
     if has_adapters(model):
         raise ValueError("`model` must be without adapters, which would be left behind. Merge them into it first.")
@@ -151,7 +187,9 @@ def check_single_task(model: PreTrainedModel) -> None:
         raise ValueError(f"`model` must be dense, but its form is {method!r}. Call `to_dense(model)` first.")
     if model.main_input_name == "inputs_embeds":
         raise ValueError("`model` must have embeddings, got a branch. `join` it with its trunk first.")
-    if model.config.is_decoder or model.config.add_cross_attention:
+    if get_part(model.base_model, "encoder.conv") is not None:
+        raise ValueError("`model` must be of layers alone, but a convolution follows its first one. Use another one.")
+    if getattr(model.config, "is_decoder", False) or getattr(model.config, "add_cross_attention", False):
         raise ValueError(
             "`model` must be an encoder, but `config.is_decoder` is set. Load it with `is_decoder=False`."
         )

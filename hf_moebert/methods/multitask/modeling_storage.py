@@ -7,20 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.bert.modeling_bert import BertPreTrainedModel
 
 from hf_moebert.checkpoints.packing import has_adapters
 from hf_moebert.checkpoints.strict_model import HUB_OPTIONS, StrictModel
 
-from .configuration_multitask import MultiTaskBertConfig
 from .modeling_files import check_folder, check_hashes, finish_save, hash_branch, hash_trunk, write_folder
 
 
-class StoredByTask(StrictModel, BertPreTrainedModel):
+class StoredByTask(StrictModel):
     """Base class that saves and loads one file for the trunk and one for each branch."""
 
-    config: MultiTaskBertConfig
-    config_class = MultiTaskBertConfig
+    config: Any  # of `MultiTaskFields`
     _sealed_dtype: torch.dtype | None = None  # dtype in which `config.trunk_sha256` was computed; None: unknown
 
     def _seal_trunk(self, state: Mapping[str, Tensor] | None = None) -> None:

@@ -20,9 +20,9 @@ from hf_moebert.methods.distillation import DistillationConfig, DistillationTrai
 
 from .configuration_multitask import check_task_name
 from .functional import choose_depth, choose_uniform
-from .modeling_multitask import MultiTaskBertModel
-from .modeling_splitting import HEADS, join, take_branch, take_trunk
-from .modeling_trunk import new_branch
+from .modeling_multitask import MultiTaskModel
+from .modeling_splitting import find_head, join, take_branch, take_trunk
+from .modeling_trunk import layers_of, new_branch
 from .recipe import INITS, MultiTaskSweepConfig
 from .training_runs import (
     MultiTaskSweepTask,
@@ -188,14 +188,15 @@ class MultiTaskSweep:
         folder = self.folder(task, run)
         check_model(folder)
         (architecture,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
-        return HEADS[architecture].from_pretrained(folder, use_safetensors=True)
+        head: Any = find_head(architecture)
+        return head.from_pretrained(folder, use_safetensors=True)
 
-    def merge(self, depths: Mapping[str, int]) -> MultiTaskBertModel:
+    def merge(self, depths: Mapping[str, int]) -> MultiTaskModel:
         """Merge the branches with the given number of layers for each task; make missing runs."""
         runs = {task: self.branch(task)(layers) for task, layers in depths.items()}
         for task, run in runs.items():
             self.make(task, run)
-        return MultiTaskBertModel.from_tasks({task: self.load(task, run) for task, run in runs.items()})
+        return MultiTaskModel.from_tasks({task: self.load(task, run) for task, run in runs.items()})
 
     def folder(self, task: str, run: Run) -> Path:
         """Return the folder of a run."""
@@ -278,11 +279,9 @@ def new_student(
         raise ValueError('`encoder` must be given for `init="next"`, got None. Load the pre-trained model.')
     frozen = teacher.config.frozen_layers
     student = take_branch(teacher, frozen, num_layers)
-    layers: Any = student.base_model.encoder
+    layers = layers_of(student)
     if encoder is not None and init == "next":
-        start: Any = take_branch(encoder, frozen, num_layers).base_model
-        layers.load_state_dict(start.encoder.state_dict())
+        layers.load_state_dict(layers_of(take_branch(encoder, frozen, num_layers)).state_dict())
     elif init == "random":
-        fresh: Any = new_branch(type(teacher), copy.deepcopy(student.config)).base_model
-        layers.load_state_dict(fresh.encoder.state_dict())
+        layers.load_state_dict(layers_of(new_branch(type(teacher), copy.deepcopy(student.config))).state_dict())
     return student

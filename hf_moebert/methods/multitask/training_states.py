@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from hf_moebert.checkpoints.tensor_files import CHECKSUM, DAMAGE, check_digest, digest, replacing
 
 from .functional import chain_hashes
-from .modeling_trunk import BertTrunk
+from .modeling_trunk import Trunk
 
 
 REMEDY = "Delete it, and it is computed again."
@@ -66,7 +66,7 @@ class CachedStates(torch.utils.data.Dataset):
 
 
 def cache_states(
-    trunk: BertTrunk, dataset: Dataset, folder: str | Path, *, depths: Sequence[int], batch_size: int = 32
+    trunk: Trunk, dataset: Dataset, folder: str | Path, *, depths: Sequence[int], batch_size: int = 32
 ) -> dict[int, CachedStates]:
     """Run a trunk over a data set, unless the folder already holds its states.
 
@@ -134,10 +134,12 @@ def fingerprint_data(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_trunk(trunk: BertTrunk, depth: int) -> str:
+def fingerprint_trunk(trunk: Trunk, depth: int) -> str:
     """Return a hash of the weights up to some layer, with the fields that also decide the states after it."""
     names = ("hidden_act", "layer_norm_eps", "num_attention_heads")
-    sizes = "-".join(str(getattr(trunk.config, name)) for name in names)
+    if isinstance(shared := getattr(trunk.config, "shared", None), tuple):
+        names = shared if type(trunk) is Trunk else names  # of BERT, as ever
+    sizes = "-".join(str(getattr(trunk.config, name, None)) for name in names)
     return f"{sizes}-{chain_hashes(part.state_dict() for part in (trunk.embeddings, *trunk.layer[:depth]))[-1]}"
 
 
@@ -180,7 +182,7 @@ def _read_offsets(file: Path) -> Tensor:
 
 @torch.no_grad()
 def _write(
-    trunk: BertTrunk, dataset: Dataset, files: Mapping[int, Path], *, prints: Mapping[int, str], batch_size: int
+    trunk: Trunk, dataset: Dataset, files: Mapping[int, Path], *, prints: Mapping[int, str], batch_size: int
 ) -> None:
     lengths = np.array([len(ids) for ids in dataset["input_ids"][:]])
     offsets = np.concatenate([[0], lengths.cumsum()])  # (examples + 1,)
@@ -191,7 +193,7 @@ def _write(
         hidden = trunk.config.hidden_size
         states = {depth: _lay_out(draft, offsets, hidden, texts[depth]) for depth, draft in drafts.items()}
         for rows, batch in _batches(inputs, lengths, batch_size):
-            batch = {name: tensor.to(trunk.embeddings.position_ids.device) for name, tensor in batch.items()}
+            batch = {name: tensor.to(trunk.device) for name, tensor in batch.items()}
             for depth, found in trunk(**batch, depths=list(files)).items():
                 for row, state in zip(rows, found.float().cpu().numpy(), strict=True):  # (seq, hidden)
                     states[depth][offsets[row] : offsets[row + 1]] = state[: lengths[row]]
