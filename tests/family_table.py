@@ -5,12 +5,13 @@ from pathlib import Path
 
 from hf_moebert.architectures.families import ARCHITECTURES
 from hf_moebert.methods.mixture_of_masks.configuration_mixture_of_masks import why_not_masked
+from hf_moebert.methods.moebert.configuration_moebert import why_not_experts
 from hf_moebert.methods.mpo.modeling_tuner import TARGETS
 
 
 README = Path(__file__).parents[1] / "hf_moebert" / "architectures" / "README.md"
 MARKS = ("<!-- families: written by tests/family_table.py -->\n", "<!-- families: end -->\n")
-COLUMNS = ("family", "importance, MPO", "PLATON whole units, `shrink`", "masks", "trunk of many tasks", "unpadded")
+COLUMNS = ("family", "importance, MPO", "PLATON whole units", "MoEBERT", "masks", "trunk of many tasks", "unpadded")
 
 
 def rows() -> list[tuple[str, ...]]:
@@ -24,6 +25,7 @@ def rows() -> list[tuple[str, ...]]:
         cells = (
             "yes" if family in TARGETS else "no",
             "; ".join(units) if units else f"no: {row.kept}",
+            f"no: {reason}" if (reason := why_not_experts(family)) else "yes",
             masks,
             "yes" if row.trunk is not None else "no",
             "yes" if row.bert_like else "no",

@@ -151,9 +151,12 @@ def _grouped_flops(tokens: torch.Size, weights: torch.Size, *_: Any, **__: Any) 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval().requires_grad_(False)  # torch's counter looks for the gradients of slices of weights, as DeBERTa's
     try:
         yield
     finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
         for module, training in modes.items():
             module.training = training
