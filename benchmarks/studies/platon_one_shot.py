@@ -8,10 +8,13 @@
 Every argument of `TrainingArguments` may be given; the others are below. Each seed fine-tunes the encoder densely;
 all else starts from that model and trains nothing. "one-shot" is `prune_structured`; "importance" keeps the units with
 the largest mean of |weight x gradient| of the task loss, and is alone in using labels; "magnitude" keeps those of the
-largest mean size, "random" any. All of these but "one-shot" leave the weights that stay as they are.
+largest mean size, "random" any. All of these but "one-shot" leave the weights that stay as they are. Models that are
+pruned to a speed-up are timed with the batch for which they were.
 """
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from hf_moebert import PlatonConfig, prune_structured, shrink
+from hf_moebert import PlatonConfig, measure_unit_latency, prune_structured, shrink
 from hf_moebert.architectures.surgery import matrix_of
 from hf_moebert.architectures.units import find_unit_groups
 from hf_moebert.methods.platon.training_pruner import Pruner
@@ -42,6 +45,12 @@ class OneShotOptions(StudyOptions):
         default_factory=lambda: [0.5, 0.3], metadata={"help": "Shares of the weights of units that are kept."}
     )
     rules: list[str] = field(default_factory=lambda: list(RULES), metadata={"help": f"Some of {', '.join(RULES)}."})
+    speed_ups: list[float] = field(
+        default_factory=lambda: [2.0, 3.0], metadata={"help": "Speed-ups over the dense model that are asked for."}
+    )
+    shapes: list[str] = field(
+        default_factory=lambda: ["1x128", "8x32"], metadata={"help": "Batches, texts x tokens, for which they are."}
+    )
     max_examples: int = field(default=512, metadata={"help": "Training texts that the rules may read."})
 
 
@@ -50,7 +59,9 @@ class OneShotRun(Run):
     """A run that may prune by a rule."""
 
     rule: str | None = None
-    keep_ratio: float = 1.0
+    keep_ratio: float | None = None
+    speed_up: float | None = None
+    shape: str | None = None
 
 
 class OneShotStudy(PruningStudy):
@@ -60,7 +71,9 @@ class OneShotStudy(PruningStudy):
         """Return the training of a dense run, and the rule of the others."""
         if run.rule is None:
             return super(PruningStudy, self).settings(run)
-        return {"rule": run.rule, "keep_ratio": run.keep_ratio, "max_examples": self.options.max_examples}
+        asked = {name: getattr(run, name) for name in ("rule", "keep_ratio", "speed_up", "shape")}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        return asked | {"max_examples": self.options.max_examples}
 
     def extras(self, run: OneShotRun, seed: int, model: PreTrainedModel, args: TrainingArguments) -> dict[str, Any]:
         """Train the dense model as it is."""
@@ -81,8 +94,13 @@ class OneShotStudy(PruningStudy):
         """Remove units by the rule of a run."""
         texts = self.task.train_dataset.select(range(min(self.options.max_examples, len(self.task.train_dataset))))
         if run.rule.startswith("one-shot"):
-            uniform = run.rule == "one-shot-uniform"
-            return prune_structured(model, texts, self.task.collator, keep_ratio=run.keep_ratio, uniform=uniform)
+            asked = {"keep_ratio": run.keep_ratio, "uniform": run.rule == "one-shot-uniform"}
+            if run.speed_up is not None:
+                batch, seq = map(int, run.shape.split("x"))
+                file = self.output / f"latency-{run.shape}.json"
+                table = measure_unit_latency(model, batch_size=batch, seq_len=seq, file=file)
+                asked = {"speed_up": run.speed_up, "latency": table}
+            return prune_structured(model, texts, self.task.collator, **asked)
         if run.rule == "random":
             zero_random_units(model, run.keep_ratio)
         else:
@@ -94,6 +112,16 @@ class OneShotStudy(PruningStudy):
             pruner.selector.update_masks_(pruner.keep, run.keep_ratio)
             pruner.apply_masks()
         return shrink(model, multiple_of=8)
+
+    def reached_rows(self, runs: Sequence[OneShotRun], seed: int) -> list[dict[str, str]]:
+        """Time models with the batch for which they were pruned, and dense ones, in turns."""
+        rows = []
+        for shape in dict.fromkeys(run.shape for run in runs if run.shape):
+            ids = torch.arange(math.prod(map(int, shape.split("x")))).view(-1, int(shape.split("x")[1]))
+            ids %= self.task.tokenizer.vocab_size
+            of_shape = [run for run in runs if run.rule is None or run.shape == shape]
+            rows += self.speed_rows(of_shape, seed, {"input_ids": ids})
+        return rows
 
     def save(self, trainer: Trainer, run: OneShotRun, folder: Path) -> None:
         """Save the model."""
@@ -134,6 +162,10 @@ def plan_runs(options: OneShotOptions) -> list[OneShotRun]:
         for rule in options.rules:
             if rule != "one-shot-uniform" or ratio >= 0.5:  # all heads stay, which are a third
                 runs.append(OneShotRun(f"{rule}-{ratio:g}", peer="dense", rule=rule, keep_ratio=ratio))
+    for shape in options.shapes:
+        for speed_up in options.speed_ups:
+            name = f"one-shot-{speed_up:g}x-{shape}"
+            runs.append(OneShotRun(name, peer="dense", rule="one-shot", speed_up=speed_up, shape=shape))
     return runs
 
 
@@ -147,9 +179,7 @@ def main() -> None:
     study = OneShotStudy(TextTask(arguments, seed=args.seed), args, options)
     runs = plan_runs(options)
     study.make_all(runs, options.seeds)
-    config = study.load("dense", options.seeds[0]).config
-    ids = torch.randint(config.vocab_size, (1, min(128, config.max_position_embeddings)))  # (batch, seq)
-    speed = study.speed_rows(runs, options.seeds[0], {"input_ids": ids})
+    speed = study.reached_rows(runs, options.seeds[0])
     about = "Nothing but the dense model is trained: units are removed at once, by different rules."
     study.report("Pruning in one shot", about, runs, options.seeds, speed=speed)
 

@@ -15,6 +15,7 @@ from hf_moebert.checkpoints.loading import load_model
 from hf_moebert.inference.linears import unsupported_reason
 from hf_moebert.measuring.metrics.seqeval.seqeval import count_illegal, span_f1
 from hf_moebert.measuring.metrics.squad.squad import squad_scores
+from hf_moebert.measuring.unit_latency import LatencyTable
 from hf_moebert.reporting.tables import measurement_rows
 
 
@@ -98,14 +99,22 @@ def test_platon_text_classification_in_whole_units(tmp_path, run_study):
     check_shrunk(tmp_path / "seed-0", "platon-0.5", hidden=32, head_size=8, ratio=0.5)
 
 
-def test_platon_one_shot(tmp_path, run_study):
-    output = run_study("platon_one_shot", "--smoke", "--output_dir", tmp_path, "--max_steps", "2", "--use_cpu")
+def test_platon_one_shot(tmp_path, run_study, monkeypatch):
+    counts, shares = {"neurons": [1, 96], "heads": [1, 4]}, {"neurons": [0.3, 0.8], "heads": [0.4, 0.7]}
+    table = LatencyTable(
+        1.0, 0.5, counts, shares, {"neurons": 2, "heads": 2}, {}
+    )  # a measured one of tiny models is noise
+    monkeypatch.setattr("platon_one_shot.measure_unit_latency", lambda model, **options: table)
+    output = run_study(
+        *("platon_one_shot", "--smoke", "--output_dir", tmp_path, "--max_steps", "2", "--use_cpu"),
+        *("--speed_ups", "2", "--shapes", "2x64"),
+    )
     report = (tmp_path / "report.md").read_text()
     table = ["run", "accuracy", "accuracy difference", "weights stored", "weights not zero", "on disk"]
     assert columns(report) == columns(output) == [table, ["run", "speed-up over dense"]]
     rules = ["random", "magnitude", "importance", "one-shot"]
     runs = [f"{rule}-{ratio}" for ratio in (0.5, 0.3) for rule in rules]
-    assert {"dense", "one-shot-uniform-0.5", *runs} <= set(names_of(report))
+    assert {"dense", "one-shot-uniform-0.5", "one-shot-2x-2x64", *runs} <= set(names_of(report))
     for run in runs:
         assert load_model(tmp_path / "seed-0" / run).config.model_type == "shrunk_bert"
     assert load_model(tmp_path / "seed-0/one-shot-uniform-0.5").config.model_type == "bert"
