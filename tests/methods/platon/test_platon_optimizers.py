@@ -4,10 +4,18 @@ import pytest
 import torch
 from platon_families import build, make_data
 from platon_runs import SaveAt, assert_same_weights, count_all_zeros
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 from transformers.training_args import OptimizerNames
 
-from hf_moebert import CheckpointManifestCallback, PlatonConfig, last_complete_checkpoint, shrink
+from hf_moebert import (
+    CheckpointManifestCallback,
+    DistillationConfig,
+    DistillationTrainer,
+    PlatonConfig,
+    last_complete_checkpoint,
+    prune_structured,
+    shrink,
+)
 from hf_moebert.methods.platon import KeepZerosCallback
 from hf_moebert.methods.platon.modeling_units import find_unit_groups
 from hf_moebert.methods.platon.training_parameters import find_prunable
@@ -108,6 +116,45 @@ def test_zeros_are_kept(make_trainer, family, form, optim):
     assert all((model.get_parameter(name) != before[name]).any() for name in where)
     if form == "units":
         assert shrink(model).num_parameters() < model.num_parameters()
+
+
+def widths_of(model):
+    return [group.num_units for group in find_unit_groups(shrink(model))]
+
+
+def test_another_task_keeps_the_units_of_the_first(make_trainer, tmp_path):
+    pruned("bert", "units").save_pretrained(tmp_path / "first")
+    model = BertForSequenceClassification.from_pretrained(
+        tmp_path / "first", num_labels=3, ignore_mismatched_sizes=True
+    )  # a new head
+    widths = widths_of(model)
+    trainer = make_trainer(model, False, callbacks=[KeepZerosCallback()], max_steps=6)
+    trainer.train_dataset = trainer.train_dataset.map(lambda row: {"labels": row["input_ids"][0] % 3})
+    trainer.train()
+    assert widths_of(model) == widths == [16, 2] * 2
+
+
+@pytest.mark.parametrize("form", ["weights", "units"])
+def test_a_teacher_leaves_the_zeros_alone(make_trainer, form):
+    model, teacher = pruned("bert", form), build("bert")
+    where = {n: p == 0 for n, p in find_prunable(model, PlatonConfig()).items() if not p.all()}
+    extra = {"teacher": teacher, "distillation": DistillationConfig()}
+    callbacks = [KeepZerosCallback()]
+    make_trainer(
+        model, False, trainer_class=DistillationTrainer, callbacks=callbacks, extra=extra, max_steps=6
+    ).train()
+    assert all(not model.get_parameter(name)[zeros].any() for name, zeros in where.items())
+    assert any((model.get_parameter(name) != build("bert").get_parameter(name)).any() for name in where)
+
+
+def test_a_model_pruned_in_one_shot_is_trained_on(make_trainer):
+    model = prune_structured(
+        build("bert"), make_data("text").remove_columns("labels"), keep_ratio=0.5, multiple_of=1, remove=False
+    )
+    widths = widths_of(model)
+    make_trainer(model, False, callbacks=[KeepZerosCallback()], max_steps=6).train()
+    assert widths_of(model) == widths
+    assert min(widths) < 32
 
 
 def test_a_resumed_run_keeps_the_zeros_of_its_checkpoint(make_trainer, tmp_path):
