@@ -21,21 +21,10 @@ from hf_moebert.methods.moebert import from_dense
 
 pytestmark = pytest.mark.process
 SIZES = {"num_experts": 4, "expert_size": 16, "num_shared_neurons": 8}
-PARTS = (
-    "dense",
-    "experts",
-    "export",
-    "families",
-    "inputs",
-    "layers",
-    "moebert",
-    "outputs",
-    "routing",
-    "strict",
-    "surgery",
-)
-CODE = {f"modeling_{part}.py" for part in PARTS}
-CODE |= {"configuration_moebert.py", "configuration_strict.py", "functional.py", "functional_routing.py"}
+PARTS = ("dense", "empty_losses", "experts", "export", "inputs", "layers", "moebert", "outputs", "routing", "strict")
+CODE = {f"modeling_{part}.py" for part in (*PARTS, "surgery")}
+CODE |= {f"configuration_{part}.py" for part in ("families", "moebert", "paths", "strict")}
+CODE |= {"functional.py", "functional_routing.py"}
 START = """
 import json, os, pathlib, sys
 import torch
