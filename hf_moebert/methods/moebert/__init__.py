@@ -1,4 +1,4 @@
-"""MoEBERT: the feed-forward networks of a fine-tuned BERT become experts, and one runs per token."""
+"""MoEBERT: the feed-forward networks of a fine-tuned encoder become experts, and one runs per token."""
 
 import lazy_loader
 
