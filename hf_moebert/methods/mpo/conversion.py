@@ -65,9 +65,9 @@ def compress_mpo(
         max_error: Largest relative error of every matrix, in the Frobenius norm, in [0, 1), before the cores are
             rounded to the model's dtype.
         keep_ratio: Parameters of all chosen matrices together, as a share of the dense ones; the bonds are about
-            those with the least total error, see `choose_bonds`. With `calibration`, tables and linear layers keep
-            this share each. Below 1, as with `max_error` or `calibration`, a matrix whose chain would be larger
-            than itself stays dense.
+            those with the least total error, see `choose_bonds`. With `calibration` it is that of the model's
+            outputs, and tables and linear layers keep this share each. Below 1, as with `max_error` or
+            `calibration`, a matrix whose chain would be larger than itself stays dense.
         calibration: Some hundreds of texts of the model's use, or batches as a `DataLoader` yields and the model
             takes. Padding and labels have no part in it.
         tokenizer: Of the model; needed for texts.
@@ -96,7 +96,8 @@ def compress_mpo(
     _check_weights(model, chosen)
     statistics = None
     if calibration is not None:
-        statistics = measure_inputs(model, chosen, calibration, tokenizer)
+        joint = keep_ratio is not None  # only then bonds of different matrices are weighed up
+        statistics = measure_inputs(model, chosen, calibration, tokenizer, sensitivities=joint)
         _warn_of_unseen(chosen, statistics)
     of_tables = num_cores if table_cores is None else table_cores
     cores = {paths[0]: of_tables if _is_table(model, paths[0]) else num_cores for paths in chosen}

@@ -15,6 +15,9 @@ from hf_moebert.architectures.functional_routing import real_tokens
 from hf_moebert.architectures.importance import check_ids, frozen, load_batches
 
 
+FEW = 32  # examples on which layers are disturbed
+NOISE = 0.3  # of the size of a layer's outputs: about the error at half size
+LEAST = 1e-3  # of the largest sensitivity
 LONGEST = 512  # tokens of a text, where neither model nor tokenizer says
 
 
@@ -26,11 +29,17 @@ class Statistics:
         moments: Second moments of the inputs of linear layers, `(inputs, inputs)`, in float64.
         counts: Uses of each row of tables, `(rows,)`.
         seen: Inputs that the moments are the sums over.
+        sensitivities: Of the model's outputs: the square of their relative error over that of the layer's outputs.
     """
 
     moments: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
     seen: dict[str, int] = field(default_factory=dict)
+    sensitivities: dict[str, float] = field(default_factory=dict)
+
+    def of(self, path: str) -> tuple[Tensor | None, Tensor | None, float | None]:
+        """Return moments, counts and sensitivity of a matrix, as far as they are known."""
+        return self.moments.get(path), self.counts.get(path), self.sensitivities.get(path)
 
 
 def measure_inputs(
@@ -40,6 +49,7 @@ def measure_inputs(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     batch_size: int = 32,
+    sensitivities: bool = False,
 ) -> Statistics:
     """Run a model on calibration data, and sum up the inputs of its matrices; no activation is kept.
 
@@ -51,7 +61,9 @@ def measure_inputs(
         calibration: Texts, which the tokenizer encodes, or batches as the model's forward takes them, each a mapping
             of tensors; labels are ignored.
         tokenizer: Of the model; needed for texts only.
-        batch_size: Texts in a batch; it does not change the result.
+        batch_size: Texts in a batch; it does not change the moments.
+        sensitivities: Whether to measure how much the model's outputs depend on each matrix: on a few texts, one more
+            run for each.
 
     Raises:
         ValueError: If there is no text, batch or tokenizer, if texts or ids do not fit the model, if there are fewer
@@ -60,6 +72,7 @@ def measure_inputs(
     batches, total = _make_batches(model, calibration, tokenizer, batch_size)
     statistics = Statistics()
     hooks = _Hooks(statistics)
+    first: list[dict[str, Tensor]] = []
     with frozen(model), torch.no_grad(), ExitStack() as stack:
         for paths in groups:
             for module in {model.get_submodule(path) for path in paths}:
@@ -68,7 +81,11 @@ def measure_inputs(
         for batch in tqdm(batches, "Calibrating", total, disable=None):
             hooks.read_masks(model, batch)
             _forward(model, batch)
+            if sum(map(_count_examples, first)) < FEW:
+                first.append(batch)
     _check_enough(statistics)
+    if sensitivities:
+        statistics.sensitivities = _measure_sensitivities(model, groups, first)
     return statistics
 
 
@@ -110,7 +127,7 @@ def _encode(
             f"{vocabulary}. Load both from the same place."
         )
     longest = min(getattr(model.config, "max_position_embeddings", LONGEST), tokenizer.model_max_length, LONGEST)
-    rows = [tokenizer(text, truncation=True, max_length=longest) for text in sorted(texts, key=len)]
+    rows = [tokenizer(text, truncation=True, max_length=longest) for text in texts]
     return load_batches(model, rows, DataCollatorWithPadding(tokenizer), batch_size), -(-len(rows) // batch_size)
 
 
@@ -124,14 +141,56 @@ def _move(model: PreTrainedModel, batches: Iterable[Any]) -> Iterator[dict[str, 
         yield {name: value.to(model.device) for name, value in batch.items() if name not in ("labels", "label")}
 
 
-def _forward(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
+def _forward(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[Tensor]:
+    """Run the model, and return what it puts out."""
     if model.config.is_encoder_decoder and "decoder_input_ids" not in batch and model.can_generate():
         batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["input_ids"])
     check_ids(model, batch)
     try:
-        model.forward(**batch)  # not what `model.compile()` made of it, which calls no hooks
+        outputs = model.forward(**batch)  # not what `model.compile()` made of it, which calls no hooks
+        return [x for x in outputs.to_tuple() if isinstance(x, Tensor) and x.is_floating_point()]
     except (TypeError, ValueError) as error:
         raise ValueError(f"`calibration` must hold what the model takes, got {sorted(batch)}. {error}") from error
+
+
+def _count_examples(batch: dict[str, Tensor]) -> int:
+    return len(next(iter(batch.values())))
+
+
+@torch.no_grad()
+def _measure_sensitivities(
+    model: PreTrainedModel, groups: Sequence[Sequence[str]], batches: Sequence[dict[str, Tensor]]
+) -> dict[str, float]:
+    """Disturb the outputs of each matrix alone by noise, and compare what the model puts out."""
+    found: dict[str, float] = {}
+    with frozen(model):
+        expected = [_forward(model, batch) for batch in batches]
+        for paths in tqdm(groups, "Disturbing", disable=None):
+            generator = torch.Generator(model.device).manual_seed(0)
+            with ExitStack() as stack:
+                for module in {model.get_submodule(path) for path in paths}:
+                    stack.callback(module.register_forward_hook(_disturb(generator)).remove)
+                outputs = [_forward(model, batch) for batch in batches]
+            found[paths[0]] = _relative_change(expected, outputs) / NOISE**2
+    least = LEAST * max(found.values(), default=0.0) or 1.0  # of what these outputs do not show, such as a pooler
+    return {path: max(value, least) for path, value in found.items()}
+
+
+def _disturb(generator: torch.Generator) -> Callable:
+    def hook(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+        noise = torch.randn(y.shape, generator=generator, dtype=torch.float32, device=y.device)
+        return y + (NOISE * y.float().square().mean().sqrt() * noise).to(y.dtype)
+
+    return hook
+
+
+def _relative_change(expected: list[list[Tensor]], outputs: list[list[Tensor]]) -> float:
+    """Return the squared relative error of what a model puts out, added up over its tensors."""
+    changes = 0.0
+    for wanted, found in zip(zip(*expected, strict=True), zip(*outputs, strict=True), strict=True):
+        lost = sum(float((a - b).double().square().sum()) for a, b in zip(wanted, found, strict=True))
+        changes += lost / (sum(float(a.double().square().sum()) for a in wanted) or 1.0)
+    return changes
 
 
 class _Hooks:

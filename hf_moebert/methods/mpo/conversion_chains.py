@@ -14,7 +14,7 @@ from .functional import contract
 from .functional_bonds import choose_bonds
 from .functional_calibration import output_error, refine_chain, row_scale, stabilise, whiten
 from .functional_decomposition import decompose, round_cores
-from .functional_shapes import cap_bonds, factor_matrix, full_bonds
+from .functional_shapes import cap_bonds, count_parameters, factor_matrix, full_bonds
 from .modeling_mpo import Dense
 
 
@@ -67,16 +67,23 @@ class Plan:
         num_cores: 2, or odd.
         moments: Of its inputs, if they are known.
         counts: Of the uses of its rows, if it is a table and they are known.
+        sensitivity: Of the model's outputs to its errors, if it is known.
     """
 
     def __init__(
-        self, layer: Dense, num_cores: int, moments: Tensor | None = None, counts: Tensor | None = None
+        self,
+        layer: Dense,
+        num_cores: int,
+        moments: Tensor | None = None,
+        counts: Tensor | None = None,
+        sensitivity: float | None = None,
     ) -> None:
         weight = layer.weight.detach()
         self.is_table, self.transposed = isinstance(layer, nn.Embedding), isinstance(layer, Conv1D)
         self.moments = None if moments is None else stabilise(moments)
         self.scale = None if counts is None else row_scale(counts).to(weight.device)
         self.dtype, self.size = weight.dtype, weight.numel()
+        self.weight = float(self.size) if sensitivity is None else sensitivity
         matrix = weight.mT if self.transposed else weight  # (outputs, inputs)
         self.matrix = matrix.double() if self.scale is None else matrix.double() * self.scale.unsqueeze(1)
         self.use: tuple[Tensor, ...] = ()
@@ -86,9 +93,18 @@ class Plan:
         self.factors = factor_matrix(weight.shape[0], weight.shape[1], num_cores)
         self.num_cores = num_cores
 
+    @property
+    def shape(self) -> list[int]:
+        """Rows times columns of each core."""
+        return [i * j for i, j in zip(*self.factors, strict=True)]
+
     def count_rest(self) -> int:
         """Count the parameters of a chain besides its cores."""
         return sum(tensor.numel() for tensor in self.use)
+
+    def count(self, bonds: tuple[int, ...]) -> int:
+        """Count the parameters of a chain of these bonds."""
+        return sum(count_parameters(*self.factors, bonds)) + self.count_rest()
 
     def cap(self, bond: int | None, gauge: str) -> Chain:
         """Return the chain of the best cores with a cap on every bond, by the error of the weights."""
@@ -176,10 +192,7 @@ def make_chains(
         ValueError: If none would be smaller, or `keep_ratio` is too small.
     """
     found = statistics or Statistics()
-    plans = {
-        path: Plan(model.get_submodule(path), cores, found.moments.get(path), found.counts.get(path))
-        for path, cores in num_cores.items()
-    }
+    plans = {path: Plan(model.get_submodule(path), cores, *found.of(path)) for path, cores in num_cores.items()}
     if statistics is None and size.max_error is None and size.keep_ratio is None:
         return {path: plan.cap(size.bond, gauge) for path, plan in plans.items()}
     exact = {path: plan.decompose() for path, plan in plans.items()}
@@ -204,23 +217,42 @@ def _choose_bonds(
         group = {path: plan for path, plan in plans.items() if tables in (None, plan.is_table)}
         budget = None
         if size.keep_ratio is not None:
-            budget = sum(size.keep_ratio * plan.size - plan.count_rest() for plan in group.values())
-        shapes = [[i * j for i, j in zip(*plan.factors, strict=True)] for plan in group.values()]
-        values = [exact[path][1] for path in group]
-        bonds = choose_bonds(values, shapes, max_parameters=budget, max_error=size.max_error)
-        chosen |= dict(zip(group, bonds, strict=True))
+            budget = size.keep_ratio * sum(plan.size for plan in group.values())
+        while group:
+            found = _choose_together(group, exact, budget, size.max_error)
+            chosen |= found
+            larger = [path for path in group if group[path].count(found[path]) >= group[path].size]
+            if budget is None or budget >= sum(plan.size for plan in group.values()) or not larger:
+                break
+            budget -= sum(group.pop(path).size for path in larger)  # they stay dense, which leaves more for the others
     return chosen
+
+
+def _choose_together(
+    group: dict[str, Plan],
+    exact: dict[str, tuple[list[Tensor], list[Tensor]]],
+    budget: float | None,
+    max_error: float | None,
+) -> dict[str, tuple[int, ...]]:
+    plans = group.values()
+    bonds = choose_bonds(
+        [exact[path][1] for path in group],
+        [plan.shape for plan in plans],
+        max_parameters=None if budget is None else budget - sum(plan.count_rest() for plan in plans),
+        max_error=max_error,
+        weights=[plan.weight for plan in plans],
+    )
+    return dict(zip(group, bonds, strict=True))
 
 
 def _fit(plan: Plan, exact: tuple[list[Tensor], list[Tensor]], max_error: float, gauge: str) -> Chain:
     """Find the smallest chain within an error of the outputs, to 1/64 of the matrix; an exact one if there is none."""
     cores, values = exact
-    shape = [i * j for i, j in zip(*plan.factors, strict=True)]
     low, high, found = 0, 2**TRIALS, full_bonds(*plan.factors)
     while high - low > 1:
         middle = (low + high) // 2
-        budget = max(middle / 2**TRIALS * plan.size - plan.count_rest(), sum(shape))
-        (bonds,) = choose_bonds([values], [shape], max_parameters=budget)
+        budget = max(middle / 2**TRIALS * plan.size - plan.count_rest(), sum(plan.shape))
+        (bonds,) = choose_bonds([values], [plan.shape], max_parameters=budget)
         if plan.error(plan.cut(cores, bonds, gauge, TRIAL_STEPS)) <= max_error:
             high, found = middle, bonds
         else:

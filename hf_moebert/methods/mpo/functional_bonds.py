@@ -44,6 +44,7 @@ def choose_bonds(
     *,
     max_parameters: float | None = None,
     max_error: float | None = None,
+    weights: Sequence[float] | None = None,
 ) -> list[tuple[int, ...]]:
     """Choose the bonds of many matrices together, greedily by the error per parameter (our design).
 
@@ -56,6 +57,7 @@ def choose_bonds(
         shapes: Rows times columns of each core of each matrix.
         max_parameters: Largest number of parameters of all matrices together.
         max_error: Largest relative error of every matrix.
+        weights: How much the square of each matrix's relative error counts; by default as much as it has entries.
 
     Returns:
         Bonds of each matrix.
@@ -65,7 +67,8 @@ def choose_bonds(
     """
     if (max_parameters is None) == (max_error is None):
         raise ValueError("Exactly one of `max_parameters` and `max_error` must be given. Leave the other one out.")
-    chains = [_Chain(spectra, sizes) for spectra, sizes in zip(values, shapes, strict=True)]
+    weights = [math.prod(sizes) for sizes in shapes] if weights is None else weights
+    chains = [_Chain(*each) for each in zip(values, shapes, weights, strict=True)]
     total = sum(chain.count_parameters() for chain in chains)
     queue = [(chain.price(k), m, k) for m, chain in enumerate(chains) for k in range(len(chain.bonds))]
     heapq.heapify(queue)
@@ -92,7 +95,7 @@ def _spend_rest(chains: Sequence["_Chain"], spare: int) -> None:
     """Enlarge bonds again while parameters are left: the last dropped direction may have saved too many."""
     places = [(chain, k) for chain in chains for k in range(len(chain.bonds))]
     while places := [(chain, k) for chain, k in places if chain.gain(k) and chain.saved(k) <= spare]:
-        chain, k = max(places, key=lambda place: place[0].entries * place[0].gain(place[1]))
+        chain, k = max(places, key=lambda place: place[0].weight * place[0].gain(place[1]))
         spare -= chain.saved(k)
         chain.bonds[k] += 1
 
@@ -100,10 +103,10 @@ def _spend_rest(chains: Sequence["_Chain"], spare: int) -> None:
 class _Chain:
     """The bonds of one matrix while directions are dropped, and the square of its relative error."""
 
-    def __init__(self, values: Sequence[Tensor], sizes: Sequence[int]) -> None:
+    def __init__(self, values: Sequence[Tensor], sizes: Sequence[int], weight: float) -> None:
         norm = float(values[0].square().sum()) or 1.0
         self.losses = [(spectrum.square() / norm).tolist() for spectrum in values]
-        self.entries = math.prod(sizes)
+        self.weight = weight
         self.sizes, self.bonds, self.error = sizes, [len(spectrum) for spectrum in values], 0.0
 
     def loss(self, k: int) -> float:
@@ -117,7 +120,7 @@ class _Chain:
         return ends[k] * self.sizes[k] + self.sizes[k + 1] * ends[k + 2]
 
     def price(self, k: int) -> float:
-        return self.entries * self.loss(k) / self.saved(k)
+        return self.weight * self.loss(k) / self.saved(k)
 
     def drop(self, k: int) -> None:
         self.error += self.loss(k)

@@ -162,6 +162,29 @@ def test_measuring_leaves_the_model_alone(name):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_sensitivities_tell_which_layers_the_outputs_depend_on():
+    """Behind a projection that is nearly closed, errors hardly matter; without one, they matter as they are."""
+    model = make("bert")
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            layer.intermediate.dense.weight *= 20
+            layer.output.dense.weight *= 20
+        model.bert.encoder.layer[0].output.dense.weight *= 1e-3
+    before = copy.deepcopy(model.state_dict())
+    found = measure_inputs(model, find_matrices(model), make_batches("bert", 16), sensitivities=True).sensitivities
+    assert found.keys() == {paths[0] for paths in find_matrices(model)}
+    first, second = (f"bert.encoder.layer.{number}.intermediate.dense" for number in (0, 1))
+    assert found[first] < 0.02 * found[second]
+    assert (
+        found
+        == measure_inputs(model, find_matrices(model), make_batches("bert", 16), sensitivities=True).sensitivities
+    )
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    compressed = list_matrices(compress_mpo(model, keep_ratio=0.4, num_cores=2, calibration=make_batches("bert", 16)))
+    assert first in compressed
+    assert second not in compressed or compressed[first].bonds < compressed[second].bonds  # or stays dense
+
+
 # Whole models
 
 
