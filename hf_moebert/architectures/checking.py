@@ -55,9 +55,8 @@ def _check_network(network: FeedForward, hidden: int) -> None:
     where, units = type(network.layer).__name__, network.num_units
     for name, path in network.paths.matrices.items():
         shape = tuple(matrix_of(network.part(name)).shape)
-        wanted = (hidden, units) if name == "down" else (units, hidden)
-        fused = name == "up" and network.paths.gate is None and shape == (2 * units, hidden)
-        if shape != wanted and not fused:
+        wanted = (hidden, units) if name == "down" else (2 * units if network.paths.fused else units, hidden)
+        if shape != wanted:
             raise ValueError(f"`{path}` of {where} must be of the size {wanted} (out, in), got {shape}.")
     activation = network.part("activation")
     is_function = callable(activation)

@@ -15,7 +15,6 @@ from .configuration_strict import INSTALL, StrictConfig, strict
 
 
 SHIPPED = frozenset(ARCHITECTURES)  # all others are registered by a user
-FUSED = ("modernbert",)
 STAGES = ("learned", "fixed", "compact")
 BUDGETS = ("global", "layer")
 
@@ -233,7 +232,7 @@ def why_not_masked(model_type: str) -> str:
         return row.kept or "its neurons are no units"
     if any(paths.adds_residual for stack in row.stacks for paths in stack.feed_forwards):
         return "its network adds the residual itself"
-    return "its gate and up-projection are one matrix" if model_type in FUSED else ""
+    return ""
 
 
 def __getattr__(name: str) -> Any:

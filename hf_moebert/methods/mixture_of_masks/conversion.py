@@ -21,7 +21,7 @@ from .modeling_masks import (
     MaskedFeedForward,
 )
 from .modeling_mixture_of_masks import find_masked_class
-from .modeling_surgery import find_feed_forwards, matrix_of
+from .modeling_surgery import find_feed_forwards, join_rows, matrix_of
 
 
 logger = logging.get_logger(__name__)
@@ -95,8 +95,8 @@ def from_dense(
     offsets = torch.zeros(len(networks)) if importance is None else _score_offsets(networks, config, importance)
     for network, offset in zip(networks, offsets, strict=True):
         dense = found[network.block]
-        for part in dense.paths.matrices:
-            copy_units(getattr(network, part), dense.part(part))
+        for name, part in dense.separated().items():
+            copy_units(getattr(network, name), part)
         if network.masks.scores is not None:
             network.masks.reset_parameters(initial_score, generator)
             network.masks.learned.add_(offset)
@@ -207,8 +207,11 @@ def shrink(model: MoMModel) -> MoMModel:
             continue
         dense, (shared, _) = narrowed[path], units[path]
         for part in dense.paths.matrices:
-            side = {"columns": shared} if part == "down" else {"rows": shared}
-            copy_units(dense.part(part), getattr(network, part), **side)
+            side, source = {"columns": shared} if part == "down" else {"rows": shared}, getattr(network, part)
+            if part == "up" and dense.paths.fused:
+                side = {"rows": torch.cat([shared, shared + len(matrix_of(source))])}
+                source = join_rows(network.gate, network.up)
+            copy_units(dense.part(part), source, **side)
         done += dense.matrix_paths
     return _copy_rest(small, model, replaced=masked, done=done)
 

@@ -39,7 +39,7 @@ class CompactExperts(nn.Module):
         self.num_experts, self.sizes = config.num_experts, sizes
         self.width = -(-max(sizes) // PADDED_MULTIPLE) * PADDED_MULTIPLE
         self.act_fn = dense.part("activation")
-        up, is_gated = matrix_of(dense.part("up")), dense.paths.gate is not None
+        up, is_gated = matrix_of(dense.part("up")), dense.paths.gate is not None or dense.paths.fused
         rows, hidden = self.width * (2 if is_gated else 1), up.shape[1]
         self.up_name = "gate_up_proj" if is_gated else "up_proj"
         self.register_parameter(self.up_name, nn.Parameter(up.new_zeros(self.num_experts, rows, hidden)))
@@ -136,7 +136,9 @@ class CompactFeedForward(RoutedFeedForward):
 
     def __init__(self, dense: FeedForward, config: MoMFields, num_shared: int, sizes: list[int]) -> None:
         experts: Any = CompactExperts(config, dense, sizes)
-        experts.has_gate = dense.paths.gate is not None  # the decorator sets them for a whole class only
+        experts.has_gate = (
+            dense.paths.gate is not None or dense.paths.fused
+        )  # the decorator sets them for a whole class only
         experts.has_bias = dense.part("up").bias is not None
         dense.narrow(num_shared)
         super().__init__(dense, config)

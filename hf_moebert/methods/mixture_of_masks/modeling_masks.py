@@ -96,10 +96,11 @@ class RoutedFeedForward(nn.Module):
 
     def __init__(self, dense: FeedForward, config: MoMFields) -> None:
         super().__init__()
-        self.is_gated = dense.paths.gate is not None
+        parts = dense.separated()
+        self.is_gated = "gate" in parts
         if self.is_gated:
-            self.gate = dense.part("gate")
-        self.up, self.down, self.act_fn = dense.part("up"), dense.part("down"), dense.part("activation")
+            self.gate = parts["gate"]
+        self.up, self.down, self.act_fn = parts["up"], parts["down"], dense.part("activation")
         self.inner_dropout = dense.part("inner_dropout") or nn.Identity()
         self.outer_dropout = dense.part("outer_dropout") or nn.Identity()
         self.router = MaskRouter(config, matrix_of(self.up).shape[1]) if config.num_experts > 1 else None

@@ -1,6 +1,7 @@
 # Copied from hf_moebert/architectures/surgery.py by `make copies`; edit there.
 """Find the layers of a model and their feed-forward networks, and narrow or replace them in place."""
 
+import copy
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -70,6 +71,13 @@ class FeedForward:
     def num_units(self) -> int:
         """Units between the matrices."""
         return matrix_of(self.part("down")).shape[1]
+
+    def separated(self) -> dict[str, Any]:
+        """Return the matrices by the name of the part; those of a fused one are copies of its halves."""
+        if not self.paths.fused:
+            return {name: self.part(name) for name in self.paths.matrices}
+        gate, up = split_rows(self.part("up"))
+        return {"gate": gate, "up": up, "down": self.part("down")}
 
     def replace_in(self, model: PreTrainedModel, network: nn.Module) -> None:
         """Put another module in its place; what follows the down-projection in the layer stays.
@@ -185,6 +193,29 @@ def matrix_of(linear: nn.Module) -> Tensor:
     """Return the weight of a linear module of either kind, `(out, in)`."""
     weight: Any = linear.weight
     return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def split_rows(linear: nn.Linear) -> list[nn.Linear]:
+    """Return two linear modules of the first and the second half of the outputs of one."""
+    halves = []
+    for number in range(2):
+        half = copy.deepcopy(linear)
+        half.weight = nn.Parameter(linear.weight.detach().chunk(2)[number].clone(), linear.weight.requires_grad)
+        if linear.bias is not None:
+            half.bias = nn.Parameter(linear.bias.detach().chunk(2)[number].clone(), linear.bias.requires_grad)
+        half.out_features = len(half.weight)
+        halves.append(half)
+    return halves
+
+
+def join_rows(first: nn.Linear, second: nn.Linear) -> nn.Linear:
+    """Return a linear module whose outputs are those of two, one behind the other."""
+    joined = copy.deepcopy(first)
+    joined.weight = nn.Parameter(torch.cat([first.weight, second.weight]).detach(), first.weight.requires_grad)
+    if first.bias is not None:
+        joined.bias = nn.Parameter(torch.cat([first.bias, second.bias]).detach(), first.bias.requires_grad)
+    joined.out_features = len(joined.weight)
+    return joined
 
 
 def output_dim(linear: nn.Module, parameter: Tensor) -> int:

@@ -158,7 +158,9 @@ MODERNBERT = Architecture(
         Stack(
             path="layers",
             attentions=(AttentionPaths(("Wqkv",), "Wo").under("attn", "head_dim"),),
-            feed_forwards=(FeedForwardPaths(up="Wi", activation="act", down="Wo", inner_dropout="drop").under("mlp"),),
+            feed_forwards=(
+                FeedForwardPaths(up="Wi", activation="act", down="Wo", inner_dropout="drop", fused=True).under("mlp"),
+            ),
         ),
     ),
     units=HEADS,

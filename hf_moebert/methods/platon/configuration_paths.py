@@ -20,6 +20,7 @@ class FeedForwardPaths:
         gate: The up-projection that is activated, if the network is gated.
         inner_dropout: Dropout behind the activation.
         outer_dropout: Dropout at the end.
+        fused: Whether gate and up-projection are one matrix, the gate above.
         adds_residual: Whether the module that holds the network is given the residual, too, and adds it.
     """
 
@@ -29,6 +30,7 @@ class FeedForwardPaths:
     gate: str | None = None
     inner_dropout: str | None = None
     outer_dropout: str | None = None
+    fused: bool = False
     adds_residual: bool = False
 
     @property

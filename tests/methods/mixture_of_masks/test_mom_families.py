@@ -106,7 +106,7 @@ for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
 print()
 print(json.dumps(found))
 """
-DISTINCT = ("deberta-v2", "dinov2", "distilbert", "mpnet", "opt", "qwen3")
+DISTINCT = ("deberta-v2", "dinov2", "distilbert", "modernbert", "mpnet", "opt", "qwen3")
 
 
 @pytest.mark.process
