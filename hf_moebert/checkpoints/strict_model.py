@@ -15,6 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 # Options that `from_pretrained` and `cached_file` of transformers share
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+OWN_PACKAGE = f"{__name__.rpartition('.')[0]}."
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -72,6 +73,13 @@ class StrictModel(PreTrainedModel):
         kwargs["indexed"] = bool(getattr(cls.config_class, "transformers_weights", None))
         model, info = load_strictly(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
         return (model, info) if output_loading_info else model
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # Of custom code, transformers leaves out modules without weights of their own, lest it overwrites what was
+        # loaded; but its own classes, which take care of that, may draw the weights of the modules within
+        models = [cls for cls in type(self).__mro__ if issubclass(cls, PreTrainedModel)]
+        custom = not all(cls.__module__.startswith(("transformers.", OWN_PACKAGE)) for cls in models)
+        super()._initialize_weights(module, custom)
 
 
 def load_strictly(
