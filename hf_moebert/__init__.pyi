@@ -9,7 +9,10 @@ from .inference.optimize import (
     optimize_for_inference as optimize_for_inference,
     revert_optimizations as revert_optimizations,
 )
-from .measuring.unit_latency import measure_unit_latency as measure_unit_latency
+from .measuring.unit_latency import (
+    measure_speed_up as measure_speed_up,
+    measure_unit_latency as measure_unit_latency,
+)
 from .methods.distillation import DistillationConfig as DistillationConfig, DistillationTrainer as DistillationTrainer
 from .methods.masked_crf import (
     BertCrfForTokenClassification as BertCrfForTokenClassification,

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hf_moebert.architectures.units import UnitGroup, find_unit_groups, narrow_layers
 from hf_moebert.checkpoints.json_files import read_json, save_json
 
-from .latency import environment, time_rounds
+from .latency import SpeedUp, compare_latency, environment, time_rounds
 
 
 POINTS = 8  # measured widths of each kind besides the full one
@@ -123,8 +123,7 @@ def measure_unit_latency(
     forms = {"dense": full, "half": half}
     forms |= {f"{kind} {count}": half | {kind: count} for kind, grid in counts.items() for count in grid}
     calls = {name: _forward(_narrowed(model, groups, form), inputs) for name, form in forms.items()}
-    clock: Literal["wall", "cpu"] = "cpu" if _computes_alone(model) else "wall"  # others disturb it less
-    times = time_rounds(calls, rounds=rounds, clock=clock)
+    times = time_rounds(calls, rounds=rounds, clock=_clock_for(model))
     share = {name: float(np.median(of_call / times["dense"])) for name, of_call in times.items()}
     table = LatencyTable(
         milliseconds=float(np.median(times["dense"])) * 1000,
@@ -137,6 +136,38 @@ def measure_unit_latency(
     if file is not None:
         table.save(file)
     return table
+
+
+def measure_speed_up(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    inputs: Mapping[str, Tensor] | None = None,
+    *,
+    batch_size: int = 1,
+    seq_len: int = 128,
+    rounds: int = 15,
+) -> SpeedUp:
+    """Measure how much faster a model is than the dense one that it was made of, as its latency table was measured.
+
+    Args:
+        model: The smaller model.
+        dense: The dense one.
+        inputs: A batch; by default one of made-up ids.
+        batch_size: Rows of made-up ids.
+        seq_len: Their length.
+        rounds: Timed rounds, in which both run in turns.
+
+    Raises:
+        ValueError: If `rounds` is less than 2, or the inputs cannot be made up.
+    """
+    inputs = _made_up_inputs(dense, batch_size, seq_len) if inputs is None else dict(inputs)
+    modes = model.training, dense.training
+    calls = {"model": _forward(model.eval(), inputs), "dense": _forward(dense.eval(), inputs)}
+    try:
+        return compare_latency(calls, baseline="dense", rounds=rounds, clock=_clock_for(dense))["model"]
+    finally:
+        model.train(modes[0])
+        dense.train(modes[1])
 
 
 def _grid(kind: str, units: int) -> list[int]:
@@ -158,8 +189,9 @@ def _narrowed(model: PreTrainedModel, groups: list[UnitGroup], counts: dict[str,
     return copied
 
 
-def _computes_alone(model: PreTrainedModel) -> bool:
-    return model.device.type == "cpu" and torch.get_num_threads() == 1
+def _clock_for(model: PreTrainedModel) -> Literal["wall", "cpu"]:
+    """Choose processor time where one thread does all the work: others on the machine disturb it less."""
+    return "cpu" if model.device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
 
 
 def _forward(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Any:

@@ -5,9 +5,16 @@ import json
 import pytest
 import torch
 from tiny_families import make_inputs, make_model
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from hf_moebert import PlatonConfig, PlatonPruningCallback, measure_unit_latency, prune_structured, shrink
+from hf_moebert import (
+    PlatonConfig,
+    PlatonPruningCallback,
+    measure_speed_up,
+    measure_unit_latency,
+    prune_structured,
+    shrink,
+)
 from hf_moebert.architectures.protocols import UnitCosts
 from hf_moebert.architectures.units import find_unit_groups
 from hf_moebert.measuring import unit_latency
@@ -99,6 +106,16 @@ def test_damaged_files_are_refused(tmp_path):
         LatencyTable.load(file)
 
 
+def test_the_speed_up_that_was_reached_is_measured():
+    dense = make_model("bert").train()
+    small = shrink(dense)
+    reached = measure_speed_up(small, dense, batch_size=2, seq_len=6, rounds=3)
+    assert 0 < reached.low <= reached.median <= reached.high
+    assert reached.rounds == 3
+    assert dense.training
+    assert small.training
+
+
 def test_inputs_that_cannot_be_made_up_are_refused():
     with pytest.raises(ValueError, match="`inputs` must hold the pixel_values of a batch for a ViTModel"):
         measure_unit_latency(make_model("vit"))
@@ -129,8 +146,6 @@ def test_uniform_layers_meet_the_time():
 
 @pytest.mark.parametrize("criterion", ["platon", "magnitude"])
 def test_training_meets_the_time(tmp_path, criterion):
-    from transformers import AutoModelForSequenceClassification
-
     model = make_model("bert", AutoModelForSequenceClassification).train()
     recipe = PlatonConfig(granularity="structured", speed_up=2.5, criterion=criterion, window=2)
     args = TrainingArguments(tmp_path, max_steps=12, logging_steps=4, report_to=[], use_cpu=True, save_strategy="no")
