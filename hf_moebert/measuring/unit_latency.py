@@ -109,10 +109,16 @@ def measure_unit_latency(
             measured again; otherwise it is replaced.
 
     Raises:
-        ValueError: If the model's units cannot be removed, `rounds` is less than 2, or the file is damaged.
+        ValueError: If the model's units cannot be removed, or its layers differ in width; if `rounds` is less than 2,
+            or the file is damaged.
         OSError: If the file cannot be written.
     """
     groups = find_unit_groups(model)
+    if len({(group.kind, group.num_units) for group in groups}) > len({group.kind for group in groups}):
+        raise ValueError(
+            f"`model` must be dense, with layers of one width, got a {type(model).__name__} whose layers differ. "
+            "Measure the model that it was made of."
+        )
     inputs = _made_up_inputs(model, batch_size, seq_len) if inputs is None else dict(inputs)
     conditions = _describe(model, groups, inputs)
     if file is not None and Path(file).exists() and (kept := LatencyTable.load(file)).conditions == conditions:

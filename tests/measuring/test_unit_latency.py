@@ -124,6 +124,11 @@ def test_inputs_that_cannot_be_made_up_are_refused():
             measure_unit_latency(make_model("bert"), **options)
     with pytest.raises(ValueError, match="whose neurons or heads can be removed"):
         measure_unit_latency(make_model("albert"))
+    masked = make_model("bert")
+    with torch.no_grad():
+        masked.encoder.layer[0].output.dense.weight[:, :5] = 0
+    with pytest.raises(ValueError, match="`model` must be dense, with layers of one width, got a ShrunkBertModel"):
+        measure_unit_latency(shrink(masked))
 
 
 # --------------------------------------------------------------------------------------------------- models by it

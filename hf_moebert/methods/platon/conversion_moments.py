@@ -145,7 +145,7 @@ def measure_influence(
 
 def _project(model: PreTrainedModel, batch: Batch, generator: torch.Generator) -> Tensor:
     """Run the model, and project its outputs on a direction."""
-    outputs, mask = model(**batch), batch.get("attention_mask")
+    outputs, mask = model.forward(**batch), batch.get("attention_mask")  # what `model.compile()` made calls no hooks
     total = []
     for name, kind in _kinds_of_outputs(model, outputs).items():
         output = outputs[name].float()
@@ -176,7 +176,7 @@ def read_moment(model: PreTrainedModel, writer: Any, batches: Sequence[Batch], c
     total: Any = 0.0
     for batch, counts in zip(batches, counted, strict=True):
         with _stopping_at(writer) as inputs:
-            model(**batch)
+            model.forward(**batch)
         total += sum_moments(inputs[0].flatten(0, -2)[counts], writer.bias)
     return total / sum(int(counts.sum()) for counts in counted)
 

@@ -68,7 +68,7 @@ def prune_structured(
 
     Raises:
         ValueError: If the model is wrapped, not in memory or has no units that can be removed; if there are too few
-            examples; or if what is asked for cannot be reached.
+            examples; if what is asked for cannot be reached; or if something in the model is not finite.
 
     Source: Hassibi and Stork 1992 (optimal brain surgeon); Kurtic et al. 2023 (ZipLM), which removes units at their
     exact error and budgets time, https://arxiv.org/abs/2302.04089; Meng et al. 2024 (OSSCAR),
@@ -93,7 +93,9 @@ def prune_structured(
         if width < group.num_units:
             moment = read_moment(pruned, writer, batches, influence.counted)
             _write_(group, _remove(group, influence, moment, width))
-    pruned = pruned.to(model.dtype).requires_grad_(True).train(model.training)
+    pruned = pruned.to(model.dtype).train(model.training)
+    for parameter, original in zip(pruned.parameters(), model.parameters(), strict=True):
+        parameter.requires_grad_(original.requires_grad)
     return shrink(pruned, uniform=uniform) if remove else pruned
 
 
@@ -137,11 +139,16 @@ def _make_budget(
 def _value_units(group: UnitGroup, influence: Influence) -> Tensor:
     """Return what 1, 2, ... units are worth: minus the divergence without the others. Shape `(units,)`."""
     errors = _remove(group, influence, influence.moment / influence.count, keep=1).errors  # (units - 1,)
-    return -torch.cat([errors.new_zeros(1), errors.cumsum(0)]).flip(0)
+    return -torch.cat([errors.new_zeros(1), errors.cumsum(0)]).flip(0).cpu()
 
 
 def _remove(group: UnitGroup, influence: Influence, moment: Tensor, keep: int) -> Removal:
     """Remove units until so many are left, for these second moments of the writer's inputs."""
+    if not moment.isfinite().all() or not influence.metric.isfinite().all():
+        raise ValueError(
+            f"The inputs of every layer must be finite, but those of the {group.kind} of layer {group.layer}, or "
+            "their gradients, are not. Check the model's weights."
+        )
     weight = with_bias(matrix_of(group.writer), group.writer.bias)  # (out, in)
     inverse = invert_moment(moment, DAMPING)
     units = {"units": group.num_units, "unit_size": group.unit_size}

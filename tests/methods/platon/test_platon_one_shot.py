@@ -172,6 +172,15 @@ def test_units_that_stay_as_zeros_are_those_that_go(classifier):
     assert all(torch.equal(value, state[name]) for name, value in small.state_dict().items())
 
 
+def test_frozen_parts_and_a_compiled_forward_stay(classifier):
+    model, tokenizer = copy.deepcopy(classifier[0]), classifier[1]
+    model.bert.embeddings.requires_grad_(False)
+    model.compile(backend="eager")
+    masked = prune_structured(model, TEXTS, tokenizer, keep_ratio=0.5, remove=False)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    assert [parameter.requires_grad for parameter in masked.parameters()] == flags
+
+
 def test_half_precision_and_training_mode_stay(classifier):
     model, tokenizer = classifier
     model = copy.deepcopy(model).to(torch.bfloat16).train()
@@ -297,6 +306,14 @@ def test_too_few_texts_and_texts_alone_are_refused(classifier):
         prune_structured(model, TEXTS, tokenizer, keep_ratio=0.5, max_examples=8)
     with pytest.raises(ValueError, match="`processing` must be the model's tokenizer for texts, got NoneType"):
         prune_structured(model, TEXTS, keep_ratio=0.5)
+
+
+def test_weights_that_are_not_finite_are_refused(classifier):
+    model = copy.deepcopy(classifier[0])
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="The inputs of every layer must be finite, but those of the"):
+        prune_structured(model, TEXTS, classifier[1], keep_ratio=0.5)
 
 
 @pytest.mark.parametrize("ratio", [0, 1, 1.5, -0.1, "half", float("nan")])
