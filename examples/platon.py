@@ -19,7 +19,7 @@ from hf_moebert import PlatonConfig, PlatonPruningCallback, shrink
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model_name_or_path", default="google-bert/bert-base-uncased", help="BERT, RoBERTa, DistilBERT")
+parser.add_argument("--model_name_or_path", default="google-bert/bert-base-uncased", help="any encoder of the table")
 parser.add_argument("--dataset_name", default="nyu-mll/glue", help="with columns of texts and of labels")
 parser.add_argument("--dataset_config_name", default="sst2")
 parser.add_argument("--text_column", default="sentence")
