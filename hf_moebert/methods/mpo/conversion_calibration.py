@@ -17,7 +17,7 @@ from hf_moebert.architectures.importance import check_ids, frozen, load_batches
 
 FEW = 32  # examples on which layers are disturbed
 NOISE = 0.3  # of the size of a layer's outputs: about the error at half size
-LEAST = 1e-3  # of the largest sensitivity
+LEAST = 0.01  # of the largest sensitivity: noise is averaged away where errors are not
 LONGEST = 512  # tokens of a text, where neither model nor tokenizer says
 
 
@@ -172,7 +172,7 @@ def _measure_sensitivities(
                     stack.callback(module.register_forward_hook(_disturb(generator)).remove)
                 outputs = [_forward(model, batch) for batch in batches]
             found[paths[0]] = _relative_change(expected, outputs) / NOISE**2
-    least = LEAST * max(found.values(), default=0.0) or 1.0  # of what these outputs do not show, such as a pooler
+    least = LEAST * max(found.values(), default=0.0) or 1.0
     return {path: max(value, least) for path, value in found.items()}
 
 

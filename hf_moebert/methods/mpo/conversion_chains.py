@@ -14,7 +14,7 @@ from .functional import contract
 from .functional_bonds import choose_bonds
 from .functional_calibration import output_error, refine_chain, row_scale, stabilise, whiten
 from .functional_decomposition import decompose, round_cores
-from .functional_shapes import cap_bonds, count_parameters, factor_matrix, full_bonds
+from .functional_shapes import cap_bonds, factor_matrix, full_bonds
 from .modeling_mpo import Dense
 
 
@@ -102,9 +102,12 @@ class Plan:
         """Count the parameters of a chain besides its cores."""
         return sum(tensor.numel() for tensor in self.use)
 
-    def count(self, bonds: tuple[int, ...]) -> int:
-        """Count the parameters of a chain of these bonds."""
-        return sum(count_parameters(*self.factors, bonds)) + self.count_rest()
+    def spectrum(self) -> Tensor:
+        """Return singular values whose tails are the errors of the outputs of two factors, to half the digits."""
+        root = torch.linalg.cholesky(self._metric())
+        whitened = self.matrix @ root  # (outputs, inputs)
+        gram = whitened.mT @ whitened if len(whitened) > whitened.shape[1] else whitened @ whitened.mT
+        return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
 
     def cap(self, bond: int | None, gauge: str) -> Chain:
         """Return the chain of the best cores with a cap on every bond, by the error of the weights."""
@@ -199,50 +202,64 @@ def make_chains(
     if statistics is not None and size.max_error is not None:
         chains = {path: _fit(plan, exact[path], size.max_error, gauge) for path, plan in plans.items()}
     else:
-        bonds = _choose_bonds(plans, exact, size, apart=statistics is not None)
-        chains = {path: plan.cut(exact[path][0], bonds[path], gauge) for path, plan in plans.items()}
+        if size.bond is not None:
+            bonds = {path: cap_bonds(*plan.factors, size.bond) for path, plan in plans.items()}
+        elif statistics is not None and size.keep_ratio is not None:
+            bonds = _share(plans, exact, size.keep_ratio)
+        else:
+            bonds = _choose_bonds(plans, exact, size)
+        chains = {path: plan.cut(exact[path][0], bonds[path], gauge) for path, plan in plans.items() if path in bonds}
     if statistics is None and (size.keep_ratio or 0) >= 1:
         return chains
     return _keep_smaller(plans, chains, size)
 
 
 def _choose_bonds(
-    plans: dict[str, Plan], exact: dict[str, tuple[list[Tensor], list[Tensor]]], size: Size, apart: bool
+    plans: dict[str, Plan], exact: dict[str, tuple[list[Tensor], list[Tensor]]], size: Size
 ) -> dict[str, tuple[int, ...]]:
-    """Choose the bonds of all matrices together, or of tables apart from those of linear layers."""
-    if size.bond is not None:
-        return {path: cap_bonds(*plan.factors, size.bond) for path, plan in plans.items()}
-    chosen: dict[str, tuple[int, ...]] = {}
-    for tables in (True, False) if apart else (None,):
-        group = {path: plan for path, plan in plans.items() if tables in (None, plan.is_table)}
-        budget = None
-        if size.keep_ratio is not None:
-            budget = size.keep_ratio * sum(plan.size for plan in group.values())
-        while group:
-            found = _choose_together(group, exact, budget, size.max_error)
-            chosen |= found
-            larger = [path for path in group if group[path].count(found[path]) >= group[path].size]
-            if budget is None or budget >= sum(plan.size for plan in group.values()) or not larger:
-                break
-            budget -= sum(group.pop(path).size for path in larger)  # they stay dense, which leaves more for the others
-    return chosen
+    """Choose the bonds of all matrices together, by the errors of the weights."""
+    budget = None if size.keep_ratio is None else size.keep_ratio * sum(plan.size for plan in plans.values())
+    values, shapes = [exact[path][1] for path in plans], [plan.shape for plan in plans.values()]
+    bonds = choose_bonds(values, shapes, max_parameters=budget, max_error=size.max_error)
+    return dict(zip(plans, bonds, strict=True))
 
 
-def _choose_together(
-    group: dict[str, Plan],
-    exact: dict[str, tuple[list[Tensor], list[Tensor]]],
-    budget: float | None,
-    max_error: float | None,
+def _share(
+    plans: dict[str, Plan], exact: dict[str, tuple[list[Tensor], list[Tensor]]], keep_ratio: float
 ) -> dict[str, tuple[int, ...]]:
-    plans = group.values()
-    bonds = choose_bonds(
-        [exact[path][1] for path in group],
-        [plan.shape for plan in plans],
-        max_parameters=None if budget is None else budget - sum(plan.count_rest() for plan in plans),
-        max_error=max_error,
-        weights=[plan.weight for plan in plans],
-    )
-    return dict(zip(group, bonds, strict=True))
+    """Choose bonds by the errors of the model's outputs, for tables apart from linear layers.
+
+    Each matrix gets the size that two factors would get, whose errors are known without refining; then its bonds.
+    """
+    bonds = {}
+    for tables in (True, False):
+        group = {path: plan for path, plan in plans.items() if plan.is_table == tables}
+        for path, budget in _share_budget(group, keep_ratio).items():
+            plan = plans[path]
+            least = sum(plan.shape)
+            found = choose_bonds([exact[path][1]], [plan.shape], max_parameters=max(budget - plan.count_rest(), least))
+            bonds[path] = found[0]
+    return bonds
+
+
+def _share_budget(group: dict[str, Plan], keep_ratio: float) -> dict[str, int]:
+    """Return the parameters of each matrix but those that stay dense, which leave the rest to the others."""
+    left = dict(group)
+    budget = keep_ratio * sum(plan.size for plan in group.values())
+    spectra = {path: plan.spectrum() for path, plan in group.items()}
+    while left:
+        ranks = choose_bonds(
+            [[spectra[path]] for path in left],
+            [plan.matrix.shape for plan in left.values()],
+            max_parameters=budget,
+            weights=[plan.weight for plan in left.values()],
+        )
+        sizes = {path: rank * sum(left[path].matrix.shape) for path, (rank,) in zip(left, ranks, strict=True)}
+        dense = [path for path, size in sizes.items() if size >= left[path].size]
+        if not dense:
+            return sizes
+        budget -= sum(left.pop(path).size for path in dense)
+    return {}
 
 
 def _fit(plan: Plan, exact: tuple[list[Tensor], list[Tensor]], max_error: float, gauge: str) -> Chain:
@@ -266,12 +283,12 @@ def _keep_smaller(plans: dict[str, Plan], chains: dict[str, Chain], size: Size) 
     kept = {path: chain for path, chain in chains.items() if chain.count() < plans[path].size}
     if not kept:
         raise ValueError(
-            f"`{name}` must allow chains smaller than their matrices, {value} does so for none of {len(chains)}. "
+            f"`{name}` must allow chains smaller than their matrices, {value} does so for none of {len(plans)}. "
             "Allow a larger error or a smaller size, or leave both out for exact chains, which are larger."
         )
-    if larger := [path for path in chains if path not in kept]:
+    if larger := [path for path in plans if path not in kept]:
         logger.warning(
-            f"{len(larger)} of {len(chains)} matrices stay dense, because a chain within `{name}` {value} would be "
+            f"{len(larger)} of {len(plans)} matrices stay dense, because a chain within `{name}` {value} would be "
             f"larger: {', '.join(larger)}."
         )
     return kept
