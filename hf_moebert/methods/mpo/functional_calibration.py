@@ -18,7 +18,7 @@ from .functional import contract
 
 RIDGE = 1e-3  # of the diagonal, added to it: moments of few inputs have directions that were never seen
 UNIFORM = 0.5  # of the weight of a table's rows, the rest is by use: rows that were not seen may be used, too
-STEPS = 100  # of L-BFGS: the error hardly falls after
+STEPS = 160  # of L-BFGS: the error hardly falls after
 MEMORY = 20  # steps that L-BFGS remembers; more did not help
 EXACT = 1e-10  # squared relative error below which rounding decides
 
