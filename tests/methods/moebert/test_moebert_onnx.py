@@ -5,7 +5,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import transformers
 from onnxruntime.quantization import quantize_dynamic
+from tiny_families import IMAGES, UNITS, make_model as make_dense
 from transformers.exporters import OnnxConfig, OnnxExporter
 
 from hf_moebert import (
@@ -14,6 +16,7 @@ from hf_moebert import (
     MoEBertForSequenceClassification,
     MoEBertForTokenClassification,
 )
+from hf_moebert.methods.moebert import from_dense
 
 
 # An export takes four seconds, so each shows several things: a routing, a head, a size, a number of experts chosen
@@ -24,6 +27,14 @@ CASES = {
     "gate-token, odd size, top 2 by probability": {"expert_size": 13, "top_k": 2, "gate_scaling": "probability"},
     "gate-token, reference": {"gate_scaling": "reference"},
     "gate-sentence, spans, top 2": {"head": MoEBertForQuestionAnswering, "top_k": 2},
+}
+# Of other families, each with another head; transformers exports all of them
+FAMILIES = {
+    "deberta-v2": ("AutoModelForSequenceClassification", {}),
+    "distilbert": ("AutoModelForTokenClassification", {}),
+    "modernbert": ("AutoModelForSequenceClassification", {"routing": "gate-token", "top_k": 2}),
+    "mpnet": ("AutoModelForQuestionAnswering", {"routing": "gate-sentence"}),
+    "vit": ("AutoModelForImageClassification", {"routing": "gate-token"}),
 }
 SHAPES = ((1, 1), (1, 7), (1, 32), (2, 5), (3, 16), (8, 128))
 pytestmark = [pytest.mark.process, pytest.mark.filterwarnings("ignore")]  # warnings of the exporter
@@ -47,6 +58,16 @@ def make_model(routing="hash-random", head=MoEBertForSequenceClassification, **o
     return head(config).eval()
 
 
+def make_family(family):
+    """A mixture of another family than BERT."""
+    auto, options = FAMILIES[family]
+    fields = {"n_layers" if family == "distilbert" else "num_hidden_layers": 1}
+    fields |= {} if family in IMAGES else {"vocab_size": 100}
+    dense = make_dense(family, getattr(transformers, auto), num_labels=2, **fields)
+    importance = torch.rand(1, UNITS, generator=torch.Generator().manual_seed(2))
+    return from_dense(dense, importance, num_experts=3, **options)
+
+
 def make_inputs(rows, length, pad=0, side="right"):
     ids = torch.randint(5, 100, (rows, length), generator=torch.Generator().manual_seed(rows * length))
     mask = torch.ones_like(ids)
@@ -56,9 +77,14 @@ def make_inputs(rows, length, pad=0, side="right"):
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-def export(model, folder):
+def make_images(rows):
+    return {"pixel_values": torch.randn(rows, 3, 8, 8, generator=torch.Generator().manual_seed(rows))}
+
+
+def export(model, folder, inputs=None):
     """Export once, from a batch whose shape is none of those that are run."""
-    OnnxExporter().export(model, make_inputs(2, 9, pad=2), OnnxConfig(dynamic=True)).save_pretrained(folder)
+    inputs = make_inputs(2, 9, pad=2) if inputs is None else inputs
+    OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True)).save_pretrained(folder)
     return onnxruntime.InferenceSession(folder / "model.onnx")
 
 
@@ -95,6 +121,21 @@ def test_one_export_serves_every_batch_and_padding(request, tmp_path, case):
     for side in ("left", "right"):
         for pad in (3, 16):  # 16: a row of padding alone
             assert_same(session, model, make_inputs(3, 16, pad, side))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_export_of_another_family_serves_every_batch_and_padding(tmp_path, family):
+    model = make_family(family)
+    if family in IMAGES:
+        session = export(model, tmp_path, make_images(2))
+        batches = [make_images(rows) for rows in (1, 3, 8)]
+    else:
+        session = export(model, tmp_path)
+        batches = [
+            make_inputs(rows, length, pad) for rows, length, pad in ((1, 1, 0), (1, 7, 2), (3, 16, 16), (2, 5, 0))
+        ]
+    for batch in batches:
+        assert_same(session, model, batch)
 
 
 @torch.no_grad()
