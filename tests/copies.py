@@ -43,7 +43,14 @@ COPIES = {
         f"{METHODS}/mixture_of_masks/modeling_routing.py",
         f"{METHODS}/moebert/modeling_routing.py",
     ),
-    "hf_moebert/architectures/units.py": (f"{METHODS}/platon/modeling_units.py",),
+    "hf_moebert/architectures/units.py": (
+        f"{METHODS}/moebert/modeling_units.py",
+        f"{METHODS}/platon/modeling_units.py",
+    ),
+    "hf_moebert/architectures/widths.py": (
+        f"{METHODS}/moebert/configuration_widths.py",
+        f"{METHODS}/platon/configuration_widths.py",
+    ),
 }
 TARGETS = {target: source for source, targets in COPIES.items() for target in targets}
 

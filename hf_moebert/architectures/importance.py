@@ -43,8 +43,8 @@ def measure_importance(
     process takes its share of the examples, each example exactly once.
 
     Args:
-        model: A stock model of a known family with a head for classification of sequences, tokens or images, question
-            answering, or (causal, masked, sequence-to-sequence) language modelling.
+        model: A stock model of a known family, or its shrunk form, with a head for classification of sequences, tokens
+            or images, question answering, or (causal, masked, sequence-to-sequence) language modelling.
         dataset: Labelled examples, as given to a `Trainer`. Use the training set: scores that have seen the
             evaluation set leak it into the compressed model.
         data_collator: Makes a batch of examples; by default they are stacked, so they must have one length.
@@ -54,7 +54,8 @@ def measure_importance(
 
     Returns:
         Sum of the scores over the examples, in float32 (float64 for a float64 model); the layers of an encoder before
-        those of a decoder. Shape `(layers, intermediate)`.
+        those of a decoder. Shape `(layers, intermediate)`; in a shrunk model the width of the widest layer, with zeros
+        behind the neurons of the others.
 
     Raises:
         ValueError: If the model's family is not known, it is not dense or has no head, the data set is empty, endless
@@ -77,14 +78,13 @@ def measure_importance(
     if model.dtype not in (torch.float32, torch.float64):
         model = copy.deepcopy(model).float()
     networks = find_feed_forwards(model)
-    if len(widths := {network.num_units for network in networks}) > 1:
-        raise ValueError(f"`model` must have layers of one width, got {sorted(widths)}. Give the dense model.")
     # as an `Accelerator` would, or the processes of `accelerate launch --cpu` never meet
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:max_examples]
     mine = order[state.process_index :: state.num_processes].tolist()
     batches = load_batches(model, Subset(dataset, mine), data_collator, batch_size)
-    scores = torch.zeros(len(networks), networks[0].num_units, dtype=torch.float64, device=model.device)
+    widest = max(network.num_units for network in networks)
+    scores = torch.zeros(len(networks), widest, dtype=torch.float64, device=model.device)
     with frozen(model), ImportanceHooks(networks) as hooks, torch.autocast(model.device.type, enabled=False):
         total = -(-len(mine) // batch_size)
         hidden = None if state.is_local_main_process else True  # None: unless stderr is a terminal
@@ -210,7 +210,7 @@ class ImportanceHooks:
         for network, products in zip(self.networks, self.products, strict=True):
             scores.append(neuron_importance(products, network.num_units))
             products.clear()
-        return torch.stack(scores)
+        return nn.utils.rnn.pad_sequence(scores, batch_first=True)
 
     def _watch_output(self, products: list[Tensor]) -> Callable:
         def hook(module: nn.Module, args: Any, z: Tensor) -> Tensor:  # z: (batch, seq, intermediate)

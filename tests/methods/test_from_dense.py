@@ -223,6 +223,9 @@ DOORS = {
 }
 WORKS = {
     ("importance", "compiled"),
+    ("importance", "shrunk"),
+    ("moebert", "shrunk"),
+    ("moebert class", "shrunk"),
     ("masks", "choices"),
     ("moebert", "choices"),
     *(("mpo", kind) for kind in ("choices", "experts", "masks", "shrunk")),

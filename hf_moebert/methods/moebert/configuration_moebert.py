@@ -10,6 +10,7 @@ from transformers.models.bert.configuration_bert import BertConfig
 
 from .configuration_families import ARCHITECTURES
 from .configuration_strict import INSTALL, StrictConfig, strict
+from .configuration_widths import LayerWidths
 
 
 HASH_ROUTINGS = ("hash-random", "hash-balanced")
@@ -25,11 +26,12 @@ PREFIX = "MoE"  # of the names of all classes, before the name of transformers' 
 
 
 @dataclass(kw_only=True)
-class MoEFields:
+class MoEFields(LayerWidths):
     """The fields that all configurations of this method add to those of the family.
 
     The width of the dense feed-forward networks stays under the family's own name, such as `intermediate_size`: the
-    experts were cut from it, and layers that stay dense have it.
+    experts were cut from it, and layers that stay dense have it. A narrowed model has the widths of its layers in
+    `per_layer_config`; its experts have the default sizes for them.
 
     Args:
         num_experts: Experts per converted layer, 1 to 256.
@@ -59,7 +61,6 @@ class MoEFields:
     Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, section 3.
     """
 
-    base_model_tp_plan = None  # the family's plan names matrices that are no longer there
     before_use: ClassVar[list[Callable[[type], None]]] = []  # called with the class of every configuration
 
     num_experts: int = 4
@@ -86,24 +87,27 @@ class MoEFields:
         for prepare in self.before_use:
             prepare(type(self))
         super().__post_init__(**kwargs)  # type: ignore[misc]  # of the family
-        if self.expert_size is None:
-            self.expert_size = self.width // max(self.num_experts, 1)
-        if self.num_shared_neurons is None:
-            self.num_shared_neurons = min(self.width // 6, self.expert_size * 2 // 3)
+        if not self.is_heterogeneous:  # type: ignore[attr-defined]  # of transformers
+            self.expert_size, self.num_shared_neurons = self.sizes_for(self.width)
+        elif self.expert_size is not None or self.num_shared_neurons is not None:
+            raise ValueError(
+                "`expert_size` and `num_shared_neurons` must be left out where layers differ in width, got "
+                f"{self.expert_size} and {self.num_shared_neurons}: they follow the width of each layer."
+            )
 
     @classmethod
     def from_dense(cls, config: PreTrainedConfig, **fields: Any) -> Self:
         """Take over everything a dense configuration says (head, labels, sizes) and add the experts.
 
         Args:
-            config: Configuration of a model of the family.
+            config: Configuration of a model of the family, or of its shrunk form.
             **fields: Fields of this class.
 
         Raises:
             ValueError: If the configuration is that of another family, or a field does not exist.
         """
         known = cls._dense_types()  # type: ignore[attr-defined]  # of `StrictConfig`
-        if config.model_type not in known:
+        if config.model_type.removeprefix("shrunk_") not in known:
             raise ValueError(
                 f"`model` must be of the family {sorted(known)} to become one of {cls.__name__}, got "
                 f"{config.model_type!r}. Use `hf_moebert.methods.moebert.from_dense`, which finds the class."
@@ -115,10 +119,20 @@ class MoEFields:
         """Neurons of a dense feed-forward network."""
         config: Any = self
         for name in ("intermediate_size", "hidden_dim"):
-            if hasattr(config, name):
+            if getattr(config, name, None) is not None:
                 return getattr(config, name)
         width = int(config.hidden_size * config.mlp_ratio)
         return (width * 2 // 3 + 7) // 8 * 8 if config.use_swiglu_ffn else width  # as `Dinov2SwiGLUFFN` computes it
+
+    def sizes_for(self, width: int) -> tuple[int, int]:
+        """Return the neurons of an expert cut from a network, and those that all experts share, `(size, shared)`.
+
+        Args:
+            width: Neurons of the network.
+        """
+        size = width // max(self.num_experts, 1) if self.expert_size is None else self.expert_size
+        shared = min(width // 6, size * 2 // 3) if self.num_shared_neurons is None else self.num_shared_neurons
+        return size, shared
 
     @property
     def num_networks(self) -> int:
@@ -142,7 +156,7 @@ class MoEFields:
         """Refuse sizes that no dense layer can be cut into."""
         if not 1 <= self.num_experts <= 256:
             raise ValueError(f"`num_experts` must be in [1, 256], got {self.num_experts}. The paper uses 4.")
-        size, shared = self.expert_size or 0, self.num_shared_neurons or 0
+        size, shared = self.sizes_for(self.width)
         if not 0 <= shared <= size or size < 1:
             raise ValueError(
                 f"`num_shared_neurons` must be in [0, expert_size], got {shared} with `expert_size` {size}. Lower it, "

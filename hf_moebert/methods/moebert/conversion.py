@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_moebert.architectures.families import name_family
 from hf_moebert.architectures.heads import warn_of_untrained_head
@@ -40,7 +41,7 @@ def find_moe_class(model: PreTrainedModel) -> type[MoEBertPreTrainedModel]:
             f"`model` must be of a family whose networks can be cut into experts, got {family!r}, of which they "
             f"cannot, because {reason}. Use an encoder, one of {ENCODERS}."
         )
-    known = classes_to_cut(type(model.config)).values()
+    known = classes_to_cut(CONFIG_MAPPING[family]).values()
     dense = next((stock for stock in known if isinstance(model, stock)), None)
     if dense is None:
         refuse_other_classes(model, known)
@@ -51,7 +52,8 @@ def from_dense(model: PreTrainedModel, importance: Tensor, **options: Any) -> Mo
     """Convert a fine-tuned dense model to the mixture of experts with the same head.
 
     Args:
-        model: The dense model, of a family that `hf_moebert.architectures` knows. It is not changed.
+        model: The dense model, of a family that `hf_moebert.architectures` knows, or its shrunk form, whose layers are
+            cut by their own widths. It is not changed.
         importance: Score of each neuron, from `measure_importance`. Shape `(layers, intermediate)`.
         **options: See `MoEBertModel.from_dense`: `num_experts`, `expert_size`, `num_shared_neurons`, `routing`,
             `token_counts`, `seed`, and further fields of the configuration.

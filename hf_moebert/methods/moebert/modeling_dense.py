@@ -13,11 +13,13 @@ from .modeling_surgery import FeedForward, matrix_of
 
 def check_dense(model: Any, dense_class: type, name: str) -> None:
     """Refuse a model that is not of the dense class with the same head, or whose matrices are not dense tensors."""
-    wanted, ours = dense_class.__name__, getattr(model, "loads_strictly", False)
-    if ours or not isinstance(model, dense_class) or model.config.is_heterogeneous:  # type: ignore[attr-defined]
+    wanted, config = dense_class.__name__, getattr(model, "config", None)
+    shrunk = getattr(config, "model_type", "").startswith("shrunk_")
+    ours = getattr(model, "loads_strictly", False) and not shrunk
+    if ours or not isinstance(model, dense_class) or config.is_heterogeneous > shrunk:  # type: ignore[union-attr]
         raise ValueError(
-            f"`model` must be a dense {wanted} to become a {name}, got {type(model).__name__}. Load it with "
-            f"`{wanted}.from_pretrained`, merge adapters, and convert it before it is shrunk or compiled."
+            f"`model` must be a dense {wanted} to become a {name}, or a shrunk one, got {type(model).__name__}. Load "
+            f"it with `{wanted}.from_pretrained`, merge adapters, and convert it before it is compiled."
         )
     form = getattr(model, "quantization_method", None)
     if form is not None:
@@ -29,8 +31,9 @@ def check_dense(model: Any, dense_class: type, name: str) -> None:
         raise ValueError("`model` must hold its weights in memory, some are offloaded. Load it without offloading.")
 
 
-def check_importance(importance: Tensor, expected: tuple[int, int]) -> None:
-    """Refuse scores that are not finite, or not one for each neuron, `(layers, intermediate)`."""
+def check_importance(importance: Tensor, found: list[FeedForward]) -> None:
+    """Refuse scores that are not finite, or not one for each neuron of the widest layer, `(layers, intermediate)`."""
+    expected = (len(found), max(network.num_units for network in found))
     if not hasattr(importance, "isfinite"):
         raise ValueError(
             f"`importance` must be a tensor, got {type(importance).__name__}. Use `torch.as_tensor`, or "
@@ -60,7 +63,7 @@ def load_dense(student: Any, dense: nn.Module, found: list[FeedForward], importa
         student: The mixture; its gates and tables stay as they were drawn.
         dense: The dense model with the same head.
         found: Feed-forward networks of the dense model.
-        importance: Score of each neuron. Shape `(networks, width)`.
+        importance: Score of each neuron; of narrower networks the first ones count. Shape `(networks, width)`.
 
     Raises:
         ValueError: If body or head have other parts.
@@ -78,7 +81,7 @@ def load_dense(student: Any, dense: nn.Module, found: list[FeedForward], importa
             f"missing {missing}, unexpected {unexpected}. Convert with the class that has the same head."
         )
     for layer, network, source in zip(student.config.converted_layers, networks.values(), converted, strict=True):
-        fill_experts(network, source, importance[layer], student.config)
+        fill_experts(network, source, importance[layer, : source.num_units], student.config)
 
 
 @torch.no_grad()
@@ -91,7 +94,7 @@ def fill_experts(network: MoEBertFeedForward, dense: FeedForward, importance: Te
         importance: Score of each neuron. Shape `(width,)`.
         config: Configuration of the mixture.
     """
-    size, shared = config.expert_size or 0, config.num_shared_neurons or 0
+    size, shared = config.sizes_for(dense.num_units)
     index = assign_neurons(importance, config.num_experts, size, shared)
     entries = [dense.part("up")] if dense.paths.gate is None else [dense.part("gate"), dense.part("up")]
     down = dense.part("down")

@@ -46,7 +46,12 @@ class MoEBertExperts(nn.Module):
         self.config, self.num_experts = config, config.num_experts
         self.has_gate, self.has_bias = gates == 2, up.bias is not None
         self.active_fraction = config.top_k / config.num_experts  # read by `measure_footprint`
-        experts, size = config.num_experts, config.expert_size or 0
+        experts, (size, _) = config.num_experts, config.sizes_for(units)
+        if size < 1:
+            raise ValueError(
+                f"{dense.path} must have at least {experts} neurons for {experts} experts, got {units}. Leave the "
+                "layer out of `layers`, or use fewer experts."
+            )
         self.entry = "gate_up_proj" if self.has_gate else "up_proj"
         self.register_parameter(self.entry, nn.Parameter(torch.empty(experts, gates * size, hidden)))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, size))

@@ -28,6 +28,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_families import find_architecture
 from .configuration_moebert import PREFIX, MoEBertConfig, moe_config, why_not_experts
+from .configuration_widths import as_dense, as_equal
 from .functional import choose_experts
 from .functional_routing import balance_loss, expert_load, real_tokens
 from .modeling_dense import check_dense, check_importance, check_token_counts, load_dense
@@ -47,6 +48,7 @@ from .modeling_outputs import with_routing
 from .modeling_routing import Routing, recording
 from .modeling_strict import StrictModel
 from .modeling_surgery import find_feed_forwards, get_part
+from .modeling_units import narrow_layers
 
 
 logger = logging.get_logger(__name__)
@@ -103,7 +105,8 @@ class MoEBertPreTrainedModel(StrictModel):
             _made[dense] = cls
 
     def __init__(self, config: MoEBertConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        with as_dense(config):
+            super().__init__(config, *args, **kwargs)
         body: Any = self.base_model
         if body is not self:  # transformers' heads build the stock body
             body.__class__ = moe_class(type(body))
@@ -114,12 +117,14 @@ class MoEBertPreTrainedModel(StrictModel):
 
     def build_experts(self) -> None:
         """Put experts in the place of the feed-forward networks of this body, and a router before them."""
+        if self.config.is_heterogeneous:
+            narrow_layers(self, self.config.widths)
         found = find_feed_forwards(self)
         hooked = self.config.gate_scaling == "reference"
         if hooked and not find_architecture(self).bert_like:
             raise ValueError(
-                "`gate_scaling` 'reference' needs layers that compute as BERT's do, got a "
-                f"{type(self).__name__}. Use 'probability'."
+                f"`gate_scaling` 'reference' needs layers that compute as BERT's do, got a {type(self).__name__}. Use "
+                "'probability'."
             )
         for index, layer in enumerate(self.config.converted_layers):
             dense = found[layer]
@@ -129,11 +134,14 @@ class MoEBertPreTrainedModel(StrictModel):
         self.router = None if self.config.uses_gate else MoEBertHashRouter(self.config)
         self.steps, self.idle_steps = 0, None
 
+    def initialize_weights(self) -> None:
+        """Draw the weights that are not loaded."""
+        with as_equal(self.config):  # rotations ask for the number of heads
+            super().initialize_weights()
+
     def networks(self) -> dict[str, MoEBertFeedForward]:
         """Return the mixtures of experts by path, from the first layer to the last."""
         return {path: module for path, module in self.named_modules() if isinstance(module, MoEBertFeedForward)}
-
-    # ------------------------------------------------------------------------------------------------- running
 
     def run_head(self, forward: Callable, given: dict[str, Any], wanted: dict[str, bool]) -> ModelOutput:
         """Run a head of transformers around its body, and add the balance loss to its loss."""
@@ -219,8 +227,6 @@ class MoEBertPreTrainedModel(StrictModel):
                 "(converted layer, expert). Raise `router_aux_loss_coef`."
             )
 
-    # ------------------------------------------------------------------------- what transformers asks of a model
-
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load as `StrictModel`, also what version 0.1 saved, under its names.
@@ -272,8 +278,6 @@ class MoEBertPreTrainedModel(StrictModel):
             self.base_model.router.resize(embeddings.num_embeddings)
         return embeddings
 
-    # ---------------------------------------------------------------------------------------------- conversion
-
     @classmethod
     @torch.no_grad()
     def from_dense(
@@ -288,8 +292,8 @@ class MoEBertPreTrainedModel(StrictModel):
         """Convert a fine-tuned dense model with the same head: cut its feed-forward networks into experts.
 
         Args:
-            model: Model of the class that this one extends. It is not changed.
-            importance: Score of each neuron, from `measure_importance`. Shape `(networks, width)`.
+            model: Model of the class that this one extends, or its shrunk form. It is not changed.
+            importance: Score of each neuron, from `measure_importance`. Shape `(networks, width of the widest)`.
             token_counts: Occurrences of each token id in the training corpus, for `hash-balanced`. Shape `(vocab,)`.
             seed: Seed of hash tables and gates.
             **options: Fields of `MoEFields`: `num_experts`, `expert_size`, `num_shared_neurons`, `routing`, `top_k`,
@@ -307,7 +311,7 @@ class MoEBertPreTrainedModel(StrictModel):
         check_dense(model, dense_class, cls.__name__)
         config = cls.config_class.from_dense(model.config, routing_seed=seed, **options)
         found = find_feed_forwards(model)
-        check_importance(importance, (len(found), found[0].num_units))
+        check_importance(importance, found)
         if config.routing == "hash-balanced":
             check_token_counts(token_counts, config.vocab_size)
 

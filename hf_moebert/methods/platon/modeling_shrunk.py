@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_families import ARCHITECTURES
-from .configuration_shrunk import ShrunkConfig, as_dense, shrunk_config
+from .configuration_shrunk import ShrunkConfig, shrunk_config
+from .configuration_widths import as_dense
 from .modeling_empty_losses import zero_empty_loss
 from .modeling_stock import refuse_other_classes, stock_classes
 from .modeling_strict import StrictModel

@@ -12,9 +12,13 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from peft_support import NEEDS_PEFT
 from tiny_families import HIDDEN, IMAGES, VOCAB, make_inputs, make_model
+from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hf_moebert import measure_importance, shrink
+from hf_moebert.architectures.families import ARCHITECTURES
 from hf_moebert.architectures.surgery import find_feed_forwards, find_linear
+from hf_moebert.architectures.units import find_unit_groups
 from hf_moebert.methods.moebert import from_dense
 from hf_moebert.methods.moebert.configuration_moebert import ENCODERS
 from hf_moebert.methods.moebert.conversion import classes_to_cut
@@ -241,7 +245,9 @@ def test_compiled_and_exported(family):
 def test_what_cannot_be_a_mixture_is_refused():
     dense = make_model("roberta")
     student, scores = convert(dense)
-    with pytest.raises(ValueError, match="`model` must be one of the dense classes of 'roberta', got MoERobertaModel"):
+    with pytest.raises(
+        ValueError, match="`model` must be a dense RobertaModel .* or a shrunk one, got MoERobertaModel"
+    ):
         from_dense(student, scores)
     with pytest.raises(ValueError, match="cut into experts, got 'llama', .* because its models are no encoders"):
         from_dense(make_model("llama"), scores)
@@ -263,3 +269,66 @@ def test_what_cannot_be_a_mixture_is_refused():
         from_dense(adapted, scores)
     with pytest.raises(ValueError, match="A layer of experts must run within its model"):
         student.networks()["encoder.layer.0.output.dense"](torch.zeros(1, 2, HIDDEN))
+
+
+# ------------------------------------------------------------------------------------------ narrowed layers
+
+
+def pruned(family, **options):
+    """A model whose first layer lost half of its neurons and whose last lost a third, and one head where one can."""
+    model = make_model(family, **options)
+    with torch.no_grad():
+        for group in find_unit_groups(model):
+            keep = group.num_units // 2 if group.layer == 0 else group.num_units - group.num_units // 3
+            if group.kind == "heads":
+                keep = max(group.num_units - 1, 1)
+            group.writer.weight[:, keep * group.unit_size :] = 0
+    return model
+
+
+def narrowed(family):
+    """The same without what it lost."""
+    return shrink(pruned(family))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [family for family in ENCODERS if ARCHITECTURES[family].units])
+def test_narrowed_layers_are_cut_by_their_own_widths(tmp_path, family):
+    small = narrowed(family)
+    found = find_feed_forwards(small)
+    widths = [network.num_units for network in found]
+    assert len(set(widths)) > 1
+    scores = torch.rand(len(found), max(widths), generator=torch.Generator().manual_seed(2))
+    inputs = inputs_of(small)
+    whole = from_dense(small, scores, num_experts=1)
+    torch.testing.assert_close(whole(**inputs)[0], small(**inputs)[0], rtol=1e-6, atol=5e-6)
+    student = from_dense(small, scores, num_experts=2, routing="gate-token")
+    sizes = [network.experts.down_proj.shape[2] for network in student.networks().values()]
+    assert sizes == [width // 2 for width in widths]
+    student.save_pretrained(tmp_path)
+    loaded = type(student).from_pretrained(tmp_path)
+    assert torch.equal(loaded(**inputs)[0], student(**inputs)[0])
+    assert loaded.config.widths == small.config.widths
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "deberta-v2"])
+def test_the_importance_of_narrowed_layers_is_that_of_the_neurons_that_are_left(family):
+    dense = pruned(family, auto=AutoModelForSequenceClassification, num_labels=2)
+    small, inputs = shrink(dense), inputs_of(dense, "AutoModelForSequenceClassification")
+    examples = [{name: value[row] for name, value in inputs.items()} for row in range(2)]
+    wanted, found = measure_importance(dense, examples), measure_importance(small, examples)
+    assert found.shape == (2, 16)
+    for row, network in enumerate(find_feed_forwards(small)):
+        torch.testing.assert_close(found[row, : network.num_units], wanted[row, : network.num_units])
+        assert not found[row, network.num_units :].any()
+
+
+def test_what_narrowed_layers_cannot_have_is_refused():
+    small = narrowed("bert")
+    scores = torch.rand(2, 16)
+    with pytest.raises(ValueError, match="`expert_size` .* must be left out where layers differ in width, got 4"):
+        from_dense(small, scores, expert_size=4)
+    with pytest.raises(ValueError, match="encoder.layer.0.* must have at least 13 neurons for 13 experts, got 12"):
+        from_dense(small, scores, num_experts=13)
+    with pytest.raises(ValueError, match=r"of shape \(2, 16\) \(layers, intermediate\), got shape \(2, 24\)"):
+        from_dense(small, torch.rand(2, 24))

@@ -63,7 +63,7 @@ def test_saved_and_loaded(tmp_path, family, cls):
 def test_the_code_of_all_classes_travels(tmp_path, family, cls):
     shrunk = shrink(build(family, cls, num_hidden_layers=1))
     shrunk.save_pretrained(tmp_path)
-    files = {f"configuration_{name}.py" for name in ("families", "paths", "shrunk", "strict")}
+    files = {f"configuration_{name}.py" for name in ("families", "paths", "shrunk", "strict", "widths")}
     files |= {f"modeling_{name}.py" for name in ("empty_losses", "shrunk", "stock", "strict", "surgery", "units")}
     assert {file.name for file in tmp_path.glob("*.py")} == files
     classes = {f"modeling_shrunk.Shrunk{sibling.__name__}" for sibling in CLASSES[family]}
