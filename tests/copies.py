@@ -48,6 +48,7 @@ COPIES = {
         f"{METHODS}/platon/modeling_units.py",
     ),
     "hf_moebert/architectures/widths.py": (
+        f"{METHODS}/mixture_of_masks/configuration_widths.py",
         f"{METHODS}/moebert/configuration_widths.py",
         f"{METHODS}/platon/configuration_widths.py",
     ),

@@ -1,16 +1,15 @@
 """The base of all models with masks: building, fixing the masks, and loading."""
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, initialization as init
+from transformers import initialization as init
 from transformers.utils import logging
 
 from .configuration_mixture_of_masks import MoMFields
+from .configuration_widths import as_dense
 from .functional import choose_masks, classify_units
 from .modeling_compact import CompactExperts, CompactFeedForward
 from .modeling_constraint import ConstrainedModel, MaskBudget, add_constraint
@@ -47,7 +46,7 @@ class MoMModel(ConstrainedModel):
         return True  # transformers would look for its decorator in another file
 
     def __init__(self, config: MoMFields, *args: Any, **kwargs: Any) -> None:
-        with _as_dense(config):
+        with as_dense(config):
             super().__init__(config, *args, **kwargs)
         found = find_feed_forwards(self)
         for block in config.blocks:
@@ -149,20 +148,3 @@ class MoMModel(ConstrainedModel):
         elif isinstance(module, CompactExperts):
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, std=ROUTER_STD)
-
-
-@contextmanager
-def _as_dense(config: MoMFields) -> Iterator[None]:
-    """Make a configuration one of the dense model, of equal layers, while transformers builds that model."""
-    hidden: Any = config
-    layers, own = hidden.to_dict().get("per_layer_config"), type(hidden)
-    # By name, because code that travels with a checkpoint may be loaded twice
-    ours = [base for base in own.__mro__ if "StrictConfig" in {parent.__name__ for parent in base.__mro__}]
-    dense = next(base for base in own.__mro__ if base not in ours and issubclass(base, PreTrainedConfig))
-    hidden.per_layer_config = None
-    object.__setattr__(hidden, "__class__", dense)  # some heads ask `AutoModel` for a body by it
-    try:
-        yield
-    finally:
-        object.__setattr__(hidden, "__class__", own)
-        hidden.per_layer_config = layers
