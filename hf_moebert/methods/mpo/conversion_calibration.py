@@ -17,7 +17,7 @@ from hf_moebert.architectures.importance import check_ids, frozen, load_batches
 
 FEW = 32  # examples on which layers are disturbed
 NOISE = 0.3  # of the size of a layer's outputs: about the error at half size
-LEAST = 0.01  # of the largest sensitivity: noise is averaged away where errors are not
+LEAST = 1e-3  # of the largest sensitivity: of what these outputs do not show
 LONGEST = 512  # tokens of a text, where neither model nor tokenizer says
 
 

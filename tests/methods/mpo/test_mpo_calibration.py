@@ -209,6 +209,17 @@ def test_outputs_are_closer_than_without_calibration(name, form):
 
 
 @FORMS
+@pytest.mark.parametrize("name", ["bert", "t5", "gpt2"])
+@pytest.mark.parametrize("keep_ratio", [0.3, 0.6])
+def test_a_target_size_is_met_and_used_up(name, form, keep_ratio):
+    dense = make(name)
+    model = compress_mpo(dense, keep_ratio=keep_ratio, calibration=make_batches(name, 16), **form)
+    size = sum(dense.get_parameter(f"{paths[0]}.weight").numel() for paths in find_matrices(dense))
+    kept = size - sum(p.numel() for p in dense.parameters()) + sum(p.numel() for p in model.parameters())
+    assert 0.85 * keep_ratio < kept / size <= keep_ratio
+
+
+@FORMS
 @FAMILIES
 def test_saved_and_loaded_it_gives_the_same_bytes(name, form, tmp_path):
     model = compress_mpo(make(name), keep_ratio=0.5, calibration=make_batches(name, 16), **form)
