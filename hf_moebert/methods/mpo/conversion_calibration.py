@@ -79,7 +79,7 @@ def measure_inputs(
                 handle = module.register_forward_pre_hook(hooks.watch(paths[0]), with_kwargs=True)
                 stack.callback(handle.remove)
         for batch in tqdm(batches, "Calibrating", total, disable=None):
-            hooks.read_masks(model, batch)
+            hooks.masks = _read_masks(model, batch)
             _forward(model, batch)
             if sum(map(_count_examples, first)) < FEW:
                 first.append(batch)
@@ -141,16 +141,17 @@ def _move(model: PreTrainedModel, batches: Iterable[Any]) -> Iterator[dict[str, 
         yield {name: value.to(model.device) for name, value in batch.items() if name not in ("labels", "label")}
 
 
-def _forward(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[Tensor]:
-    """Run the model, and return what it puts out."""
+def _forward(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """Run the model, and return the first of its outputs, such as logits or hidden states."""
     if model.config.is_encoder_decoder and "decoder_input_ids" not in batch and model.can_generate():
         batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["input_ids"])
     check_ids(model, batch)
     try:
         outputs = model.forward(**batch)  # not what `model.compile()` made of it, which calls no hooks
-        return [x for x in outputs.to_tuple() if isinstance(x, Tensor) and x.is_floating_point()]
     except (TypeError, ValueError) as error:
         raise ValueError(f"`calibration` must hold what the model takes, got {sorted(batch)}. {error}") from error
+    first: Tensor = outputs[0]
+    return first
 
 
 def _count_examples(batch: dict[str, Tensor]) -> int:
@@ -164,14 +165,15 @@ def _measure_sensitivities(
     """Disturb the outputs of each matrix alone by noise, and compare what the model puts out."""
     found: dict[str, float] = {}
     with frozen(model):
-        expected = [_forward(model, batch) for batch in batches]
+        expected = _answers(model, batches)
+        norm = float(expected.square().sum()) or 1.0
         for paths in tqdm(groups, "Disturbing", disable=None):
             generator = torch.Generator(model.device).manual_seed(0)
             with ExitStack() as stack:
                 for module in {model.get_submodule(path) for path in paths}:
                     stack.callback(module.register_forward_hook(_disturb(generator)).remove)
-                outputs = [_forward(model, batch) for batch in batches]
-            found[paths[0]] = _relative_change(expected, outputs) / NOISE**2
+                lost = _answers(model, batches) - expected
+            found[paths[0]] = float(lost.square().sum()) / norm / NOISE**2
     least = LEAST * max(found.values(), default=0.0) or 1.0
     return {path: max(value, least) for path, value in found.items()}
 
@@ -184,13 +186,24 @@ def _disturb(generator: torch.Generator) -> Callable:
     return hook
 
 
-def _relative_change(expected: list[list[Tensor]], outputs: list[list[Tensor]]) -> float:
-    """Return the squared relative error of what a model puts out, added up over its tensors."""
-    changes = 0.0
-    for wanted, found in zip(zip(*expected, strict=True), zip(*outputs, strict=True), strict=True):
-        lost = sum(float((a - b).double().square().sum()) for a, b in zip(wanted, found, strict=True))
-        changes += lost / (sum(float(a.double().square().sum()) for a in wanted) or 1.0)
-    return changes
+def _answers(model: PreTrainedModel, batches: Sequence[dict[str, Tensor]]) -> Tensor:
+    """Return what a model puts out at the real tokens of all batches, in one row."""
+    rows = []
+    for batch in batches:
+        outputs = _forward(model, batch)
+        mask = _read_masks(model, batch).get(tuple(outputs.shape[:2]))
+        rows.append((outputs if mask is None else outputs[mask]).double().flatten())
+    return torch.cat(rows)
+
+
+def _read_masks(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[tuple[int, ...], Tensor]:
+    """Return which tokens of a batch are real, by the shapes `(batch, seq)` that there are."""
+    masks = {}
+    for ids, mask in (("decoder_input_ids", "decoder_attention_mask"), ("input_ids", "attention_mask")):
+        if ids in batch and batch[ids].dim() == 2:
+            real = real_tokens(batch.get(mask), batch[ids].shape)
+            masks[tuple(batch[ids].shape)] = real.to(model.device)
+    return masks
 
 
 class _Hooks:
@@ -199,14 +212,6 @@ class _Hooks:
     def __init__(self, statistics: Statistics) -> None:
         self.statistics = statistics
         self.masks: dict[tuple[int, ...], Tensor] = {}  # by shape `(batch, seq)`
-
-    def read_masks(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
-        """Read which tokens of the next batch are real."""
-        self.masks = {}
-        for ids, mask in (("decoder_input_ids", "decoder_attention_mask"), ("input_ids", "attention_mask")):
-            if ids in batch and batch[ids].dim() == 2:
-                real = real_tokens(batch.get(mask), batch[ids].shape)
-                self.masks[tuple(batch[ids].shape)] = real.to(model.device)
 
     def watch(self, path: str) -> Callable:
         """Return the hook for the modules of one matrix."""
