@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,10 +37,7 @@ def shrink(model: PreTrainedModel, *, multiple_of: int = 1, uniform: bool = Fals
         ValueError: If the model's family or head is not supported, its weights are not in memory, `multiple_of` is
             not positive, or `uniform` is asked of a family whose configuration has one width for two kinds of layers.
     """
-    if not isinstance(multiple_of, int) or multiple_of < 1:
-        raise ValueError(
-            f"`multiple_of` must be an integer of at least 1, got {multiple_of!r}. Use 8 for tensor cores."
-        )
+    check_multiple(multiple_of)
     groups = find_unit_groups(model)
     refuse_unshrinkable(model)
     cls = type(model) if isinstance(model, ShrunkModel) else shrunk_class(type(model))
@@ -65,6 +63,18 @@ def shrink(model: PreTrainedModel, *, multiple_of: int = 1, uniform: bool = Fals
             shrunk = cls(cls.config_class.from_dense(model.config, widths, full), **pooling)
     shrunk.to(dtype=model.dtype, device=model.device).load_state_dict(cut_state(model, kept))
     return shrunk.train(model.training)
+
+
+def check_multiple(multiple_of: Any) -> None:
+    """Refuse what is no number of neurons.
+
+    Raises:
+        ValueError: If it is not an integer of at least 1.
+    """
+    if not isinstance(multiple_of, int) or multiple_of < 1:
+        raise ValueError(
+            f"`multiple_of` must be an integer of at least 1, got {multiple_of!r}. Use 8 for tensor cores."
+        )
 
 
 def find_uniform_kinds(model: PreTrainedModel) -> list[str]:

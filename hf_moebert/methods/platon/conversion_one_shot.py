@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_moebert.architectures.protocols import UnitCosts
 
-from .conversion import find_uniform_kinds, shrink
+from .conversion import check_multiple, find_uniform_kinds, shrink
 from .conversion_moments import Influence, load_inputs, measure_influence, read_moment
 from .conversion_plan import Budget, plan_widths, time_budget, weight_budget
 from .functional_influence import with_bias
@@ -76,6 +76,7 @@ def prune_structured(
     (K-FAC: Martens and Grosse 2015, https://arxiv.org/abs/1503.05671) is our own combination.
     """
     _check_model(model)
+    check_multiple(multiple_of)
     pruned = copy.deepcopy(model).float().eval().requires_grad_(False)
     kinds = find_uniform_kinds(model) if uniform else ["neurons", "heads"]
     groups = [group for group in find_unit_groups(pruned) if group.kind in kinds]

@@ -334,5 +334,8 @@ def test_what_cannot_be_reached_is_refused_before_any_work(classifier):
         prune_structured(model, None)
     with pytest.raises(ValueError, match="One of `keep_ratio`, `speed_up` and `latency_ms` must be given"):
         prune_structured(model, None, keep_ratio=0.5, speed_up=2.0)
+    for multiple in (0, -8, 1.5):
+        with pytest.raises(ValueError, match="`multiple_of` must be an integer of at least 1, got"):
+            prune_structured(model, None, keep_ratio=0.5, multiple_of=multiple)
     with pytest.raises(ValueError, match="`latency` must be a table of this machine"):
         prune_structured(model, None, speed_up=2.0)
