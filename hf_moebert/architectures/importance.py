@@ -21,6 +21,7 @@ from .functional_importance import neuron_importance, weights_times_gradients
 from .functional_losses import infer_problem_type, per_example_loss, span_loss, token_loss
 from .functional_routing import real_tokens
 from .heads import warn_of_untrained_head
+from .positions import count_learned_positions
 from .surgery import FeedForward, find_feed_forwards
 
 
@@ -136,14 +137,11 @@ def check_ids(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
         raise ValueError(
             f"`input_ids` must be in [0, {words.num_embeddings}), got {int(wrong[0])}. Use the model's tokenizer."
         )
-    for name, table in model.named_modules():
-        if isinstance(table, nn.Embedding) and name.endswith(("position_embeddings", "wpe", "embed_positions")):
-            before = getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
-            if ids.shape[-1] > (longest := table.num_embeddings - before):
-                raise ValueError(
-                    f"`input_ids` must have at most {longest} tokens, got {ids.shape[-1]}. Tokenize with "
-                    "`truncation=True`."
-                )
+    longest = count_learned_positions(model)
+    if longest is not None and ids.shape[-1] > longest:
+        raise ValueError(
+            f"`input_ids` must have at most {longest} tokens, got {ids.shape[-1]}. Tokenize with `truncation=True`."
+        )
 
 
 def _check_labels(labels: Tensor, logits: Tensor) -> None:

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hf_moebert.architectures.positions import count_positions
 from hf_moebert.checkpoints.remote_code import refuse_code
 from hf_moebert.data import encode_text
 from hf_moebert.inference.linears import Precision, check_precision
@@ -207,7 +208,7 @@ def _load(source: str, max_length: int, dtype: str | None) -> _Loaded:
             f"Fine-tune it first: random weights measure nothing."
         )
     _check_tokenizer(source, tokenizer, model.get_input_embeddings().num_embeddings)
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = count_positions(model)
     if positions is not None and max_length > positions:
         raise ValueError(f"`max_length` must be at most the {positions} positions of {source!r}, got {max_length}.")
     folder = source if Path(source).is_dir() else snapshot_download(source, allow_patterns="*.safetensors")

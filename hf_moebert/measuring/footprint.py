@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
+from hf_moebert.architectures.positions import count_positions
 from hf_moebert.architectures.protocols import PartlyActive
 from hf_moebert.checkpoints.packing import packed_bytes
 from hf_moebert.inference.optimized import OptimizedModule
@@ -62,7 +63,7 @@ def measure_footprint(model: nn.Module, *, seq_len: int = 128, folder: str | Pat
             "`model` must not be optimised for inference, whose operators cannot be counted. Measure it before, or "
             "after `revert_optimizations`."
         )
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    positions = count_positions(model)
     if seq_len < 1 or (positions is not None and seq_len > positions):
         limit = "1" if positions is None else f"1 and at most the model's {positions} positions"
         raise ValueError(f"`seq_len` must be at least {limit}, got {seq_len}. Use the length of a usual input.")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_moebert.architectures.positions import count_positions
 from hf_moebert.checkpoints.packing import packed_bytes
 from hf_moebert.inference.sparse import LAYOUTS, Layout, find_sparse_linears, to_sparse_linears
 from hf_moebert.measuring.footprint import find_pruned_matrices
@@ -93,7 +94,7 @@ def compare_sparse_forms(
 
 
 def _draw_inputs(model: PreTrainedModel, batch: int, seq: int, seed: int) -> dict[str, Tensor]:
-    positions = getattr(model.config, "max_position_embeddings", None) or seq
+    positions = count_positions(model) or seq
     if batch < 1 or not 1 <= seq <= positions:
         raise ValueError(
             f"`batch` and `seq` must be at least 1 and `seq` at most {positions}, got {batch} and {seq}. Use those "

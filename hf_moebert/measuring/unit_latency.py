@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_moebert.architectures.positions import count_positions
 from hf_moebert.architectures.units import UnitGroup, find_unit_groups, narrow_layers
 from hf_moebert.checkpoints.json_files import read_json, save_json
 
@@ -212,7 +213,7 @@ def _made_up_inputs(model: PreTrainedModel, batch_size: int, seq_len: int) -> di
     """
     if model.main_input_name != "input_ids":
         raise ValueError(f"`inputs` must hold the {model.main_input_name} of a batch for a {type(model).__name__}.")
-    longest = getattr(model.config, "max_position_embeddings", None) or seq_len
+    longest = count_positions(model) or seq_len
     if batch_size < 1 or not 1 <= seq_len <= longest:
         raise ValueError(
             f"`batch_size` must be at least 1 and `seq_len` in [1, {longest}], got {batch_size} and {seq_len}. Use "

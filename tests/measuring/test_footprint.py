@@ -6,7 +6,16 @@ import pytest
 import torch
 from pruned_models import make_bert
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, T5Config, T5Model
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    RobertaConfig,
+    RobertaModel,
+    T5Config,
+    T5Model,
+)
 
 from hf_moebert.measuring.footprint import Footprint, measure_footprint
 from hf_moebert.reporting.tables import describe_sparsity
@@ -129,6 +138,13 @@ def test_encoder_decoder_has_no_operations_per_token():
 def test_refuses_a_length_the_model_has_no_positions_for(seq_len):
     with pytest.raises(ValueError, match=f"`seq_len` must be .* 32 positions, got {seq_len}"):
         measure_footprint(BertModel(BertConfig(**TINY)), seq_len=seq_len)
+
+
+def test_the_places_that_a_family_leaves_to_padding_are_no_positions():
+    model = RobertaModel(RobertaConfig(**TINY, pad_token_id=1))
+    assert measure_footprint(model, seq_len=30).flops_per_token > 0
+    with pytest.raises(ValueError, match="`seq_len` must be .* 30 positions, got 31"):
+        measure_footprint(model, seq_len=31)
 
 
 def test_refuses_a_folder_without_weights(tmp_path):

@@ -13,6 +13,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 
 from hf_moebert.architectures.functional_routing import real_tokens
 from hf_moebert.architectures.importance import check_ids, frozen, load_batches
+from hf_moebert.architectures.positions import count_positions
 
 
 FEW = 32  # examples on which layers are disturbed
@@ -126,7 +127,7 @@ def _encode(
             f"`tokenizer` must be that of the model, but it knows {len(tokenizer)} tokens, and the model "
             f"{vocabulary}. Load both from the same place."
         )
-    longest = min(getattr(model.config, "max_position_embeddings", LONGEST), tokenizer.model_max_length, LONGEST)
+    longest = min(count_positions(model) or LONGEST, tokenizer.model_max_length, LONGEST)
     rows = [tokenizer(text, truncation=True, max_length=longest) for text in texts]
     return load_batches(model, rows, DataCollatorWithPadding(tokenizer), batch_size), -(-len(rows) // batch_size)
 
