@@ -47,11 +47,13 @@ def share_of(model):
 # ------------------------------------------------------------------------------------------------------- the table
 
 
-def test_costs_are_interpolated_and_never_fall():
-    table = LatencyTable(10.0, 0.5, {"neurons": [1, 3, 5]}, {"neurons": [0.4, 0.6, 0.5]}, {"neurons": 2}, {})
-    torch.testing.assert_close(table.costs("neurons"), torch.tensor([0, 0.05, 0.1, 0.1, 0.1]).double())
+def test_costs_are_smoothed_and_interpolated_and_never_fall():
+    table = LatencyTable(10.0, 0.5, {"neurons": [1, 3, 5]}, {"neurons": [0.4, 0.7, 0.5]}, {"neurons": 2}, {})
+    # (0.4 + 2 * 0.7 + 0.5) / 4 = 0.575 of three neurons, and no less of five
+    wanted = torch.tensor([0, 0.04375, 0.0875, 0.0875, 0.0875]).double()
+    torch.testing.assert_close(table.costs("neurons"), wanted)
     assert table.smallest == pytest.approx(0.4)
-    assert table.estimate([{"neurons": 3}, {"neurons": 1}]) == pytest.approx(0.5)
+    assert table.estimate([{"neurons": 3}, {"neurons": 1}]) == pytest.approx(0.4875)
     assert isinstance(table, UnitCosts)
 
 
