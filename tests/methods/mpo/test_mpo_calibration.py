@@ -216,7 +216,7 @@ def test_a_target_size_is_met_and_used_up(name, form, keep_ratio):
     model = compress_mpo(dense, keep_ratio=keep_ratio, calibration=make_batches(name, 16), **form)
     size = sum(dense.get_parameter(f"{paths[0]}.weight").numel() for paths in find_matrices(dense))
     kept = size - sum(p.numel() for p in dense.parameters()) + sum(p.numel() for p in model.parameters())
-    assert 0.85 * keep_ratio < kept / size <= keep_ratio
+    assert 0.75 * keep_ratio < kept / size <= keep_ratio  # one more direction of a tiny matrix costs much
 
 
 @FORMS
