@@ -39,7 +39,8 @@ def find_moe_class(model: PreTrainedModel) -> type[MoEBertPreTrainedModel]:
     if reason := why_not_experts(family):
         raise ValueError(
             f"`model` must be of a family whose networks can be cut into experts, got {family!r}, of which they "
-            f"cannot, because {reason}. Use an encoder, one of {ENCODERS}."
+            f"cannot, because {reason}. Use an encoder, one of {ENCODERS}, or describe another family by "
+            "`hf_moebert.register_architecture`."
         )
     known = classes_to_cut(CONFIG_MAPPING[family]).values()
     dense = next((stock for stock in known if isinstance(model, stock)), None)
