@@ -72,8 +72,8 @@ def whiten(matrix: Tensor, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def refine_chain(cores: Sequence[Tensor], matrix: Tensor, moments: Tensor, *, steps: int = STEPS) -> list[Tensor]:
     """Move all cores of a chain to the least error of the outputs, by L-BFGS.
 
-    Alternating least squares, with conjugate gradients where a core is too large for a direct solution, took twice the
-    time to the same error.
+    Alternating least squares, with conjugate gradients where a core is too large for a direct solution, took more than
+    twice the time to the same error.
 
     Args:
         cores: Any chain near the matrix, each `(bond, rows, columns, next bond)`.
