@@ -37,17 +37,43 @@ def check_inputs(body: Any, given: dict[str, Any]) -> None:
         )
     if tokens.shape[0] == 0:
         raise ValueError("A batch must have at least one row, got none. Leave it out.")
+    vocab = body.get_input_embeddings().num_embeddings
+    if body.router is not None and body.router.table.shape[1] != vocab:
+        raise ValueError(
+            f"`router.table` must have a column for each of {vocab} token ids, got {body.router.table.shape[1]}. Use "
+            "`resize_token_embeddings`, which changes both."
+        )
     if ids is None or torch.compiler.is_compiling():
         return
     if ids.is_floating_point():
         raise ValueError(f"`input_ids` must be integers, got {ids.dtype}. Give embeddings as `inputs_embeds`.")
-    vocab = body.get_input_embeddings().num_embeddings
     wrong = (ids < 0) | (ids >= vocab)
     if wrong.any():
         row, column = (int(x) for x in wrong.nonzero()[0])
         raise ValueError(
             f"`input_ids` must be in [0, {vocab}), got {int(ids[row, column])} at row {row}, position {column}. Use "
             "the model's own tokenizer, or `resize_token_embeddings` after adding tokens."
+        )
+
+
+def check_table(model: Any, source: Any) -> None:
+    """Refuse tables that name experts which do not exist.
+
+    Args:
+        model: A mixture that was loaded.
+        source: Where from.
+
+    Raises:
+        ValueError: If one does.
+    """
+    router, experts = model.base_model.router, model.config.num_experts
+    if router is None or router.table.is_meta:
+        return
+    wrong = router.table[router.table >= experts]
+    if wrong.numel():
+        raise ValueError(
+            f"`router.table` of {str(source)!r} must name experts in [0, {experts}), got {int(wrong[0])}. Get the "
+            "checkpoint again."
         )
 
 

@@ -159,7 +159,7 @@ class MoEBertFeedForward(nn.Module):
             Shape `(batch, seq, hidden)`.
 
         Raises:
-            ValueError: If it runs outside of its model, which knows the route.
+            ValueError: If it runs outside of its model, which knows the route, or gets a part of the tokens.
 
         Source: eqs. 2 and 3.
         """
@@ -169,6 +169,11 @@ class MoEBertFeedForward(nn.Module):
         dispatch = None
         if route.tables is not None:
             expert_index, dispatch = route.tables[self.index]
+            if len(expert_index) != hidden_states.shape[0] * hidden_states.shape[1]:
+                raise ValueError(
+                    f"A layer of experts must get all {len(expert_index)} tokens of its batch at once, got "
+                    f"{tuple(hidden_states.shape[:2])}. Set `chunk_size_feed_forward` to 0."
+                )
             logits, index = None, expert_index.unsqueeze(-1)  # (tokens, 1)
             weights = None if dispatch else torch.ones_like(index, dtype=hidden_states.dtype)
         else:

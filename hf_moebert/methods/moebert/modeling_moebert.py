@@ -34,7 +34,7 @@ from .functional_routing import balance_loss, expert_load, real_tokens
 from .modeling_dense import check_dense, check_importance, check_token_counts, load_dense
 from .modeling_empty_losses import zero_empty_loss
 from .modeling_experts import MoEBertExperts
-from .modeling_inputs import check_classes, check_inputs
+from .modeling_inputs import check_classes, check_inputs, check_table
 from .modeling_layers import (
     MoEBertFeedForward,
     MoEBertGate,
@@ -119,6 +119,7 @@ class MoEBertPreTrainedModel(StrictModel):
         """Put experts in the place of the feed-forward networks of this body, and a router before them."""
         if self.config.is_heterogeneous:
             narrow_layers(self, self.config.widths)
+        self.config.validate_layers()  # again: a field may have been set since the configuration was made
         found = find_feed_forwards(self)
         hooked = self.config.gate_scaling == "reference"
         if hooked and not find_architecture(self).bert_like:
@@ -236,7 +237,10 @@ class MoEBertPreTrainedModel(StrictModel):
             **kwargs: Likewise.
         """
         kwargs.setdefault("key_mapping", NAMES_OF_0_1)
-        return super().from_pretrained(*args, **kwargs)
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        check_table(model, model.config.name_or_path)
+        return loaded
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save under the modules' own names, and name all classes of the family, whose code is saved along."""

@@ -332,3 +332,39 @@ def test_what_narrowed_layers_cannot_have_is_refused():
         from_dense(small, scores, num_experts=13)
     with pytest.raises(ValueError, match=r"of shape \(2, 16\) \(layers, intermediate\), got shape \(2, 24\)"):
         from_dense(small, torch.rand(2, 24))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert"])
+def test_tables_that_do_not_fit_are_refused(tmp_path, family):
+    student, _ = convert(make_model(family))
+    ids = make_inputs(student)["input_ids"]
+    student.router.table[0, 7] = 4
+    student.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"`router.table` of '.*' must name experts in \[0, 4\), got 4"):
+        type(student).from_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="must hold weights of the model's sizes"):
+        type(student).from_pretrained(tmp_path, vocab_size=VOCAB + 3)
+    student.router.table = student.router.table[:, :20]
+    with pytest.raises(ValueError, match="`router.table` must have a column for each of 50 token ids, got 20"):
+        student(ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bert", "distilbert", "mpnet", "vit"])
+def test_chunks_are_refused_wherever_they_are_set(tmp_path, family):
+    student, _ = convert(make_model(family))
+    student.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`chunk_size_feed_forward` must be 0, because a route is that of a whole"):
+        type(student).from_pretrained(tmp_path, chunk_size_feed_forward=2)
+    student.config.chunk_size_feed_forward = 2
+    with pytest.raises(ValueError, match="`chunk_size_feed_forward` must be 0"):
+        type(student)(student.config)
+    with pytest.raises(ValueError, match="`chunk_size_feed_forward` must be 0"):
+        student.save_pretrained(tmp_path)
+    chunked = [layer for layer in student.modules() if hasattr(layer, "chunk_size_feed_forward")]
+    if family == "bert":  # the layers of the others do not compute in chunks
+        for layer in chunked:
+            layer.chunk_size_feed_forward = 1
+        with pytest.raises(ValueError, match="must get all 14 tokens of its batch at once, got .*chunk_size_feed"):
+            student(**make_inputs(student))
