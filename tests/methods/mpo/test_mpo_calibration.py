@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_mpo import MODELS, arguments, logits, make
 from torch import nn
-from transformers import BertTokenizer
+from transformers import BertTokenizer, ViTConfig, ViTForImageClassification
 
 from hf_moebert import compress_mpo, optimize_for_inference, to_dense
 from hf_moebert.methods.mpo.conversion import find_matrices
@@ -306,6 +306,30 @@ def test_an_error_of_the_outputs_holds_for_every_layer():
         for path, moments in statistics.moments.items():
             weights = [m.get_parameter(f"{path}.weight") for m in (model, dense)]
             assert output_error(*weights, moments) < 0.51
+
+
+def test_it_is_calibrated_and_loaded_in_half_precision(tmp_path):
+    form = {"keep_ratio": 0.8, "num_cores": 3, "calibration": make_batches("bert", 16)}
+    model = compress_mpo(make("bert"), **form)
+    model.save_pretrained(tmp_path)
+    loaded = MODELS["bert"][0].from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    assert torch.equal(loaded.get_input_embeddings().row_use[1], model.get_input_embeddings().row_use[1])
+    torch.testing.assert_close(logits("bert", loaded).float(), logits("bert", model), atol=0.05, rtol=0.1)
+    half = compress_mpo(make("bert").to(torch.bfloat16), **form)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16, torch.int32}
+    torch.testing.assert_close(logits("bert", half).float(), logits("bert", model), atol=0.05, rtol=0.1)
+
+
+def test_pictures_calibrate_too():
+    config = ViTConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, image_size=8, patch_size=2
+    )
+    model = ViTForImageClassification(config).eval()
+    pixels = [{"pixel_values": torch.randn(4, 3, 8, 8)} for _ in range(8)]
+    compressed = compress_mpo(model, keep_ratio=0.5, num_cores=2, calibration=pixels)
+    assert list_matrices(compressed)
+    with torch.no_grad():
+        assert compressed(**pixels[0]).logits.isfinite().all()
 
 
 def test_plain_chains_are_still_saved_for_earlier_releases(tmp_path):
