@@ -15,6 +15,7 @@ from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer
 
 from hf_moebert.architectures.families import ARCHITECTURES
 from hf_moebert.architectures.paths import Architecture
+from hf_moebert.architectures.positions import count_positions
 from hf_moebert.architectures.surgery import get_part
 
 
@@ -64,10 +65,7 @@ class Trunk(nn.Module):
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        table = getattr(self.embeddings, "position_embeddings", None)
-        if not isinstance(table, nn.Embedding):
-            return self.config.max_position_embeddings
-        return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+        return count_positions(self) or self.config.max_position_embeddings
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode: the states are the same in training as in serving."""

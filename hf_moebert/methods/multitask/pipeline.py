@@ -190,7 +190,7 @@ class MultiTaskPipeline(Pipeline):
             *parts,
             is_split_into_words=form == TOKENS,
             truncation=True,
-            max_length=min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings),
+            max_length=min(self.tokenizer.model_max_length, self.model.trunk.longest),
             return_tensors="pt",
         )
         encoding = encoded.encodings[0]

@@ -11,6 +11,7 @@ from tiny_multitask import assert_same_models
 from tiny_tasks import make_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
+from hf_moebert.architectures.positions import count_positions
 from hf_moebert.cli import _load_tasks
 from hf_moebert.methods.multitask.modeling_multitask import MultiTaskModel
 from hf_moebert.methods.multitask.modeling_splitting import FAMILIES, join, take_branch, take_trunk
@@ -180,18 +181,20 @@ def test_branches_train_and_the_trunk_stays(family):
 
 @pytest.mark.parametrize("family", OTHERS)
 def test_they_are_served(tmp_path, family):
-    """Texts of several lengths in one batch answer as the task alone does."""
+    """Texts of several lengths in one batch answer as the task alone does; a longer one than any fits is cut."""
     tokenizer = make_tokenizer()
+    tokenizer.model_max_length = 1000
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     tokenizer.pad_token_id = make_config(family, 1).pad_token_id
     model = make_task(make_encoder(family), "classes", 2, 1)
     MultiTaskModel.from_tasks({"classes": model}).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    texts = ["good film", "a good film by anna lee", "film"]
+    texts = ["good film", "a good film by anna lee", "film", "good film " * 30]
+    longest = count_positions(model)
     wanted = []
     for text in texts:
         with torch.no_grad():
-            logits = model(**tokenizer(text, return_tensors="pt")).logits[0]
+            logits = model(**tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")).logits[0]
         wanted.append(logits.softmax(-1).max().item())
     with TestClient(build_app(_load_tasks(str(tmp_path)), limits=ServingLimits(max_wait_ms=1))) as client:
         results = client.post("/predict", json={"inputs": texts}).json()["results"]
