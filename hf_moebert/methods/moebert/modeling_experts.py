@@ -54,9 +54,10 @@ class MoEBertExperts(nn.Module):
             )
         self.entry = "gate_up_proj" if self.has_gate else "up_proj"
         self.register_parameter(self.entry, nn.Parameter(torch.empty(experts, gates * size, hidden)))
-        self.down_proj = nn.Parameter(torch.empty(experts, hidden, size))
         if self.has_bias:
             self.register_parameter(f"{self.entry}_bias", nn.Parameter(torch.empty(experts, gates * size)))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, size))
+        if self.has_bias:
             self.down_proj_bias = nn.Parameter(torch.empty(experts, hidden))
         self.act_fn = dense.part("activation")
         self.inner_dropout = dense.part("inner_dropout") or nn.Identity()

@@ -77,7 +77,9 @@ def test_pruned_mixtures_are_packed_counted_and_compared(pair, tmp_path):
         ).train()
     student.eval()
     stacks = [weight for network in student.base_model.networks().values() for weight, _ in network.experts.stacks]
-    assert 0.1 < torch.cat([weight.flatten() != 0 for weight in stacks]).float().mean() < 0.3
+    assert (
+        0.05 < torch.cat([weight.flatten() != 0 for weight in stacks]).float().mean() < 0.4
+    )  # of all matrices together a fifth
     for name, model in (("dense", dense), ("mixture", student)):
         save_packed(model, tmp_path / name)
         TOKENIZER.save_pretrained(tmp_path / name)
