@@ -65,7 +65,7 @@ class _Thread(threading.local):
     """State that a head and its body exchange, past the classes of transformers between them."""
 
     wanted: dict[str, bool] | None = None  # the records that the head was asked for; None outside of a head
-    decisions: dict[str, Any]  # what the routers of the body decided
+    decisions: dict[str, Any] | None = None  # what the routers of the body decided
 
 
 _thread = _Thread()
@@ -150,9 +150,9 @@ class MoEBertPreTrainedModel(StrictModel):
         _thread.wanted = wanted
         try:
             outputs = forward(**given)
-            decisions = _thread.decisions
+            decisions: Any = _thread.decisions
         finally:
-            _thread.wanted = None
+            _thread.wanted = _thread.decisions = None  # or the graph of this pass would live until the next
         zero_empty_loss(self, (), given, outputs)
         if decisions["aux_loss"] is not None and outputs.get("loss") is not None:
             outputs["loss"] = outputs["loss"] + self.config.router_aux_loss_coef * decisions["aux_loss"]

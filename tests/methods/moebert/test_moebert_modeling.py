@@ -1,5 +1,8 @@
 """MoEBERT as a model: the identity, the routes, the independence of rows, and the refusals."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -272,6 +275,15 @@ def test_expert_load_counts_each_real_token_once_per_layer(dense, importance, ba
     assert load.shape == (3, 4)
     assert load.sum(dim=1).tolist() == [int(batch["attention_mask"].sum())] * 3
     assert student(**batch).expert_load is None
+
+
+def test_nothing_of_a_pass_outlives_its_output(dense, importance, batch):
+    student = convert(dense, importance, "gate-token", router_aux_loss_coef=0.1).train()
+    output = student(**batch, output_router_logits=True)
+    logits = weakref.ref(output.router_logits[0])
+    del output
+    gc.collect()
+    assert logits() is None
 
 
 def test_balance_loss_is_part_of_the_loss(dense, importance, batch):
