@@ -86,7 +86,7 @@ def write_graphs(model: PreTrainedModel, batch: dict[str, Tensor], folder: Path)
     """Write the forms of a model that may be the quickest, of any batch size and length, unless they are there."""
     folder.mkdir(parents=True, exist_ok=True)
     plain, fused = folder / "model.onnx", folder / "fused.onnx"
-    dense = isinstance(model, BertModel)
+    dense = type(model) is BertModel  # and no mixture of its experts
     if not plain.exists():
         with eager_attention(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of exporters, about themselves

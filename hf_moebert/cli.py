@@ -301,7 +301,7 @@ def _load_tasks(source: str) -> Any:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if not config.model_type.startswith("multitask_"):
             raise ValueError(f"`model` must be a merged multi-task model, got {config.model_type!r} in {source!r}.")
-        model = AutoModel.from_pretrained(source, use_safetensors=True)
+        model = AutoModel.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
         return pipeline("multitask", model=model, tokenizer=source, trust_remote_code=False)
 
 

@@ -38,6 +38,7 @@ from transformers.utils import logging
 
 from hf_moebert.checkpoints.json_files import read_json, save_json
 from hf_moebert.measuring.footprint import count_bytes
+from hf_moebert.measuring.inputs import complete_inputs
 from hf_moebert.measuring.latency import compare_latency, environment
 from hf_moebert.measuring.scores import Interval, Score
 from hf_moebert.methods.multitask.functional import layers_run
@@ -159,7 +160,8 @@ class MultiTaskStudy:
         sweep, ways = self.sweep(seed), self.ways(seed)
         separate = {task: sweep.load(task, run).eval() for task, run in ways["separate"].items()}
         batch = request(next(iter(separate.values())).config.vocab_size)
-        calls: dict[str, Any] = {"separate": lambda: [model(**batch) for model in separate.values()]}
+        given = [(model, batch | complete_inputs(model, batch["input_ids"])) for model in separate.values()]
+        calls: dict[str, Any] = {"separate": lambda: [model(**rows) for model, rows in given]}
         costs: dict[str, dict[str, Any]] = {}
         for way, runs in ways.items():
             layers = layers_run(self.splits(seed, runs))

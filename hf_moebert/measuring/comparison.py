@@ -29,6 +29,7 @@ from hf_moebert.inference.linears import Precision, check_precision
 from hf_moebert.inference.optimize import optimize_for_inference
 
 from .footprint import measure_footprint
+from .inputs import complete_inputs
 from .latency import compare_latency, environment
 from .metrics import metrics_for_task
 from .scores import CLASSIFICATION_SCORES, REGRESSION_SCORES, paired_bootstrap, predict_logits, score
@@ -297,6 +298,7 @@ def _forward_passes(loaded: Mapping[str, _Loaded], latency: Latency, seed: int) 
     mask = torch.ones_like(input_ids)  # (batch, seq)
 
     def forward_pass(model: PreTrainedModel) -> Callable[[], object]:
-        return torch.no_grad()(lambda: model(input_ids=input_ids, attention_mask=mask))
+        inputs = complete_inputs(model, input_ids)
+        return torch.no_grad()(lambda: model(**inputs, attention_mask=mask))
 
     return {name: forward_pass(entry.model) for name, entry in loaded.items()}

@@ -17,6 +17,8 @@ from hf_moebert.architectures.protocols import PartlyActive
 from hf_moebert.checkpoints.packing import packed_bytes
 from hf_moebert.inference.optimized import OptimizedModule
 
+from .inputs import complete_inputs
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -126,16 +128,16 @@ def _count_flops(model: PreTrainedModel, seq_len: int) -> float:
     vocabulary = model.get_input_embeddings().num_embeddings
     device = next(model.parameters()).device
     # Different ids, because experts may be chosen by the id.
-    input_ids = (torch.arange(seq_len, device=device) % vocabulary).unsqueeze(0)  # (1, seq)
+    inputs = complete_inputs(model, (torch.arange(seq_len, device=device) % vocabulary).unsqueeze(0))  # (1, seq)
     formulas = {  # for operations that the counter does not know, and would count as nothing
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         torch.ops.aten._grouped_mm: _grouped_flops,
     }
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with _evaluating(model), torch.no_grad():
-        model(input_ids=input_ids)  # work done once for all calls is not part of a token
+        model(**inputs)  # work done once for all calls is not part of a token
         with counter:
-            model(input_ids=input_ids)
+            model(**inputs)
     return counter.get_total_flops() / seq_len
 
 

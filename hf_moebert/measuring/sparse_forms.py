@@ -12,6 +12,7 @@ from hf_moebert.architectures.positions import count_positions
 from hf_moebert.checkpoints.packing import packed_bytes
 from hf_moebert.inference.sparse import LAYOUTS, Layout, find_sparse_linears, to_sparse_linears
 from hf_moebert.measuring.footprint import find_pruned_matrices
+from hf_moebert.measuring.inputs import complete_inputs
 from hf_moebert.measuring.latency import SpeedUp, compare_latency
 
 
@@ -113,8 +114,7 @@ def _draw_inputs(model: PreTrainedModel, batch: int, seq: int, seed: int) -> dic
         )
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (batch, seq), generator=generator)  # (batch, seq)
-    names = ["input_ids", "decoder_input_ids"] if model.config.is_encoder_decoder else ["input_ids"]
-    return dict.fromkeys(names, ids.to(model.device))
+    return complete_inputs(model, ids.to(model.device))
 
 
 def _copy_modules(model: PreTrainedModel) -> PreTrainedModel:

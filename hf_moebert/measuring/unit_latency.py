@@ -16,6 +16,7 @@ from hf_moebert.architectures.positions import count_positions
 from hf_moebert.architectures.units import UnitGroup, find_unit_groups, narrow_layers
 from hf_moebert.checkpoints.json_files import read_json, save_json
 
+from .inputs import complete_inputs
 from .latency import SpeedUp, compare_latency, environment, time_rounds
 
 
@@ -223,8 +224,7 @@ def _made_up_inputs(model: PreTrainedModel, batch_size: int, seq_len: int) -> di
             "those of a usual batch."
         )
     ids = torch.arange(batch_size * seq_len, device=model.device) % model.get_input_embeddings().num_embeddings
-    inputs = {"input_ids": ids.view(batch_size, seq_len)}
-    return inputs | ({"decoder_input_ids": inputs["input_ids"]} if model.config.is_encoder_decoder else {})
+    return complete_inputs(model, ids.view(batch_size, seq_len))
 
 
 def _describe(model: PreTrainedModel, groups: list[UnitGroup], inputs: Mapping[str, Tensor]) -> dict[str, Any]:

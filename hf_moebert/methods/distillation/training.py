@@ -158,6 +158,8 @@ class DistillationTrainer(Trainer):
     @torch.no_grad()
     def _teacher_outputs(self, inputs: dict[str, Any]) -> Mapping[str, Any]:
         columns = {name: value for name, value in inputs.items() if name in self._teacher_inputs}
+        if "word_mask" in self._teacher_inputs and "labels" in inputs:  # a CRF's, whose words are where labels are
+            columns.setdefault("word_mask", inputs["labels"] != -100)
         with self.accelerator.autocast():
             outputs = self.teacher(**columns, **self._output_options())
         outputs = self._check_outputs(outputs, "teacher")

@@ -99,9 +99,11 @@ def as_dense(config: Any) -> Iterator[None]:
     dense = next(base for base in own.__mro__ if base not in ours and issubclass(base, PreTrainedConfig))
     with as_equal(config):
         object.__setattr__(config, "__class__", dense)  # some heads ask `AutoModel` for a body by it
+        object.__setattr__(config, "base_model_tp_plan", None)  # its plan would be that of the dense model
         try:
             yield
         finally:
+            object.__delattr__(config, "base_model_tp_plan")
             object.__setattr__(config, "__class__", own)
 
 

@@ -169,9 +169,9 @@ class MoEBertFeedForward(nn.Module):
         dispatch = None
         if route.tables is not None:
             expert_index, dispatch = route.tables[self.index]
-            if len(expert_index) != hidden_states.shape[0] * hidden_states.shape[1]:
+            if expert_index.shape[0] != hidden_states.shape[0] * hidden_states.shape[1]:
                 raise ValueError(
-                    f"A layer of experts must get all {len(expert_index)} tokens of its batch at once, got "
+                    f"A layer of experts must get all {expert_index.shape[0]} tokens of its batch at once, got "
                     f"{tuple(hidden_states.shape[:2])}. Set `chunk_size_feed_forward` to 0."
                 )
             logits, index = None, expert_index.unsqueeze(-1)  # (tokens, 1)

@@ -22,8 +22,8 @@ from hf_moebert.methods.moebert import from_dense
 pytestmark = pytest.mark.process
 SIZES = {"num_experts": 4, "expert_size": 16, "num_shared_neurons": 8}
 PARTS = ("dense", "empty_losses", "experts", "export", "inputs", "layers", "moebert", "outputs", "routing", "strict")
-CODE = {f"modeling_{part}.py" for part in (*PARTS, "surgery")}
-CODE |= {f"configuration_{part}.py" for part in ("families", "moebert", "paths", "strict")}
+CODE = {f"modeling_{part}.py" for part in (*PARTS, "surgery", "units")}
+CODE |= {f"configuration_{part}.py" for part in ("families", "moebert", "paths", "strict", "widths")}
 CODE |= {"functional.py", "functional_routing.py"}
 START = """
 import json, os, pathlib, sys
