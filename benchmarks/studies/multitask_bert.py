@@ -160,8 +160,8 @@ class MultiTaskStudy:
         sweep, ways = self.sweep(seed), self.ways(seed)
         separate = {task: sweep.load(task, run).eval() for task, run in ways["separate"].items()}
         batch = request(next(iter(separate.values())).config.vocab_size)
-        given = [(model, batch | complete_inputs(model, batch["input_ids"])) for model in separate.values()]
-        calls: dict[str, Any] = {"separate": lambda: [model(**rows) for model, rows in given]}
+        each = [partial(model, **batch | complete_inputs(model, batch["input_ids"])) for model in separate.values()]
+        calls: dict[str, Any] = {"separate": lambda: [call() for call in each]}
         costs: dict[str, dict[str, Any]] = {}
         for way, runs in ways.items():
             layers = layers_run(self.splits(seed, runs))
@@ -172,7 +172,8 @@ class MultiTaskStudy:
                 folders = [sweep.output / "merged" / way]
                 merged = sweep.merge({task: run.layers for task, run in runs.items()}).eval()
                 merged.save_pretrained(folders[0])
-                parameters, calls[way] = sum(p.numel() for p in merged.parameters()), partial(merged, **batch)
+                parameters = sum(p.numel() for p in merged.parameters())
+                calls[way] = partial(merged, **batch | complete_inputs(merged, batch["input_ids"]))
             costs[way] = {"layers": layers, "parameters": parameters, "bytes": sum(map(count_bytes, folders))}
         torch.set_num_threads(1)
         timed = {way: torch.no_grad()(call) for way, call in calls.items()}

@@ -93,7 +93,7 @@ def as_equal(config: Any) -> Iterator[None]:
 @contextmanager
 def as_dense(config: Any) -> Iterator[None]:
     """Make a configuration one of the dense model, of equal layers, while transformers builds that model."""
-    own = type(config)
+    own, nested = type(config), "base_model_tp_plan" in vars(config)
     # By name, because code that travels with a checkpoint may be loaded twice
     ours = [base for base in own.__mro__ if "StrictConfig" in {parent.__name__ for parent in base.__mro__}]
     dense = next(base for base in own.__mro__ if base not in ours and issubclass(base, PreTrainedConfig))
@@ -103,8 +103,9 @@ def as_dense(config: Any) -> Iterator[None]:
         try:
             yield
         finally:
-            object.__delattr__(config, "base_model_tp_plan")
             object.__setattr__(config, "__class__", own)
+            if not nested:
+                object.__delattr__(config, "base_model_tp_plan")
 
 
 def _of_dense(rule: Callable[[Any], None]) -> Callable[[Any], None]:
