@@ -32,19 +32,6 @@ def per_example_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tenso
     return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(dim=-1)
 
 
-def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Average the cross entropy over the items that have a label; 0 where none has.
-
-    Args:
-        logits: Shape `(items, labels)`.
-        labels: Classes, -100 where there is none. Shape `(items,)`.
-
-    Returns:
-        Scalar; the same number, bit for bit, as the stock loss where that is defined.
-    """
-    return F.cross_entropy(logits, labels, reduction="sum") / (labels != -100).sum().clamp(min=1)
-
-
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Compute the cross entropy of each token; 0 where the label is -100.
 

@@ -429,7 +429,8 @@ def test_mpo_calibration(tmp_path, run_study):
     for form in ("two factors", "chains of 5"):
         plain, calibrated = table[form], table[f"{form}, calibrated"]
         assert float(calibrated["all layers"]) < 0.5 * float(plain["all layers"])
-        assert abs(float(calibrated["size"]) - float(plain["size"])) < 0.03  # bonds of a tiny model are coarse
+        # No larger than what it beats; bonds of a tiny model are coarse
+        assert float(plain["size"]) - 0.03 < float(calibrated["size"]) < float(plain["size"]) + 0.01
     assert "cosine" in output
     made = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
     run_study(*command, "--forms", "two factors")  # makes nothing again
