@@ -7,8 +7,10 @@
     python benchmarks/studies/quality_and_speed.py … --stage measure  # the models that are there; `report` tables only
 
 Every argument of `TrainingArguments`, `PlatonConfig` and `DistillationConfig` may be given; the others are below.
-Each seed fine-tunes the encoder once and makes all students of that teacher: MoEBERTs of four routings, half of its
-layers, and half of its neurons and heads. They learn from it with one trainer, for the same steps on the same data.
+Each seed fine-tunes the encoder once and makes all students of that teacher: mixtures of experts of four routings, one
+of them untaught, half of its layers, half and a quarter of its neurons and heads, and stacks of both: what was pruned,
+cut into experts. They learn from it with one trainer, for the same steps on the same data; a stack on a pruned student
+for as many again. `--students` makes some of them.
 Then every model is optimised for inference at every precision, and all are timed in turns on validation sentences.
 Finished runs are not repeated when the command is run again.
 """
@@ -19,7 +21,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from pruning import PrunedRun, PruningStudy
 from quality_measurement import Measurement
 from smoke import make_smoke_texts
@@ -28,13 +29,23 @@ from tasks import TextArguments, TextTask
 from torch import nn
 from transformers import AutoConfig, HfArgumentParser, PreTrainedModel, TrainingArguments
 
-from hf_moebert import DistillationConfig, MoEBertForSequenceClassification, PlatonConfig, measure_importance
+from hf_moebert import DistillationConfig, PlatonConfig, count_tokens, measure_importance, prune_structured
+from hf_moebert.architectures.surgery import find_layers
 from hf_moebert.inference.linears import check_precision
-from hf_moebert.methods.moebert.conversion import count_tokens, load_importance, save_importance
+from hf_moebert.methods import moebert
 
 
 STAGES = ("all", "train", "measure", "report")
 ROUTINGS = ("hash-random", "hash-balanced", "gate-token", "gate-sentence")
+STUDENTS = (
+    *(f"moebert-{routing}" for routing in ROUTINGS),
+    "untaught",
+    "half-depth",
+    "pruned",
+    "pruned-quarter",
+    "pruned-moebert",
+    "one-shot-moebert",
+)
 ABOUT = """\
 All students learned from the teacher of their seed with one trainer, for the same steps on the same data. Each model \
 was then optimised for inference at every precision; `stock` is the teacher as it is, float32 in stock torch. \
@@ -52,7 +63,13 @@ class QualityOptions(StudyOptions):
     teacher_steps: int | None = field(
         default=None, metadata={"help": "Steps of the teacher, if not as many as of a student."}
     )
+    students: list[str] = field(
+        default_factory=lambda: list(STUDENTS), metadata={"help": "Which to make.", "choices": STUDENTS}
+    )
     num_experts: int = field(default=4, metadata={"help": "Experts per layer."})
+    stack_routing: str = field(
+        default="gate-sentence", metadata={"help": "Routing of the stacks and of the untaught student."}
+    )
     importance_examples: int = field(
         default=2048, metadata={"help": "Training examples that importance is measured on."}
     )
@@ -67,27 +84,39 @@ class QualityOptions(StudyOptions):
 
 @dataclass(frozen=True)
 class Compression(PrunedRun):
-    """A student, and what of the teacher it begins with; a recipe prunes it instead.
+    """A student, and what of the model it starts from it begins with; a recipe prunes it while it learns.
 
     Attributes:
         routing: Its feed-forward networks are cut into experts, routed so.
         num_experts: Into how many.
         importance_examples: On how many training examples it is measured which neurons they share.
+        keep_ratio: This share of its neurons and heads is kept at once, before anything else.
         half_depth: Every second layer is left out.
     """
 
     routing: str | None = None
     num_experts: int | None = None
     importance_examples: int | None = None
+    keep_ratio: float | None = None
     half_depth: bool = False
 
 
 def plan_students(options: QualityOptions, recipe: PlatonConfig) -> list[PrunedRun]:
-    """Name every student of the teacher."""
+    """Name the students of the teacher that are asked for."""
     student = partial(Compression, start="teacher", teacher="teacher", peer="teacher")
     cut = {"num_experts": options.num_experts, "importance_examples": options.importance_examples}
-    experts = [student(f"moebert-{routing}", routing=routing, **cut) for routing in ROUTINGS]
-    return [*experts, student("half-depth", half_depth=True), student("pruned", recipe=recipe)]
+    stacked = cut | {"routing": options.stack_routing}
+    quarter = replace(recipe, keep_ratio=recipe.keep_ratio / 2)
+    students = [
+        *(student(f"moebert-{routing}", routing=routing, **cut) for routing in ROUTINGS),
+        student("untaught", **stacked | {"teacher": None}),
+        student("half-depth", half_depth=True),
+        student("pruned", recipe=recipe),
+        student("pruned-quarter", recipe=quarter),
+        student("pruned-moebert", **stacked | {"start": "pruned"}),
+        student("one-shot-moebert", keep_ratio=recipe.keep_ratio, **stacked),
+    ]
+    return [run for run in students if run.name in options.students]
 
 
 class QualityStudy(PruningStudy):
@@ -96,13 +125,13 @@ class QualityStudy(PruningStudy):
     def arguments(self, run: PrunedRun) -> TrainingArguments:
         """Train the teacher for steps of its own."""
         args = copy.deepcopy(self.args)
-        if run.teacher is None and self.options.teacher_steps is not None:
+        if run.start is None and self.options.teacher_steps is not None:
             args.max_steps = self.options.teacher_steps
         return args
 
     def settings(self, run: PrunedRun) -> dict:
         """Add how a student is made and taught."""
-        if run.teacher is None:
+        if run.start is None:
             return super().settings(run)
         return super().settings(run) | asdict(run) | {"distillation": asdict(self.distillation_of(run))}
 
@@ -114,41 +143,36 @@ class QualityStudy(PruningStudy):
         return replace(self.distillation, layer_map=list(range(2, depth + 1, 2)))
 
     def start(self, run: PrunedRun, seed: int) -> PreTrainedModel:
-        """Make the model that a run trains, of the teacher if it has one."""
+        """Make the model that a run trains, of the one it starts from if there is one."""
         model = super().start(run, seed)
-        if run.teacher is None:
+        if run.start is None:
             return model
+        if run.keep_ratio is not None:
+            texts = self.task.train_dataset.remove_columns("labels")
+            model = prune_structured(model, texts, self.task.collator, keep_ratio=run.keep_ratio, seed=seed)
         if run.routing is not None:
             return self.cut_into_experts(model, run, seed)
         return halve_depth(model) if run.half_depth else model
 
-    def cut_into_experts(self, teacher: PreTrainedModel, run: Compression, seed: int) -> PreTrainedModel:
-        """Make a MoEBERT of the teacher."""
-        return MoEBertForSequenceClassification.from_dense(
-            teacher,
-            self.importance(teacher, run, seed),
+    def cut_into_experts(self, dense: PreTrainedModel, run: Compression, seed: int) -> PreTrainedModel:
+        """Make a mixture of experts of a dense model."""
+        examples = {"max_examples": run.importance_examples, "seed": seed}
+        return moebert.from_dense(
+            dense,
+            measure_importance(dense, self.task.train_dataset, self.task.collator, **examples),
             num_experts=run.num_experts,
             routing=run.routing,
-            token_counts=count_tokens(self.task.train_dataset, teacher.config.vocab_size),
+            token_counts=count_tokens(self.task.train_dataset, dense.config.vocab_size),
             seed=seed,
         )
 
-    def importance(self, teacher: PreTrainedModel, run: Compression, seed: int) -> torch.Tensor:
-        """Measure once which neurons of the teacher matter, `(layers, intermediate)`."""
-        file = self.folder("teacher", seed) / "importance.safetensors"
-        if not file.exists():
-            examples, data = run.importance_examples, self.task.train_dataset
-            scores = measure_importance(teacher, data, self.task.collator, max_examples=examples, seed=seed)
-            save_importance(file, scores, teacher, seed=str(seed))
-        return load_importance(file, teacher)
-
 
 def halve_depth(teacher: PreTrainedModel) -> PreTrainedModel:
-    """Copy a BERT without every second layer: the last layer stays, which the head is used to."""
+    """Copy a model without every second layer: the last layer stays, which the head is used to."""
     student = copy.deepcopy(teacher)
-    encoder = student.base_model.encoder
-    encoder.layer = nn.ModuleList(list(encoder.layer)[1::2])
-    student.config.num_hidden_layers = len(encoder.layer)
+    layers = find_layers(student)
+    student.set_submodule(layers[0].path.rpartition(".")[0], nn.ModuleList(layer.module for layer in layers[1::2]))
+    student.config.num_hidden_layers = len(layers) // 2
     return student
 
 

@@ -86,7 +86,7 @@ class Measurement:
         return {
             name: measure_expert_load(model, data, collator).tolist()
             for name, model in models.items()
-            if model.config.model_type == "moebert"
+            if getattr(model.config, "num_experts", None)
         }
 
     def report(self, title: str, about: str) -> None:

@@ -177,7 +177,7 @@ def test_quality_and_speed(tmp_path, run_study):
     run_study(*QUALITY, "--output_dir", tmp_path, "--window", "2", "--max_steps", "6", "--teacher_steps", "7")
     report = (tmp_path / "report.md").read_text()
     models = ["teacher", *(f"moebert-{r}" for r in ("hash-random", "hash-balanced", "gate-token", "gate-sentence"))]
-    models += ["half-depth", "pruned"]
+    models += ["untaught", "half-depth", "pruned", "pruned-quarter", "pruned-moebert", "one-shot-moebert"]
     rows = [
         line.strip("| ").split(" | ")
         for line in report.splitlines()
@@ -188,7 +188,7 @@ def test_quality_and_speed(tmp_path, run_study):
     assert (tmp_path / "quality_and_speed.png").stat().st_size > 0
 
     results = {m: json.loads((tmp_path / f"seed-1/{m}/result.json").read_text()) for m in models}
-    assert [results[m]["settings"]["max_steps"] for m in models] == [7, 6, 6, 6, 6, 6, 6]
+    assert [results[m]["settings"]["max_steps"] for m in models] == [7, *[6] * 10]
     assert results["half-depth"]["settings"]["distillation"]["layer_map"] == [2]
     # as long as nothing is rounded, what is optimised predicts what was trained
     measured = json.loads((tmp_path / "seed-1/measurement.json").read_text())
