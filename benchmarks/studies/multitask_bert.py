@@ -36,9 +36,9 @@ from study import StudyOptions, command, mean_over_seeds, with_interval, write_r
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
+from hf_moebert.architectures.inputs import complete_inputs
 from hf_moebert.checkpoints.json_files import read_json, save_json
 from hf_moebert.measuring.footprint import count_bytes
-from hf_moebert.measuring.inputs import complete_inputs
 from hf_moebert.measuring.latency import compare_latency, environment
 from hf_moebert.measuring.scores import Interval, Score
 from hf_moebert.methods.multitask.functional import layers_run

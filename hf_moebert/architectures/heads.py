@@ -1,11 +1,14 @@
 """The head of a model: what stands beside its body."""
 
+from typing import Any, Literal
+
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+Kind = Literal["classes", "labels", "numbers"]
 
 
 def find_untrained(model: PreTrainedModel) -> list[str]:
@@ -35,3 +38,20 @@ def warn_of_untrained_head(model: PreTrainedModel, use: str) -> None:
             f"The head of the {type(model).__name__} looks untrained: `{'`, `'.join(untrained)}` has a bias of zeros, "
             f"and {use} would follow a random one. Fine-tune the model first."
         )
+
+
+def kinds_of_outputs(model: PreTrainedModel, outputs: Any) -> dict[str, Kind]:
+    """Name the outputs that a model answers by: logits of "classes", of independent "labels", or "numbers".
+
+    Args:
+        model: Any model.
+        outputs: What its forward returned.
+    """
+    if "start_logits" in outputs:
+        return {"start_logits": "classes", "end_logits": "classes"}
+    if "logits" not in outputs:
+        return {"last_hidden_state": "numbers"}
+    problem = getattr(model.config, "problem_type", None)
+    if problem == "regression" or outputs["logits"].shape[-1] == 1:
+        return {"logits": "numbers"}
+    return {"logits": "labels" if problem == "multi_label_classification" else "classes"}

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hf_moebert.architectures.inputs import complete_inputs
 from hf_moebert.architectures.positions import count_positions
 from hf_moebert.checkpoints.remote_code import refuse_code
 from hf_moebert.data import encode_text
@@ -29,7 +30,6 @@ from hf_moebert.inference.linears import Precision, check_precision
 from hf_moebert.inference.optimize import optimize_for_inference
 
 from .footprint import measure_footprint
-from .inputs import complete_inputs
 from .latency import compare_latency, environment
 from .metrics import metrics_for_task
 from .scores import CLASSIFICATION_SCORES, REGRESSION_SCORES, paired_bootstrap, predict_logits, score

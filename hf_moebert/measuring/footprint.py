@@ -12,12 +12,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
+from hf_moebert.architectures.inputs import complete_inputs
 from hf_moebert.architectures.positions import count_positions
 from hf_moebert.architectures.protocols import PartlyActive
 from hf_moebert.checkpoints.packing import packed_bytes
 from hf_moebert.inference.optimized import OptimizedModule
-
-from .inputs import complete_inputs
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_moebert.architectures.inputs import complete_inputs
 from hf_moebert.architectures.positions import count_positions
 from hf_moebert.checkpoints.packing import packed_bytes
 from hf_moebert.inference.sparse import LAYOUTS, Layout, find_sparse_linears, to_sparse_linears
 from hf_moebert.measuring.footprint import find_pruned_matrices
-from hf_moebert.measuring.inputs import complete_inputs
 from hf_moebert.measuring.latency import SpeedUp, compare_latency
 
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_moebert.architectures.inputs import complete_inputs
 from hf_moebert.architectures.positions import count_positions
 from hf_moebert.architectures.units import UnitGroup, find_unit_groups, narrow_layers
 from hf_moebert.checkpoints.json_files import read_json, save_json
 
-from .inputs import complete_inputs
 from .latency import SpeedUp, compare_latency, environment, time_rounds
 
 

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from hf_moebert import DistillationConfig, DistillationTrainer
+from hf_moebert.architectures.inputs import complete_inputs
 from hf_moebert.measuring.footprint import measure_footprint
-from hf_moebert.measuring.inputs import complete_inputs
 from hf_moebert.measuring.sparse_forms import compare_sparse_forms
 from hf_moebert.methods.masked_crf import from_dense
 

@@ -91,11 +91,13 @@ class Stack:
             without a stack: T5 for classification has no decoder.
         attentions: The attentions of each layer; those for other sequences are only there if a model has them.
         feed_forwards: Where the feed-forward network of a layer may be; the first one whose matrices are all there.
+        depth: Field of the configuration with the number of layers.
     """
 
     path: str
     attentions: tuple[AttentionPaths, ...]
     feed_forwards: tuple[FeedForwardPaths, ...]
+    depth: str = "num_hidden_layers"
 
 
 @dataclass(frozen=True)

@@ -3,66 +3,17 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from hf_moebert.architectures.importance import LABELS, load_batches
+from hf_moebert.architectures.heads import kinds_of_outputs
+from hf_moebert.architectures.inputs import Batch
 
-from .functional_influence import Kind, draw_direction, with_constant
+from .functional_influence import draw_direction, with_constant
 from .modeling_units import UnitGroup
-
-
-Batch = dict[str, Tensor]
-MIN_EXAMPLES = 32  # fewer say little about what a layer is given
-MAX_LENGTH = 512  # tokens of a text, where the tokenizer sets no limit
-
-
-def load_inputs(
-    model: PreTrainedModel, dataset: Any, processing: Any, *, max_examples: int, batch_size: int
-) -> list[Batch]:
-    """Encode the first examples of a data set, in batches on the model's device, without their labels.
-
-    Args:
-        model: The model whose `forward` says which columns there are.
-        dataset: Texts, or encoded examples.
-        processing: A tokenizer, or the collator of encoded examples; `None` for that of transformers.
-        max_examples: How many are used.
-        batch_size: Examples of a batch.
-
-    Raises:
-        ValueError: If there are too few examples, or texts and no tokenizer.
-    """
-    examples = list(islice(dataset, max_examples))
-    if len(examples) < MIN_EXAMPLES:
-        raise ValueError(
-            f"`dataset` and `max_examples` must give at least {MIN_EXAMPLES} examples, got {len(examples)}. Give some "
-            "hundred texts of the kind that the model is used for; they need no labels."
-        )
-    is_tokenizer = isinstance(processing, PreTrainedTokenizerBase)
-    if isinstance(examples[0], str):
-        if not is_tokenizer:
-            raise ValueError(
-                f"`processing` must be the model's tokenizer for texts, got {type(processing).__name__}. Use "
-                "`AutoTokenizer.from_pretrained`."
-            )
-        limit = min(processing.model_max_length, MAX_LENGTH)
-        encoded = processing(sorted(examples, key=len), truncation=True, max_length=limit)  # little is padded
-        examples = [{name: values[row] for name, values in encoded.items()} for row in range(len(examples))]
-    collator = DataCollatorWithPadding(processing) if is_tokenizer else processing
-    with torch.random.fork_rng(devices=[]):  # a `DataLoader` draws a seed, though nothing is drawn by it
-        return [_without_labels(model, batch) for batch in load_batches(model, examples, collator, batch_size)]
-
-
-def _without_labels(model: Any, batch: Batch) -> Batch:
-    """Leave out the labels; a decoder is given those that it would be trained with."""
-    inputs = {name: value for name, value in batch.items() if name not in LABELS}
-    if "labels" in batch and model.config.is_encoder_decoder and model.can_generate():
-        inputs.setdefault("decoder_input_ids", model.prepare_decoder_input_ids_from_labels(batch["labels"]))
-    return inputs
 
 
 @dataclass
@@ -147,24 +98,13 @@ def _project(model: PreTrainedModel, batch: Batch, generator: torch.Generator) -
     """Run the model, and project its outputs on a direction."""
     outputs, mask = model.forward(**batch), batch.get("attention_mask")  # what `model.compile()` made calls no hooks
     total = []
-    for name, kind in _kinds_of_outputs(model, outputs).items():
+    for name, kind in kinds_of_outputs(model, outputs).items():
         output = outputs[name].float()
         direction = draw_direction(output.detach(), kind, generator)
         if mask is not None and output.dim() == 3 and mask.shape == output.shape[:2]:  # (batch, seq, outputs)
             direction = direction * mask[..., None].to(direction)
         total.append((direction * output).sum())
     return torch.stack(total).sum()
-
-
-def _kinds_of_outputs(model: PreTrainedModel, outputs: Any) -> dict[str, Kind]:
-    if "start_logits" in outputs:
-        return {"start_logits": "classes", "end_logits": "classes"}
-    if "logits" not in outputs:
-        return {"last_hidden_state": "numbers"}
-    problem = getattr(model.config, "problem_type", None)
-    if problem == "regression" or outputs["logits"].shape[-1] == 1:
-        return {"logits": "numbers"}
-    return {"logits": "labels" if problem == "multi_label_classification" else "classes"}
 
 
 class _Reached(Exception):

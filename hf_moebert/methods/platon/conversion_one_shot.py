@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_moebert.architectures.inputs import load_inputs
 from hf_moebert.architectures.protocols import UnitCosts
 
 from .conversion import check_multiple, find_uniform_kinds, shrink
-from .conversion_moments import Influence, load_inputs, measure_influence, read_moment
+from .conversion_moments import Influence, measure_influence, read_moment
 from .conversion_plan import Budget, plan_widths, time_budget, weight_budget
 from .functional_influence import with_bias
 from .functional_removal import Removal, invert_moment, remove_units

@@ -16,9 +16,10 @@ from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from hf_moebert import prune_structured, shrink
 from hf_moebert.architectures.families import ARCHITECTURES
+from hf_moebert.architectures.inputs import load_inputs
 from hf_moebert.architectures.surgery import matrix_of
 from hf_moebert.methods.platon.conversion import find_uniform_kinds
-from hf_moebert.methods.platon.conversion_moments import load_inputs, measure_influence, read_moment
+from hf_moebert.methods.platon.conversion_moments import measure_influence, read_moment
 from hf_moebert.methods.platon.conversion_plan import count_weights
 from hf_moebert.methods.platon.modeling_units import find_unit_groups
 
