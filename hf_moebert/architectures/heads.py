@@ -5,6 +5,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
+from transformers.utils.generic import find_labels
 
 
 logger = logging.get_logger(__name__)
@@ -55,3 +56,12 @@ def kinds_of_outputs(model: PreTrainedModel, outputs: Any) -> dict[str, Kind]:
     if problem == "regression" or outputs["logits"].shape[-1] == 1:
         return {"logits": "numbers"}
     return {"logits": "labels" if problem == "multi_label_classification" else "classes"}
+
+
+def has_head(model: PreTrainedModel) -> bool:
+    """Return whether a model predicts something, or gives hidden states alone.
+
+    Args:
+        model: Any model, without adapters around it.
+    """
+    return model.base_model is not model or bool(find_labels(type(model)))

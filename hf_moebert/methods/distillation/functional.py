@@ -38,7 +38,7 @@ def hidden_state_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = No
 
     Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, layer-wise distillation; the mask is our own design.
     """
-    difference = _at_least_float32(student) - _at_least_float32(teacher)  # (batch, seq, hidden)
+    difference = at_least_float32(student) - at_least_float32(teacher)  # (batch, seq, hidden)
     if mask is not None:
         # Before the square: whatever stands in the padding, even NaN, then has a gradient of zero.
         difference = difference.masked_fill(~mask.unsqueeze(-1), 0)
@@ -60,8 +60,8 @@ def symmetric_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
     Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, layer-wise distillation.
     """
-    log_p = log_softmax(_at_least_float32(student), dim=-1)
-    log_q = log_softmax(_at_least_float32(teacher), dim=-1)
+    log_p = log_softmax(at_least_float32(student), dim=-1)
+    log_q = log_softmax(at_least_float32(teacher), dim=-1)
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1) / 2
 
 
@@ -123,7 +123,7 @@ def multi_label_loss(student: Tensor, teacher: Tensor, *, temperature: float | N
 
     Source: our own design; the paper has no multi-label task.
     """
-    student, teacher = _at_least_float32(student), _at_least_float32(teacher)
+    student, teacher = at_least_float32(student), at_least_float32(teacher)
     if temperature is not None:  # a label's absence has the logit 0
         student, teacher = (torch.stack([logits, torch.zeros_like(logits)], -1) for logits in (student, teacher))
         return soft_cross_entropy(student, teacher, temperature).mean()
@@ -142,7 +142,7 @@ def regression_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Source: the code of Zuo et al. 2022; the paper does not say.
     """
-    return (_at_least_float32(student) - _at_least_float32(teacher)).square().mean()
+    return (at_least_float32(student) - at_least_float32(teacher)).square().mean()
 
 
 def span_loss(
@@ -177,16 +177,17 @@ def _distance(student: Tensor, teacher: Tensor, temperature: float | None) -> Te
 
 
 def _soften(logits: Tensor, temperature: float) -> Tensor:
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     # A temperature below 1 takes masked logits to -inf, whose product with a probability of zero is NaN.
     return (logits / temperature).clamp(min=torch.finfo(logits.dtype).min)
 
 
 def _mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
     # The lowest finite number instead of -inf, whose difference to itself would be NaN.
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     return logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Raise half precision to float32, and leave float64 as it is. Any shape."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -5,6 +5,11 @@ from dataclasses import dataclass
 
 from transformers.hf_argparser import HfArg
 
+from hf_moebert.architectures.functional_pooling import POOLINGS
+
+
+DISTANCES = ("cosine", "squared")
+
 
 @dataclass(frozen=True)
 class DistillationConfig:
@@ -14,7 +19,8 @@ class DistillationConfig:
         ValueError: If a value breaks the rule in its help text; the message names rule and remedy.
 
     Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, layer-wise distillation; `temperature` without
-    `hidden_states` is the recipe of Wei et al. 2022, https://arxiv.org/abs/2107.05377.
+    `hidden_states` is the recipe of Wei et al. 2022, https://arxiv.org/abs/2107.05377. That of embeddings and scores
+    is our own, of terms that `functional_embeddings.py` gives the sources of.
     """
 
     weight: float = HfArg(
@@ -47,6 +53,31 @@ class DistillationConfig:
         help="Predictions follow the teacher's, both softened by this temperature, in cross-entropy times its square;"
         " 2 in the published code. By default they are compared by the symmetric divergence, without temperature.",
     )
+    pooling: str | None = HfArg(
+        default=None,
+        help="For models without a head: how hidden states become an embedding, `mean` over the real tokens, `cls` or"
+        " `last`. By default as `modules.json` in the teacher's folder says.",
+    )
+    embedding_distance: str = HfArg(
+        default="cosine",
+        help="For models without a head: the distance of embeddings, `cosine` (one minus it) or `squared` (mean of the"
+        " squared differences, for embeddings that are not compared by cosines).",
+    )
+    similarity_weight: float = HfArg(
+        default=1.0,
+        help="For models without a head: weight of the similarities inside a batch against the distance of embeddings,"
+        " finite and at least 0. They need at least two texts in a batch, and depend on which these are.",
+    )
+    similarity_temperature: float | None = HfArg(
+        default=None,
+        help="Similarities are compared by the divergence of the softmax over each text's neighbours at this"
+        " temperature. By default by the mean squared difference of the cosines.",
+    )
+    group_column: str | None = HfArg(
+        default=None,
+        help="For models with one score: column of whole numbers that say to which query a text belongs. The margins"
+        " between the texts of one query in a batch then follow the teacher's, too.",
+    )
 
     def __post_init__(self) -> None:
         if not _is_weight(self.weight):
@@ -66,10 +97,26 @@ class DistillationConfig:
             raise ValueError(
                 f"`layer_map` must be None when `hidden_states` is False, got {self.layer_map!r}. Drop one of the two."
             )
-        if self.temperature is not None and not (_is_weight(self.temperature) and self.temperature > 0):
+        for name, usual in (("temperature", 2.0), ("similarity_temperature", 0.05)):
+            value = getattr(self, name)
+            if value is not None and not (_is_weight(value) and value > 0):
+                raise ValueError(f"`{name}` must be None or a finite number above 0, got {value!r}. Use {usual}.")
+        self._check_embeddings()
+
+    def _check_embeddings(self) -> None:
+        for name, known in (("pooling", (None, *POOLINGS)), ("embedding_distance", DISTANCES)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}. Leave it out"
+                    " for the default."
+                )
+        if not _is_weight(self.similarity_weight):
             raise ValueError(
-                f"`temperature` must be None or a finite number above 0, got {self.temperature!r}. Use 2.0."
+                f"`similarity_weight` must be a finite number of at least 0, got {self.similarity_weight!r}. Use 1.0"
+                " to start with, or 0 to leave similarities out."
             )
+        if self.group_column is not None and not (isinstance(self.group_column, str) and self.group_column):
+            raise ValueError(f"`group_column` must be None or the name of a column, got {self.group_column!r}.")
 
     def teacher_layers(self, student_depth: int, teacher_depth: int) -> list[int]:
         """Return the hidden state of the teacher that each hidden state of the student follows.

@@ -13,24 +13,35 @@ from transformers.trainer_utils import TrainOutput, unwrap_peft_model
 from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
-from hf_moebert.architectures.heads import warn_of_untrained_head
+from hf_moebert.architectures.functional_pooling import pool
+from hf_moebert.architectures.heads import has_head, warn_of_untrained_head
+from hf_moebert.architectures.pooling import find_pooling
 from hf_moebert.checkpoints.resuming import last_complete_checkpoint
 
 from .functional import classification_loss, hidden_state_loss, multi_label_loss, regression_loss, span_loss
+from .functional_embeddings import embedding_loss, margin_loss, similarity_loss
 from .recipe import DistillationConfig
 from .training_checks import (
     agreed_problem_type,
+    refuse_bad_groups,
+    refuse_batches_of_one,
+    refuse_empty_texts,
     refuse_foreign_checkpoint,
+    refuse_no_pairs,
     refuse_noise,
     refuse_non_finite_outputs,
+    refuse_other_heads,
     refuse_other_labels,
     refuse_other_sizes,
+    refuse_other_vocabulary,
     refuse_shared_parameters,
 )
 from .training_recipe import DistillationRecipeCallback
 
 
 logger = logging.get_logger(__name__)
+
+LABEL_COLUMNS = ("label", "label_ids", "labels")  # of data with labels that a model without a head has no use for
 
 
 class DistillationTrainer(Trainer):
@@ -41,6 +52,10 @@ class DistillationTrainer(Trainer):
     outputs. While training, all terms are logged without the weight as `loss_task`, `loss_hidden`, `loss_hidden_<k>`
     (0 = embeddings) and `loss_prediction`, each the mean over the micro-batches of all processes since the last log.
     Evaluation is the stock one. Batches without labels are taught by the teacher alone: their `task` is zero.
+
+    Models without a head need no labels at all: `prediction` is the distance of the embeddings and, weighted, of the
+    similarities inside the batch, logged as `loss_embedding` and `loss_similarity`. With a `group_column`, models of
+    one score also follow the margins inside each group, logged as `loss_margin`.
 
     The teacher becomes frozen and moves to the device of `args`. It is no part of the student: no checkpoint and no
     optimizer holds it.
@@ -76,7 +91,13 @@ class DistillationTrainer(Trainer):
         refuse_shared_parameters(self.model, teacher)
         names = ("vocab_size", "hidden_size") if self.distillation.hidden_states else ("vocab_size",)
         refuse_other_sizes(self.model.config, teacher.config, self.processing_class, names=names)
-        refuse_other_labels(self.model.config, teacher.config)
+        refuse_other_vocabulary(self.processing_class, teacher)
+        refuse_other_heads(self.model, teacher)
+        self._pooling = None if has_head(unwrap_peft_model(teacher)) else self._prepare_embeddings(teacher)
+        if self._pooling is None:
+            refuse_other_labels(self.model.config, teacher.config)
+        if self.distillation.group_column is not None:
+            refuse_bad_groups(self.distillation.group_column, self.train_dataset, self.model)
         self._teacher_layers = self.distillation.teacher_layers(
             self.model.config.num_hidden_layers, teacher.config.num_hidden_layers
         )
@@ -122,14 +143,24 @@ class DistillationTrainer(Trainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+        groups = self._take_groups(inputs)  # (batch,)
         task, student = self._student_loss(model, inputs, num_items_in_batch)
         teacher = self._teacher_outputs(inputs)
-        real = self._real_tokens(inputs)  # (batch, seq)
-        prediction = self._prediction_loss(student, teacher, inputs.get("labels"), real)
-        hidden = self._hidden_losses(student, teacher, real)
-        self._record(task.mean(), *hidden, prediction)
-        loss = task + self.distillation.weight * sum(hidden[:1], prediction)
+        if self._pooling is not None:
+            predictions = self._embedding_losses(student, teacher, inputs)
+        else:
+            predictions = self._score_losses(student, teacher, inputs, groups)
+        hidden = self._hidden_losses(student, teacher, self._real_tokens(inputs))
+        self._record({"loss_task": task.mean(), **hidden, **predictions})
+        weights = {"loss_similarity": self.distillation.similarity_weight}
+        terms = [weights.get(name, 1.0) * term for name, term in predictions.items()]
+        loss = task + self.distillation.weight * sum(terms, hidden.get("loss_hidden", 0.0))
         return (loss, student) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the stock `Trainer` does, without the column of groups."""
+        inputs.pop(self.distillation.group_column or "", None)
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the stock `Trainer` does, with the terms of the loss beside a training loss.
@@ -147,8 +178,12 @@ class DistillationTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, Mapping[str, Any]]:
         columns = {**inputs, **self._output_options()}
-        if self.compute_loss_func is None and not any(name in inputs for name in self.label_names):
-            logger.warning_once(f"No {self.label_names} in the batch: the student learns from the teacher alone.")
+        if self._pooling is not None:
+            columns = {name: value for name, value in columns.items() if name not in LABEL_COLUMNS}
+        labelled = self._pooling is None and any(name in inputs for name in self.label_names)
+        if self.compute_loss_func is None and not labelled:
+            if self._pooling is None:
+                logger.warning_once(f"No {self.label_names} in the batch: the student learns from the teacher alone.")
             return torch.zeros((), device=self.args.device), self._check_outputs(model(**columns), "model")
         loss, outputs = super().compute_loss(model, columns, True, num_items_in_batch)
         if num_items_in_batch is not None:  # a share of the accumulated batch: back to the scale of a micro-batch
@@ -175,6 +210,8 @@ class DistillationTrainer(Trainer):
         names = list(outputs) if isinstance(outputs, Mapping) else []
         needed = "`hidden_states` and `logits`" if self.distillation.hidden_states else "`logits`"
         silent = self.distillation.hidden_states and "hidden_states" not in names
+        if self._pooling is not None and not silent and "last_hidden_state" in names:
+            return outputs
         if silent or not {"logits", "start_logits"} & set(names):
             raise ValueError(
                 f"`{role}` must return {needed} (or `start_logits` and `end_logits`), got {names}. Use an encoder with"
@@ -184,17 +221,57 @@ class DistillationTrainer(Trainer):
 
     def _hidden_losses(
         self, student: Mapping[str, Any], teacher: Mapping[str, Any], real: Tensor | None
-    ) -> list[Tensor]:
-        """Return the sum of the losses, then each of them; an empty list if hidden states are left out."""
+    ) -> dict[str, Tensor]:
+        """Return the sum of the losses and each of them by its name; nothing if hidden states are left out."""
         if not self.distillation.hidden_states:
-            return []
+            return {}
         layers = [
             hidden_state_loss(state, teacher["hidden_states"][layer], real)
             for state, layer in zip(student["hidden_states"], self._teacher_layers, strict=True)
         ]
-        return [torch.stack(layers).sum(), *layers]
+        named = {f"loss_hidden_{k}": layer for k, layer in enumerate(layers)}
+        return {"loss_hidden": torch.stack(layers).sum(), **named}
 
-    def _real_tokens(self, inputs: dict[str, Any]) -> Tensor | None:
+    def _prepare_embeddings(self, teacher: PreTrainedModel) -> str:
+        """Return the pooling of two models without heads."""
+        if self.distillation.similarity_weight:
+            refuse_batches_of_one(self.args.per_device_train_batch_size)
+        return find_pooling(unwrap_peft_model(teacher), self.distillation.pooling)
+
+    def _embedding_losses(
+        self, student: Mapping[str, Any], teacher: Mapping[str, Any], inputs: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        mask = inputs.get("attention_mask")
+        if mask is not None:
+            self._count("empty texts", (mask.sum(1) == 0).sum())
+        pooling = str(self._pooling)
+        ours, theirs = (pool(outputs["last_hidden_state"], mask, pooling) for outputs in (student, teacher))
+        losses = {"loss_embedding": embedding_loss(ours, theirs, self.distillation.embedding_distance)}
+        if self.distillation.similarity_weight:
+            losses["loss_similarity"] = similarity_loss(ours, theirs, self.distillation.similarity_temperature)
+        return losses
+
+    def _take_groups(self, inputs: dict[str, Any]) -> Tensor | None:
+        column = self.distillation.group_column
+        if column is not None and column not in inputs:
+            raise ValueError(
+                f"`group_column` must be a column of the batches, which have {sorted(inputs)}, got {column!r}. Let the"
+                " data set and the collator carry it."
+            )
+        return inputs.pop(column or "", None)
+
+    def _score_losses(
+        self, student: Mapping[str, Any], teacher: Mapping[str, Any], inputs: Mapping[str, Any], groups: Tensor | None
+    ) -> dict[str, Tensor]:
+        real, labels = self._real_tokens(inputs), inputs.get("labels")
+        losses = {"loss_prediction": self._prediction_loss(student, teacher, labels, real)}
+        if groups is not None:
+            ours, theirs = (outputs["logits"].squeeze(-1) for outputs in (student, teacher))  # (batch,)
+            losses["loss_margin"], pairs = margin_loss(ours, theirs, groups)
+            self._count("pairs", pairs)
+        return losses
+
+    def _real_tokens(self, inputs: Mapping[str, Any]) -> Tensor | None:
         mask = inputs.get("attention_mask")
         if mask is None or not self.distillation.mask_padding:
             return None
@@ -228,23 +305,35 @@ class DistillationTrainer(Trainer):
         loss = multi_label_loss if problem_type == "multi_label_classification" else classification_loss
         return loss(student["logits"], teacher["logits"], temperature=temperature)
 
-    def _reset_terms(self) -> None:
-        self._terms: Tensor | float = 0.0
-        self._micro_batches = 0
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if (column := self.distillation.group_column) and column not in self._signature_columns:
+            self._signature_columns.append(column)
 
-    def _record(self, *terms: Tensor) -> None:
+    def _reset_terms(self) -> None:
+        self._terms: dict[str, Tensor] = {}
+        self._micro_batches = 0
+        self._counts: dict[str, Tensor] = {}
+
+    def _record(self, terms: Mapping[str, Tensor]) -> None:
         # Stays on the device: nothing waits for it before the next log.
-        self._terms = self._terms + torch.stack([term.detach().float() for term in terms])
+        for name, term in terms.items():
+            self._terms[name] = self._terms.get(name, 0.0) + term.detach().float()
         self._micro_batches += 1
 
+    def _count(self, name: str, count: Tensor) -> None:
+        self._counts[name] = self._counts.get(name, 0) + count
+
     def _mean_terms(self) -> dict[str, float]:
-        values = self.accelerator.reduce(self._terms / self._micro_batches, "mean").tolist()
+        names, values = list(self._terms), torch.stack(list(self._terms.values())) / self._micro_batches
+        means = dict(zip(names, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+        counts = {name: int(self.accelerator.reduce(count, "sum")) for name, count in self._counts.items()}
+        refuse_empty_texts(counts.get("empty texts", 0))
+        refuse_no_pairs(counts.get("pairs"), self.distillation.group_column)
         self._reset_terms()
-        layers = [f"loss_hidden_{k}" for k in range(len(self._teacher_layers))]
-        hidden = ["loss_hidden", *layers] if layers else []
-        means = dict(zip(["loss_task", *hidden, "loss_prediction"], values, strict=True))
-        for name in ["loss_task", *layers, "loss_prediction"]:  # the first broken layer says more than the sum
-            if not math.isfinite(means[name]):
+        for name in names:
+            # the first broken layer says more than the sum
+            if name != "loss_hidden" and not math.isfinite(means[name]):
                 raise FloatingPointError(
                     f"`{name}` must be finite, got {means[name]} by step {self.state.global_step}. Use a smaller"
                     " `learning_rate`, clip with `max_grad_norm`, or train in bf16 instead of fp16."

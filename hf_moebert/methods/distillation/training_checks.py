@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import unwrap_peft_model
+
+from hf_moebert.architectures.heads import has_head
 
 
 def refuse_shared_parameters(student: nn.Module, teacher: nn.Module) -> None:
@@ -49,6 +52,91 @@ def refuse_other_sizes(
 def _is_padded(size: int, padded: int) -> bool:
     """Check whether a size becomes another one when it is rounded up to a power of two of 8 to 512."""
     return any(-(-size // multiple) * multiple == padded for multiple in (8, 16, 32, 64, 128, 256, 512))
+
+
+def refuse_other_vocabulary(processing_class: Any, teacher: PreTrainedModel) -> None:
+    """Refuse a tokenizer that numbers its tokens differently from the one in the teacher's folder, if there is one."""
+    folder = Path(getattr(teacher, "name_or_path", "") or "")
+    if not isinstance(processing_class, PreTrainedTokenizerBase) or not (folder / "tokenizer_config.json").is_file():
+        return
+    ours = processing_class.get_vocab()
+    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+    if differing := [token for token in sorted(theirs) if ours.get(token) != theirs[token]]:
+        raise ValueError(
+            f"`processing_class` must number its tokens as the tokenizer of the teacher in {str(folder)!r}, but"
+            f" {differing[0]!r} is {ours.get(differing[0])} and not {theirs[differing[0]]}. Use the teacher's"
+            " tokenizer for both: they read the same token ids."
+        )
+
+
+def refuse_other_heads(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse two models of which one alone has a head, and embedders that read two sequences."""
+    ours, theirs = (unwrap_peft_model(model) for model in (student, teacher))
+    if has_head(ours) != has_head(theirs):
+        raise ValueError(
+            f"`model` and `teacher` must both have a head or both none, got {type(ours).__name__} and"
+            f" {type(theirs).__name__}. Load both with the same Auto class."
+        )
+    if not has_head(ours) and ours.config.is_encoder_decoder:
+        raise ValueError(
+            f"`model` must be an encoder if it has no head, got {type(ours).__name__}. Use its encoder alone, or add a"
+            " head to student and teacher."
+        )
+
+
+def refuse_batches_of_one(size: int) -> None:
+    """Refuse batches in which a text has no other to be similar to."""
+    if size < 2:
+        raise ValueError(
+            f"`per_device_train_batch_size` must be at least 2 for similarities inside a batch, got {size}. Use 16, or"
+            " DistillationConfig(similarity_weight=0)."
+        )
+
+
+def refuse_bad_groups(column: str, dataset: Any, student: PreTrainedModel) -> None:
+    """Refuse groups for a model of more than one score, a column that is not there, and groups of one.
+
+    Nothing is known of the columns of a stream, nor of rows that are no mapping.
+    """
+    if student.config.num_labels != 1 or not has_head(unwrap_peft_model(student)):
+        raise ValueError(
+            f"`group_column` must be None but for models with one score, got {column!r} for a"
+            f" {type(unwrap_peft_model(student)).__name__} of {student.config.num_labels} labels. Leave it out."
+        )
+    names = getattr(dataset, "column_names", None)
+    if not names or not hasattr(dataset, "__len__"):
+        return
+    if column not in names:
+        raise ValueError(f"`group_column` must be one of the columns {names}, got {column!r}. Name the queries.")
+    groups = dataset.with_format(None)[column][:]
+    if not all(isinstance(group, int) for group in groups):
+        raise ValueError(
+            f"`group_column` must hold whole numbers, {column!r} does not. Number the queries, for instance by"
+            " `pandas.factorize`."
+        )
+    if len(set(groups)) == len(groups):
+        raise ValueError(
+            f"`group_column` must put several texts in a group, but those of {column!r} all have one: they have no"
+            " margins. Leave it out."
+        )
+
+
+def refuse_empty_texts(count: int) -> None:
+    """Refuse texts without a single token, which have no embedding."""
+    if count:
+        raise ValueError(
+            f"`train_dataset` must hold texts of at least one token, {count} had none since the last log: they have no"
+            " embedding. Drop empty texts."
+        )
+
+
+def refuse_no_pairs(count: int | None, column: str | None) -> None:
+    """Refuse batches that hold no two texts of one group; `None` if nothing was grouped."""
+    if count == 0:
+        raise ValueError(
+            f"`group_column` must put two texts of a group into a batch, but none was met in those of {column!r}. Sort"
+            ' the rows by group, and use `train_sampling_strategy="sequential"`.'
+        )
 
 
 def refuse_noise(alpha: float | None) -> None:
@@ -100,7 +188,7 @@ def declared_problem_type(config: PreTrainedConfig) -> str | None:
 
 def refuse_non_finite_outputs(outputs: Mapping[str, Any]) -> None:
     """Refuse outputs of the teacher that are NaN or infinite."""
-    for name in ("hidden_states", "logits", "start_logits", "end_logits"):
+    for name in ("last_hidden_state", "hidden_states", "logits", "start_logits", "end_logits"):
         values = outputs.get(name, ())
         tensors = values if isinstance(values, tuple) else (values,)
         if not all(torch.isfinite(tensor).all() for tensor in tensors):

@@ -18,6 +18,7 @@ from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
+    BertModel,
     BertTokenizer,
     Trainer,
     TrainingArguments,
@@ -607,7 +608,15 @@ def be_one_of_two(folder):
     trainer = distil(folder, bert(), bert(1), per_device_train_batch_size=4, **PLAIN_SGD)
     found = gradients(trainer)
     terms = {name: torch.tensor(value) for name, value in training_logs(trainer)[0].items() if "loss" in name}
-    leave({**found, **terms}, folder)
+    embedder = distil_embedder(folder, per_device_train_batch_size=4)
+    leave(
+        {**found, **terms, **{f"embedder {name}": gradient for name, gradient in gradients(embedder).items()}}, folder
+    )
+
+
+def distil_embedder(folder, **options):
+    recipe = DistillationConfig(pooling="mean", similarity_weight=0.0)  # the loss of a text is then its own
+    return distil(folder, bert(cls=BertModel), bert(1, BertModel), recipe, rows(None), **PLAIN_SGD, **options)
 
 
 @pytest.mark.process
@@ -618,6 +627,8 @@ def test_two_processes_find_the_gradients_of_one(tmp_path):
     trainer = distil(tmp_path, bert(), bert(1), **PLAIN_SGD)
     for name, gradient in gradients(trainer).items():
         torch.testing.assert_close(first[name], gradient, atol=1e-6, rtol=1e-5)
+    for name, gradient in gradients(distil_embedder(tmp_path)).items():
+        torch.testing.assert_close(first[f"embedder {name}"], gradient, atol=1e-6, rtol=1e-5)
     logs = training_logs(trainer)[0]
     for name in ("loss", "loss_task", "loss_hidden", "loss_hidden_1", "loss_prediction"):
         assert first[name].item() == pytest.approx(logs[name], rel=1e-5)
