@@ -1,4 +1,4 @@
-"""What the folder of a sentence-transformers model says of its embeddings."""
+"""The form of embeddings: what the folder of a sentence-transformers model says of them."""
 
 import json
 from dataclasses import dataclass, field
