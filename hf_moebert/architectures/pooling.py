@@ -39,7 +39,7 @@ class EmbeddingForm:
 
     @property
     def prefix(self) -> str:
-        """What is put before a text of no stated kind."""
+        """Return what is put before a text of no stated kind."""
         return self.prompts[self.default_prompt] if self.default_prompt else ""
 
 
