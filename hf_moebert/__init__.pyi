@@ -53,4 +53,5 @@ from .methods.platon import (
     PlatonPruningCallback as PlatonPruningCallback,
     prune_structured as prune_structured,
 )
+from .methods.trimming import drop_layers as drop_layers
 from .registration import register_architecture as register_architecture

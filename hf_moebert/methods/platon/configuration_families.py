@@ -315,8 +315,9 @@ ARCHITECTURES = {
     "xlm-roberta": _bert_like("xlm_roberta", "XLMRoberta"),
 }
 
-# What the model types of this package put before the type of the family, as in `shrunk_bert`, `mom_t5` and `moebert`
+# What model types of this package put before or behind the family's: `shrunk_bert`, `mom_t5`, `moebert`, `bert_crf`
 OWN_PREFIXES = ("shrunk_", "mom_", "mpoe_", "multitask_", "moe_", "moe")
+OWN_SUFFIX = "_crf"
 
 
 def find_architecture(model: Any) -> Architecture:
@@ -339,11 +340,11 @@ def find_architecture(model: Any) -> Architecture:
 
 
 def name_family(model: Any) -> str:
-    """Return the model type of a model's family, without the prefixes of this package."""
+    """Return the model type of a model's family, without what this package adds to it."""
     family = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
     for prefix in OWN_PREFIXES if family not in ARCHITECTURES else ():
         family = family.removeprefix(prefix)
-    return family
+    return family.removesuffix(OWN_SUFFIX)
 
 
 def find_bert_like_classes(part: str) -> set[str]:

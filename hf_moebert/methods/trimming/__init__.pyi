@@ -1,0 +1,1 @@
+from .conversion_layers import choose_layers as choose_layers, drop_layers as drop_layers
