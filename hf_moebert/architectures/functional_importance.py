@@ -4,6 +4,7 @@ Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, eq. 4; the form throu
 to it.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -44,3 +45,18 @@ def neuron_importance(products: list[Tensor], num_neurons: int) -> Tensor:
     """
     per_example = sum(product.unflatten(-1, (-1, num_neurons)).sum(dim=1) for product in products)  # (batch, neurons)
     return per_example.abs().sum(dim=0)
+
+
+def draw_classes(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Draw a class from each distribution, by the inverse of its cumulative sum.
+
+    Args:
+        logits: Shape `(..., labels)`.
+        uniform: Numbers drawn from [0, 1). Shape `(...)`.
+
+    Returns:
+        Classes, int64. Shape `(...)`.
+    """
+    cumulative = logits.detach().softmax(dim=-1).cumsum(dim=-1)
+    place = torch.searchsorted(cumulative, uniform.unsqueeze(-1), right=True).squeeze(-1)
+    return place.clamp(max=logits.shape[-1] - 1)  # where rounding leaves the sum below 1

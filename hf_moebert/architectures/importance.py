@@ -1,4 +1,4 @@
-"""The importance of feed-forward neurons, measured on labelled examples."""
+"""The importance of feed-forward neurons, measured on examples with labels or without."""
 
 import copy
 import inspect
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel, parse_flag_from_env, reduce
@@ -20,9 +21,11 @@ from transformers.utils.generic import find_labels
 from .functional_importance import neuron_importance, weights_times_gradients
 from .functional_losses import infer_problem_type, per_example_loss, span_loss, token_loss
 from .functional_routing import real_tokens
-from .heads import warn_of_untrained_head
+from .heads import has_head, warn_of_untrained_head
+from .pooling import find_pooling
 from .positions import count_learned_positions
 from .surgery import FeedForward, find_feed_forwards
+from .unlabelled_losses import unlabelled_losses
 
 
 LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
@@ -36,8 +39,14 @@ def measure_importance(
     batch_size: int = 32,
     max_examples: int | None = None,
     seed: int = 0,
+    labels: bool = True,
+    pooling: str | None = None,
 ) -> Tensor:
     """Score every feed-forward neuron of a fine-tuned dense model by its effect on the task loss of each example.
+
+    Without labels, that is its effect on what the model itself says: with a head on the loss of labels drawn from its
+    own predictions, without one on a random projection of its embedding. What is drawn for an example depends on the
+    seed and its place in the data set alone.
 
     One forward and one backward per batch serve all layers; no weight gradient is computed. The model runs in eval
     mode and at least float32, whatever its dtype or autocast, and is left as it was. Under `accelerate launch` each
@@ -45,13 +54,18 @@ def measure_importance(
 
     Args:
         model: A stock model of a known family, or its shrunk form, with a head for classification of sequences, tokens
-            or images, question answering, or (causal, masked, sequence-to-sequence) language modelling.
-        dataset: Labelled examples, as given to a `Trainer`. Use the training set: scores that have seen the
-            evaluation set leak it into the compressed model.
+            or images, question answering, or (causal, masked, sequence-to-sequence) language modelling; or an encoder
+            without head, which never needs labels.
+        dataset: Examples, as given to a `Trainer`. Use the training set: scores that have seen the evaluation set leak
+            it into the compressed model.
         data_collator: Makes a batch of examples; by default they are stacked, so they must have one length.
         batch_size: Examples per forward; it does not change the result.
         max_examples: Use this many examples, drawn with `seed`; by default all. 2,048 are plenty.
-        seed: Seed of the draw.
+        seed: Seed of the draw, and of what is drawn for each example without labels.
+        labels: Whether the labels of the data set are used. Without them, a model of several labels must say so by
+            `problem_type`, and a sequence-to-sequence model needs `decoder_input_ids`.
+        pooling: For a model without head, how its hidden states become an embedding: `mean`, `cls` or `last`; by
+            default as `modules.json` says in the folder it was loaded from.
 
     Returns:
         Sum of the scores over the examples, in float32 (float64 for a float64 model); the layers of an encoder before
@@ -59,23 +73,29 @@ def measure_importance(
         behind the neurons of the others.
 
     Raises:
-        ValueError: If the model's family is not known, it is not dense or has no head, the data set is empty, endless
-            or has no labels, ids or labels do not fit the model, or a score is not finite.
+        ValueError: If the model's family is not known, it is not dense, the data set is empty, endless or has no
+            labels, ids or labels do not fit the model, the pooling is not known, or a score is not finite.
 
     Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, eq. 4. That a gated neuron's score is over its gate, up-
-    and down-projection, and that layers shared by name are scored once, is our own choice.
+    and down-projection, and that layers shared by name are scored once, is our own choice; and so is all that is
+    measured without labels.
     """
     if max_examples is not None and max_examples < 1:
         raise ValueError(f"`max_examples` must be at least 1, got {max_examples}. Leave it out to use all.")
     model = _check_model(model)
-    warn_of_untrained_head(model, "the importance")
+    if has_head(model):
+        if pooling is not None:
+            raise ValueError(f"`pooling` must be None for a model with a head, got {pooling!r}. Leave it out.")
+        warn_of_untrained_head(model, "the importance")
+    else:
+        labels, pooling = False, find_pooling(model, pooling)
     if not hasattr(dataset, "__len__"):
         raise ValueError(
             f"`dataset` must have a length, got {type(dataset).__name__}: examples are drawn from all of it. Use "
             "`Dataset.from_list(list(dataset.take(2048)))`."
         )
     if len(dataset) == 0:
-        raise ValueError("`dataset` is empty. Give the labelled examples the model was trained on.")
+        raise ValueError("`dataset` is empty. Give examples like those that the model was trained on.")
     if model.dtype not in (torch.float32, torch.float64):
         model = copy.deepcopy(model).float()
     networks = find_feed_forwards(model)
@@ -89,10 +109,16 @@ def measure_importance(
     with frozen(model), ImportanceHooks(networks) as hooks, torch.autocast(model.device.type, enabled=False):
         total = -(-len(mine) // batch_size)
         hidden = None if state.is_local_main_process else True  # None: unless stderr is a terminal
-        for batch in tqdm(batches, "Measuring importance", total, disable=hidden):
+        for number, batch in enumerate(tqdm(batches, "Measuring importance", total, disable=hidden)):
             hooks.num_examples = len(next(iter(batch.values())))
             with torch.enable_grad():
-                example_losses(model, batch).sum().backward()
+                if labels:
+                    losses = example_losses(model, batch)
+                else:
+                    rows = mine[number * batch_size : (number + 1) * batch_size]
+                    generators = [np.random.default_rng((seed, row)) for row in rows]
+                    losses = unlabelled_losses(model, without_labels(model, batch), generators, pooling)
+                losses.sum().backward()
             scores += hooks.pop_scores().to(scores.device)
     if state.num_processes > 1:
         scores = reduce(scores.to(state.device), reduction="sum")  # the model may still be elsewhere
@@ -104,6 +130,8 @@ def measure_importance(
         raise ValueError(
             "`dataset` must have labels that a loss can be computed of, but every score is zero: all labels are -100, "
             "or the head ignores the body. Check the labels of some examples."
+            if labels
+            else "`dataset` must change what the model says, but every score is zero. Check the model's weights."
         )
     return scores
 
@@ -119,12 +147,29 @@ def _check_model(model: Any) -> PreTrainedModel:
         )
     if any(parameter.is_meta for parameter in found.parameters()):
         raise ValueError("`model` must hold its weights in memory, some are offloaded. Load it without offloading.")
-    if not find_labels(type(found)) or type(found).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
+    is_choice = type(found).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values()
+    is_known = bool(find_labels(type(found))) if has_head(found) else not found.config.is_encoder_decoder
+    if is_choice or not is_known:
         raise ValueError(
-            f"`model` must have a head for classification, question answering or language modelling, got "
-            f"{type(found).__name__}. Importance needs the task loss."
+            "`model` must be an encoder, or have a head for classification, question answering or language modelling, "
+            f"got {type(found).__name__}. Importance needs the task loss, or an embedding."
         )
     return found
+
+
+def without_labels(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out the labels; a decoder is given those that it would be trained with."""
+    inputs = {name: value for name, value in batch.items() if name not in LABELS}
+    if model.config.is_encoder_decoder and model.can_generate() and "decoder_input_ids" not in batch:
+        if "labels" not in batch:
+            raise ValueError(
+                f"`dataset` must have `decoder_input_ids` or `labels` for a {type(model).__name__}, got the columns "
+                f"{sorted(batch)}. Give what the decoder reads."
+            )
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+        inputs.setdefault("decoder_attention_mask", (batch["labels"] != -100).long())
+    check_ids(model, inputs)
+    return inputs
 
 
 def check_ids(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
@@ -240,7 +285,8 @@ def example_losses(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     targets = {name: batch.pop(name) for name in LABELS if name in batch}
     if not targets:
         raise ValueError(
-            f"`dataset` must have labels, got the columns {sorted(batch)}. Importance needs the task loss."
+            f"`dataset` must have labels, got the columns {sorted(batch)}. Importance needs the task loss; with "
+            "`labels=False` it is measured on labels drawn from the model's own predictions."
         )
     labels = next(iter(targets.values()))
     generates: Any = model.can_generate()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-from .importance import LABELS, load_batches
+from .importance import load_batches, without_labels
 
 
 Batch = dict[str, Tensor]
@@ -67,12 +67,4 @@ def load_inputs(
         examples = [{name: values[row] for name, values in encoded.items()} for row in range(len(examples))]
     collator = DataCollatorWithPadding(processing) if is_tokenizer else processing
     with torch.random.fork_rng(devices=[]):  # a `DataLoader` draws a seed, though nothing is drawn by it
-        return [_without_labels(model, batch) for batch in load_batches(model, examples, collator, batch_size)]
-
-
-def _without_labels(model: Any, batch: Batch) -> Batch:
-    """Leave out the labels; a decoder is given those that it would be trained with."""
-    inputs = {name: value for name, value in batch.items() if name not in LABELS}
-    if "labels" in batch and model.config.is_encoder_decoder and model.can_generate():
-        inputs.setdefault("decoder_input_ids", model.prepare_decoder_input_ids_from_labels(batch["labels"]))
-    return inputs
+        return [without_labels(model, batch) for batch in load_batches(model, examples, collator, batch_size)]

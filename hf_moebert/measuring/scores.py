@@ -10,6 +10,8 @@ from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 
+from hf_moebert.architectures.functional_pooling import POOLINGS, pool, unit_length
+
 from .metrics.accuracy.accuracy import accuracy
 from .metrics.f1.f1 import f1
 from .metrics.matthews_correlation.matthews_correlation import matthews_correlation
@@ -29,7 +31,15 @@ REGRESSION_SCORES: dict[str, dict[str, Score]] = {"pearson_spearman": {"pearson"
 # Metrics of the counts of `hf_moebert.measuring.metrics.seqeval.seqeval.count_spans`, one pair for each sentence
 SPAN_SCORES: dict[str, Score] = {"precision": micro_precision, "recall": micro_recall, "f1": micro_f1}
 
-__all__ = ["Interval", "bootstrap_interval", "paired_bootstrap", "predict_logits", "score", "tags_of"]
+__all__ = [
+    "Interval",
+    "bootstrap_interval",
+    "paired_bootstrap",
+    "predict_embeddings",
+    "predict_logits",
+    "score",
+    "tags_of",
+]
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,49 @@ def predict_logits(
     Raises:
         ValueError: If the data set is empty or not encoded, or the logits are not one row per example.
     """
+    return _predict(model, dataset, lambda outputs, mask: outputs.logits, data_collator, batch_size)
+
+
+def predict_embeddings(
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    data_collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+    pooling: str,
+    batch_size: int = 32,
+) -> np.ndarray:
+    """Embed the texts of a data set, as `predict_logits` predicts them.
+
+    Args:
+        model: Returns `last_hidden_state`; a model without head.
+        dataset: Encoded examples with `input_ids`; labels are not passed to the model.
+        data_collator: Pads a list of examples to tensors.
+        pooling: `mean`, `cls` or `last`.
+        batch_size: Examples per forward pass.
+
+    Returns:
+        Vectors of the length 1 in float32, zeros for a text without tokens. Shape `(examples, hidden)`.
+
+    Raises:
+        ValueError: If there is no such pooling, or the data set is empty or not encoded.
+    """
+    if pooling not in POOLINGS:
+        raise ValueError(f"`pooling` must be one of {', '.join(POOLINGS)}, got {pooling!r}.")
+
+    def embed(outputs: Any, mask: torch.Tensor | None) -> torch.Tensor:
+        return unit_length(pool(outputs.last_hidden_state, mask, pooling))
+
+    return _predict(model, dataset, embed, data_collator, batch_size)
+
+
+def _predict(
+    model: nn.Module,
+    dataset: Dataset,
+    read: Callable[[Any, torch.Tensor | None], torch.Tensor],
+    data_collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+    batch_size: int,
+) -> np.ndarray:
+    """Run a model over a data set, and read one row per example off outputs and attention mask."""
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     if not len(dataset) or "input_ids" not in dataset.column_names:
@@ -79,10 +132,10 @@ def predict_logits(
     model.eval()
     try:
         with torch.no_grad():
-            logits = [
-                model(**_to(data_collator([inputs[int(row)] for row in rows]), device)).logits.float().cpu().numpy()
-                for rows in tqdm(batches, desc="Predicting", leave=False, disable=None)
-            ]
+            logits = []
+            for rows in tqdm(batches, desc="Predicting", leave=False, disable=None):
+                batch = _to(data_collator([inputs[int(row)] for row in rows]), device)
+                logits.append(read(model(**batch), batch.get("attention_mask")).float().cpu().numpy())
     finally:
         for module, training in modes:
             module.training = training
