@@ -24,7 +24,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["hf_moebert", "hf_moebert.*"]),
     py_modules=["hf_moebert_main"],
-    package_data={"hf_moebert": ["py.typed", "**/*.pyi", "**/*.md"]},
+    package_data={"hf_moebert": ["py.typed", "**/*.pyi", "**/*.md", "**/*.yaml", "**/*.html"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.23,<6",

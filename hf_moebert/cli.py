@@ -101,7 +101,7 @@ def main(
         bool, typer.Option("--debug", envvar="HF_MOEBERT_DEBUG", help="Show where an error was raised.")
     ] = False,
 ) -> None:
-    """Measure compressed transformers against the model they come from; pack, publish and serve them."""
+    """Compress fine-tuned transformers, measure them against what they come from, and pack, publish and serve them."""
 
 
 @app.command()
@@ -310,9 +310,13 @@ def _load_examples(file: Path | None, name: str | None, config_name: str | None,
         from datasets import load_dataset
 
         return load_dataset(name, config_name, split=split)
+    return _read_file(file, argument="--validation-file")
+
+
+def _read_file(file: Path, *, argument: str) -> Any:
     from hf_moebert.data import read_file
 
-    return read_file(file, argument="--validation-file")
+    return read_file(file, argument=argument)
 
 
 def _name_models(sources: list[str]) -> dict[str, str]:
@@ -340,3 +344,6 @@ def _quiet_libraries() -> None:
     for name in LIBRARIES:
         if f"{name.upper()}_VERBOSITY" not in os.environ:
             logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+load_alone("cli_compress.py").add_commands(app, read=_read_file, quiet=_quiet_libraries)

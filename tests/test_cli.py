@@ -55,7 +55,7 @@ def wide_terminal(monkeypatch):
 
 
 def test_every_command_has_help():
-    assert COMMANDS.keys() == {"measure", "publish", "footprint", "pack", "serve"}
+    assert COMMANDS.keys() == {"compress", "recipes", "measure", "publish", "footprint", "pack", "serve"}
     for command in ([], *([name] for name in COMMANDS)):
         result = invoke(*command, "--help")
         assert result.exit_code == 0
@@ -73,7 +73,7 @@ def test_every_option_has_help_and_is_written_with_dashes(name):
 def test_every_number_has_a_least_value(name):
     """A number that is too small is refused before anything is loaded, by the name of its option."""
     numbers = [one for one in COMMANDS[name].params if one.type_descriptor.annotation in (int, float)]
-    assert numbers or name in {"pack", "publish"}
+    assert numbers or name in {"pack", "publish", "recipes"}
     for number in numbers:
         assert number.min is not None, number.name
         line = one_line(invoke(name, number.opts[0], number.min - 1))
@@ -248,6 +248,8 @@ RAISED = {  # what may come from below, and what the line says of it
     "no letter": (lambda: ValueError("a\udcff"), "a?"),
 }
 CALLED = {  # each command, and a function that it calls
+    "compress": ("hf_moebert.compress.door.compress", ["m", "--output", "run", "--data"]),
+    "recipes": ("hf_moebert.compress.recipe_file.shipped_recipes", []),
     "measure": ("hf_moebert.measuring.comparison.measure", ["m", "--baseline", "b", "--validation-file"]),
     "publish": ("hf_moebert.reporting.hub.publish", ["m", "me/m"]),
     "footprint": ("hf_moebert.checkpoints.loading.load_model", ["m"]),
@@ -267,7 +269,7 @@ def call(monkeypatch, tmp_path):
         place, arguments = CALLED[command]
         monkeypatch.setattr(place, fail)
         monkeypatch.setattr("hf_moebert.cli._load_tasks", lambda source: None)
-        if command == "measure":
+        if command in ("measure", "compress"):
             (tmp_path / "a.csv").write_text("text,label\na,b\n")
             arguments = [*arguments, tmp_path / "a.csv"]
         return invoke(*options, command, *arguments)

@@ -21,7 +21,7 @@ LEVELS = (
     ("measuring", "methods"),
     ("compress", "serving"),
     ("registration",),
-    ("__init__", "cli"),
+    ("__init__", "cli", "cli_compress"),
     ("__main__",),
 )
 ROLES = ("configuration", "conversion", "functional", "modeling", "pipeline", "recipe", "training")

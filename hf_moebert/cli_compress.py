@@ -1,0 +1,123 @@
+"""The commands of the door. `cli.py` loads this file alone; its commands import the package when they run."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+UNSUPPORTED = 5  # exit code: the family or the task is not known here
+SIZES = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+TIMES = {"s": 1, "m": 60, "h": 3600}
+
+
+def add_commands(app: typer.Typer, *, read: Callable[..., Any], quiet: Callable[[], None]) -> None:
+    """Add the commands to the command line.
+
+    Args:
+        app: The command line.
+        read: Reads the rows of a file.
+        quiet: Keeps the progress of libraries to terminals.
+    """
+
+    @app.command()
+    def compress(
+        model: Annotated[str, typer.Argument(help="Folder or Hub id of a fine-tuned classifier or regression.")],
+        output: Annotated[Path, typer.Option(file_okay=False, help="Folder of the run.")],
+        data: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Texts to learn from, labelled or not.")],
+        recipe: Annotated[str, typer.Option(help="A name (`hf-moebert recipes`), a .yaml file, or auto.")] = "auto",
+        eval: Annotated[  # the option's name
+            Path | None,
+            typer.Option(exists=True, dir_okay=False, help="Texts for the verdict; else a fifth of --data."),
+        ] = None,
+        set: Annotated[list[str] | None, typer.Option(help="Change an option: prune.keep_ratio=0.3. Repeat.")] = None,
+        speedup: Annotated[float | None, typer.Option(min=1, help="Times as fast as the given model.")] = None,
+        max_size: Annotated[str | None, typer.Option(help="Largest size on disk, such as 60MB.")] = None,
+        max_drop: Annotated[float | None, typer.Option(min=0, help="Largest drop of the score, such as 0.01.")] = None,
+        metric: Annotated[
+            str | None, typer.Option(help="Score that counts; by default the first of the task.")
+        ] = None,
+        batch: Annotated[int | None, typer.Option(min=1, help="Texts in a timed forward pass.")] = None,
+        tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each of them.")] = None,
+        text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+        text_pair_column: Annotated[str | None, typer.Option(help="Column with the second text of a pair.")] = None,
+        label_column: Annotated[str, typer.Option(help="Column that holds the label, if there is one.")] = "label",
+        max_length: Annotated[int, typer.Option(min=1, help="Tokens after which a text is truncated.")] = 128,
+        threads: Annotated[int | None, typer.Option(min=1, help="Threads torch computes with.")] = None,
+        budget: Annotated[str | None, typer.Option(help="Time for auto to search in, such as 30m or 2h.")] = None,
+        seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything.")] = None,
+        resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Only print the recipe, all options resolved.")
+        ] = False,
+        as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    ) -> None:
+        """Make a model smaller and faster within an allowed loss of quality, and measure that it is.
+
+        Ends with 0 if all targets are met, 3 if the quality is not kept for sure, 4 if speed or size is missed, and 5
+        if the kind of model is not known.
+        """
+        import yaml
+
+        from hf_moebert.compress.door import compress as run
+        from hf_moebert.compress.recipe_file import read_recipe
+        from hf_moebert.compress.tasks import UnsupportedModelError
+        from hf_moebert.measuring.comparison import TextColumns
+
+        quiet()
+        target = {"speedup": speedup, "max_drop": max_drop, "metric": metric, "batch": batch, "tokens": tokens}
+        target["max_size"] = None if max_size is None else parse_amount(max_size, SIZES, "--max-size", "60MB")
+        changes = [*(set or ()), *([] if seed is None else [f"seed={seed}"])]
+        if budget is not None:
+            changes.append(f"search.budget={parse_amount(budget, TIMES, '--budget', '30m')}")
+        wanted = read_recipe(recipe, changes=changes, **target)
+        if dry_run:
+            typer.echo(yaml.safe_dump(wanted.as_dict(), sort_keys=False).rstrip())
+            return
+        try:
+            result = run(
+                model,
+                wanted,
+                data=read(data, argument="--data"),
+                eval_data=None if eval is None else read(eval, argument="--eval"),
+                output_dir=output,
+                columns=TextColumns(text_column, text_pair_column, label_column, max_length),
+                resume=resume,
+                threads=threads,
+                tell=lambda line: typer.echo(line, err=True),
+            )
+        except UnsupportedModelError as error:
+            typer.echo(f"hf-moebert: {error}", err=True)
+            raise typer.Exit(UNSUPPORTED) from error
+        if as_json:
+            typer.echo(json.dumps(result.verdict.as_dict()))
+        else:
+            typer.echo(f"{result.verdict.outcome}: " + "\n  ".join(["", *result.verdict.reasons]).strip())
+            typer.echo(f"Report: {output / 'report.html'}")
+        raise typer.Exit(result.verdict.exit_code)
+
+    @app.command()
+    def recipes() -> None:
+        """List the recipes that `compress` knows by name."""
+        from hf_moebert.compress.recipe_file import shipped_recipes
+
+        for name, purpose in shipped_recipes().items():
+            typer.echo(f"{name:<12}{purpose}")
+
+
+def parse_amount(text: str, units: dict[str, int], option: str, example: str) -> int:
+    """Read a number with its unit.
+
+    Raises:
+        BadParameter: If it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if not found or found[2] not in units or not float(found[1]):
+        known = ", ".join(filter(None, units))
+        raise typer.BadParameter(
+            f"{option} must be a number above 0 with one of {known}, got {text!r}. Use {example}."
+        )
+    return round(float(found[1]) * units[found[2]])

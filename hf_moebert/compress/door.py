@@ -1,0 +1,228 @@
+"""The door: one call from a given model to a compressed one, with the proof."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
+
+from hf_moebert.checkpoints.json_files import save_json
+from hf_moebert.checkpoints.loading import load_model
+from hf_moebert.checkpoints.locks import lock_folder
+from hf_moebert.checkpoints.manifests import describe_files
+from hf_moebert.checkpoints.remote_code import refuse_code
+from hf_moebert.measuring.comparison import Latency, TextColumns, measure
+from hf_moebert.reporting.compression import write_compression_report
+
+from .recipe import Distil, Recipe, Search
+from .recipe_file import read_recipe
+from .running import Workshop
+from .searching import search
+from .tasks import TextData, check_task, prepare
+from .verdict import Verdict, judge
+
+
+GIVEN, COMPRESSED = "given", "compressed"
+PACKAGES = ("hf_moebert", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """Everything that a compression leaves.
+
+    Attributes:
+        folder: The folder of the run.
+        recipe: What was done.
+        stages: What each stage was told and took.
+        measurement: Size, speed and scores of the given model and of the result; see `measuring.comparison.measure`.
+        verdict: Which targets are met.
+        candidates: What a search tried, one row each.
+    """
+
+    folder: Path
+    recipe: Recipe
+    stages: list[dict[str, Any]]
+    measurement: dict[str, Any]
+    verdict: Verdict
+    candidates: list[dict[str, str]]
+
+    @property
+    def model_folder(self) -> Path:
+        """The compressed model, which an Auto class loads after `import hf_moebert`."""
+        return self.folder / "model"
+
+    def load(self) -> PreTrainedModel:
+        """Load the compressed model."""
+        return load_model(self.model_folder)
+
+
+def compress(
+    model: str | os.PathLike[str],
+    recipe: str | os.PathLike[str] | Recipe = "auto",
+    *,
+    data: Dataset,
+    output_dir: str | os.PathLike[str],
+    eval_data: Dataset | None = None,
+    columns: TextColumns | None = None,
+    resume: bool = False,
+    threads: int | None = None,
+    rounds: int = 20,
+    training: Mapping[str, Any] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    tell: Callable[[str], None] = lambda line: None,
+) -> CompressionResult:
+    """Compress a fine-tuned model by a recipe, and measure what it is worth beside what was given.
+
+    The given model is the teacher of all training. Without labels its predictions are what the verdict compares with.
+    Each stage leaves its model in `stages`; a run that was interrupted goes on with `resume` where it stopped, also
+    within a training run, and ends with the same bytes.
+
+    Args:
+        model: Folder or Hub id of a sequence classifier or regression, of a family that the stages know.
+        recipe: Name or file of a recipe, or what `read_recipe` returned; by default the best one is searched for.
+        data: Texts to learn from, with labels or without.
+        output_dir: Folder of the run, which gets `model`, `report.json` and `recipe.lock.yaml` once they are whole.
+        eval_data: Texts for the verdict, with labels or without; by default a fifth of `data` is held out.
+        columns: Names of the columns; by default "text" and "label".
+        resume: Whether to go on with what is in `output_dir`.
+        threads: Threads torch computes with; `None` leaves their number as it is.
+        rounds: Timed passes of each model.
+        training: Further fields of `TrainingArguments`.
+        callbacks: Further callbacks of every training run.
+        tell: Called with one line before and after each stage.
+
+    Returns:
+        The result, whether or not the targets are met.
+
+    Raises:
+        UnsupportedModelError: If the model's task is not known here.
+        ValueError: If recipe, model and data do not fit each other, or the folder holds another run.
+        OSError: If the folder cannot be written to, or the model cannot be read.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
+    columns, output = columns or TextColumns(), Path(output_dir)
+    check_learning(recipe, data)
+    with lock_folder(output):
+        refuse_other_run(output, resume=resume)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        given = str(model) if Path(model).is_dir() else snapshot_download(str(model))
+        with refuse_code(given):
+            tokenizer = AutoTokenizer.from_pretrained(given, trust_remote_code=False)
+        teacher = load_model(given).eval()
+        check_task(teacher)
+        selects = isinstance(recipe.stages[0], Search)
+        prepared = prepare(teacher, tokenizer, data, eval_data, columns=columns, selects=selects, seed=recipe.seed)
+        run = Workshop(teacher, tokenizer, prepared, recipe, output / "stages", training or {}, tuple(callbacks), tell)
+        mark = fingerprint(given, prepared)
+        candidates: list[dict[str, str]] = []
+        if selects:
+            run, candidates = search(run, given, mark, threads=threads, rounds=rounds)
+        last, stages = run.run(given, mark)
+        publish(last, output / "model")
+        tell("measuring")
+        measurement = measure_result(given, output / "model", prepared, run.recipe, threads=threads, rounds=rounds)
+        verdict = judge(measurement, result_name(run.recipe), run.recipe.target)
+        result = CompressionResult(output, run.recipe, stages, measurement, verdict, candidates)
+        write_lock(result, given, prepared)
+        report = describe(result, prepared)
+        write_compression_report(output, report)
+        save_json(output / "report.json", report)
+        return result
+
+
+def check_learning(recipe: Recipe, data: Dataset) -> None:
+    """Refuse data without texts before anything is loaded.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    trains = any(isinstance(stage, Distil) for stage in recipe.stages)
+    if not len(data):
+        raise ValueError(f"`data` must hold texts {'to train on' if trains else 'to judge by'}, got none.")
+
+
+def refuse_other_run(output: Path, *, resume: bool) -> None:
+    """Refuse to write where something is already.
+
+    Raises:
+        ValueError: If the folder is not empty and the run is not to go on there.
+    """
+    held = [path.name for path in output.iterdir() if not path.name.startswith("_")]
+    if held and not resume:
+        raise ValueError(
+            f"`output_dir` must be an empty folder, {str(output)!r} holds {min(held)!r}. Resume the run, or choose "
+            "another folder."
+        )
+
+
+def fingerprint(given: str, data: TextData) -> str:
+    """Fingerprint what stages begin with: the given model and the texts to learn from."""
+    facts = {name: entry["sha256"] for name, entry in describe_files(given, pattern="*").items()}
+    facts |= {"train": data.train.to_dict()}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def publish(stage: Path, folder: Path) -> None:
+    """Copy the last model to its final name, whole or not at all."""
+    draft = folder.with_suffix(".draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(stage, draft, ignore=shutil.ignore_patterns("stage.json", "checkpoint_manifest.json"))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(draft, folder)
+
+
+def result_name(recipe: Recipe) -> str:
+    """Return the name of the result in its measurement."""
+    return COMPRESSED if recipe.precision is None else f"{COMPRESSED}, {recipe.precision}"
+
+
+def measure_result(
+    given: str, folder: Path, data: TextData, recipe: Recipe, *, threads: int | None, rounds: int
+) -> dict[str, Any]:
+    """Measure the given model and the result, as they are and in the precision of the recipe."""
+    return measure(
+        {GIVEN: given, COMPRESSED: str(folder)},
+        data.evaluation,
+        baseline=GIVEN,
+        optimized=() if recipe.precision is None else (recipe.precision,),
+        metrics=None,
+        columns=data.columns,
+        latency=Latency(recipe.target.batch, recipe.target.tokens, rounds),
+        threads=threads,
+        seed=recipe.seed,
+    )
+
+
+def write_lock(result: CompressionResult, given: str, data: TextData) -> None:
+    """Write the resolved recipe, with versions and hashes of all it depends on."""
+    lock = result.recipe.as_dict() | {
+        "model": {name: entry["sha256"] for name, entry in describe_files(given, pattern="*").items()},
+        "data": {"train": len(data.train), "evaluation": len(data.evaluation), "labelled": data.labelled},
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+    text = yaml.safe_dump(lock, sort_keys=False)
+    (result.folder / "recipe.lock.yaml").write_text(text, encoding="utf-8")
+
+
+def describe(result: CompressionResult, data: TextData) -> dict[str, Any]:
+    """Return all of a result in a form that JSON knows."""
+    return {
+        "verdict": result.verdict.as_dict(),
+        "labelled": data.labelled,
+        "chosen": result_name(result.recipe),
+        "recipe": result.recipe.as_dict(),
+        "stages": result.stages,
+        "candidates": result.candidates,
+        "measurement": result.measurement,
+    }

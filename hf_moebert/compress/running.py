@@ -1,0 +1,267 @@
+"""Run the stages of a recipe, each in a folder of its own, from which the next one goes on."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import singledispatch
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import logging
+
+from hf_moebert.architectures.importance import measure_importance
+from hf_moebert.checkpoints.json_files import read_json, save_json
+from hf_moebert.checkpoints.loading import load_model
+from hf_moebert.checkpoints.manifests import find_fault, write_manifest
+from hf_moebert.checkpoints.packing import save_packed
+from hf_moebert.checkpoints.resuming import last_complete_checkpoint
+from hf_moebert.measuring.unit_latency import LatencyTable, measure_unit_latency
+from hf_moebert.methods import moebert
+from hf_moebert.methods.distillation import DistillationTrainer
+from hf_moebert.methods.platon import PlatonPruningCallback, prune_structured
+from hf_moebert.methods.trimming import drop_layers
+
+from .recipe import Distil, DropLayers, Experts, Optimize, Pack, Prune, Recipe, Stage
+from .stages import shrink
+from .tasks import TextData
+
+
+STAGE_FILE = "stage.json"
+CHECKPOINTS = 10  # of a training run, from which it can go on
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Everything that the stages of a run share.
+
+    Attributes:
+        teacher: The given model.
+        tokenizer: Its tokenizer.
+        data: Texts.
+        recipe: All stages.
+        folder: Where each stage leaves its model.
+        training: Further fields of `TrainingArguments`.
+        callbacks: Further callbacks of every training run.
+        tell: Called with one line before and after each stage.
+    """
+
+    teacher: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    data: TextData
+    recipe: Recipe
+    folder: Path
+    training: Mapping[str, Any]
+    callbacks: tuple[TrainerCallback, ...]
+    tell: Callable[[str], None]
+
+    def unit_latency(self) -> LatencyTable:
+        """Measure once what a layer of the given model costs with fewer units, on this machine."""
+        target = self.recipe.target
+        return measure_unit_latency(
+            self.teacher,
+            batch_size=target.batch,
+            seq_len=target.tokens,
+            file=self.folder / "unit_latency.json",
+        )
+
+    def run(self, given: str, fingerprint: str) -> tuple[Path, list[dict[str, Any]]]:
+        """Run all stages, or those that a broken run has not finished.
+
+        Args:
+            given: Folder of the given model.
+            fingerprint: Of the model, the data and the settings: a stage of another one is done again.
+
+        Returns:
+            The folder of the last model, and what each stage was and took.
+        """
+        model_folder, done = Path(given), []
+        for number, stage in enumerate(self.recipe.stages, start=1):
+            if isinstance(stage, Optimize) or is_pending(stage):  # at inference; while the next one trains
+                continue
+            name = f"{number}-{stage.name}"
+            settings = self.settings_up_to(number) | {"fingerprint": fingerprint}
+            folder = self.folder / f"{name}-{digest(settings)}"  # searches share the stages that they begin with
+            took = find_finished(folder)
+            if took is None:
+                self.tell(f"{name}: begins")
+                took = self.work(stage, model_folder, folder, settings, pending=self.recipe.stages[number - 2])
+                self.tell(f"{name}: {took['parameters']:,} parameters, {took['seconds']:.0f} s")
+            else:
+                self.tell(f"{name}: found finished")
+            done.append({"stage": name, "options": asdict(stage), **took})
+            model_folder = folder
+        return model_folder, done
+
+    def settings_up_to(self, number: int) -> dict[str, Any]:
+        """Return what a stage and those before it were told."""
+        stages = [{stage.name: asdict(stage)} for stage in self.recipe.stages[:number]]
+        return {"stages": stages, "seed": self.recipe.seed, "training": {k: str(v) for k, v in self.training.items()}}
+
+    def work(
+        self, stage: Stage, model_folder: Path, folder: Path, settings: dict[str, Any], *, pending: Stage
+    ) -> dict[str, Any]:
+        """Do one stage: load, change, save in a draft, which gets its name when it is whole."""
+        start, draft = time.monotonic(), folder.with_suffix(".draft")
+        shutil.rmtree(draft, ignore_errors=True)
+        model = load_model(model_folder)  # as a resumed run does, so that both go on with the same numbers
+        set_seed(self.recipe.seed)
+        training = folder.with_suffix(".training")
+        model = apply(stage, model, self, pending=pending, training=training)
+        model.eval()
+        if isinstance(stage, Pack):
+            save_packed(model, draft)
+        else:
+            model.save_pretrained(draft)
+        self.tokenizer.save_pretrained(draft)
+        took = {"seconds": round(time.monotonic() - start, 1), "parameters": model.num_parameters()}
+        save_json(draft / STAGE_FILE, {"settings": settings, "took": took})
+        write_manifest(draft)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(draft, folder)
+        shutil.rmtree(training, ignore_errors=True)
+        return took
+
+
+def is_pending(stage: Stage) -> TypeGuard[Prune]:
+    """Return whether a stage acts while the next one trains."""
+    return isinstance(stage, Prune) and stage.method == "platon"
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """Return a short name for all that decides what a stage makes."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def find_finished(folder: Path) -> dict[str, Any] | None:
+    """Return what a finished stage took; `None` if it is not there or not whole."""
+    if not folder.is_dir() or find_fault(folder) is not None:
+        return None
+    return read_json(folder / STAGE_FILE, remedy="Delete the folder.")["took"]
+
+
+@singledispatch
+def apply(stage: Stage, model: PreTrainedModel, workshop: Workshop, *, pending: Stage, training: Path) -> Any:
+    """Return what a stage makes of a model.
+
+    Args:
+        stage: The stage.
+        model: What the stage before it left; it may be changed.
+        workshop: What all stages share.
+        pending: The stage before it, which may act while this one trains.
+        training: Folder of the checkpoints of a training run.
+    """
+    raise NotImplementedError(stage)
+
+
+@apply.register
+def _(stage: Pack, model: PreTrainedModel, workshop: Workshop, **_: Any) -> PreTrainedModel:
+    return model
+
+
+@apply.register
+def _(stage: DropLayers, model: PreTrainedModel, workshop: Workshop, **_: Any) -> PreTrainedModel:
+    keep = stage.keep
+    if isinstance(keep, float):
+        keep = max(1, round(keep * model.config.num_hidden_layers))
+    return drop_layers(model, keep, workshop.data.texts, workshop.data.collator, by=stage.by)  # type: ignore[arg-type]
+
+
+@apply.register
+def _(stage: Prune, model: PreTrainedModel, workshop: Workshop, **_: Any) -> PreTrainedModel:
+    goal: dict[str, Any] = {"keep_ratio": stage.keep_ratio}
+    if stage.speed_up is not None:
+        goal = {"speed_up": stage.speed_up, "latency": workshop.unit_latency()}
+    goal |= {"multiple_of": stage.multiple_of, "uniform": stage.uniform}
+    return prune_structured(model, workshop.data.texts, workshop.data.collator, seed=workshop.recipe.seed, **goal)
+
+
+@apply.register
+def _(stage: Experts, model: PreTrainedModel, workshop: Workshop, **_: Any) -> PreTrainedModel:
+    data, seed = workshop.data, workshop.recipe.seed
+    importance = measure_importance(
+        model, data.train, data.collator, max_examples=stage.importance_examples, seed=seed
+    )
+    options: dict[str, Any] = {"num_experts": stage.num_experts, "routing": stage.routing, "seed": seed}
+    if stage.expert_size is not None:
+        options["expert_size"] = stage.expert_size
+    if stage.routing == "hash-balanced":
+        options["token_counts"] = moebert.count_tokens(data.train, model.config.vocab_size)
+    return moebert.from_dense(model, importance, **options)
+
+
+@apply.register
+def _(stage: Distil, model: PreTrainedModel, workshop: Workshop, *, pending: Stage, training: Path) -> PreTrainedModel:
+    callbacks = list(workshop.callbacks)
+    if is_pending(pending):
+        latency = None if pending.speed_up is None else workshop.unit_latency()
+        callbacks.append(PlatonPruningCallback(pending.platon(**windows(stage, workshop)), latency=latency))
+    trainer = DistillationTrainer(
+        model=model,
+        args=training_arguments(stage, workshop, training),
+        teacher=workshop.teacher,
+        distillation=stage.distillation(),
+        train_dataset=workshop.data.train,
+        data_collator=workshop.data.collator,
+        processing_class=workshop.tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)  # one line a stage, and the losses in `trainer_state.json`
+    trainer.train(resume_from_checkpoint=find_checkpoint(training))
+    if is_pending(pending) and pending.granularity == "structured":
+        return shrink(trainer.model, multiple_of=pending.multiple_of, uniform=pending.uniform)
+    return trainer.model
+
+
+def count_steps(stage: Distil, workshop: Workshop) -> int:
+    """Return how many steps a training run has."""
+    if stage.steps is not None:
+        return stage.steps
+    return max(1, round(stage.epochs * len(workshop.data.train) / stage.batch_size))
+
+
+def windows(stage: Distil, workshop: Workshop) -> dict[str, Any]:
+    """Let PLATON choose often enough for a short run: at least some ten times."""
+    return {"window": max(1, min(100, count_steps(stage, workshop) // 30))}
+
+
+def training_arguments(stage: Distil, workshop: Workshop, folder: Path) -> TrainingArguments:
+    """Return the arguments of a training run that can go on after a crash."""
+    steps = count_steps(stage, workshop)
+    fields: dict[str, Any] = {
+        "max_steps": steps,
+        "learning_rate": stage.learning_rate,
+        "warmup_steps": stage.warmup,
+        "per_device_train_batch_size": stage.batch_size,
+        "train_sampling_strategy": "group_by_length",
+        "seed": workshop.recipe.seed,
+        "save_steps": max(1, steps // CHECKPOINTS),
+        "save_total_limit": 2,
+        "logging_steps": max(1, steps // 20),
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(output_dir=str(folder), **fields | dict(workshop.training))
+
+
+def find_checkpoint(folder: Path) -> str | None:
+    """Return the newest whole checkpoint of a broken run, if there is one."""
+    if not folder.is_dir():
+        return None
+    try:
+        return last_complete_checkpoint(folder)
+    except ValueError as error:
+        logger.info(str(error))
+        return None

@@ -1,0 +1,210 @@
+"""The door from end to end on a tiny classifier: what it leaves, how it goes on after a crash, what it refuses."""
+
+import itertools
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from tiny_classifiers import WORDS, save_classifier
+from transformers import AutoModelForSequenceClassification, TrainerCallback
+
+from hf_moebert.compress import searching
+from hf_moebert.compress.door import compress
+from hf_moebert.compress.recipe_file import parse_recipe
+from hf_moebert.compress.tasks import UnsupportedModelError
+from hf_moebert.measuring.comparison import TextColumns
+
+
+COLUMNS = TextColumns(max_length=12)
+SENTENCES = [" ".join(words) for words in itertools.product(WORDS, repeat=3)]  # 216 of them
+STACK = [
+    {"prune": {"keep_ratio": 0.5, "multiple_of": 1}},
+    {"experts": {"num_experts": 2, "routing": "gate-sentence", "importance_examples": 40}},
+    {"distil": {"steps": 4, "batch_size": 8}},
+    {"optimize": {"precision": "float32"}},
+]
+
+
+class Stopped(Exception):
+    """What a power failure would be."""
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Stopped
+
+
+def recipe_of(stages, **target):
+    return parse_recipe({"stages": stages, "target": {"max_drop": 1.0, "tokens": 8} | target})
+
+
+def run(model, output, stages, data=None, **options):
+    options = {"columns": COLUMNS, "rounds": 2, "training": {"use_cpu": True}} | options
+    recipe = stages if not isinstance(stages, list) else recipe_of(stages)
+    return compress(model, recipe, data=texts() if data is None else data, output_dir=output, **options)
+
+
+def texts(labelled=True):
+    rows = [
+        {"text": text} | ({"label": ("negative", "positive")["good" in text]} if labelled else {})
+        for text in SENTENCES
+    ]
+    return Dataset.from_list(rows)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("given") / "model"
+    save_classifier(folder, layers=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(given, tmp_path_factory):
+    output = tmp_path_factory.mktemp("finished") / "run"
+    return run(given, output, STACK)
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_a_stack_leaves_a_model_and_its_proof(finished, given):
+    assert [stage["stage"] for stage in finished.stages] == ["1-prune", "2-experts", "3-distil"]
+    model = AutoModelForSequenceClassification.from_pretrained(finished.model_folder)
+    assert model.config.num_experts == 2
+    assert model.num_parameters() < AutoModelForSequenceClassification.from_pretrained(given).num_parameters()
+    report = json.loads((finished.folder / "report.json").read_text())
+    assert report["verdict"]["outcome"] == "met"
+    assert report["verdict"]["examples"] == 43  # a fifth of the texts
+    assert set(report["measurement"]["models"]) == {"given", "compressed", "given, float32", "compressed, float32"}
+    lock = yaml.safe_load((finished.folder / "recipe.lock.yaml").read_text())
+    assert [next(iter(stage)) for stage in lock["stages"]] == ["prune", "experts", "distil", "optimize"]
+    assert parse_recipe({key: lock[key] for key in ("version", "target", "stages", "seed")}) == finished.recipe
+    assert {path.name for path in finished.folder.iterdir()} == {
+        "model", "stages", "report.json", "report.md", "report.html", "recipe.lock.yaml", "_training.lock",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(finished, given, tmp_path, step):
+    with pytest.raises(Stopped):
+        run(given, tmp_path / "run", STACK, callbacks=[StopAt(step)])
+    assert not (tmp_path / "run" / "model").exists()
+    lines = []
+    result = run(given, tmp_path / "run", STACK, resume=True, tell=lines.append)
+    assert lines[:2] == ["1-prune: found finished", "2-experts: found finished"]
+    assert weights(result.model_folder) == weights(finished.model_folder)
+
+
+def test_a_stage_that_was_told_something_else_is_done_again(finished, given, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    changed = [*STACK[:2], {"distil": {"steps": 5, "batch_size": 8}}]
+    lines = []
+    run(given, tmp_path / "run", changed, resume=True, tell=lines.append)
+    assert lines[:3] == ["1-prune: found finished", "2-experts: found finished", "3-distil: begins"]
+
+
+def test_a_damaged_stage_is_done_again(finished, given, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    (file,) = tmp_path.glob("run/stages/2-experts-*/model.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    lines = []
+    result = run(given, tmp_path / "run", STACK, resume=True, tell=lines.append)
+    assert "2-experts: begins" in lines
+    assert weights(result.model_folder) == weights(finished.model_folder)
+
+
+def test_without_labels_the_given_model_is_the_judge(given, tmp_path):
+    result = run(given, tmp_path / "run", [{"optimize": {"precision": "float32"}}], texts(labelled=False))
+    assert result.measurement["models"]["given"]["scores"]["accuracy"]["value"] == 1
+    assert result.verdict.difference["value"] == 0
+    assert not json.loads((tmp_path / "run/report.json").read_text())["labelled"]
+
+
+def test_platon_prunes_while_the_next_stage_trains(given, tmp_path):
+    stages = [
+        {"prune": {"method": "platon", "keep_ratio": 0.5, "multiple_of": 1}},
+        {"distil": {"steps": 12, "batch_size": 8}},
+    ]
+    result = run(given, tmp_path / "run", stages)
+    assert [stage["stage"] for stage in result.stages] == ["2-distil"]
+    assert result.load().num_parameters() < AutoModelForSequenceClassification.from_pretrained(given).num_parameters()
+
+
+def test_single_weights_are_packed(given, tmp_path):
+    stages = [
+        {"prune": {"method": "platon", "granularity": "unstructured", "keep_ratio": 0.2}},
+        {"distil": {"steps": 12, "batch_size": 8}},
+        "pack",
+    ]
+    model = run(given, tmp_path / "run", stages).load()
+    matrix = model.bert.encoder.layer[0].intermediate.dense.weight
+    assert (matrix == 0).float().mean() > 0.5
+
+
+def test_a_regression_is_compressed(tmp_path):
+    save_classifier(tmp_path / "given", labels=("score",), layers=2)
+    data = Dataset.from_list([{"text": text, "label": float(text.count("good"))} for text in SENTENCES])
+    result = run(tmp_path / "given", tmp_path / "run", STACK[:1], data)
+    assert result.verdict.metric == "pearson"
+
+
+def test_a_folder_of_another_run_is_refused(finished, given):
+    with pytest.raises(ValueError, match=r"`output_dir` must be an empty folder, .* Resume the run"):
+        run(given, finished.folder, STACK)
+
+
+def test_what_was_learned_by_heart_is_not_judged(given, tmp_path):
+    with pytest.raises(ValueError, match=r"`eval_data` must hold texts that are not in `data`, but 216 of 216 are"):
+        run(given, tmp_path / "run", STACK, eval_data=texts())
+
+
+def test_too_few_texts_are_refused(given, tmp_path):
+    with pytest.raises(ValueError, match="`data` must hold at least 100 texts to hold some out, got 40"):
+        run(given, tmp_path / "run", STACK, texts().select(range(40)))
+    with pytest.raises(ValueError, match="`eval_data` must hold at least 20 texts, got 8"):
+        run(given, tmp_path / "run", STACK, texts().select(range(8, 216)), eval_data=texts().select(range(8)))
+
+
+def test_labels_of_another_task_are_refused(given, tmp_path):
+    data = Dataset.from_list([{"text": text, "label": "spam"} for text in SENTENCES])
+    with pytest.raises(ValueError, match=r"must be in \['negative', 'positive'\], got \['spam'\]"):
+        run(given, tmp_path / "run", STACK, data)
+
+
+def test_other_tasks_are_refused_by_their_name(given, tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(given)
+    shutil.copytree(given, tmp_path / "body")
+    model.bert.save_pretrained(tmp_path / "body")
+    with pytest.raises(
+        UnsupportedModelError, match="must be fine-tuned for sequence classification .* got a BertModel"
+    ):
+        run(tmp_path / "body", tmp_path / "run", STACK)
+
+
+def test_the_same_seed_gives_the_same_bytes(finished, given, tmp_path):
+    torch.rand(3)
+    assert weights(run(given, tmp_path / "run", STACK).model_folder) == weights(finished.model_folder)
+
+
+def test_the_best_recipe_is_searched_for(given, tmp_path, monkeypatch):
+    some = {name: searching.STRUCTURES[name] for name in ("as it is", "pruned to 50 %", "experts")}
+    monkeypatch.setattr(searching, "STRUCTURES", some)
+    monkeypatch.setattr(searching, "FEWEST_STEPS", 2)
+    search = [{"search": {"short": 0.5}}, {"distil": {"steps": 4, "batch_size": 8}}]
+    lines = []
+    result = run(given, tmp_path / "run", recipe_of(search, speedup=1.0001, max_drop=0.5), tell=lines.append)
+    assert {stage.name for stage in result.recipe.stages} <= {"prune", "experts", "distil", "optimize"}
+    tried = [row["tried"] for row in result.candidates]
+    assert {"as it is, float32", "pruned to 50 %, float32", "experts, float32"} <= set(tried)
+    assert result.candidates[-1]["tried"] in tried[:-1]  # what was tried for a short time was trained to the end
+    assert len(list(tmp_path.glob("run/stages/1-prune-*"))) == 1
+    assert "Recipes that were tried" in (tmp_path / "run/report.html").read_text()
