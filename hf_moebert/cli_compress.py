@@ -107,6 +107,37 @@ def add_commands(app: typer.Typer, *, read: Callable[..., Any], quiet: Callable[
         for name, purpose in shipped_recipes().items():
             typer.echo(f"{name:<12}{purpose}")
 
+    @app.command()
+    def verify(
+        folder: Annotated[Path, typer.Argument(help="Folder of a run of `compress`, or a copy of it.")],
+    ) -> None:
+        """Check that this machine computes what the one did on which a model was compressed."""
+        from hf_moebert.compress.verifying import verify as check
+
+        quiet()
+        for form, difference in check(folder).items():
+            typer.echo(f"{form:<10}{difference:.2g} of the outputs' spread")
+
+    @app.command()
+    def inspect(
+        folder: Annotated[Path, typer.Argument(help="A checkpoint.")],
+        as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    ) -> None:
+        """Show where the parameters of a model are, and which stages of `compress` it can go through."""
+        from hf_moebert.checkpoints.loading import load_model
+        from hf_moebert.compress.inspecting import inspect_model
+
+        quiet()
+        found = inspect_model(load_model(folder))
+        if as_json:
+            typer.echo(json.dumps(found))
+            return
+        typer.echo(f"{found['class']} ({found['family']}), {found['parameters']:,} parameters")
+        for part, count in found["parts"].items():
+            typer.echo(f"  {part:<22}{count:>14,}{count / found['parameters']:>8.1%}")
+        for stage, reason in found["stages"].items():
+            typer.echo(f"  {stage:<22}{'no: ' + reason if reason else 'yes'}")
+
 
 def parse_amount(text: str, units: dict[str, int], option: str, example: str) -> int:
     """Read a number with its unit.

@@ -55,7 +55,17 @@ def wide_terminal(monkeypatch):
 
 
 def test_every_command_has_help():
-    assert COMMANDS.keys() == {"compress", "recipes", "measure", "publish", "footprint", "pack", "serve"}
+    assert COMMANDS.keys() == {
+        "compress",
+        "recipes",
+        "inspect",
+        "verify",
+        "measure",
+        "publish",
+        "footprint",
+        "pack",
+        "serve",
+    }
     for command in ([], *([name] for name in COMMANDS)):
         result = invoke(*command, "--help")
         assert result.exit_code == 0
@@ -73,7 +83,7 @@ def test_every_option_has_help_and_is_written_with_dashes(name):
 def test_every_number_has_a_least_value(name):
     """A number that is too small is refused before anything is loaded, by the name of its option."""
     numbers = [one for one in COMMANDS[name].params if one.type_descriptor.annotation in (int, float)]
-    assert numbers or name in {"pack", "publish", "recipes"}
+    assert numbers or name in {"pack", "publish", "recipes", "inspect", "verify"}
     for number in numbers:
         assert number.min is not None, number.name
         line = one_line(invoke(name, number.opts[0], number.min - 1))
@@ -249,6 +259,8 @@ RAISED = {  # what may come from below, and what the line says of it
 }
 CALLED = {  # each command, and a function that it calls
     "compress": ("hf_moebert.compress.door.compress", ["m", "--output", "run", "--data"]),
+    "inspect": ("hf_moebert.checkpoints.loading.load_model", ["m"]),
+    "verify": ("hf_moebert.compress.verifying.verify", ["run"]),
     "recipes": ("hf_moebert.compress.recipe_file.shipped_recipes", []),
     "measure": ("hf_moebert.measuring.comparison.measure", ["m", "--baseline", "b", "--validation-file"]),
     "publish": ("hf_moebert.reporting.hub.publish", ["m", "me/m"]),

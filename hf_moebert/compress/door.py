@@ -14,7 +14,8 @@ import torch
 import yaml
 from datasets import Dataset
 from huggingface_hub import snapshot_download
-from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from hf_moebert.checkpoints.json_files import save_json
 from hf_moebert.checkpoints.loading import load_model
@@ -30,6 +31,7 @@ from .running import Workshop
 from .searching import search
 from .tasks import TextData, check_task, prepare
 from .verdict import Verdict, judge
+from .verifying import EXAMPLES, write_golden
 
 
 GIVEN, COMPRESSED = "given", "compressed"
@@ -131,6 +133,7 @@ def compress(
         last, stages = run.run(given, mark)
         publish(last, output / "model")
         tell("measuring")
+        write_golden(output, output / "model", first_texts(prepared, tokenizer), run.recipe.precision)
         measurement = measure_result(given, output / "model", prepared, run.recipe, threads=threads, rounds=rounds)
         verdict = judge(measurement, result_name(run.recipe), run.recipe.target)
         result = CompressionResult(output, run.recipe, stages, measurement, verdict, candidates)
@@ -201,6 +204,15 @@ def measure_result(
         latency=Latency(recipe.target.batch, recipe.target.tokens, rounds),
         threads=threads,
         seed=recipe.seed,
+    )
+
+
+def first_texts(data: TextData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    """Encode the first texts of the verdict, `(batch, seq)`."""
+    columns = [name for name in (data.columns.text_column, data.columns.text_pair_column) if name is not None]
+    texts = [data.evaluation[:EXAMPLES][name] for name in columns]
+    return dict(
+        tokenizer(*texts, truncation=True, max_length=data.columns.max_length, padding=True, return_tensors="pt")
     )
 
 

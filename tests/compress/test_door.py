@@ -15,6 +15,7 @@ from hf_moebert.compress import searching
 from hf_moebert.compress.door import compress
 from hf_moebert.compress.recipe_file import parse_recipe
 from hf_moebert.compress.tasks import UnsupportedModelError
+from hf_moebert.compress.verifying import verify
 from hf_moebert.measuring.comparison import TextColumns
 
 
@@ -89,7 +90,8 @@ def test_a_stack_leaves_a_model_and_its_proof(finished, given):
     assert [next(iter(stage)) for stage in lock["stages"]] == ["prune", "experts", "distil", "optimize"]
     assert parse_recipe({key: lock[key] for key in ("version", "target", "stages", "seed")}) == finished.recipe
     assert {path.name for path in finished.folder.iterdir()} == {
-        "model", "stages", "report.json", "report.md", "report.html", "recipe.lock.yaml", "_training.lock",
+        "model", "stages", "report.json", "report.md", "report.html",
+        "recipe.lock.yaml", "verify.safetensors", "_training.lock",
     }  # fmt: skip
 
 
@@ -193,6 +195,16 @@ def test_other_tasks_are_refused_by_their_name(given, tmp_path):
 def test_the_same_seed_gives_the_same_bytes(finished, given, tmp_path):
     torch.rand(3)
     assert weights(run(given, tmp_path / "run", STACK).model_folder) == weights(finished.model_folder)
+
+
+def test_another_machine_is_verified(finished, tmp_path):
+    assert max(verify(finished.folder).values()) < 1e-4
+    shutil.copytree(finished.folder, tmp_path / "run")
+    model = finished.load()
+    model.classifier.weight.data *= 1.1
+    model.save_pretrained(tmp_path / "run/model")
+    with pytest.raises(ValueError, match=r"The outputs in float32 must be within .* of those of verify.safetensors"):
+        verify(tmp_path / "run")
 
 
 def test_the_best_recipe_is_searched_for(given, tmp_path, monkeypatch):

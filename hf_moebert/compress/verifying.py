@@ -1,0 +1,83 @@
+"""Check on another machine that a compressed model computes there what it computed where it was made."""
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_moebert.checkpoints.loading import load_model
+from hf_moebert.checkpoints.tensor_files import read_tensors, save_tensors
+from hf_moebert.inference.linears import Precision, check_precision
+from hf_moebert.inference.optimize import optimize_for_inference
+
+
+VERIFY_FILE = "verify.safetensors"
+EXAMPLES = 8  # texts whose outputs are kept
+TOLERANCE = 1e-3  # of the spread of the outputs, between processors in float32
+REMEDY = "Compress again, or copy the whole folder."
+
+
+def write_golden(folder: Path, model_folder: Path, batch: dict[str, Tensor], precision: str | None) -> None:
+    """Keep some inputs with the outputs of a model, as it is and in the precision that it is to run in.
+
+    Args:
+        folder: Folder of the run.
+        model_folder: The model.
+        batch: Inputs, each `(batch, seq)`.
+        precision: `None` for as it is.
+    """
+    tensors = {f"input.{name}": tensor for name, tensor in batch.items()}
+    tensors["plain"] = compute(load_model(model_folder), batch)  # (batch, labels)
+    if precision is not None:
+        tensors["optimised"] = compute(optimised(model_folder, precision), batch)  # (batch, labels)
+    save_tensors(folder / VERIFY_FILE, tensors, {"precision": precision or ""})
+
+
+def verify(folder: str | os.PathLike[str]) -> dict[str, float]:
+    """Compute the kept outputs of a run once more, here, and refuse a machine on which they are others.
+
+    Args:
+        folder: Folder of a run of `compress`, or a copy of it.
+
+    Returns:
+        The largest difference, in units of the outputs' spread, of the model as it is and optimised.
+
+    Raises:
+        ValueError: If an output differs by more than rounding explains: the processor computes noise in this
+            precision, or files are of different runs. If the precision cannot be had here, or files are damaged.
+        OSError: If files are missing.
+    """
+    folder = Path(folder)
+    tensors, facts = read_tensors(folder / VERIFY_FILE, remedy=REMEDY)
+    batch = {name.removeprefix("input."): tensor for name, tensor in tensors.items() if name.startswith("input.")}
+    spread = float(tensors["plain"].std().clamp(min=1e-6))
+    allowed = {"plain": TOLERANCE}
+    found = {"plain": compute(load_model(folder / "model"), batch)}
+    if precision := facts["precision"]:
+        rounding = float((tensors["optimised"] - tensors["plain"]).abs().max()) / spread
+        allowed["optimised"] = max(rounding, TOLERANCE)  # as far from the kept ones as those are from plain ones
+        found["optimised"] = compute(optimised(folder / "model", precision), batch)
+    differences = {name: float((found[name] - tensors[name]).abs().max()) / spread for name in found}
+    for name, difference in differences.items():
+        if not difference <= allowed[name]:  # NaN, too
+            where = "in float32" if name == "plain" else f"in {precision}"
+            raise ValueError(
+                f"The outputs {where} must be within {allowed[name]:.2g} of those of {VERIFY_FILE}, got "
+                f"{difference:.2g} of their spread. Run the model in float32 on this processor, or compress it here."
+            )
+    return differences
+
+
+def optimised(folder: Path, precision: str) -> PreTrainedModel:
+    """Load a model, ready to run in a precision."""
+    check_precision(cast(Precision, precision))
+    return optimize_for_inference(load_model(folder), precision=cast(Precision, precision))
+
+
+@torch.no_grad()
+def compute(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
+    """Return the logits of a batch, in float32, `(batch, labels)`."""
+    return model.eval()(**batch).logits.float()
