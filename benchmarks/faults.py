@@ -5,9 +5,9 @@
 - damage: flip bytes of, cut, and swap parts of every kind of file whose format is this package's own. Then read it: it
   is refused with its path, or what is read is what was written (harmless), or something else (silent), or an error
   does not name the file (unnamed).
-- kill: end tiny training runs of every callback, and a sweep, by SIGKILL at random moments, resume them, and compare
-  the weights at the end with those of a run that nobody killed, bit by bit; and processes that save a packed model
-  over another one again and again, of which the old or the new one must be left.
+- kill: end tiny training runs of every callback, a sweep and a recipe by SIGKILL at random moments, resume them, and
+  compare the weights at the end with those of a run that nobody killed, bit by bit; and processes that save a packed
+  model over another one again and again, of which the old or the new one must be left.
 - full: let no file grow beyond a size (RLIMIT_FSIZE) while a run goes on from a checkpoint, and resume it without that
   limit; and write every kind of file over an older one, of which the old or the new one must be left.
 """
@@ -37,7 +37,7 @@ from transformers.utils import logging as transformers_logging
 from hf_moebert.checkpoints.tensor_files import digest
 
 
-RUNS = (*KINDS, "sweep")
+RUNS = (*KINDS, "sweep", "recipe")
 
 
 def in_child(work: Callable[[], None], output: Path, *, seconds: float | None = None) -> bool | None:

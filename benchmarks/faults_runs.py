@@ -1,4 +1,4 @@
-"""Tiny training runs that save in every step: one for each callback of this package, and a sweep."""
+"""Tiny training runs that save in every step: one for each callback of this package, a sweep, and a recipe."""
 
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    BertTokenizer,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -34,6 +35,9 @@ from hf_moebert import (
     compress_mpo,
     last_complete_checkpoint,
 )
+from hf_moebert.compress.door import compress
+from hf_moebert.compress.recipe_file import parse_recipe
+from hf_moebert.measuring.comparison import TextColumns
 from hf_moebert.methods import mixture_of_masks, mpoe
 
 
@@ -136,6 +140,8 @@ def train(kind: str, folder: str | Path, **options: Any) -> dict[str, Tensor]:
     if kind == "sweep":
         sweep = make_sweep(folder, **options)
         return sweep.merge(sweep.choose_depths()).state_dict()
+    if kind == "recipe":
+        return compress_by_recipe(Path(folder))
     checkpoint = find_checkpoint(folder)
     model = None  # the bonds of a squeezed model are those of its checkpoint
     if checkpoint and kind == "squeezing":
@@ -143,6 +149,24 @@ def train(kind: str, folder: str | Path, **options: Any) -> dict[str, Tensor]:
     trainer = make_trainer(kind, folder, model=model, **options)
     trainer.train(resume_from_checkpoint=checkpoint)
     return dict(trainer.model.state_dict())
+
+
+def compress_by_recipe(folder: Path) -> dict[str, Tensor]:
+    """Go through the stages of a recipe, and return the weights at their end."""
+    given, words = folder.with_suffix(".given"), [f"w{number}" for number in range(15)]
+    make_bert().save_pretrained(given)  # again whenever a run goes on: always the same bytes
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    BertTokenizer(vocab={token: n for n, token in enumerate([*special, *words])}).save_pretrained(given)
+    texts = [f"{first} {second}" for first in words for second in words]
+    data = Dataset.from_dict({"text": texts, "label": [int(text < "w5") for text in texts]})
+    stages = [{"prune": {"keep_ratio": 0.5}}, {"experts": {"num_experts": 2}}, {"distil": {"steps": STEPS}}]
+    recipe = parse_recipe({"stages": stages, "target": {"tokens": 8}})
+    quiet = {"use_cpu": True}
+    columns = TextColumns(max_length=12)
+    result = compress(
+        given, recipe, data=data, output_dir=folder, columns=columns, training=quiet, resume=True, rounds=2
+    )
+    return dict(result.load().state_dict())
 
 
 def make_sweep(folder: str | Path, *, changed: bool = False, allow_changes: bool = False) -> MultiTaskSweep:
