@@ -22,13 +22,13 @@ from hf_moebert.checkpoints.loading import load_model
 from hf_moebert.checkpoints.locks import lock_folder
 from hf_moebert.checkpoints.manifests import describe_files
 from hf_moebert.checkpoints.remote_code import refuse_code
-from hf_moebert.measuring.comparison import Latency, TextColumns, measure
+from hf_moebert.measuring.comparison import TextColumns, measure
 from hf_moebert.reporting.compression import write_compression_report
 
 from .recipe import Distil, Recipe, Search
 from .recipe_file import read_recipe
 from .running import Workshop
-from .searching import search
+from .searching import search, timing
 from .tasks import TextData, check_task, prepare
 from .verdict import Verdict, judge
 from .verifying import EXAMPLES, write_golden
@@ -201,7 +201,7 @@ def measure_result(
         optimized=() if recipe.precision is None else (recipe.precision,),
         metrics=None,
         columns=data.columns,
-        latency=Latency(recipe.target.batch, recipe.target.tokens, rounds),
+        latency=timing(recipe.target, rounds),
         threads=threads,
         seed=recipe.seed,
     )

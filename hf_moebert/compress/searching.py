@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from datasets import Dataset
 
 from hf_moebert.inference.linears import Precision, unsupported_reason
@@ -115,6 +116,11 @@ def rank(candidates: list[Candidate], target: Target) -> list[Candidate]:
     return list(first.values())
 
 
+def timing(target: Target, rounds: int) -> Latency:
+    """Return how models are timed: on one thread by processor time, which others on the machine disturb less."""
+    return Latency(target.batch, target.tokens, rounds, "cpu" if torch.get_num_threads() == 1 else "wall")
+
+
 class _Hunt:
     """The runs of one search."""
 
@@ -174,7 +180,7 @@ class _Hunt:
             baseline=GIVEN,
             optimized=precisions,
             columns=self.shop.data.columns,
-            latency=Latency(target.batch, target.tokens, self.rounds),
+            latency=timing(target, self.rounds),
             threads=self.threads,
             seed=self.shop.recipe.seed,
         )
