@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import singledispatch
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard, cast
 
 from transformers import (
     PreTrainedModel,
@@ -29,9 +29,9 @@ from hf_moebert.checkpoints.packing import save_packed
 from hf_moebert.checkpoints.resuming import last_complete_checkpoint
 from hf_moebert.measuring.unit_latency import LatencyTable, measure_unit_latency
 from hf_moebert.methods import moebert
-from hf_moebert.methods.distillation import DistillationTrainer
+from hf_moebert.methods.distillation import DistillationConfig, DistillationTrainer
 from hf_moebert.methods.platon import PlatonPruningCallback, prune_structured
-from hf_moebert.methods.trimming import drop_layers
+from hf_moebert.methods.trimming import choose_layers, drop_layers
 
 from .recipe import Distil, DropLayers, Experts, Optimize, Pack, Prune, Recipe, Stage
 from .stages import shrink
@@ -173,10 +173,25 @@ def _(stage: Pack, model: PreTrainedModel, workshop: Workshop, **_: Any) -> PreT
 
 @apply.register
 def _(stage: DropLayers, model: PreTrainedModel, workshop: Workshop, **_: Any) -> PreTrainedModel:
-    keep = stage.keep
-    if isinstance(keep, float):
-        keep = max(1, round(keep * model.config.num_hidden_layers))
-    return drop_layers(model, keep, workshop.data.texts, workshop.data.collator, by=stage.by)  # type: ignore[arg-type]
+    return drop_layers(model, kept_layers(stage, model, workshop))
+
+
+def kept_layers(stage: DropLayers, model: PreTrainedModel, workshop: Workshop) -> list[int]:
+    """Return the indices of the layers that stay; the same for the same model and texts."""
+    if isinstance(stage.keep, list):
+        return stage.keep
+    count = max(1, round(stage.keep * model.config.num_hidden_layers))
+    by = cast(Literal["position", "importance"], stage.by)
+    return choose_layers(model, count, workshop.data.texts, workshop.data.collator, by=by)
+
+
+def follow(stage: Distil, workshop: Workshop) -> DistillationConfig:
+    """Return the recipe of the Trainer: each layer that is left follows what went into the next one in the teacher."""
+    dropped = next((other for other in workshop.recipe.stages if isinstance(other, DropLayers)), None)
+    if dropped is None or not stage.hidden_states:
+        return stage.distillation()
+    _, *behind = kept_layers(dropped, workshop.teacher, workshop)
+    return stage.distillation(layer_map=[*behind, workshop.teacher.config.num_hidden_layers])
 
 
 @apply.register
@@ -212,7 +227,7 @@ def _(stage: Distil, model: PreTrainedModel, workshop: Workshop, *, pending: Sta
         model=model,
         args=training_arguments(stage, workshop, training),
         teacher=workshop.teacher,
-        distillation=stage.distillation(),
+        distillation=follow(stage, workshop),
         train_dataset=workshop.data.train,
         data_collator=workshop.data.collator,
         processing_class=workshop.tokenizer,

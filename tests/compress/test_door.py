@@ -141,6 +141,14 @@ def test_platon_prunes_while_the_next_stage_trains(given, tmp_path):
     assert result.load().num_parameters() < AutoModelForSequenceClassification.from_pretrained(given).num_parameters()
 
 
+@pytest.mark.parametrize("keep", [{"keep": [1]}, {"keep": 0.5}, {"keep": 0.5, "by": "importance"}])
+def test_layers_that_are_left_follow_the_last_one_of_the_teacher(given, tmp_path, keep):
+    lines = []
+    result = run(given, tmp_path / "run", [{"drop_layers": keep}, {"distil": {"steps": 2}}], tell=lines.append)
+    assert result.load().config.num_hidden_layers == 1
+    assert any(line.startswith("2-distil: ") and " s" in line for line in lines)
+
+
 def test_single_weights_are_packed(given, tmp_path):
     stages = [
         {"prune": {"method": "platon", "granularity": "unstructured", "keep_ratio": 0.2}},
