@@ -29,7 +29,10 @@ $(VENV)/.demo: $(VENV)/.installed
 
 demo: $(VENV)/.demo
 	$(PY) benchmarks/studies/demo_data.py --output_dir build/demo/data --seed $(SEED)
-	OMP_WAIT_POLICY=PASSIVE $(PY) benchmarks/studies/moebert_text_classification.py build/demo/data/demo.json  # share the cores
+	OMP_WAIT_POLICY=PASSIVE $(PY) benchmarks/studies/fine_tune.py build/demo/data/teacher.json  # share the cores
+	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/hf-moebert compress build/demo/teacher --output build/demo/small --resume \
+		--data build/demo/data/train.jsonl --eval build/demo/data/validation.jsonl --label-column sentiment \
+		--speedup 1.5 --max-drop 0.01 --budget 10m
 
 # transformers' own model tests: part of its source archive, not of its wheel, and not of this repository.
 $(VENV)/.transformers_suite: $(VENV)/.installed

@@ -15,6 +15,9 @@ import pandas as pd
 from transformers import HfArgumentParser
 
 
+STUDENT = {"teacher_epochs", "card_base_model", "card_license", "card_dataset"}  # what fine_tune.py does not take
+
+
 @dataclass
 class DataArguments:
     """Where the files go and how many tweets they hold."""
@@ -34,7 +37,7 @@ def package_folder(name: str) -> Path:
 
 
 def main() -> None:
-    """Split the tweets, and write the arguments of moebert_text_classification.py to demo.json."""
+    """Split the tweets, and write the arguments of fine_tune.py and of moebert_text_classification.py."""
     (args,) = HfArgumentParser(DataArguments).parse_args_into_dataclasses()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     tweets = pd.read_csv(
@@ -69,7 +72,10 @@ def main() -> None:
     for name, rows in files.items():
         arguments[name] = str(args.output_dir / f"{name.removesuffix('_file')}.jsonl")
         rows.to_json(arguments[name], orient="records", lines=True, force_ascii=False)
-    (args.output_dir / "demo.json").write_text(json.dumps(arguments, indent=2) + "\n")
+    teacher = {name: value for name, value in arguments.items() if name not in STUDENT}
+    teacher |= {"output_dir": str(args.output_dir.parent / "teacher"), "num_train_epochs": arguments["teacher_epochs"]}
+    for name, content in {"demo.json": arguments, "teacher.json": teacher}.items():
+        (args.output_dir / name).write_text(json.dumps(content, indent=2) + "\n")
     print(f"{len(train)} tweets to train on, {len(validation)} to evaluate on, in {args.output_dir}")
 
 

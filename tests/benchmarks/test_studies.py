@@ -210,8 +210,18 @@ def test_demo_data(tmp_path, run_study):
     rows = [json.loads(line) for line in Path(arguments["train_file"]).read_text().splitlines()]
     assert len(rows) == 20
     assert {row["sentiment"] for row in rows} <= {"negative", "neutral", "positive"}
+    teacher = json.loads((tmp_path / "demo/teacher.json").read_text())
+    assert teacher["output_dir"] == str(tmp_path / "teacher")
+    assert teacher.keys() <= arguments.keys()
     validation = {json.loads(line)["text"] for line in Path(arguments["validation_file"]).read_text().splitlines()}
     assert not validation & {row["text"] for row in rows}
+
+
+def test_fine_tune(tmp_path, run_study):
+    options = ("--label_column", "label", "--max_steps", "2", "--save_strategy", "no", "--use_cpu")
+    run_study("fine_tune", "--smoke", "--output_dir", tmp_path, *options)
+    model = load_model(tmp_path)
+    assert sorted(model.config.label2id) == ["bad", "good"]
 
 
 def test_mpoe_generation(tmp_path, run_study):
