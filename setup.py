@@ -53,6 +53,7 @@ setup(
             "tensorly",
             "pytorch-crf==0.7.2",
             "httpx",
+            "sentence-transformers>=6.2,<7",
             *SERVE,
             *PLOTS,
             *EXPORT,

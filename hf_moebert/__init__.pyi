@@ -1,7 +1,9 @@
 __version__: str
 
 from .architectures.importance import measure_importance as measure_importance
+from .architectures.pooling import EmbeddingForm as EmbeddingForm
 from .checkpoints.callbacks import CheckpointManifestCallback as CheckpointManifestCallback
+from .checkpoints.embedders import save_embedder as save_embedder
 from .checkpoints.packing import save_packed as save_packed
 from .checkpoints.resuming import last_complete_checkpoint as last_complete_checkpoint
 from .compress.stages import shrink as shrink

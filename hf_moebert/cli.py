@@ -106,7 +106,7 @@ def main(
 
 @app.command()
 def measure(
-    models: Annotated[list[str], typer.Argument(help="Folders or Hub ids of sequence classifiers.")],
+    models: Annotated[list[str], typer.Argument(help="Folders or Hub ids of classifiers, rerankers or embedders.")],
     baseline: Annotated[str, typer.Option(help="Folder or Hub id of the model to compare with.")],
     validation_file: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="A .json, .jsonl, .csv, .tsv or .parquet file.")
@@ -117,6 +117,12 @@ def measure(
     text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
     text_pair_column: Annotated[str | None, typer.Option(help="Column that holds the second text of a pair.")] = None,
     label_column: Annotated[str, typer.Option(help="Column that holds the label.")] = "label",
+    group_column: Annotated[
+        str | None, typer.Option(help="Column that says which rows belong to one query, for rerankers.")
+    ] = None,
+    pooling: Annotated[
+        str | None, typer.Option(help="mean, cls or last, for embedders whose folders do not say it.")
+    ] = None,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens after which a text is truncated.")] = 128,
     optimized: Annotated[
         list[str] | None,
@@ -141,7 +147,11 @@ def measure(
         Path | None, typer.Option(dir_okay=False, writable=True, help="JSON file to write all results to.")
     ] = None,
 ) -> None:
-    """Compare the quality, size and speed of classifiers with a baseline, in one table."""
+    """Compare the quality, size and speed of models with a baseline, in one table.
+
+    Classifiers and regressions by their labels, rerankers (--group-column) by the order of documents, and models
+    without head by the cosines of pairs of texts.
+    """
     if (validation_file is None) == (dataset_name is None):
         raise typer.BadParameter("give exactly one of --validation-file and --dataset-name.")
     if output is not None and not os.access(output.parent, os.W_OK):
@@ -159,6 +169,8 @@ def measure(
         dtype=dtype,
         metrics=metric,
         columns=TextColumns(text_column, text_pair_column, label_column, max_length),
+        group_column=group_column,
+        pooling=pooling,
         latency=Latency(latency_batch, latency_seq, rounds),
         batch_size=batch_size,
         max_examples=max_examples,

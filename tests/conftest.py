@@ -44,10 +44,10 @@ def log_levels():
 @pytest.fixture
 def few_resamples(monkeypatch):
     """Bootstrap quickly where nobody looks at an interval."""
-    from hf_moebert.measuring import comparison
+    from hf_moebert.measuring import quality
 
-    for name in ("score", "paired_bootstrap"):
-        monkeypatch.setattr(comparison, name, partial(getattr(comparison, name), rounds=10))
+    for name in ("bootstrap_interval", "paired_bootstrap"):
+        monkeypatch.setattr(quality, name, partial(getattr(quality, name), rounds=10))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Compare classifiers in quality, size and speed, on the same examples and the same machine."""
+"""Compare models of one task in quality, size and speed, on the same examples and the same machine."""
 
 import copy
 import shlex
@@ -9,43 +9,35 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from huggingface_hub import snapshot_download
 from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    DataCollatorWithPadding,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from hf_moebert.architectures.functional_pooling import POOLINGS
 from hf_moebert.architectures.inputs import complete_inputs
+from hf_moebert.architectures.pooling import MODULES_FILE, EmbeddingForm, read_embedding_form
 from hf_moebert.architectures.positions import count_positions
 from hf_moebert.checkpoints.remote_code import refuse_code
-from hf_moebert.data import encode_text
 from hf_moebert.inference.linears import Precision, check_precision
 from hf_moebert.inference.optimize import optimize_for_inference
 
 from .footprint import measure_footprint
 from .latency import compare_latency, environment
-from .metrics import metrics_for_task
-from .scores import CLASSIFICATION_SCORES, REGRESSION_SCORES, paired_bootstrap, predict_logits, score
+from .quality import LoadedModel, TextColumns, draw_examples, measure_quality
 
+
+__all__ = ["DTYPES", "Latency", "TextColumns", "measure"]
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class TextColumns:
-    """The columns of a data set that hold texts and labels, and the length texts are truncated to."""
-
-    text_column: str = "text"
-    text_pair_column: str | None = None
-    label_column: str = "label"
-    max_length: int = 128
 
 
 @dataclass(frozen=True)
@@ -62,13 +54,6 @@ class Latency:
             raise ValueError(f"`batch` must be at least 1, got {self.batch}. Use 1 for the latency of one request.")
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    folder: str
-
-
 def measure(
     models: Mapping[str, str],
     dataset: Dataset,
@@ -78,15 +63,19 @@ def measure(
     dtype: str | None = None,
     metrics: Sequence[str] | None = None,
     columns: TextColumns | None = None,
+    group_column: str | None = None,
     latency: Latency | None = None,
     batch_size: int = 32,
     max_examples: int | None = None,
     threads: int | None = None,
+    pooling: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Compare sequence classifiers with one of them.
+    """Compare models of one task with one of them.
 
-    All score the same examples, labels are matched by name, and their forward passes are timed in turns.
+    All score the same examples, labels are matched by name, and their forward passes are timed in turns. The task is
+    that of the head: classes, numbers, or the order of documents where models of one label are given a
+    `group_column`. Models without head are embedders, measured by the cosines of pairs of texts.
 
     Args:
         models: Local folder or Hub id of each model, by a name of your choice.
@@ -95,12 +84,16 @@ def measure(
         optimized: Precisions in which every model is measured once more, after `optimize_for_inference`, under the
             name `model, precision`.
         dtype: "float32", "bfloat16" or "float16", to which all models are loaded; None leaves each as it was saved.
-        metrics: Names known to `hf_moebert.measuring.scores.score`; by default those usual for the problem.
+        metrics: Names known to `hf_moebert.measuring.scores.score`, "spearman_cosine" and "cosine_to_baseline" of
+            embedders, "ndcg" and "mrr" of rerankers; by default those usual for the problem.
         columns: Columns of texts and labels; by default "text" and "label".
+        group_column: Column that says which rows belong to one query: models of one score are then measured as
+            rerankers of documents, the texts of `text_pair_column`, by labels above 0 for the relevant ones.
         latency: Timed forward passes; by default of one sequence of 128 tokens.
         batch_size: Examples per batch while scoring.
-        max_examples: Size of the random sample that is scored; None scores all.
+        max_examples: Size of the random sample that is scored, of whole groups; None scores all.
         threads: Threads torch computes with; None leaves their number as it is.
+        pooling: How hidden states of embedders become embeddings; by default as their folders say.
         seed: Seed of the sample, the bootstrap and the timed ids.
 
     Returns:
@@ -124,7 +117,7 @@ def measure(
         )
     variants = _list_variants(models, optimized)
     with _threads(threads):
-        loaded = {name: _load(source, columns.max_length, dtype) for name, source in models.items()}
+        loaded = {name: _load(source, columns.max_length, dtype, pooling) for name, source in models.items()}
         footprints = {
             name: measure_footprint(entry.model, seq_len=latency.seq, folder=entry.folder)
             for name, entry in loaded.items()
@@ -134,10 +127,16 @@ def measure(
                 loaded[name] = _optimize(loaded[original], precision)
         calls = _forward_passes(loaded, latency, seed)  # before the scores: they take longer and refuse less
         speed_ups = compare_latency(calls, baseline=baseline, rounds=latency.rounds, clock=latency.clock, seed=seed)
-        if max_examples is not None and max_examples < len(dataset):
-            dataset = dataset.shuffle(seed=seed).select(range(max_examples))
-        quality = _measure_quality(
-            loaded, dataset, baseline, metrics, columns=columns, batch_size=batch_size, seed=seed
+        dataset = draw_examples(dataset, group_column, max_examples, seed)
+        quality = measure_quality(
+            loaded,
+            dataset,
+            baseline,
+            metrics,
+            columns=columns,
+            group_column=group_column,
+            batch_size=batch_size,
+            seed=seed,
         )
         measured_on = environment()
     results = {}
@@ -159,6 +158,7 @@ def measure(
             "batch_size": batch_size,
             "dtype": dtype,
             **asdict(columns),
+            "group_column": group_column,
             **{f"latency_{key}": value for key, value in asdict(latency).items()},
         },
         "environment": measured_on,
@@ -187,11 +187,13 @@ def _threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _load(source: str, max_length: int, dtype: str | None) -> _Loaded:
+def _load(source: str, max_length: int, dtype: str | None, pooling: str | None) -> LoadedModel:
     try:
         with refuse_code(source):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            model, report = AutoModelForSequenceClassification.from_pretrained(
+            form = _find_form(source, pooling)
+            auto_class = AutoModelForSequenceClassification if form is None else AutoModel
+            model, report = auto_class.from_pretrained(
                 source,
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -203,17 +205,34 @@ def _load(source: str, max_length: int, dtype: str | None) -> _Loaded:
             f"`models` must be folders or Hub ids that hold config.json, model.safetensors and a tokenizer, "
             f"{source!r} cannot be loaded: {error}"
         ) from error
-    if report["missing_keys"]:
+    missing = sorted(name for name in report["missing_keys"] if form is None or not name.startswith("pooler."))
+    if missing:
         raise ValueError(
-            f"`models` must be fine-tuned classifiers, {source!r} lacks {sorted(report['missing_keys'])}. "
-            f"Fine-tune it first: random weights measure nothing."
+            f"`models` must be fine-tuned, {source!r} lacks {missing}. Fine-tune it first: random weights measure "
+            "nothing."
         )
     _check_tokenizer(source, tokenizer, model.get_input_embeddings().num_embeddings)
     positions = count_positions(model)
     if positions is not None and max_length > positions:
         raise ValueError(f"`max_length` must be at most the {positions} positions of {source!r}, got {max_length}.")
     folder = source if Path(source).is_dir() else snapshot_download(source, allow_patterns="*.safetensors")
-    return _Loaded(model.eval(), tokenizer, folder)
+    return LoadedModel(model.eval(), tokenizer, folder, form)
+
+
+def _find_form(source: str, pooling: str | None) -> EmbeddingForm | None:
+    """Return how a model without head makes embeddings; None for one with a head."""
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    bodies = MODEL_MAPPING.get(type(config), ())
+    names = {body.__name__ for body in (bodies if isinstance(bodies, tuple) else (bodies,))}
+    if not names & set(config.architectures or ()):
+        return None
+    form = read_embedding_form(source)
+    if pooling not in (None, *POOLINGS) or (pooling is None and form is None):
+        raise ValueError(
+            f"`pooling` must be one of {', '.join(POOLINGS)} for {source!r}, which has no head and no {MODULES_FILE}, "
+            f"got {pooling!r}. Most embedders use mean; a classifier has to be fine-tuned first."
+        )
+    return form if pooling is None else replace(form or EmbeddingForm(), pooling=pooling)
 
 
 def _check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
@@ -225,73 +244,11 @@ def _check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase, vocabulary
         )
 
 
-def _optimize(loaded: _Loaded, precision: Any) -> _Loaded:
+def _optimize(loaded: LoadedModel, precision: Any) -> LoadedModel:
     return replace(loaded, model=optimize_for_inference(copy.deepcopy(loaded.model), precision=precision))
 
 
-def _measure_quality(
-    loaded: Mapping[str, _Loaded],
-    dataset: Dataset,
-    baseline: str,
-    metrics: Sequence[str] | None,
-    *,
-    columns: TextColumns,
-    batch_size: int,
-    seed: int,
-) -> dict[str, dict[str, Any]]:
-    config = loaded[baseline].model.config
-    regression = config.num_labels == 1
-    table = REGRESSION_SCORES if regression else CLASSIFICATION_SCORES
-    metrics = metrics or metrics_for_task("regression" if regression else config.problem_type or "")
-    label_names = _label_names(config, dataset, columns.label_column)
-    orders = {name: _label_order(name, entry.model.config, config) for name, entry in loaded.items()}
-    logits, references = {}, np.empty(0)
-    for name, entry in loaded.items():
-        encoded = encode_text(dataset, entry.tokenizer, label_names=label_names, **asdict(columns))
-        collate = DataCollatorWithPadding(entry.tokenizer)
-        raw = predict_logits(entry.model, encoded, data_collator=collate, batch_size=batch_size)  # (examples, labels)
-        logits[name], references = raw[:, orders[name]], np.asarray(encoded["labels"])
-    quality: dict[str, dict[str, Any]] = {}
-    for name in loaded:
-        scores = score(metrics, logits[name], references, seed=seed)
-        quality[name] = {"scores": {key: asdict(interval) for key, interval in scores.items()}, "differences": None}
-    predictions = {name: raw[:, 0] if regression else raw.argmax(-1) for name, raw in logits.items()}  # (examples,)
-    for name in loaded.keys() - {baseline}:
-        quality[name]["differences"] = {
-            key: asdict(paired_bootstrap(function, predictions[name], predictions[baseline], references, seed=seed))
-            for metric in metrics
-            for key, function in table[metric].items()
-        }
-    return quality
-
-
-def _label_names(config: PretrainedConfig, dataset: Dataset, label_column: str) -> list[str] | None:
-    if config.num_labels == 1:
-        return None
-    names = [config.id2label[index] for index in range(config.num_labels)]
-    named_by_data = isinstance(dataset.features.get(label_column), ClassLabel)
-    # A model that was never told the names of its labels still has their order.
-    return None if named_by_data and not _has_names(config) else names
-
-
-def _has_names(config: PretrainedConfig) -> bool:
-    return any(name != f"LABEL_{index}" for index, name in config.id2label.items())
-
-
-def _label_order(name: str, config: PretrainedConfig, baseline: PretrainedConfig) -> list[int]:
-    """Return for each label of the baseline the column of the same label in the logits of another model."""
-    if _has_names(config) and _has_names(baseline):
-        if config.label2id.keys() == baseline.label2id.keys():
-            return [config.label2id[baseline.id2label[index]] for index in range(baseline.num_labels)]
-    elif config.num_labels == baseline.num_labels:
-        return list(range(baseline.num_labels))
-    raise ValueError(
-        f"`models` must all have the baseline's labels {list(baseline.label2id)}, {name!r} has "
-        f"{list(config.label2id)}. Compare models of one task."
-    )
-
-
-def _forward_passes(loaded: Mapping[str, _Loaded], latency: Latency, seed: int) -> dict[str, Callable[[], object]]:
+def _forward_passes(loaded: Mapping[str, LoadedModel], latency: Latency, seed: int) -> dict[str, Callable[[], object]]:
     vocabulary = min(entry.model.get_input_embeddings().num_embeddings for entry in loaded.values())
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(vocabulary, (latency.batch, latency.seq), generator=generator)  # (batch, seq)

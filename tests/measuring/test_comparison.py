@@ -1,27 +1,23 @@
 """Measuring a model against itself, against a copy with other label ids, and against a count by hand."""
 
 import json
-from functools import partial
+import math
 
 import pytest
 import torch
 from datasets import ClassLabel, Dataset
+from scipy.stats import spearmanr
 from tiny_classifiers import EXAMPLES, classifiers, save_classifier  # noqa: F401
 from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
 
-from hf_moebert.measuring import comparison
+from hf_moebert import EmbeddingForm, save_embedder
 from hf_moebert.measuring.comparison import Latency, TextColumns, measure
-from hf_moebert.measuring.scores import paired_bootstrap, score
 
 
 QUICK = {"latency": Latency(seq=4, rounds=2), "columns": TextColumns(max_length=8)}
 
 
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    """Bootstrap quickly: what an interval covers is tested with `score` itself."""
-    monkeypatch.setattr(comparison, "score", partial(score, rounds=10))
-    monkeypatch.setattr(comparison, "paired_bootstrap", partial(paired_bootstrap, rounds=10))
+pytestmark = pytest.mark.usefixtures("few_resamples")  # what an interval covers is tested with the scores
 
 
 @pytest.fixture
@@ -105,7 +101,9 @@ def test_refuses_models_that_cannot_be_compared(classifiers, examples, tmp_path)
     model = BertForSequenceClassification.from_pretrained(classifiers / "large")
     BertModel.from_pretrained(classifiers / "large").save_pretrained(tmp_path / "headless")
     assert model.config.num_labels == 2
-    with pytest.raises(ValueError, match="must be fine-tuned classifiers, .*headless' lacks .*classifier.weight"):
+    with pytest.raises(
+        ValueError, match="headless', which has no head and no modules.json.* has to be fine-tuned first"
+    ):
         measure({"large": str(tmp_path / "headless")}, examples, baseline="large", **QUICK)
 
 
@@ -170,3 +168,94 @@ def test_refuses_bad_options(classifiers, examples, options, message):  # noqa: 
 def test_latency_refuses_an_empty_batch():
     with pytest.raises(ValueError, match="`batch` must be at least 1, got 0"):
         Latency(batch=0)
+
+
+# Embedders and rerankers
+
+
+SHIFTED = [row["text"] for row in EXAMPLES[3:] + EXAMPLES[:3]]
+PAIRS = Dataset.from_dict(
+    {"text": [row["text"] for row in EXAMPLES], "text_pair": SHIFTED, "label": [row / 2 for row in range(8)]}
+)
+OF_PAIRS = QUICK | {"columns": TextColumns(text_pair_column="text_pair", max_length=8)}
+
+
+@pytest.fixture
+def embedders(classifiers, tmp_path):  # noqa: F811
+    """Two embedders, `large` with a prompt, and `small`."""
+    sources = {}
+    for name, form in (("large", {"prompts": {"query": "very "}, "default_prompt": "query"}), ("small", {})):
+        model = BertModel.from_pretrained(classifiers / name)
+        sources[name] = str(tmp_path / name)
+        save_embedder(model, AutoTokenizer.from_pretrained(classifiers / name), sources[name], EmbeddingForm(**form))
+    return sources
+
+
+def cosines_of(source, prefix):
+    """The embeddings of both sides of all pairs, text by text."""
+    model, tokenizer, sides = BertModel.from_pretrained(source), AutoTokenizer.from_pretrained(source), []
+    for column in ("text", "text_pair"):
+        with torch.no_grad():
+            states = [model(**tokenizer(prefix + text, return_tensors="pt"))[0][0].mean(0) for text in PAIRS[column]]
+        sides.append(torch.stack(states))
+    return torch.stack(sides)
+
+
+def test_embedders_are_measured_by_the_cosines_of_pairs(embedders):
+    models = measure(embedders, PAIRS, baseline="large", **OF_PAIRS)["models"]
+    ours, theirs = cosines_of(embedders["small"], ""), cosines_of(embedders["large"], "very ")
+    found = models["small"]["scores"]
+    expected = spearmanr(torch.cosine_similarity(*ours, dim=-1), PAIRS["label"]).statistic
+    assert found["spearman_cosine"]["value"] == pytest.approx(expected, abs=1e-6)
+    expected = torch.cosine_similarity(ours, theirs, dim=-1).mean().item()
+    assert found["cosine_to_baseline"]["value"] == pytest.approx(expected, abs=1e-5)
+    assert models["large"]["scores"]["cosine_to_baseline"]["value"] == pytest.approx(1)
+    assert models["small"]["differences"].keys() == found.keys()
+    assert models["small"]["speed_up"]["rounds"] == 2
+
+
+GROUPED = PAIRS.remove_columns("label").add_column("label", [0, 1, 0, 2, 0, 1, 0, 1])
+GROUPED = GROUPED.add_column("query", [0, 0, 0, 1, 1, 1, 2, 2])
+OF_GROUPS = QUICK | {"columns": TextColumns(text_pair_column="text_pair", max_length=12), "group_column": "query"}
+
+
+def test_rerankers_are_measured_by_the_order_of_documents(tmp_path):
+    model, tokenizer = save_classifier(tmp_path, labels=("score",), layers=2), AutoTokenizer.from_pretrained(tmp_path)
+    with torch.no_grad():
+        scores = [model(**tokenizer(r["text"], r["text_pair"], return_tensors="pt")).logits.item() for r in GROUPED]
+    gains, ranks = [], []
+    for rows in ([0, 1, 2], [3, 4, 5], [6, 7]):
+        order = sorted(rows, key=lambda row: -scores[row])
+        labels = [GROUPED["label"][row] for row in order]
+        dcg, best = (sum(v / math.log2(i + 2) for i, v in enumerate(x)) for x in (labels, sorted(labels)[::-1]))
+        gains.append(dcg / best)
+        ranks.append(1 / (1 + next(i for i, v in enumerate(labels) if v)))
+    result = measure({"a": str(tmp_path), "b": str(tmp_path)}, GROUPED, baseline="a", **OF_GROUPS)
+    found = result["models"]["b"]
+    assert found["scores"]["ndcg@10"]["value"] == pytest.approx(sum(gains) / 3)
+    assert found["scores"]["mrr@10"]["value"] == pytest.approx(sum(ranks) / 3)
+    assert found["differences"]["ndcg@10"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    sampled = measure({"a": str(tmp_path)}, GROUPED, baseline="a", max_examples=5, metrics=["mrr"], **OF_GROUPS)
+    assert sampled["settings"]["examples"] in (3, 5)  # whole groups
+    assert sampled["models"]["a"]["scores"].keys() == {"mrr@10"}
+
+
+def test_data_of_another_task_are_refused(embedders, classifiers, tmp_path):  # noqa: F811
+    large, classifier = {"large": embedders["large"]}, {"large": str(classifiers / "large")}
+    save_classifier(tmp_path / "score", labels=("score",))
+    score = {"large": str(tmp_path / "score")}
+    alone, unsure = GROUPED.select(range(7)), GROUPED.select(range(3)).map(lambda row: {"label": 0})
+    empty = PAIRS.map(lambda row: {"text": ""}, load_from_cache_file=False)
+    refusals = [
+        (large, PAIRS, QUICK, "without a head, as BertModel, must be measured on pairs .* Name `text_pair_column`"),
+        (classifier, GROUPED, OF_GROUPS, "`group_column` must be given for rerankers alone, .* got 2 labels"),
+        (score, alone, OF_GROUPS, "'query' must put at least two documents in every group, 2 has one"),
+        (score, unsure, OF_GROUPS, "above 0 for a relevant document"),
+        (large, PAIRS, OF_PAIRS | {"metrics": ["ndcg"]}, "`metrics` must be among spearman_cosine, cosine_to_base"),
+        (large, empty, OF_PAIRS, "'text' must hold texts that are not empty, row 0 is"),
+        (large, PAIRS, OF_PAIRS | {"pooling": "max"}, "`pooling` must be one of mean, cls, last for .*, got 'max'"),
+        (large | {"other": score["large"]}, PAIRS, OF_PAIRS, "must all have the task of 'large', embeddings, 'oth"),
+    ]
+    for models, data, options, message in refusals:
+        with pytest.raises(ValueError, match=message):
+            measure(models, data, baseline="large", **options)
