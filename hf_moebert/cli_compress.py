@@ -25,7 +25,7 @@ def add_commands(app: typer.Typer, *, read: Callable[..., Any], quiet: Callable[
 
     @app.command()
     def compress(
-        model: Annotated[str, typer.Argument(help="Folder or Hub id of a fine-tuned classifier or regression.")],
+        model: Annotated[str, typer.Argument(help="Folder or Hub id of a classifier, regression or embedder.")],
         output: Annotated[Path, typer.Option(file_okay=False, help="Folder of the run.")],
         data: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Texts to learn from, labelled or not.")],
         recipe: Annotated[str, typer.Option(help="A name (`hf-moebert recipes`), a .yaml file, or auto.")] = "auto",

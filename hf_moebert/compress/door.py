@@ -90,7 +90,8 @@ def compress(
     within a training run, and ends with the same bytes.
 
     Args:
-        model: Folder or Hub id of a sequence classifier or regression, of a family that the stages know.
+        model: Folder or Hub id of a sequence classifier, a regression, or an embedder in a folder of
+            sentence-transformers, of a family that the stages know.
         recipe: Name or file of a recipe, or what `read_recipe` returned; by default the best one is searched for.
         data: Texts to learn from, with labels or without.
         output_dir: Folder of the run, which gets `model`, `report.json` and `recipe.lock.yaml` once they are whole.

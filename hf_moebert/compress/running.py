@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_moebert.architectures.importance import measure_importance
+from hf_moebert.checkpoints.embedders import save_embedder
 from hf_moebert.checkpoints.json_files import read_json, save_json
 from hf_moebert.checkpoints.loading import load_model
 from hf_moebert.checkpoints.manifests import find_fault, write_manifest
@@ -121,11 +122,7 @@ class Workshop:
         training = folder.with_suffix(".training")
         model = apply(stage, model, self, pending=pending, training=training)
         model.eval()
-        if isinstance(stage, Pack):
-            save_packed(model, draft)
-        else:
-            model.save_pretrained(draft)
-        self.tokenizer.save_pretrained(draft)
+        self.save(model, draft, packed=isinstance(stage, Pack))
         took = {"seconds": round(time.monotonic() - start, 1), "parameters": model.num_parameters()}
         save_json(draft / STAGE_FILE, {"settings": settings, "took": took})
         write_manifest(draft)
@@ -133,6 +130,16 @@ class Workshop:
         os.replace(draft, folder)
         shutil.rmtree(training, ignore_errors=True)
         return took
+
+    def save(self, model: PreTrainedModel, folder: Path, *, packed: bool) -> None:
+        """Save a model as what was given: an embedder as a folder of sentence-transformers."""
+        if self.data.form is not None:
+            save_embedder(model, self.tokenizer, folder, self.data.form)
+        elif packed:
+            save_packed(model, folder)
+        else:
+            model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
 
 def is_pending(stage: Stage) -> TypeGuard[Prune]:
@@ -206,9 +213,8 @@ def _(stage: Prune, model: PreTrainedModel, workshop: Workshop, **_: Any) -> Pre
 @apply.register
 def _(stage: Experts, model: PreTrainedModel, workshop: Workshop, **_: Any) -> PreTrainedModel:
     data, seed = workshop.data, workshop.recipe.seed
-    importance = measure_importance(
-        model, data.train, data.collator, max_examples=stage.importance_examples, seed=seed
-    )
+    examples = {"max_examples": stage.importance_examples, "labels": "labels" in data.train.column_names}
+    importance = measure_importance(model, data.train, data.collator, seed=seed, **examples)
     options: dict[str, Any] = {"num_experts": stage.num_experts, "routing": stage.routing, "seed": seed}
     if stage.expert_size is not None:
         options["expert_size"] = stage.expert_size

@@ -1,22 +1,24 @@
 """The task of a model that is to be compressed: its data, encoded for training and labelled for the verdict."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_moebert.architectures.heads import has_head
+from hf_moebert.architectures.pooling import EmbeddingForm, read_embedding_form
 from hf_moebert.data import encode_text
 from hf_moebert.measuring.comparison import TextColumns
-from hf_moebert.measuring.scores import predict_logits
+from hf_moebert.measuring.scores import predict_embeddings, predict_logits
 
 
-SUPPORTED = "sequence classification and regression"
+SUPPORTED = "sequence classification or regression, or be an embedder"
 HELD_OUT = 0.2  # share of the given examples that no stage sees, where there are none for the verdict
 FEWEST = 20  # examples to train on or to judge by
-LARGEST_SELECTION = 2000  # examples that choose between recipes
+LARGEST_SELECTION = 1000  # examples that choose between recipes
 
 
 class UnsupportedModelError(ValueError):
@@ -34,6 +36,7 @@ class TextData:
         evaluation: Texts and labels of the verdict, which neither stages nor choices see.
         columns: Their columns.
         labelled: Whether labels were given for the verdict; otherwise they are what the given model predicts.
+        form: How a model without head makes embeddings; `None` with a head.
     """
 
     train: Dataset
@@ -42,6 +45,7 @@ class TextData:
     evaluation: Dataset
     columns: TextColumns
     labelled: bool
+    form: EmbeddingForm | None = None
 
     @property
     def texts(self) -> Dataset:
@@ -53,14 +57,21 @@ def check_task(model: PreTrainedModel) -> None:
     """Refuse a model whose task is not known here.
 
     Raises:
-        UnsupportedModelError: If it is not a sequence classifier or regression of one label per text.
+        UnsupportedModelError: If it is neither a sequence classifier or regression of one label per text, nor an
+            embedder from a folder of sentence-transformers.
     """
     name = type(model).__name__
-    if not name.endswith("ForSequenceClassification"):
+    if not has_head(model):
+        if not model.name_or_path or read_embedding_form(model.name_or_path) is None:
+            raise UnsupportedModelError(
+                f"`model` must say by modules.json how it makes embeddings, got a {name} without. Save it with "
+                "`save_embedder(model, tokenizer, folder, EmbeddingForm())`, or fine-tune a classifier."
+            )
+    elif not name.endswith("ForSequenceClassification"):
         raise UnsupportedModelError(
             f"`model` must be fine-tuned for {SUPPORTED}, got a {name}. Use the methods one by one for other tasks."
         )
-    if model.config.problem_type == "multi_label_classification":
+    elif model.config.problem_type == "multi_label_classification":
         raise UnsupportedModelError("`model` must give one label per text, got a multi-label model.")
 
 
@@ -82,7 +93,7 @@ def prepare(
         data: Texts, with labels or without.
         evaluation: Texts for the verdict; by default a fifth of the data is held out.
         columns: Names of the columns.
-        selects: Whether another fifth of the data is held out to choose between recipes, at most 2,000 texts.
+        selects: Whether another fifth of the data is held out to choose between recipes, at most 1,000 texts.
         seed: Of what is held out.
 
     Raises:
@@ -97,22 +108,98 @@ def prepare(
     for name, texts in (("data", data), ("eval_data", evaluation)):
         if len(texts) < FEWEST:
             raise ValueError(f"`{name}` must hold at least {FEWEST} texts, got {len(texts)}. Collect more.")
-    names = None if model.config.num_labels == 1 else [name for _, name in sorted(model.config.id2label.items())]
-    collator = DataCollatorWithPadding(tokenizer)
-
-    def labelled(texts: Dataset) -> Dataset:
-        if columns.label_column in texts.column_names:
-            return texts
-        return label_by(model, texts, _encode(texts, tokenizer, columns, names), collator, columns.label_column)
-
+    task = (Labelling if has_head(model) else Embedding)(model, tokenizer, columns)
     return TextData(
-        _encode(data, tokenizer, columns, names),
-        collator,
-        None if selection is None else labelled(selection),
-        labelled(evaluation),
-        columns,
-        columns.label_column in evaluation.column_names,
+        task.encode(data),
+        task.collator,
+        None if selection is None else task.label(selection),
+        task.label(evaluation),
+        task.scored,
+        task.is_labelled(evaluation),
+        task.form,
     )
+
+
+class Labelling:
+    """Texts, or pairs of them, with a class or a number each."""
+
+    form: EmbeddingForm | None = None
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, columns: TextColumns) -> None:
+        self.model, self.tokenizer, self.columns, self.scored = model, tokenizer, columns, columns
+        self.collator = DataCollatorWithPadding(tokenizer)
+        config = model.config
+        self.names = None if config.num_labels == 1 else [name for _, name in sorted(config.id2label.items())]
+
+    def is_labelled(self, texts: Dataset) -> bool:
+        """Return whether texts have labels."""
+        return self.columns.label_column in texts.column_names
+
+    def encode(self, texts: Dataset) -> Dataset:
+        """Encode texts, with their labels if they have any."""
+        if self.is_labelled(texts):
+            return encode_text(texts, self.tokenizer, label_names=self.names, **asdict(self.columns))
+        return encode_unlabelled(texts, self.tokenizer, self.columns)
+
+    def label(self, texts: Dataset) -> Dataset:
+        """Add what the given model predicts where there are no labels."""
+        if self.is_labelled(texts):
+            return texts
+        logits = predict_logits(self.model, self.encode(texts), data_collator=self.collator)  # (examples, labels)
+        if self.names is None:
+            labels: list[Any] = logits[:, 0].astype(np.float64).tolist()
+        else:
+            labels = [self.names[index] for index in logits.argmax(-1)]
+        return texts.add_column(self.columns.label_column, labels)
+
+
+class Embedding:
+    """Texts alone, or pairs of them with a number that says how alike they are."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, columns: TextColumns) -> None:
+        self.model, self.tokenizer, self.columns = model, tokenizer, columns
+        self.collator = DataCollatorWithPadding(tokenizer)
+        self.form = read_embedding_form(model.name_or_path)
+        self.pairs = columns.text_pair_column is not None
+        self.scored = columns if self.pairs else replace(columns, text_pair_column=f"{columns.text_column} behind")
+
+    def is_labelled(self, texts: Dataset) -> bool:
+        """Return whether texts are pairs with numbers."""
+        return self.pairs and self.columns.label_column in texts.column_names
+
+    def encode(self, texts: Dataset) -> Dataset:
+        """Encode each text of each column, as the model is asked about them."""
+        assert self.form is not None  # `check_task` saw to it
+        names = [self.columns.text_column, self.columns.text_pair_column]
+        rows = [self.form.prefix + text for name in names if name in texts.column_names for text in texts[name][:]]
+        alone = replace(self.columns, text_pair_column=None)
+        return encode_unlabelled(Dataset.from_dict({alone.text_column: rows}), self.tokenizer, alone)
+
+    def label(self, texts: Dataset) -> Dataset:
+        """Add how alike the given model finds the texts of a pair: by default each text and the next one."""
+        assert self.form is not None  # `check_task` saw to it
+        if self.is_labelled(texts):
+            return texts
+        first, second = self.scored.text_column, str(self.scored.text_pair_column)
+        texts = texts.select_columns([name for name in (first, second) if name in texts.column_names])
+        if not self.pairs:
+            texts = texts.add_column(second, [*texts[first][1:], texts[first][0]])
+        sides = [
+            predict_embeddings(
+                self.model,
+                self.encode(Dataset.from_dict({first: texts[name][:]})),
+                data_collator=self.collator,
+                pooling=self.form.pooling,
+            )
+            for name in (first, second)
+        ]  # (pairs, hidden) each
+        return texts.add_column(self.scored.label_column, (sides[0] * sides[1]).sum(-1).astype(np.float64).tolist())
+
+
+def encode_unlabelled(texts: Dataset, tokenizer: PreTrainedTokenizerBase, columns: TextColumns) -> Dataset:
+    """Encode texts without labels."""
+    texts = texts.add_column(columns.label_column, [0.0] * len(texts))
+    return encode_text(texts, tokenizer, **asdict(columns)).remove_columns("labels")
 
 
 def hold_out(data: Dataset, *, seed: int, most: int | None = None) -> tuple[Dataset, Dataset]:
@@ -124,14 +211,6 @@ def hold_out(data: Dataset, *, seed: int, most: int | None = None) -> tuple[Data
     count = round(HELD_OUT * len(data))
     parts = data.train_test_split(count if most is None else min(count, most), seed=seed)
     return parts["train"], parts["test"]
-
-
-def label_by(model: PreTrainedModel, texts: Dataset, encoded: Dataset, collator: Callable, column: str) -> Dataset:
-    """Add what a model predicts as the labels of texts."""
-    logits = predict_logits(model, encoded, data_collator=collator)  # (examples, labels)
-    if model.config.num_labels == 1:
-        return texts.add_column(column, logits[:, 0].astype(np.float64).tolist())
-    return texts.add_column(column, [model.config.id2label[int(label)] for label in logits.argmax(-1)])
 
 
 def refuse_overlap(data: Dataset, evaluation: Dataset, columns: TextColumns) -> None:
@@ -151,13 +230,3 @@ def refuse_overlap(data: Dataset, evaluation: Dataset, columns: TextColumns) -> 
             f"`eval_data` must hold texts that are not in `data`, but {shared:,} of {len(rows[1]):,} are. The verdict "
             "would praise what was learned by heart: hold texts out."
         )
-
-
-def _encode(
-    texts: Dataset, tokenizer: PreTrainedTokenizerBase, columns: TextColumns, names: list[str] | None
-) -> Dataset:
-    """Encode texts, with their labels if they have any."""
-    if columns.label_column in texts.column_names:
-        return encode_text(texts, tokenizer, label_names=names, **asdict(columns))
-    texts = texts.add_column(columns.label_column, [0.0] * len(texts))
-    return encode_text(texts, tokenizer, **asdict(columns)).remove_columns("labels")

@@ -30,9 +30,9 @@ def write_golden(folder: Path, model_folder: Path, batch: dict[str, Tensor], pre
         precision: `None` for as it is.
     """
     tensors = {f"input.{name}": tensor for name, tensor in batch.items()}
-    tensors["plain"] = compute(load_model(model_folder), batch)  # (batch, labels)
+    tensors["plain"] = compute(load_model(model_folder), batch)  # (batch, outputs)
     if precision is not None:
-        tensors["optimised"] = compute(optimised(model_folder, precision), batch)  # (batch, labels)
+        tensors["optimised"] = compute(optimised(model_folder, precision), batch)  # (batch, outputs)
     save_tensors(folder / VERIFY_FILE, tensors, {"precision": precision or ""})
 
 
@@ -79,5 +79,6 @@ def optimised(folder: Path, precision: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def compute(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
-    """Return the logits of a batch, in float32, `(batch, labels)`."""
-    return model.eval()(**batch).logits.float()
+    """Return the logits of a batch, or what the first token of each text became, in float32, `(batch, outputs)`."""
+    outputs = model.eval()(**batch)
+    return (outputs.logits if "logits" in outputs else outputs.last_hidden_state[:, 0]).float()

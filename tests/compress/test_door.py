@@ -3,14 +3,22 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 from datasets import Dataset
 from tiny_classifiers import WORDS, save_classifier
-from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForTokenClassification,
+    TrainerCallback,
+)
 
+from hf_moebert.architectures.pooling import EmbeddingForm, read_embedding_form
+from hf_moebert.checkpoints.embedders import save_embedder
 from hf_moebert.compress import searching
 from hf_moebert.compress.door import compress
 from hf_moebert.compress.recipe_file import parse_recipe
@@ -167,6 +175,37 @@ def test_a_regression_is_compressed(tmp_path):
     assert result.verdict.metric == "pearson"
 
 
+@pytest.fixture(scope="module")
+def embedder(given, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("embedder") / "model"
+    model = AutoModelForSequenceClassification.from_pretrained(given).bert
+    save_embedder(
+        model, AutoTokenizer.from_pretrained(given), folder, EmbeddingForm(prompts={"all": "a "}, default_prompt="all")
+    )
+    return folder
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_an_embedder_is_compressed_without_labels(embedder, tmp_path, pairs):
+    data, columns = texts(labelled=False), COLUMNS
+    if pairs:
+        data = data.add_column("other", SENTENCES[1:] + SENTENCES[:1])
+        columns = replace(COLUMNS, text_pair_column="other")
+    result = run(embedder, tmp_path / "run", STACK[:3], data, columns=columns)
+    assert result.verdict.metric == "spearman_cosine"
+    assert result.measurement["models"]["given"]["scores"]["spearman_cosine"]["value"] == pytest.approx(1, abs=1e-6)
+    assert 0 < result.measurement["models"]["compressed"]["scores"]["cosine_to_baseline"]["value"] < 1
+    assert read_embedding_form(result.model_folder) == read_embedding_form(embedder)
+    assert max(verify(tmp_path / "run").values()) < 1e-4
+
+
+def test_an_embedder_is_judged_by_numbers_where_there_are_some(embedder, tmp_path):
+    rows = [{"text": text, "other": SENTENCES[-row], "label": float(row % 5)} for row, text in enumerate(SENTENCES)]
+    columns = replace(COLUMNS, text_pair_column="other")
+    result = run(embedder, tmp_path / "run", STACK[:1], Dataset.from_list(rows), columns=columns)
+    assert result.measurement["models"]["given"]["scores"]["spearman_cosine"]["value"] < 0.9
+
+
 def test_a_folder_of_another_run_is_refused(finished, given):
     with pytest.raises(ValueError, match=r"`output_dir` must be an empty folder, .* Resume the run"):
         run(given, finished.folder, STACK)
@@ -191,13 +230,15 @@ def test_labels_of_another_task_are_refused(given, tmp_path):
 
 
 def test_other_tasks_are_refused_by_their_name(given, tmp_path):
-    model = AutoModelForSequenceClassification.from_pretrained(given)
-    shutil.copytree(given, tmp_path / "body")
-    model.bert.save_pretrained(tmp_path / "body")
-    with pytest.raises(
-        UnsupportedModelError, match="must be fine-tuned for sequence classification .* got a BertModel"
+    body = AutoModelForSequenceClassification.from_pretrained(given).bert
+    for name, model, message in (
+        ("body", body, "must say by modules.json how it makes embeddings, got a BertModel without"),
+        ("tagger", BertForTokenClassification(body.config), "must be fine-tuned for sequence .* got a BertForToken"),
     ):
-        run(tmp_path / "body", tmp_path / "run", STACK)
+        shutil.copytree(given, tmp_path / name)
+        model.save_pretrained(tmp_path / name)
+        with pytest.raises(UnsupportedModelError, match=message):
+            run(tmp_path / name, tmp_path / f"run-{name}", STACK)
 
 
 def test_the_same_seed_gives_the_same_bytes(finished, given, tmp_path):

@@ -28,7 +28,7 @@ def test_parts_add_up():
 @pytest.mark.parametrize(
     ("model", "stage", "reason"),
     [
-        (BertModel(BertConfig(**SIZES)), "compress", "must be fine-tuned for sequence classification"),
+        (BertModel(BertConfig(**SIZES)), "compress", "must say by modules.json"),
         (AlbertForSequenceClassification(AlbertConfig(**SIZES, embedding_size=4)), "prune", "can be removed"),
     ],
 )
