@@ -7,9 +7,8 @@ oneDNN's operators are not part of torch's public interface. So each is tried on
 (`unsupported_reason`), and never relied on.
 """
 
-import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -27,6 +26,10 @@ REQUIRED_CAPABILITIES = {
     "int8": {"avx512_vnni", "avx_vnni", "amx_int8"},
 }
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+STEPS = torch.tensor(127.0, device="cpu")  # of int8 activations on either side of zero
+ZERO_POINT = 128  # the value of uint8 that is zero
+SMALLEST_PEAK = SMALLEST_NORMAL * 256  # `STEPS` divided by it is finite
+ROWS_IN_CACHE = 64  # of some thousand values each
 # Activations that oneDNN fuses into the product: operation and algorithm, by the class that transformers has for them
 FUSIBLE = {
     "GELUActivation": ("gelu", "none"),
@@ -37,36 +40,41 @@ FUSIBLE = {
 
 
 class Quantized(NamedTuple):
-    """Activations in uint8 that stand for `scale * (values - zero_point)`.
+    """Activations in uint8, each row on a grid of its own: they stand for `largest / 127 * (values - 128)`.
 
     Attributes:
         values: Shape `(..., in)`.
-        scale: Step of the grid.
-        zero_point: Place of zero on the grid.
+        largest: Largest absolute value of each row. Shape `(..., 1)`.
     """
 
     values: Tensor
-    scale: float
-    zero_point: int
+    largest: Tensor
 
     def narrow(self, dim: int, start: int, length: int) -> "Quantized":
-        """Take consecutive rows as `Tensor.narrow` does; they stay on the grid of all rows."""
-        return self._replace(values=self.values.narrow(dim, start, length))
+        """Take consecutive rows as `Tensor.narrow` does."""
+        return Quantized(self.values.narrow(dim, start, length), self.largest.narrow(dim, start, length))
 
 
 def quantize(x: Tensor) -> Quantized:
-    """Quantise activations to a grid of 255 steps that spans all of them and contains zero."""
-    low, high = (float(bound) for bound in torch.aminmax(x))
-    low, high = min(low, 0.0), max(high, 0.0)
-    if not math.isfinite(high - low):  # the product is then NaN everywhere, as it would be without quantisation
-        return Quantized(torch.zeros_like(x, dtype=torch.uint8), math.nan, 0)
-    # 254 steps: zero is rounded to the grid, by which either end moves half a step
-    scale = max((high - low) / 254, SMALLEST_NORMAL)
-    zero_point = round(-low / scale)
-    steps = torch.add(torch.tensor(zero_point - 128.0), x, alpha=1 / scale).round_()
+    """Quantise each row to the whole steps from -127 to 127 of its largest absolute value.
+
+    A row's values do not depend on the other rows. A row that is not finite keeps that in `largest`.
+    """
+    x = x.contiguous()  # oneDNN ignores strides
+    rows = x.view(-1, x.shape[-1])
+    if len(rows) <= ROWS_IN_CACHE:
+        return Quantized(*quantize_block(x))
+    blocks = [quantize_block(block) for block in rows.split(ROWS_IN_CACHE)]
+    values, largest = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return Quantized(values.view(x.shape), largest.view(*x.shape[:-1], 1))
+
+
+def quantize_block(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise rows that stay in the cache; return values and the largest of each row."""
+    largest = x.abs().amax(dim=-1, keepdim=True).clamp_min_(SMALLEST_PEAK)
     # To int8, and a flip of the sign bit: several times faster than torch's way from floats to uint8
-    values = steps.to(torch.int8).view(torch.uint8).bitwise_xor_(128)
-    return Quantized(values, scale, zero_point)
+    values = torch.mul(x, torch.div(STEPS, largest)).round_().to(torch.int8).view(torch.uint8)
+    return values.bitwise_xor_(ZERO_POINT), largest
 
 
 class InferenceLinear(Protocol):
@@ -115,27 +123,56 @@ class PackedLinear:
 
 
 class Int8Linear:
-    """A linear layer in int8: weights with one scale per output, activations quantised dynamically."""
+    """A linear layer in int8: weights with one scale per output, activations quantised dynamically, one scale per row.
+
+    The scale of a row stands outside of the product, which is exact in integers: so a row's result is the same to the
+    last bit, whatever rows are multiplied with it. oneDNN knows no scale by row, and computes on one grid for all; row
+    scale, bias and activation follow, block by block of rows in the cache. That order is ours.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> None:
-        self.scale = (weight.abs().amax(dim=1) / 127).clamp(min=SMALLEST_NORMAL)  # (out,)
+        scale = (weight.abs().amax(dim=1) / 127).clamp(min=SMALLEST_NORMAL)  # (out,)
+        self.scale = scale / STEPS  # for activations that are divided by their row's largest
         self.zero_point = torch.zeros(len(weight), dtype=torch.long)  # (out,)
-        values = (weight / self.scale.unsqueeze(1)).round().to(torch.int8)  # (out, in)
+        values = (weight / scale.unsqueeze(1)).round().to(torch.int8)  # (out, in)
         self.weight = torch.ops.onednn.qlinear_prepack(values, [32, weight.shape[1]])  # tokens of a short text
-        self.bias = bias
-        self.fused, self.algorithm, self.activation = fuse_activation(activation)
+        self.bias = weight.new_zeros(len(weight)) if bias is None else bias
+        self.multiply = torch.ops.onednn.qlinear_pointwise.default
+        self.activate_ = in_place(activation)
 
     def prepare(self, x: Tensor) -> Quantized:
-        """Quantise all rows to one grid."""
+        """Quantise each row to its own grid."""
         return quantize(x)
 
     def __call__(self, prepared: Quantized) -> Tensor:
         """Map, to float32."""
-        y = torch.ops.onednn.qlinear_pointwise(
-            *prepared, self.weight, self.scale, self.zero_point, self.bias, 1.0, 0, torch.float32, self.fused, [],
-            self.algorithm,
+        y = self.multiply(
+            prepared.values, 1.0, ZERO_POINT, self.weight, self.scale, self.zero_point, None, 1.0, 0, torch.float32,
+            "none", [], "none",
         )  # fmt: skip
-        return y if self.activation is None else self.activation(y)
+        rows, largest = y.view(-1, y.shape[-1]), prepared.largest.view(-1, 1)
+        if len(rows) <= ROWS_IN_CACHE:
+            self.finish_(rows, largest)
+        else:
+            for block in zip(rows.split(ROWS_IN_CACHE), largest.split(ROWS_IN_CACHE), strict=True):
+                self.finish_(*block)
+        return y
+
+    def finish_(self, y: Tensor, largest: Tensor) -> None:
+        """Scale the rows of a product, and apply bias and activation, in place."""
+        torch.addcmul(self.bias, y, largest, out=y)
+        if self.activate_ is not None:
+            self.activate_(y)
+
+
+def in_place(activation: Activation | None) -> Callable[[Tensor], object] | None:
+    """Return what applies an activation to a tensor in place."""
+    operation, algorithm, _ = fuse_activation(activation)
+    if operation == "gelu":
+        return partial(torch.ops.aten.gelu_.default, approximate=algorithm)
+    if operation == "relu":
+        return torch.relu_
+    return None if activation is None else (lambda x: x.copy_(activation(x)))
 
 
 def fuse_activation(activation: Activation | None) -> tuple[str, str, Activation | None]:

@@ -57,7 +57,8 @@ def optimize_for_inference(
             RoBERTa, XLM-RoBERTa, CamemBERT and Electra; others get packed linear layers.
         precision: Precision of linear layers and experts. `float32` changes outputs by rounding alone, by which a
             gate may decide a tie differently; `bfloat16` and `int8` (weights quantised per output, activations
-            dynamically per tensor) cost accuracy: measure it.
+            dynamically per row) cost accuracy: measure it. In int8, too, a text's answer does not depend on the
+            others in its batch.
         prepack: Whether oneDNN multiplies packed weights; in `int8` it always does.
         skip_padding: Whether only real tokens run through the encoder, whose outputs are then zero at padding. A batch
             in which a sentence begins with padding keeps it, because heads read the first place of each row.

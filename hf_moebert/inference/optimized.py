@@ -4,6 +4,7 @@ Each tries a faster computation first. Where there is none, in training, under a
 somebody changed, it does what its original class does.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -40,9 +41,9 @@ class OptimizedModule:
         """Return the other modules that are not called while linear layers are replaced."""
         return []
 
-    def source_tensors(self) -> list[Tensor | None]:
-        """Return the tensors that the replacements are built from."""
-        return [tensor for linear in self.replaced_linears() for tensor in (linear.weight, linear.bias)]
+    def source_tensors(self, linears: list[nn.Linear]) -> list[Tensor | None]:
+        """Return the tensors that the replacements of these layers are built from."""
+        return [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
 
     def build_linears(self) -> InferenceLinears:
         """Build the replacements from the weights as they are now."""
@@ -58,17 +59,15 @@ class OptimizedModule:
             return None
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled(x.device.type):
             return None
-        if not all(map(is_plain_linear, self.replaced_linears())) or not all(
-            map(is_untouched, self.bypassed_modules())
-        ):
+        linears = self.replaced_linears()
+        if not all(map(is_plain_linear, linears)) or not all(map(is_untouched, self.bypassed_modules())):
             self.built.clear()
             return None
-        sources = [source for source in self.source_tensors() if source is not None]
-        return self.built.get(sources, lambda: self.build_linears() if self.supports(x) else ()) or None
+        sources = [source for source in self.source_tensors(linears) if source is not None]
+        return self.built.get(sources, lambda: self.build_linears() if self.supports([x, *sources]) else ()) or None
 
-    def supports(self, x: Tensor) -> bool:
+    def supports(self, tensors: list[Tensor]) -> bool:
         """Check whether weights and input are in float32, on the device the model was optimised for."""
-        tensors = [x, *(source for source in self.source_tensors() if source is not None)]
         return all(tensor.dtype == torch.float32 and tensor.device == self.optimized_device for tensor in tensors)
 
 
@@ -177,6 +176,9 @@ class OptimizedFeedForward(OptimizedModule):
         output = down(down.prepare(up(up.prepare(attention_output))))
         return self.output.LayerNorm(output + attention_output)
 
+    # transformers counts the arguments in every call, which takes as long as a small product
+    feed_forward_chunk.__signature__ = inspect.signature(feed_forward_chunk)  # type: ignore[attr-defined]
+
 
 class OptimizedExperts(OptimizedModule):
     """Stacked experts that multiply slices of tokens sorted by expert."""
@@ -187,7 +189,7 @@ class OptimizedExperts(OptimizedModule):
     activate: Callable[[Tensor], Tensor]
     act_fn: Callable[[Tensor], Tensor]
 
-    def source_tensors(self) -> list[Tensor | None]:
+    def source_tensors(self, linears: list[nn.Linear]) -> list[Tensor | None]:
         """Return the stacked weights and biases."""
         return [tensor for stack in self.stacks for tensor in stack]
 
@@ -215,7 +217,7 @@ class OptimizedLinear(OptimizedModule):
     weight: Tensor
     bias: Tensor | None
 
-    def source_tensors(self) -> list[Tensor | None]:
+    def source_tensors(self, linears: list[nn.Linear]) -> list[Tensor | None]:
         """Return weight and bias."""
         return [self.weight, self.bias]
 
