@@ -8,10 +8,14 @@ import runpy
 import signal
 import socket
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import new_process
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 
 
@@ -38,6 +42,20 @@ def leave(tensors, folder):
     assert state.num_processes == 2
     save_file(tensors, folder / f"{state.process_index}.safetensors")
     state.destroy_process_group()
+
+
+@contextmanager
+def sharding_on_a_cpu():
+    """Let accelerate shard by FSDP2 here, too: on a CPU it leaves `fsdp` out without a word."""
+    initialise = AcceleratorState.__init__
+
+    def take_for_accelerators(self, *args, **kwargs):
+        if PartialState().distributed_type is DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        initialise(self, *args, **kwargs)
+
+    with patch.object(AcceleratorState, "__init__", take_for_accelerators), patch.dict(os.environ):
+        yield
 
 
 def read_both(folder):

@@ -17,12 +17,41 @@ ScoreOf = Callable[[int, slice], Tensor]
 SAMPLE_SIZE = 1 << 17  # scores from which the threshold is estimated
 
 
+def _as_they_are(values: Tensor) -> Tensor:
+    return values
+
+
+class Processes(NamedTuple):
+    """The processes that hold the scores together, each those of some part of every tensor.
+
+    Attributes:
+        rank: Number of this one.
+        join: Joins the values that each process has, in the order of ranks. Shapes `(n,)` to `(total,)`.
+    """
+
+    rank: int = 0
+    join: Callable[[Tensor], Tensor] = _as_they_are
+
+    def add(self, values: Tensor) -> Tensor:
+        """Add the values of all processes: in one order, so that each has the same sums. Shapes `(n,)`."""
+        return self.join(values).view(-1, len(values)).sum(0)
+
+    def count(self, number: int, device: torch.device) -> int:
+        """Add a number of each process."""
+        return int(self.add(torch.tensor([number], device=device)))
+
+
+ALONE = Processes()
+
+
 def count_zeros(numel: int, ratio: float) -> int:
     """Return how many of `numel` weights are zero when the share `ratio` is kept, rounded to the nearest."""
     return round((1 - ratio) * numel)
 
 
-def kth_smallest(score_of: ScoreOf, sizes: Sequence[int], k: int, device: torch.device) -> tuple[float, int]:
+def kth_smallest(
+    score_of: ScoreOf, sizes: Sequence[int], k: int, device: torch.device, processes: Processes = ALONE
+) -> tuple[float, int]:
     """Find the k-th smallest of all scores without holding them in memory at once.
 
     A sample gives two scores between which the result very likely lies. One pass counts the scores up to the lower
@@ -31,9 +60,11 @@ def kth_smallest(score_of: ScoreOf, sizes: Sequence[int], k: int, device: torch.
 
     Args:
         score_of: Scores of a slice of a tensor; none is NaN.
-        sizes: Number of scores of each tensor.
+        sizes: Number of scores of each tensor, in this process.
         k: Rank, from 1 to the number of scores.
         device: Device of the scores.
+        processes: Which hold the scores; each calls this at once and gets the same. They exchange counts, the sample
+            and the scores between the two.
 
     Returns:
         The score, and the number of smaller ones.
@@ -42,25 +73,30 @@ def kth_smallest(score_of: ScoreOf, sizes: Sequence[int], k: int, device: torch.
         ValueError: If there is no such rank.
         FloatingPointError: If a score is NaN.
     """
-    total = sum(sizes)
+    total = processes.count(sum(sizes), device)
     if not 1 <= k <= total:
         raise ValueError(f"`k` must be from 1 to the number of scores, {total}, got {k}.")
-    sample = _draw_sample(score_of, sizes).sort().values  # (about SAMPLE_SIZE,)
+
+    def count_and_collect(low: float, high: float) -> tuple[int, Tensor]:
+        up_to_low, inside = _count_and_collect(score_of, sizes, device, low, high)
+        return processes.count(up_to_low, device), processes.join(inside)
+
+    sample = processes.join(_draw_sample(score_of, sizes, total)).sort().values  # (about SAMPLE_SIZE,)
     share = k / total
     middle, margin = share * len(sample), 4 * math.sqrt(len(sample) * share * (1 - share)) + 2
     while True:
         low, high = _value_at(sample, middle - margin), _value_at(sample, middle + margin)
-        up_to_low, inside = _count_and_collect(score_of, sizes, device, low, high)
+        up_to_low, inside = count_and_collect(low, high)
         if k <= up_to_low:  # many scores equal `low`, or the sample was misleading
             just_below = float(np.nextafter(np.float32(low), np.float32(-math.inf)))
-            below, _ = _count_and_collect(score_of, sizes, device, just_below, low)
+            below, _ = count_and_collect(just_below, low)
             if below < k:
                 return low, below
         elif k <= up_to_low + len(inside):
             score = float(inside.kthvalue(k - up_to_low).values)
             return score, up_to_low + int((inside < score).sum())
         elif low < high:  # many scores may equal `high`
-            up_to_high, _ = _count_and_collect(score_of, sizes, device, high, high)
+            up_to_high, _ = count_and_collect(high, high)
             if k <= up_to_high:
                 return high, up_to_low + len(inside)
         if low == -math.inf and high == math.inf:
@@ -68,9 +104,9 @@ def kth_smallest(score_of: ScoreOf, sizes: Sequence[int], k: int, device: torch.
         margin *= 8
 
 
-def _draw_sample(score_of: ScoreOf, sizes: Sequence[int]) -> Tensor:
+def _draw_sample(score_of: ScoreOf, sizes: Sequence[int], total: int) -> Tensor:
     # A stride that is neither even nor a multiple of three meets all columns of matrices whose width is 3 * 2^n.
-    stride = max(1, sum(sizes) // SAMPLE_SIZE) // 6 * 6 + 1
+    stride = max(1, total // SAMPLE_SIZE) // 6 * 6 + 1
     scores, offset = [], 0
     for index, size in enumerate(sizes):
         scores.append(score_of(index, slice(offset, size, stride)).clone())
@@ -90,7 +126,7 @@ def _count_and_collect(
 ) -> tuple[int, Tensor]:
     """Count the scores up to `low`, and collect those above it and below `high`."""
     count: Tensor | int = 0
-    inside = []
+    inside = [torch.empty(0, device=device)]  # there may be no score in this process
     for index, size in enumerate(sizes):
         for part in chunks(size, device):
             scores = score_of(index, part)
@@ -120,7 +156,12 @@ class Selection(NamedTuple):
 
 
 def keep_largest_(
-    keep: Sequence[Tensor], score_of: ScoreOf, zeros: int, *, reference_parity: bool = False
+    keep: Sequence[Tensor],
+    score_of: ScoreOf,
+    zeros: int,
+    *,
+    reference_parity: bool = False,
+    processes: Processes = ALONE,
 ) -> Selection:
     """Mark all but the `zeros` smallest scores of all tensors together as kept.
 
@@ -131,31 +172,47 @@ def keep_largest_(
         score_of: Scores of a slice of a tensor.
         zeros: How many are not kept, from 0 to the number of scores.
         reference_parity: Drop only the scores strictly below the `zeros`-th smallest, as the paper's code does.
+        processes: Which hold masks and scores, as in `kth_smallest`; the selection is that of all of them.
     """
     sizes, device = [mask.numel() for mask in keep], keep[0].device
     ties = 0  # scores that equal the threshold and are dropped all the same
-    if zeros in (0, sum(sizes)):
+    if zeros in (0, processes.count(sum(sizes), device)):
         threshold = -math.inf if zeros == 0 else math.inf
         ties = zeros  # infinite scores are dropped, too, if nothing is kept
     else:
-        threshold, below = kth_smallest(score_of, sizes, zeros if reference_parity else zeros + 1, device)
+        k = zeros if reference_parity else zeros + 1
+        threshold, below = kth_smallest(score_of, sizes, k, device, processes)
         ties = 0 if reference_parity else zeros - below
+    shares = _share_ties(score_of, sizes, threshold, ties, device, processes) if ties else [0] * len(sizes)
     revived: Tensor | int = 0
-    emptied: Tensor | int = 0
-    for index, mask in enumerate(keep):
+    counts: list[Tensor | int] = []
+    for index, (mask, left) in enumerate(zip(keep, shares, strict=True)):
         kept_of_tensor: Tensor | int = 0
         for part in chunks(sizes[index], device):
             scores = score_of(index, part)
             kept = _at_least(scores, threshold)
-            if ties:
-                tied = (scores == threshold).nonzero().squeeze(1)[:ties]
+            if left:
+                tied = (scores == threshold).nonzero().squeeze(1)[:left]
                 kept[tied] = False
-                ties -= len(tied)
+                left -= len(tied)
             revived = revived + _count(_and_not(kept, mask[part]))
             kept_of_tensor = kept_of_tensor + _count(kept)
             mask[part] = kept
-        emptied = emptied + (kept_of_tensor == 0)
-    return Selection(threshold, int(revived), int(emptied))
+        counts.append(kept_of_tensor)
+    totals = processes.add(torch.stack([torch.as_tensor(number, device=device) for number in (revived, *counts)]))
+    return Selection(threshold, int(totals[0]), int((totals[1:] == 0).sum()))
+
+
+def _share_ties(
+    score_of: ScoreOf, sizes: Sequence[int], threshold: float, ties: int, device: torch.device, processes: Processes
+) -> list[int]:
+    """Return how many ties of each tensor are dropped in this process: the first ones, by tensor and then by rank."""
+    here = [
+        sum(int((score_of(i, part) == threshold).sum()) for part in chunks(n, device)) for i, n in enumerate(sizes)
+    ]
+    counts = processes.join(torch.tensor(here, device=device)).view(-1, len(sizes)).T  # (tensors, processes)
+    before = counts.flatten().cumsum(0).view(counts.shape) - counts
+    return (ties - before).clamp(min=0).minimum(counts)[:, processes.rank].tolist()
 
 
 # On a CPU, numpy compares, counts and selects several times faster than torch; on a GPU, counts must not synchronise.

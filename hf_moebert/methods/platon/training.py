@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from hf_moebert.architectures.protocols import UnitCosts
 from hf_moebert.checkpoints.callbacks import CheckpointManifestCallback
 from hf_moebert.training.optimizers import refuse_averaging
-from hf_moebert.training.sharding import refuse_sharded
+from hf_moebert.training.sharding import local_values, refuse_sharded_but_fsdp2
 
+from .functional_selection import Processes
 from .recipe import PlatonConfig
 from .training_pruner import Pruner
+from .training_state import write_state
 
 
 logger = logging.get_logger(__name__)
@@ -42,8 +44,8 @@ class PlatonPruningCallback(CheckpointManifestCallback):
 
     Raises:
         ValueError: If `speed_up` and `latency` do not go together; when training begins, if nothing can be pruned or
-            not so much, the run is too short for the schedule, the model is sharded (FSDP, DeepSpeed), the optimizer
-            evaluates other weights than it trains, or the checkpoint has no matching state; and as
+            not so much, the run is too short for the schedule, the model is sharded by other means than FSDP2, the
+            optimizer evaluates other weights than it trains, or the checkpoint has no matching state; and as
             `CheckpointManifestCallback`.
         FloatingPointError: While training, if gradients stay NaN or infinite.
 
@@ -68,6 +70,7 @@ class PlatonPruningCallback(CheckpointManifestCallback):
             )
         self.pruner: Pruner | None = None
         self._overflow = False
+        self._collected: tuple[dict[str, Any], dict[str, Tensor]] | None = None  # while a checkpoint is written
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -75,7 +78,7 @@ class PlatonPruningCallback(CheckpointManifestCallback):
         """Choose the parameters to prune, and load the state of a checkpoint."""
         super().on_train_begin(args, state, control, **kwargs)
         model: nn.Module = kwargs["model"]
-        refuse_sharded(model, "Pruning must see whole parameters and their gradients")
+        refuse_sharded_but_fsdp2(model, "Pruning must see parameters and their gradients, whole or by rows")
         refuse_averaging(kwargs["optimizer"], "Pruning must see the weights that are evaluated and saved")
         self.pruner = None  # frees its memory before the next one allocates as much
         self.pruner = Pruner(
@@ -98,7 +101,7 @@ class PlatonPruningCallback(CheckpointManifestCallback):
     ) -> None:
         """Take in the gradients with the weights at which they were computed: the paper's order."""
         # Not by `step_was_skipped` later: accelerate does not know when a fused optimizer skips a step.
-        self._overflow = _has_overflow(kwargs["optimizer"])
+        self._overflow = _has_overflow(kwargs["optimizer"], self._running.statistics.processes)
         if self.config.sensitivity_at == "pre_step" and not self._overflow:
             self._running.observe()
 
@@ -123,9 +126,11 @@ class PlatonPruningCallback(CheckpointManifestCallback):
     ) -> None:
         """Add the figures of the pruning to the logs of training."""
         # Not to those of an evaluation: these are the metrics that searches optimise and model cards print.
-        if self.pruner is None or not state.is_world_process_zero or logs.keys().isdisjoint({"loss", "train_loss"}):
+        if self.pruner is None or logs.keys().isdisjoint({"loss", "train_loss"}):
             return
-        sparsity = self.pruner.measure_sparsity()
+        sparsity = self.pruner.measure_sparsity()  # in all processes, among which weights may be spread
+        if not state.is_world_process_zero:
+            return
         logs |= {
             "platon_ratio": self.pruner.ratio,
             "platon_sparsity": self.pruner.average_sparsity(sparsity),
@@ -136,9 +141,17 @@ class PlatonPruningCallback(CheckpointManifestCallback):
         # The Trainer has copied the logs into its history before it calls callbacks.
         state.log_history[-1] |= logs | {f"platon_sparsity/{name}": share for name, share in sparsity.items()}
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the statistics into the checkpoint: in all processes, among which they may be spread."""
+        if not args.save_only_model:
+            self._collected = self._running.collect(state.global_step)
+        super().on_save(args, state, control, **kwargs)
+        self._collected = None
+
     def save_state(self, folder: Path, state: TrainerState) -> None:
-        """Put the statistics into the checkpoint."""
-        self._running.save(folder, state.global_step)
+        """Write the collected statistics."""
+        assert self._collected is not None
+        write_state(folder, *self._collected)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -159,7 +172,7 @@ class PlatonPruningCallback(CheckpointManifestCallback):
         return self.pruner
 
 
-def _has_overflow(optimizer: Any) -> bool:
+def _has_overflow(optimizer: Any, processes: Processes) -> bool:
     """Check whether the loss scaler will skip this step for an overflow; unscale the gradients if still scaled."""
     scaler = getattr(optimizer, "scaler", None)
     if scaler is None or not scaler.is_enabled():
@@ -167,4 +180,5 @@ def _has_overflow(optimizer: Any) -> bool:
     with suppress(RuntimeError):  # it refuses a second time: clipping unscales, and so does a norm that is only logged
         scaler.unscale_(optimizer.optimizer)
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return not torch.stack([gradient.float().sum() for gradient in gradients]).isfinite().all()
+    sums = torch.stack([local_values(gradient).float().sum() for gradient in gradients])
+    return not processes.join(sums).isfinite().all()

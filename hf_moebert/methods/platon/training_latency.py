@@ -47,10 +47,9 @@ class TimedUnitSelector(UnitSelector):
         ]
         budget = Budget(self.costs, ratio - self.latency.smallest)
         widths = plan_widths(self.groups, values, budget, multiple_of=MULTIPLE_OF)
-        revived, threshold = 0, torch.inf
-        for index, ((score, order), width) in enumerate(zip(ranked, widths, strict=True)):
-            kept = torch.zeros_like(order, dtype=torch.bool)
-            kept[order[:width]] = True
-            revived += self._write_masks_(masks, index, kept)
+        kept, threshold = [], torch.inf
+        for (score, order), width in zip(ranked, widths, strict=True):
+            kept.append(torch.zeros_like(order, dtype=torch.bool))
+            kept[-1][order[:width]] = True
             threshold = min(threshold, float(score[width - 1]))
-        return Selection(threshold, revived, emptied=0)
+        return Selection(threshold, self._write_masks_(masks, kept), emptied=0)

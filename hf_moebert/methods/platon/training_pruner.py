@@ -8,19 +8,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from hf_moebert.architectures.protocols import UnitCosts
 from hf_moebert.training.schedules import cubic_decay
+from hf_moebert.training.sharding import plain_classes
 
 from .functional import apply_mask_, checksum, fingerprint
+from .functional_selection import ALONE
 from .modeling_shrunk import refuse_unshrinkable
 from .modeling_units import find_unit_groups
 from .recipe import PlatonConfig
 from .training_latency import TimedUnitSelector
 from .training_parameters import find_grouped, find_prunable
 from .training_selection import UnitSelector, WeightSelector
-from .training_state import NUMBERS, STATE_FILE, read_state, write_state
+from .training_state import NUMBERS, STATE_FILE, read_state
 from .training_statistics import Statistics
 
 
@@ -42,7 +45,8 @@ class Pruner:
 
     Attributes:
         parameters: The parameters whose scores count, by name.
-        keep: Masks, by name: of all parameters, or of the writers of whole units. Shapes `(numel,)`.
+        keep: Masks, by name: of all parameters, or of the writers of whole units. Shapes `(numel,)`, of the elements
+            that are in this process.
         clock: Number of counted steps; a step skipped for an overflow does not count.
         ratio: Share of the weights that the last mask was to keep.
         threshold: Smallest score that the last mask kept.
@@ -60,18 +64,20 @@ class Pruner:
         self.config, self.total_steps = config, total_steps
         self.begin, self.end = config.resolve_steps(total_steps)
         groups = []
-        if config.granularity == "structured":
-            groups = find_unit_groups(model)
-            refuse_unshrinkable(getattr(model, "_orig_mod", model))  # before training, not after
-        self.parameters = find_grouped(model, groups) if groups else find_prunable(model, config)
+        with plain_classes(model):
+            if config.granularity == "structured":
+                groups = find_unit_groups(model)
+                refuse_unshrinkable(getattr(model, "_orig_mod", model))  # before training, not after
+            self.parameters = find_grouped(model, groups) if groups else find_prunable(model, config)
         _check_placement(self.parameters)
         self.statistics = Statistics(self.parameters, config)
         if latency is not None:
             self.selector: Any = TimedUnitSelector(self.statistics, groups, latency)
         else:
             self.selector = UnitSelector(self.statistics, groups) if groups else WeightSelector(self.statistics)
-        masked = {name: self.parameters[name] for name in self.selector.sizes}
-        self.keep = {n: torch.ones(p.numel(), dtype=torch.bool, device=p.device) for n, p in masked.items()}
+        self.keep = {
+            name: torch.ones_like(self.statistics.weight(name), dtype=torch.bool) for name in self.selector.sizes
+        }
         self.clock, self.dropped = 0, 0
         self.ratio, self.threshold, self.revived = 1.0, -math.inf, 0.0
         self._observed = False
@@ -136,7 +142,7 @@ class Pruner:
     def apply_masks(self) -> None:
         """Set the weights to zero that the last masks do not keep."""
         for name, keep in self.keep.items():
-            apply_mask_(self.parameters[name].detach().view(-1), keep)
+            apply_mask_(self.statistics.weight(name), keep)
 
     def _renew_masks(self) -> None:
         if self.config.criterion != "platon" and not self.statistics.is_finite():  # NaN cannot be ranked
@@ -159,10 +165,12 @@ class Pruner:
             )
 
     def _compare_processes(self) -> None:
-        """Check that all processes prune the same weights, as they see the same gradients."""
+        """Check that all processes prune the same weights, as they see the same gradients or the same threshold."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return
-        checksum_here = checksum(list(self.keep.values()))
+        masks = list(self.keep.values())
+        whole = self.statistics.processes is ALONE
+        checksum_here = checksum(masks) if whole else torch.tensor([self.threshold], device=masks[0].device)
         everyone = [torch.zeros_like(checksum_here) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, checksum_here)
         if any(not torch.equal(checksum_here, other) for other in everyone):
@@ -178,8 +186,9 @@ class Pruner:
 
     def measure_sparsity(self) -> dict[str, float]:
         """Return the share of zeros of each parameter that has a mask, by name."""
-        masked = {name: self.parameters[name] for name in self.keep}
-        return {name: 1 - int(torch.count_nonzero(p)) / p.numel() for name, p in masked.items()}
+        counts = torch.stack([torch.count_nonzero(self.statistics.weight(name)) for name in self.keep])
+        left = zip(self.keep, self.statistics.processes.add(counts).tolist(), strict=True)
+        return {name: 1 - count / self.parameters[name].numel() for name, count in left}
 
     def average_sparsity(self, sparsity: dict[str, float]) -> float:
         """Average the shares of `measure_sparsity`: of single weights, or of weights of units without a writer."""
@@ -187,23 +196,23 @@ class Pruner:
 
     def _fingerprint(self) -> int:
         """Hash the weights to a number that shows whether a state belongs to them."""
-        total = sum(fingerprint(parameter.detach().view(-1)) for parameter in self.parameters.values())
-        return total % (1 << 62)
+        here = sum(fingerprint(self.statistics.weight(name)) for name in self.parameters) % (1 << 62)
+        device = next(iter(self.keep.values())).device
+        return self.statistics.processes.count(here, device) % (1 << 62)  # a sum that wraps around at 2^64 may do so
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return the statistics and masks by the names that they have in a checkpoint."""
+        """Return the statistics and masks of this process by the names that they have in a checkpoint."""
         tensors = {f"{kind}.{n}": t for kind, named in self.statistics.tensors.items() for n, t in named.items()}
         return tensors | {f"keep.{name}": keep for name, keep in self.keep.items()}
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write everything that a resumed run needs into a checkpoint.
+    def collect(self, step: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return everything that a resumed run needs; where parameters are sharded, all processes call this at once.
 
         Args:
-            folder: The checkpoint.
             step: The Trainer's step, which also counts skipped steps.
 
-        Raises:
-            OSError: If the file cannot be written; an earlier file stays unchanged.
+        Returns:
+            Fields and tensors for `write_state`: whole ones in the first process, whatever the number of processes.
         """
         state = {
             "config": asdict(self.config),
@@ -212,10 +221,14 @@ class Pruner:
             "weights": self._fingerprint(),
             "numbers": {key: getattr(self, key) for key in NUMBERS},
         }
-        write_state(folder, state, self._tensors())
+        tensors, processes = self._tensors(), self.statistics.processes
+        for name, tensor in tensors.items() if processes is not ALONE else ():
+            whole = processes.join(tensor)  # one at a time, and not to stay on the accelerator
+            tensors[name] = whole.cpu() if processes.rank == 0 else tensor
+        return state, tensors
 
     def load(self, folder: Path, step: int, *, allow_changes: bool = False) -> None:
-        """Read what `save` wrote.
+        """Read what `collect` returned, and `write_state` wrote.
 
         Args:
             folder: The checkpoint.
@@ -241,7 +254,9 @@ class Pruner:
                 " allow_changes=True to the callback."
             )
         own = self._tensors()
-        reshaped = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+        names = {key: key.partition(".")[2] for key in own}  # of the parameters
+        shapes = {key: (self.parameters[name].numel(),) for key, name in names.items()}
+        reshaped = [key for key in own.keys() & tensors.keys() if tensors[key].shape != shapes[key]]
         if mismatched := sorted(own.keys() ^ tensors.keys()) + reshaped:
             raise ValueError(
                 f"{file} must hold the statistics of this model and criterion, but these are missing, extra or of"
@@ -252,8 +267,8 @@ class Pruner:
                 f"{file} must be of the checkpoint the Trainer resumes from, but it was saved beside other weights."
                 " Pass the folder of that checkpoint as `resume_from`."
             )
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+        for key, tensor in own.items():
+            tensor.copy_(tensors[key][self.statistics.parts[names[key]]])
         for key, value in state["numbers"].items():
             setattr(self, key, value)
 
@@ -264,6 +279,11 @@ def _check_placement(parameters: dict[str, nn.Parameter]) -> None:
         raise ValueError(
             f"The pruned parameters must be on one device to be ranked together, got {sorted(devices)}. Load the model"
             " without `device_map`."
+        )
+    if len({isinstance(parameter, DTensor) for parameter in parameters.values()}) > 1:
+        raise ValueError(
+            "The pruned parameters must all be sharded or none, got some of both. Leave FSDP2's `ignored_modules` out"
+            " with `modules`, and add adapters before the model is sharded."
         )
     for name, parameter in parameters.items():
         if not parameter.is_contiguous():

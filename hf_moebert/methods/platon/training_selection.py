@@ -1,7 +1,7 @@
 """Selectors that turn scores into masks of weights or whole units."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +20,9 @@ class Piece:
 
     Attributes:
         name: Name of the parameter.
-        start: First element of the piece.
+        start: First element of the piece, of those that are in this process.
         stop: The element after its last.
+        total: Elements of the piece in all processes.
         factor: Multiplier of its scores, which makes experts count alike.
         protected: True where a weight is kept whatever its score. Shape `(stop - start,)`.
     """
@@ -29,6 +30,7 @@ class Piece:
     name: str
     start: int
     stop: int
+    total: int
     factor: float = 1.0
     protected: Tensor | None = None
 
@@ -40,7 +42,7 @@ class WeightSelector:
     """A selector of single weights over all parameters together, or of two of every four.
 
     Attributes:
-        sizes: Of each parameter that gets a mask, the number of weights that the mask stands for.
+        sizes: Of each parameter that gets a mask, the number of weights that the mask stands for, in all processes.
     """
 
     def __init__(self, statistics: Statistics) -> None:
@@ -49,13 +51,15 @@ class WeightSelector:
         self.pieces: list[Piece] = []
         for name, parameter in statistics.parameters.items():
             experts = len(parameter) if parameter.dim() == 3 else 1
-            size = parameter.numel() // experts
-            self.pieces += [Piece(name, expert * size, (expert + 1) * size) for expert in range(experts)]
+            size, here = parameter.numel() // experts, statistics.parts[name]
+            for first in range(0, parameter.numel(), size):
+                start, stop = (min(max(at, here.start), here.stop) - here.start for at in (first, first + size))
+                self.pieces.append(Piece(name, start, stop, size))
 
     def update_masks_(self, masks: Mapping[str, Tensor], ratio: float) -> Selection:
         """Mark the weights that are kept at this ratio."""
         keep = [masks[piece.name][piece.start : piece.stop] for piece in self.pieces]
-        numel = sum(map(len, keep))
+        numel = sum(self.sizes.values())
         parity = self.config.reference_parity
         zeros = int((1 - ratio) * numel) if parity else count_zeros(numel, ratio)
         for piece in self.pieces:
@@ -67,7 +71,8 @@ class WeightSelector:
                 piece.protected = best_two_of_four(self._score(piece, slice(0, len(piece))))
         elif self.config.min_keep:
             self._protect_best()
-        return keep_largest_(keep, self._score_by_index, zeros, reference_parity=parity)
+        processes = self.statistics.processes
+        return keep_largest_(keep, self._score_by_index, zeros, reference_parity=parity, processes=processes)
 
     def _score_by_index(self, index: int, part: slice) -> Tensor:
         return self._score(self.pieces[index], part)
@@ -85,7 +90,9 @@ class WeightSelector:
             stacks.setdefault(piece.name, []).append(piece)
         for stack in stacks.values():
             if len(stack) > 1:
-                totals = torch.tensor([self._sum_scores(piece) for piece in stack], dtype=torch.float64)  # (experts,)
+                device = self.statistics.parameters[stack[0].name].device
+                sums = torch.tensor([self._sum_scores(piece) for piece in stack], dtype=torch.float64, device=device)
+                totals = self.statistics.processes.add(sums)  # (experts,)
                 for piece, factor in zip(stack, balance_factors(totals).tolist(), strict=True):
                     piece.factor = factor
 
@@ -101,7 +108,8 @@ class WeightSelector:
             def score_of_piece(_: int, part: slice, piece: Piece = piece) -> Tensor:
                 return self._score(piece, part)
 
-            keep_largest_([best], score_of_piece, len(piece) - math.ceil(self.config.min_keep * len(piece)))
+            zeros = piece.total - math.ceil(self.config.min_keep * piece.total)
+            keep_largest_([best], score_of_piece, zeros, processes=self.statistics.processes)
             piece.protected = best
 
 
@@ -149,8 +157,7 @@ class UnitSelector:
         count = int((removed - (1 - ratio) * float(numel.sum())).abs().argmin())
         keep = torch.ones_like(order, dtype=torch.bool)
         keep[order[:count]] = False
-        parts = keep.split([len(score) for score in scores])
-        revived = sum(self._write_masks_(masks, index, kept) for index, kept in enumerate(parts))
+        revived = self._write_masks_(masks, keep.split([len(score) for score in scores]))
         return Selection(float(ordered[count]), revived, emptied=0)
 
     def _score_units(self, index: int) -> tuple[Tensor, Tensor]:
@@ -167,21 +174,34 @@ class UnitSelector:
         scores = self._columns_by_unit(group, self._score_parameter(self.columns[index]))  # (out, units, unit_size)
         total += scores.sum((0, 2))
         numel += scores.shape[0] * scores.shape[2]
+        total = self.statistics.processes.add(total)
         return total / numel, torch.full_like(total, numel, dtype=torch.float64)
 
     def _score_parameter(self, name: str) -> Tensor:
-        parameter = self.statistics.parameters[name]
-        return self.statistics.score(name, slice(0, parameter.numel())).view(parameter.shape)
+        """Return the scores of a parameter in its shape: zero where it lies in another process."""
+        parameter, here = self.statistics.parameters[name], self.statistics.parts[name]
+        scores = self.statistics.score(name, slice(0, self.statistics.numel(name)))
+        if len(scores) < parameter.numel():
+            whole = torch.zeros(parameter.numel(), device=scores.device)
+            whole[here] = scores
+            scores = whole
+        return scores.view(parameter.shape)
 
     def _columns_by_unit(self, group: UnitGroup, values: Tensor) -> Tensor:
         """View one value for each weight of a writer as `(out, units, unit_size)`."""
         rows = values.movedim(output_dim(group.writer, values), 0)  # (out, in)
         return rows.unflatten(1, (group.num_units, group.unit_size))
 
-    def _write_masks_(self, masks: Mapping[str, Tensor], index: int, kept: Tensor) -> int:
-        """Write the kept units of a group to the mask of its writer; return the number of revived weights."""
-        group, name = self.groups[index], self.columns[index]
-        mask = self._columns_by_unit(group, masks[name].view(self.statistics.parameters[name].shape))
-        revived = int(torch.count_nonzero(kept > mask[0, :, 0]))
-        mask.copy_(kept[None, :, None].expand_as(mask))
-        return revived * self.sizes[name] // group.num_units
+    def _write_masks_(self, masks: Mapping[str, Tensor], kept: Sequence[Tensor]) -> int:
+        """Write the kept units of each group to the mask of its writer; return the number of revived weights."""
+        revived = []
+        for group, name, units in zip(self.groups, self.columns, kept, strict=True):
+            whole = torch.empty(self.statistics.parameters[name].shape, dtype=torch.bool, device=units.device)
+            columns = self._columns_by_unit(group, whole)  # (out, units, unit_size)
+            columns.copy_(units[None, :, None].expand_as(columns))
+            mask = whole.view(-1)[self.statistics.parts[name]]
+            revived.append(torch.count_nonzero(mask & ~masks[name]) * group.num_units / whole.numel())
+            masks[name].copy_(mask)
+        units_by_group = self.statistics.processes.add(torch.stack(revived)).tolist()
+        sizes = [size // group.num_units for group, size in zip(self.groups, self.sizes.values(), strict=True)]
+        return sum(round(units) * size for units, size in zip(units_by_group, sizes, strict=True))

@@ -1,11 +1,16 @@
 """The running statistics of the pruned parameters, and the scores computed from them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hf_moebert.training.sharding import join_processes, local_part, local_values
 
 from .functional import chunks, close_window_, update_movement_, update_window_
+from .functional_selection import ALONE, Processes
 from .recipe import PlatonConfig
 
 
@@ -13,32 +18,50 @@ from .recipe import PlatonConfig
 STATISTICS = {"platon": ("window", "importance", "uncertainty"), "movement": ("movement", "value"), "magnitude": ()}
 
 
+def find_processes(parameters: Iterable[nn.Parameter]) -> Processes:
+    """Return the processes that hold parameters together: by rows where they are sharded, or this one alone."""
+    sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
+    return Processes(dist.get_rank(), join_processes) if sharded else ALONE
+
+
 class Statistics:
-    """The running statistics of the pruned parameters.
+    """The running statistics of the pruned parameters, or of the rows of them that FSDP2 leaves to this process.
 
     Attributes:
+        parts: Which elements of each parameter are here, by its name. Below, `numel` is their number.
+        processes: The processes that hold the parameters together.
         tensors: By kind and name of the parameter. Shapes `(numel,)`.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: PlatonConfig) -> None:
         self.parameters, self.config = parameters, config
+        self.parts = {name: local_part(parameter) for name, parameter in parameters.items()}
+        self.processes = find_processes(parameters.values())
         self.tensors = {
-            kind: {name: torch.zeros(p.numel(), device=p.device) for name, p in parameters.items()}
+            kind: {name: torch.zeros(self.numel(name), device=p.device) for name, p in parameters.items()}
             for kind in STATISTICS[config.criterion]
         }
         for name, value in self.tensors.get("value", {}).items():
-            value.copy_(parameters[name].detach().view(-1))
+            value.copy_(self.weight(name))
         device = next(iter(parameters.values())).device
         self._scratch = torch.empty(next(chunks(1 << 30, device)).stop, device=device)
+
+    def numel(self, name: str) -> int:
+        """Return how many elements of a parameter are here."""
+        return self.parts[name].stop - self.parts[name].start
+
+    def weight(self, name: str) -> Tensor:
+        """View the elements of a parameter that are here. Shape `(numel,)`."""
+        return local_values(self.parameters[name]).view(-1)
 
     def observe(self, position: int) -> bool:
         """Take in the gradients of a step at this position of its window; return whether there was any gradient."""
         seen = False
         for name, parameter in self.parameters.items():
-            weight = parameter.detach().reshape(-1)
+            weight = self.weight(name)
             seen |= parameter.grad is not None
             # A parameter that was not used, such as an expert without tokens, did not change the loss.
-            gradient = torch.zeros_like(weight) if parameter.grad is None else parameter.grad.reshape(-1)
+            gradient = torch.zeros_like(weight) if parameter.grad is None else local_values(parameter.grad).reshape(-1)
             of_parameter = [tensors[name] for tensors in self.tensors.values()]
             if self.config.criterion == "movement":
                 movement, value = of_parameter  # the value behind the mask, through which the gradient passes
@@ -53,14 +76,18 @@ class Statistics:
 
     def is_finite(self) -> bool:
         """Check whether all gradients of the window were finite; without windows, those of the run, or the weights."""
-        tensors = next(iter(self.tensors.values()), self.parameters).values()
-        return bool(torch.stack([tensor.detach().sum(dtype=torch.float32) for tensor in tensors]).isfinite().all())
+        tensors = next(iter(self.tensors.values()), None) or {name: self.weight(name) for name in self.parameters}
+        sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in tensors.values()])
+        return bool(self.processes.join(sums).isfinite().all())
 
     def is_zero(self) -> bool:
         """Check whether no gradient of the run so far told weights apart; magnitudes need none."""
         kinds = {"platon": "importance", "movement": "movement"}
         kind = kinds.get(self.config.criterion)
-        return kind is not None and not any(bool(tensor.any()) for tensor in self.tensors[kind].values())
+        if kind is None:
+            return False
+        found = torch.stack([tensor.any() for tensor in self.tensors[kind].values()])
+        return not self.processes.add(found).any()
 
     def reset_window(self) -> None:
         """Set the window to the average importance, so that the next update leaves the average unchanged."""
@@ -73,7 +100,7 @@ class Statistics:
         Only movement pruning stores values, so that a weight can return with its old value.
         """
         for name, value in self.tensors.get("value", {}).items():
-            weight = self.parameters[name].detach().view(-1).float()
+            weight = self.weight(name).float()
             if name in keep:
                 torch.where(keep[name], weight, value, out=value)
             else:
@@ -83,13 +110,13 @@ class Statistics:
         """Give the weights their stored values back; return whether any were stored."""
         values = self.tensors.get("value", {})
         for name, value in values.items():
-            self.parameters[name].detach().view(-1).copy_(value)
+            self.weight(name).copy_(value)
         return bool(values)
 
     def score(self, name: str, part: slice) -> Tensor:
-        """Score a flat slice of a parameter, `(n,)`; the next call may overwrite the result."""
+        """Score a flat slice of what is here of a parameter, `(n,)`; the next call may overwrite the result."""
         if self.config.criterion == "magnitude":
-            return self.parameters[name].detach().reshape(-1)[part].float().abs()
+            return self.weight(name)[part].float().abs()
         if self.config.criterion == "movement":
             return self.tensors["movement"][name][part].clone()
         factors = [self.tensors[kind][name][part] for kind in ("importance", "uncertainty")]

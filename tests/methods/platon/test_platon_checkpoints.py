@@ -21,7 +21,7 @@ from hf_moebert.checkpoints import tensor_files
 from hf_moebert.checkpoints.locks import LOCK_FILE
 from hf_moebert.checkpoints.manifests import MANIFEST_FILE
 from hf_moebert.methods.platon.training_pruner import Pruner
-from hf_moebert.methods.platon.training_state import STATE_FILE
+from hf_moebert.methods.platon.training_state import STATE_FILE, write_state
 
 
 NUMBERS = ("clock", "ratio", "threshold", "revived", "dropped")
@@ -345,14 +345,14 @@ def test_a_full_disk_leaves_the_old_file(tiny_bert, make_trainer, interrupted, m
 def test_a_real_limit_of_the_file_system(whole, tmp_path):
     """In a process of its own, since the limit holds for all files from then on."""
     pruner = pruner_of(whole)
-    pruner.save(tmp_path, 5)
+    write_state(tmp_path, *pruner.collect(5))
     before = (tmp_path / STATE_FILE).read_bytes()
     process = os.fork()
     if not process:
         code = 1
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
-            pruner.save(tmp_path, 5)
+            write_state(tmp_path, *pruner.collect(5))
         except OSError as error:
             code = 0 if "cannot be written" in str(error) else 2
         finally:

@@ -237,7 +237,7 @@ def test_sharded_training_is_refused(tiny_bert, make_trainer, monkeypatch, kind)
     trainer = make_trainer(tiny_bert())
     for shared in (AcceleratorState._shared_state, PartialState._shared_state):
         monkeypatch.setitem(shared, "distributed_type", kind)
-    with pytest.raises(ValueError, match=rf"which {kind.value} keeps in shards. Use plain data parallelism"):
+    with pytest.raises(ValueError, match=rf"which {kind.value}1? keeps in other shards. Use FSDP2 over all processes"):
         callback_of(trainer).on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
@@ -247,7 +247,7 @@ def test_tensor_parallelism_is_refused(tiny_bert, make_trainer, tmp_path):
     try:
         linear = trainer.model.bert.encoder.layer[0].output.dense
         linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), init_device_mesh("cpu", (1,))))
-        with pytest.raises(ValueError, match="which tensor parallelism keeps in shards"):
+        with pytest.raises(ValueError, match="which tensor parallelism keeps in other shards"):
             callback_of(trainer).on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
     finally:
         dist.destroy_process_group()

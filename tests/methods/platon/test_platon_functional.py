@@ -1,6 +1,8 @@
 """The equations: golden traces, an exact threshold whatever the scores, and masks of the exact size."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from hf_moebert.methods.platon.functional import (
     update_window_,
 )
 from hf_moebert.methods.platon.functional_selection import (
+    Processes,
     balance_factors,
     best_two_of_four,
     count_zeros,
@@ -194,6 +197,47 @@ def test_exactly_so_many_zeros_and_they_are_the_smallest(scores, data):
     assert emptied == sum(not mask.any() for mask in keep)
     assert keep_largest_(keep, score_of(pieces), zeros).revived == 0
     assert kept.all() or not kept.any() or threshold == float(flat[kept].min())
+
+
+def together(ranks, act):
+    """Run an act in as many threads, each as one of the processes that hold the scores, and return their results."""
+    barrier, shared = Barrier(ranks, timeout=20), [torch.empty(0)] * ranks
+
+    def act_as(rank):
+        def join(values):
+            shared[rank] = values
+            barrier.wait()
+            joined = torch.cat(shared)
+            barrier.wait()
+            return joined
+
+        try:
+            return act(rank, Processes(rank, join))
+        except BaseException:
+            barrier.abort()  # the others would wait
+            raise
+
+    with ThreadPoolExecutor(ranks) as threads:
+        return list(threads.map(act_as, range(ranks)))
+
+
+@settings(deadline=None, max_examples=30)
+@given(SCORES, st.data(), st.sampled_from([2, 3]), st.booleans())
+def test_processes_keep_together_what_one_would(scores, data, ranks, parity):
+    zeros = data.draw(st.integers(0, len(scores)))
+    pieces = cut(scores)
+    keep = [torch.arange(len(piece)) % 2 == 0 for piece in pieces]
+    parts = [list(zip(*(tensor.tensor_split(ranks) for tensor in tensors), strict=True)) for tensors in (pieces, keep)]
+    parts = [[[tensor.clone() for tensor in tensors] for tensors in ranked] for ranked in parts]
+    alone = keep_largest_(keep, score_of(pieces), zeros, reference_parity=parity)
+
+    def select(rank, processes):
+        here, masks = parts[0][rank], parts[1][rank]
+        return keep_largest_(masks, score_of(here), zeros, reference_parity=parity, processes=processes)
+
+    assert together(ranks, select) == [alone] * ranks
+    for index, mask in enumerate(keep):
+        assert torch.equal(torch.cat([masks[index] for masks in parts[1]]), mask)
 
 
 def test_the_papers_code_keeps_one_more_and_all_of_a_tie():

@@ -19,6 +19,7 @@ from hf_moebert import (
 from hf_moebert.methods.platon.modeling_units import find_unit_groups
 from hf_moebert.methods.platon.training_parameters import find_prunable
 from hf_moebert.methods.platon.training_pruner import Pruner
+from hf_moebert.methods.platon.training_state import write_state
 
 
 STRUCTURED = ["bert", "roberta", "distilbert", "vit"]
@@ -117,7 +118,7 @@ def test_every_layer_keeps_a_neuron_and_a_head(prune, family):
 def test_states_with_masks_of_the_rows_are_refused(tiny_bert, prune, tmp_path):
     pruner = pruner_of(prune(tiny_bert(), UNITS))
     pruner.keep["bert.encoder.layer.0.intermediate.dense.bias"] = torch.ones(32, dtype=torch.bool)  # as 0.1.0 did
-    pruner.save(tmp_path, 20)
+    write_state(tmp_path, *pruner.collect(20))
     fresh = Pruner(tiny_bert(), pruner.config, 20)
     with pytest.raises(
         ValueError, match=r"extra .* keep.bert.encoder.layer.0.intermediate.dense.bias. Resume the run"
