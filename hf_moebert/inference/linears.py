@@ -26,9 +26,6 @@ REQUIRED_CAPABILITIES = {
     "int8": {"avx512_vnni", "avx_vnni", "amx_int8"},
 }
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
-STEPS = torch.tensor(127.0, device="cpu")  # of int8 activations on either side of zero
-ZERO_POINT = 128  # the value of uint8 that is zero
-SMALLEST_PEAK = SMALLEST_NORMAL * 256  # `STEPS` divided by it is finite
 ROWS_IN_CACHE = 64  # of some thousand values each
 # Activations that oneDNN fuses into the product: operation and algorithm, by the class that transformers has for them
 FUSIBLE = {
@@ -39,12 +36,31 @@ FUSIBLE = {
 }
 
 
+class Grid(NamedTuple):
+    """A grid of uint8 for the values of a row.
+
+    Attributes:
+        steps: Steps above zero, of which the row's largest value is the last.
+        zero_point: Steps below zero.
+        smallest: What stands for the largest value of a row if that is less.
+    """
+
+    steps: Tensor
+    zero_point: int
+    smallest: float
+
+
+SYMMETRIC = Grid(torch.tensor(127.0, device="cpu"), 128, SMALLEST_NORMAL * 256)
+# Behind an activation that is never less than -0.171, as GELU and ReLU are, 32 steps below zero are enough: ours
+ONE_SIDED = Grid(torch.tensor(223.0, device="cpu"), 32, 0.171 * 223 / 32)
+
+
 class Quantized(NamedTuple):
-    """Activations in uint8, each row on a grid of its own: they stand for `largest / 127 * (values - 128)`.
+    """Activations in uint8, each row on a scale of its own: `largest / steps * (values - zero_point)`, by its grid.
 
     Attributes:
         values: Shape `(..., in)`.
-        largest: Largest absolute value of each row. Shape `(..., 1)`.
+        largest: Value of the last step of each row. Shape `(..., 1)`.
     """
 
     values: Tensor
@@ -55,26 +71,29 @@ class Quantized(NamedTuple):
         return Quantized(self.values.narrow(dim, start, length), self.largest.narrow(dim, start, length))
 
 
-def quantize(x: Tensor) -> Quantized:
-    """Quantise each row to the whole steps from -127 to 127 of its largest absolute value.
+def quantize(x: Tensor, grid: Grid = SYMMETRIC) -> Quantized:
+    """Round each row to the grid that its own largest value spans.
 
     A row's values do not depend on the other rows. A row that is not finite keeps that in `largest`.
     """
     x = x.contiguous()  # oneDNN ignores strides
     rows = x.view(-1, x.shape[-1])
     if len(rows) <= ROWS_IN_CACHE:
-        return Quantized(*quantize_block(x))
-    blocks = [quantize_block(block) for block in rows.split(ROWS_IN_CACHE)]
+        return Quantized(*quantize_block(x, grid))
+    blocks = [quantize_block(block, grid) for block in rows.split(ROWS_IN_CACHE)]
     values, largest = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     return Quantized(values.view(x.shape), largest.view(*x.shape[:-1], 1))
 
 
-def quantize_block(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_block(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Quantise rows that stay in the cache; return values and the largest of each row."""
-    largest = x.abs().amax(dim=-1, keepdim=True).clamp_min_(SMALLEST_PEAK)
+    sized = x.abs() if grid is SYMMETRIC else x
+    largest = sized.amax(dim=-1, keepdim=True).clamp_min_(grid.smallest)
+    steps = torch.mul(x, torch.div(grid.steps, largest)).round_()
+    if grid.zero_point != 128:
+        steps.add_(grid.zero_point - 128)
     # To int8, and a flip of the sign bit: several times faster than torch's way from floats to uint8
-    values = torch.mul(x, torch.div(STEPS, largest)).round_().to(torch.int8).view(torch.uint8)
-    return values.bitwise_xor_(ZERO_POINT), largest
+    return steps.to(torch.int8).view(torch.uint8).bitwise_xor_(128), largest
 
 
 class InferenceLinear(Protocol):
@@ -130,9 +149,10 @@ class Int8Linear:
     scale, bias and activation follow, block by block of rows in the cache. That order is ours.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: Activation | None, grid: Grid) -> None:
+        self.grid = grid
         scale = (weight.abs().amax(dim=1) / 127).clamp(min=SMALLEST_NORMAL)  # (out,)
-        self.scale = scale / STEPS  # for activations that are divided by their row's largest
+        self.scale = scale / grid.steps  # for activations that are divided by their row's largest
         self.zero_point = torch.zeros(len(weight), dtype=torch.long)  # (out,)
         values = (weight / scale.unsqueeze(1)).round().to(torch.int8)  # (out, in)
         self.weight = torch.ops.onednn.qlinear_prepack(values, [32, weight.shape[1]])  # tokens of a short text
@@ -141,14 +161,14 @@ class Int8Linear:
         self.activate_ = in_place(activation)
 
     def prepare(self, x: Tensor) -> Quantized:
-        """Quantise each row to its own grid."""
-        return quantize(x)
+        """Quantise each row on its own scale; layers behind the same activation share this."""
+        return quantize(x, self.grid)
 
     def __call__(self, prepared: Quantized) -> Tensor:
         """Map, to float32."""
         y = self.multiply(
-            prepared.values, 1.0, ZERO_POINT, self.weight, self.scale, self.zero_point, None, 1.0, 0, torch.float32,
-            "none", [], "none",
+            prepared.values, 1.0, self.grid.zero_point, self.weight, self.scale, self.zero_point, None, 1.0, 0,
+            torch.float32, "none", [], "none",
         )  # fmt: skip
         rows, largest = y.view(-1, y.shape[-1]), prepared.largest.view(-1, 1)
         if len(rows) <= ROWS_IN_CACHE:
@@ -183,7 +203,13 @@ def fuse_activation(activation: Activation | None) -> tuple[str, str, Activation
 
 
 def make_linear(
-    weight: Tensor, bias: Tensor | None, activation: Activation | None = None, *, precision: Precision, packed: bool
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Activation | None = None,
+    *,
+    follows: Activation | None = None,
+    precision: Precision,
+    packed: bool,
 ) -> InferenceLinear:
     """Build a linear layer for inference.
 
@@ -191,13 +217,14 @@ def make_linear(
         weight: Shape `(out, in)`.
         bias: Shape `(out,)`.
         activation: Applied to the product, fused where oneDNN can.
+        follows: The activation whose outputs the layer reads, if it is known, for a finer grid in int8.
         precision: Precision of the product.
         packed: Whether oneDNN computes it.
     """
     weight = weight.detach().contiguous()  # oneDNN ignores strides
     bias = None if bias is None else bias.detach().contiguous()
     if precision == "int8":
-        return Int8Linear(weight, bias, activation)
+        return Int8Linear(weight, bias, activation, ONE_SIDED if type(follows).__name__ in FUSIBLE else SYMMETRIC)
     linear = PackedLinear if packed else PlainLinear
     return linear(weight, bias, activation, getattr(torch, precision))
 

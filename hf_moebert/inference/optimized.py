@@ -165,7 +165,10 @@ class OptimizedFeedForward(OptimizedModule):
         """Build the up-projection with its activation, and the down-projection."""
         up, down = self.replaced_linears()
         activation = self.intermediate.intermediate_act_fn
-        return self.make_linear(up.weight, up.bias, activation), self.make_linear(down.weight, down.bias)
+        return (
+            self.make_linear(up.weight, up.bias, activation),
+            self.make_linear(down.weight, down.bias, follows=activation),
+        )
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         """Apply the network, add the residual and normalise."""
@@ -197,7 +200,10 @@ class OptimizedExperts(OptimizedModule):
         """Build what comes before the activation in all experts, followed by all down-projections."""
         before, behind = (zip(w, [None] * len(w) if b is None else b, strict=True) for w, b in self.stacks)
         fused = None if self.has_gate else self.act_fn
-        return *(self.make_linear(w, b, fused) for w, b in before), *(self.make_linear(w, b) for w, b in behind)
+        return (
+            *(self.make_linear(w, b, fused) for w, b in before),
+            *(self.make_linear(w, b, follows=fused) for w, b in behind),
+        )
 
     def run_sorted(self, slots: Tensor, counts: list[int]) -> Tensor:
         """Apply each expert to its slice, `(slots, hidden)`."""

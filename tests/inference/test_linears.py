@@ -8,7 +8,14 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from hf_moebert.inference import linears
-from hf_moebert.inference.linears import check_precision, make_linear, quantize, unsupported_reason
+from hf_moebert.inference.linears import (
+    ONE_SIDED,
+    SYMMETRIC,
+    check_precision,
+    make_linear,
+    quantize,
+    unsupported_reason,
+)
 
 
 needs_int8 = pytest.mark.skipif(
@@ -63,8 +70,8 @@ def test_bfloat16_is_torchs_bfloat16(layer, packed):
     torch.testing.assert_close(apply(linear, x), expected, atol=0.02, rtol=0.02)
 
 
-def dequantize(q):
-    return (q.values.double() - 128) * q.largest.double() / 127
+def dequantize(q, grid=SYMMETRIC):
+    return (q.values.double() - grid.zero_point) * q.largest.double() / grid.steps.double()
 
 
 @settings(deadline=None, max_examples=200)
@@ -92,6 +99,18 @@ def test_a_precision_that_must_work_is_refused_where_it_does_not(monkeypatch):
     monkeypatch.setattr(linears, "unsupported_reason", lambda precision, packed: "no VNNI")
     with pytest.raises(ValueError, match="`precision` must work on this machine, 'int8' does not: no VNNI"):
         check_precision("int8")
+
+
+@needs_int8
+@pytest.mark.parametrize("name", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"])
+def test_a_layer_behind_an_activation_has_a_finer_grid(layer, name):
+    x = ACT2FN[name](torch.linspace(-8, 8, 48 * 9).view(9, 48)[:, torch.randperm(48)])  # from all negative on
+    linear = make_linear(layer.weight, layer.bias, follows=ACT2FN[name], precision="int8", packed=True)
+    q = linear.prepare(x)
+    assert linear.grid is ONE_SIDED
+    assert ((dequantize(q, ONE_SIDED) - x).abs() <= q.largest / 223 * 0.501).all()
+    torch.testing.assert_close(linear(q), layer(x), atol=0.05, rtol=0.05)
+    assert make_linear(layer.weight, None, follows=ACT2FN["silu"], precision="int8", packed=True).grid is SYMMETRIC
 
 
 @pytest.mark.parametrize("x", [torch.zeros(2, 3), torch.full((2, 3), 5.0), torch.full((2, 3), -5.0)])
