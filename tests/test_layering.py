@@ -50,6 +50,7 @@ WITHOUT_PUBLIC_WAY = {
     "_keys_to_ignore_on_load_missing",
     "_keys_to_ignore_on_load_unexpected",
     "_keys_to_ignore_on_save",
+    "_no_split_modules",
     "_tied_weights_keys",
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput, unwrap_peft_model
 from transformers.utils import logging
@@ -17,6 +18,7 @@ from hf_moebert.architectures.functional_pooling import pool
 from hf_moebert.architectures.heads import has_head, warn_of_untrained_head
 from hf_moebert.architectures.pooling import find_pooling
 from hf_moebert.checkpoints.resuming import last_complete_checkpoint
+from hf_moebert.training.sharding import refuse_sharded_but_fsdp2, shard_frozen
 
 from .functional import classification_loss, hidden_state_loss, multi_label_loss, regression_loss, span_loss
 from .functional_embeddings import embedding_loss, margin_loss, similarity_loss
@@ -27,6 +29,7 @@ from .training_checks import (
     refuse_batches_of_one,
     refuse_empty_texts,
     refuse_foreign_checkpoint,
+    refuse_hidden_states_of_shards,
     refuse_no_pairs,
     refuse_noise,
     refuse_non_finite_outputs,
@@ -57,8 +60,8 @@ class DistillationTrainer(Trainer):
     similarities inside the batch, logged as `loss_embedding` and `loss_similarity`. With a `group_column`, models of
     one score also follow the margins inside each group, logged as `loss_margin`.
 
-    The teacher becomes frozen and moves to the device of `args`. It is no part of the student: no checkpoint and no
-    optimizer holds it.
+    The teacher becomes frozen and moves to the device of `args`; where FSDP2 spreads the student over processes, it is
+    spread, too. It is no part of the student: no checkpoint and no optimizer holds it.
 
     Args:
         *args: As for `Trainer`.
@@ -68,7 +71,8 @@ class DistillationTrainer(Trainer):
         **kwargs: As for `Trainer`; `model` is the student.
 
     Raises:
-        ValueError: If student, teacher and recipe do not fit each other; the message names what differs.
+        ValueError: If student, teacher and recipe do not fit each other, and the message names what differs; or if
+            the run shards its model by other means than FSDP2.
 
     Source: Zuo et al. 2022, https://arxiv.org/abs/2204.07675, layer-wise distillation.
     """
@@ -87,6 +91,7 @@ class DistillationTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.distillation = DistillationConfig() if distillation is None else distillation
+        refuse_sharded_but_fsdp2(self.model, "The student must be whole beside its teacher, or in rows as it is")
         refuse_noise(self.args.neftune_noise_alpha)
         refuse_shared_parameters(self.model, teacher)
         names = ("vocab_size", "hidden_size") if self.distillation.hidden_states else ("vocab_size",)
@@ -96,6 +101,8 @@ class DistillationTrainer(Trainer):
         self._pooling = None if has_head(unwrap_peft_model(teacher)) else self._prepare_embeddings(teacher)
         if self._pooling is None:
             refuse_other_labels(self.model.config, teacher.config)
+        elif self.accelerator.is_fsdp2:
+            refuse_hidden_states_of_shards(self.distillation.hidden_states)
         if self.distillation.group_column is not None:
             refuse_bad_groups(self.distillation.group_column, self.train_dataset, self.model)
         self._teacher_layers = self.distillation.teacher_layers(
@@ -103,11 +110,16 @@ class DistillationTrainer(Trainer):
         )
 
         teacher.requires_grad_(False).train(self.distillation.reference_teacher_dropout)
-        self.teacher = teacher.to(self.args.device)
         inner = unwrap_peft_model(teacher)
-        warn_of_untrained_head(inner, "the student")
+        if not isinstance(teacher, FSDPModule):  # that of an earlier run
+            warn_of_untrained_head(inner, "the student")
         self._teacher_inputs = set(inspect.signature(inner.forward).parameters) - set(find_labels(type(inner)))
         self._teacher_checked = False
+        self.teacher = teacher
+        if self.accelerator.is_fsdp2:
+            shard_frozen(teacher, self.args.device)
+        else:
+            teacher.to(self.args.device)
         self._reset_terms()
         self._recipe_callback = DistillationRecipeCallback(self.distillation, allow_changes=allow_changes)
         self.add_callback(self._recipe_callback)

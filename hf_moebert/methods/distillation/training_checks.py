@@ -11,15 +11,16 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from transformers.trainer_utils import unwrap_peft_model
 
 from hf_moebert.architectures.heads import has_head
+from hf_moebert.training.sharding import local_values
 
 
 def refuse_shared_parameters(student: nn.Module, teacher: nn.Module) -> None:
     """Refuse a teacher that is no loaded model, or has a parameter in common with the student."""
     if getattr(teacher, "config", None) is None:
         raise ValueError(f"`teacher` must be a loaded model, got {teacher!r}. Load it with `from_pretrained`.")
-    storages = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()} - {0}  # 0: empty
+    storages = {local_values(p).untyped_storage().data_ptr() for p in student.parameters()} - {0}  # 0: empty
     for name, parameter in teacher.named_parameters():
-        if parameter.untyped_storage().data_ptr() in storages:
+        if local_values(parameter).untyped_storage().data_ptr() in storages:
             raise ValueError(
                 f"`teacher` must share no parameter with the student, got `{name}` in both. Load the teacher a"
                 " second time, or use `copy.deepcopy`: a student cannot learn from itself."
@@ -81,6 +82,15 @@ def refuse_other_heads(student: nn.Module, teacher: nn.Module) -> None:
         raise ValueError(
             f"`model` must be an encoder if it has no head, got {type(ours).__name__}. Use its encoder alone, or add a"
             " head to student and teacher."
+        )
+
+
+def refuse_hidden_states_of_shards(hidden_states: bool) -> None:
+    """Refuse hidden states of models without head under FSDP2, which makes of a body a class that records none."""
+    if hidden_states:
+        raise ValueError(
+            "`hidden_states` must be False for models without head under FSDP2, got True: transformers records none of"
+            " a model that FSDP2 wraps itself. Use DistillationConfig(hidden_states=False), or data parallelism."
         )
 
 

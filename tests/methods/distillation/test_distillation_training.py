@@ -7,10 +7,14 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import (
     BertConfig,
@@ -25,7 +29,7 @@ from transformers import (
     set_seed,
 )
 from transformers.testing_utils import CaptureLogger
-from two_processes import leave, read_both, run_in_two
+from two_processes import leave, read_both, run_in_two, sharding_on_a_cpu
 
 from hf_moebert.checkpoints.manifests import write_manifest
 from hf_moebert.methods.distillation import DistillationConfig, DistillationTrainer
@@ -35,6 +39,7 @@ from hf_moebert.methods.distillation.functional import (
     soft_cross_entropy,
     symmetric_kl,
 )
+from hf_moebert.training import sharding
 
 
 VOCAB, LABELS = 40, 3
@@ -116,7 +121,8 @@ def gradients(trainer):
     """One step of plain gradient descent with rate 1 moves each weight by its gradient."""
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
-    return {name: before[name] - p.detach() for name, p in trainer.model.named_parameters()}
+    after = {name: p.detach() for name, p in trainer.model.named_parameters()}
+    return {name: before[name] - (p.full_tensor() if isinstance(p, DTensor) else p) for name, p in after.items()}
 
 
 def assert_equal_states(one, other):
@@ -605,33 +611,57 @@ def test_resuming_skips_a_checkpoint_whose_saving_was_cut_short(tmp_path, finish
 
 
 def be_one_of_two(folder):
-    trainer = distil(folder, bert(), bert(1), per_device_train_batch_size=4, **PLAIN_SGD)
-    found = gradients(trainer)
-    terms = {name: torch.tensor(value) for name, value in training_logs(trainer)[0].items() if "loss" in name}
-    embedder = distil_embedder(folder, per_device_train_batch_size=4)
-    leave(
-        {**found, **terms, **{f"embedder {name}": gradient for name, gradient in gradients(embedder).items()}}, folder
-    )
+    found, options = {}, {"per_device_train_batch_size": 4}
+
+    def describe(form, trainer):
+        named = gradients(trainer) | {name: torch.tensor(value) for name, value in training_logs(trainer)[0].items()}
+        found.update({f"{form} {name}": value for name, value in named.items()})
+
+    describe("replicas", distil(folder, bert(), bert(1), **PLAIN_SGD, **options))
+    for hidden in (True, False):
+        describe(f"replicas embedder {hidden}", distil_embedder(folder, hidden, **options))
+    teacher = bert(1 + PartialState().process_index)  # as if only the first one had read the checkpoint
+    options |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}}
+    with sharding_on_a_cpu():
+        for form in ("shards", "shards again"):
+            describe(form, distil(folder, bert(), teacher, **PLAIN_SGD, **options))
+        describe("shards embedder False", distil_embedder(folder, False, **options))
+        with pytest.raises(ValueError, match="`hidden_states` must be False for models without head under FSDP2, got"):
+            distil_embedder(folder, True, **options)
+    assert {type(parameter) for parameter in teacher.parameters()} == {DTensor}
+    leave(found, folder)
 
 
-def distil_embedder(folder, **options):
-    recipe = DistillationConfig(pooling="mean", similarity_weight=0.0)  # the loss of a text is then its own
+def distil_embedder(folder, hidden, **options):
+    # Without similarities the loss of a text is its own
+    recipe = DistillationConfig(pooling="mean", similarity_weight=0.0, hidden_states=hidden)
     return distil(folder, bert(cls=BertModel), bert(1, BertModel), recipe, rows(None), **PLAIN_SGD, **options)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM])
+def test_sharding_by_other_means_than_fsdp2_is_refused(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(sharding, "AcceleratorState", lambda: SimpleNamespace(distributed_type=kind))
+    with pytest.raises(ValueError, match=rf"which {kind.value}1? keeps in other shards. Use FSDP2 over all processes"):
+        distil(tmp_path, bert(), bert(1))
 
 
 @pytest.mark.process
 def test_two_processes_find_the_gradients_of_one(tmp_path):
     run_in_two(__file__, tmp_path)
     first, second = read_both(tmp_path)
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
     trainer = distil(tmp_path, bert(), bert(1), **PLAIN_SGD)
-    for name, gradient in gradients(trainer).items():
-        torch.testing.assert_close(first[name], gradient, atol=1e-6, rtol=1e-5)
-    for name, gradient in gradients(distil_embedder(tmp_path)).items():
-        torch.testing.assert_close(first[f"embedder {name}"], gradient, atol=1e-6, rtol=1e-5)
-    logs = training_logs(trainer)[0]
-    for name in ("loss", "loss_task", "loss_hidden", "loss_hidden_1", "loss_prediction"):
-        assert first[name].item() == pytest.approx(logs[name], rel=1e-5)
+    alone, logs = gradients(trainer), training_logs(trainer)[0]
+    for hidden in (True, False):
+        embedder = gradients(distil_embedder(tmp_path, hidden))
+        alone |= {f"embedder {hidden} {name}": gradient for name, gradient in embedder.items()}
+    for form in ("replicas", "shards"):
+        for name, gradient in alone.items():
+            if form == "replicas" or not name.startswith("embedder True"):
+                assert torch.equal(first[f"{form} {name}"], second[f"{form} {name}"]), name
+                torch.testing.assert_close(first[f"{form} {name}"], gradient, atol=1e-6, rtol=1e-5)
+        for name in ("loss", "loss_task", "loss_hidden", "loss_hidden_1", "loss_prediction"):
+            assert first[f"{form} {name}"].item() == pytest.approx(logs[name], rel=1e-5)
+            assert first[f"shards again {name}"] == first[f"shards {name}"]
 
 
 if __name__ == "__main__":
