@@ -1,10 +1,11 @@
 """Find a recipe by trying: short runs of everything, measured in one go, then long ones of the best."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from datasets import Dataset
@@ -14,11 +15,14 @@ from hf_moebert.measuring.comparison import Latency, measure
 
 from .recipe import Distil, DropLayers, Experts, Optimize, Prune, Search, Stage, Target
 from .running import Workshop, count_steps
+from .tasks import FEWEST
 
 
 GIVEN = "given"
 PRECISIONS = ("float32", "bfloat16", "int8")
 FEWEST_STEPS = 20  # of a short run
+FASTEST = 2  # structures that are trained where none is fast enough
+HOPE = 3  # a short run may have lost so many times the allowed drop: a long one wins some of it back
 # What is tried, from cheap to dear; the precision is chosen for each of them
 STRUCTURES: dict[str, tuple[Stage, ...]] = {
     "as it is": (),
@@ -40,7 +44,7 @@ class Candidate:
         structure: Name in `STRUCTURES`.
         precision: What it is optimised for.
         steps: Steps it was trained for.
-        difference: Of its score to that of the given model, on examples that choose.
+        difference: Of its score to that of the given model, on examples that choose; NaN if it was only timed.
         speedup: Over the given model in plain torch.
         size: Bytes on disk.
     """
@@ -62,7 +66,7 @@ class Candidate:
         return {
             "tried": f"{self.structure}, {self.precision}",
             "steps": str(self.steps),
-            "difference": f"{self.difference:+.4f}",
+            "difference": "-" if math.isnan(self.difference) else f"{self.difference:+.4f}",
             "speed-up": f"{self.speedup:.2f}x",
             "bytes": f"{self.size:,}",
         }
@@ -71,9 +75,10 @@ class Candidate:
 def search(
     shop: Workshop, given: str, fingerprint: str, *, threads: int | None, rounds: int
 ) -> tuple[Workshop, list[dict[str, str]]]:
-    """Try all structures for a short time, then train the best of them to the end until one keeps the quality.
+    """Time all structures, train those that are fast enough for a short time, and the best of these to the end.
 
-    What chooses is held out of the training examples: neither the stages nor the verdict see it.
+    The next best one follows until one keeps the quality. What chooses is held out of the training examples: neither
+    the stages nor the verdict see it.
 
     Args:
         shop: The run, whose recipe begins with `Search`.
@@ -85,35 +90,50 @@ def search(
     Returns:
         The run with the recipe that was found, whose stages are done, and a row for everything that was tried.
     """
-    hunt = _Hunt(shop, given, fingerprint, threads, rounds)
-    short = hunt.measure(hunt.try_all())
-    tried, best, target = list(short), None, shop.recipe.target
+    hunt, target = _Hunt(shop, given, fingerprint, threads, rounds), shop.recipe.target
+    untrained = hunt.measure(hunt.make_all(), share=0.0)
+    chosen = choose_fast(untrained, target)
+    short = hunt.measure({name: hunt.train(name, share=hunt.short) for name in chosen}, share=hunt.short)
+    tried, best = [*(c for c in untrained if c.structure not in chosen), *short], None
     for candidate in rank(short, target):
         if best is not None and hunt.is_late():
             break
-        folder = hunt.train(candidate.structure, short=False)
-        (long,) = hunt.measure({candidate.structure: folder}, candidate.precision)
+        folder = hunt.train(candidate.structure, share=1.0)
+        (long,) = hunt.measure({candidate.structure: folder}, candidate.precision, share=1.0)
         tried.append(long)
         if best is None or (long.meets(target), long.difference) > (best.meets(target), best.difference):
             best = long
         if long.difference >= -target.max_drop and long.meets(target):
+            best = long
             break
     assert best is not None  # there is always the model as it is
     shop.tell(f"search: {best.structure}, {best.precision}")
     return hunt.shop_of(best.structure, best.precision), [candidate.row() for candidate in tried]
 
 
-def rank(candidates: list[Candidate], target: Target) -> list[Candidate]:
-    """Order what was tried: each structure once, in its best precision.
+def choose_fast(untrained: list[Candidate], target: Target) -> list[str]:
+    """Choose the structures that are fast and small enough in some precision; the fastest ones if there are none."""
+    if names := list(dict.fromkeys(c.structure for c in untrained if c.meets(target))):
+        return names
+    return list(dict.fromkeys(c.structure for c in sorted(untrained, key=lambda c: -c.speedup)))[:FASTEST]
 
-    First come those that are fast and small enough, the best score first; then the others, the fastest first.
+
+def rank(candidates: list[Candidate], target: Target) -> list[Candidate]:
+    """Order what was tried for a short time: each structure once, in its best precision.
+
+    With a target of speed or size, those that reach it come first, the best score first, and behind them the fastest.
+    Without one, those that a longer training may mend come first, the fastest first, and behind them the best score.
     """
-    enough = sorted((c for c in candidates if c.meets(target)), key=lambda c: (-c.difference, -c.speedup))
-    others = sorted((c for c in candidates if not c.meets(target)), key=lambda c: -c.speedup)
-    first: dict[str, Candidate] = {}
-    for candidate in [*enough, *others]:
-        first.setdefault(candidate.structure, candidate)
-    return list(first.values())
+    if target.speedup is None and target.max_size is None:
+        first = [c for c in candidates if c.difference >= -HOPE * target.max_drop]
+        order = sorted(first, key=lambda c: -c.speedup) + sorted(candidates, key=lambda c: -c.difference)
+    else:
+        first = [c for c in candidates if c.meets(target)]
+        order = sorted(first, key=lambda c: (-c.difference, -c.speedup)) + sorted(candidates, key=lambda c: -c.speedup)
+    once: dict[str, Candidate] = {}
+    for candidate in order:
+        once.setdefault(candidate.structure, candidate)
+    return list(once.values())
 
 
 def timing(target: Target, rounds: int) -> Latency:
@@ -131,37 +151,36 @@ class _Hunt:
         self.shop, self.distil = shop, cast(Distil, shop.recipe.stages[1])
         self.longest = 0.0  # seconds of a long run
 
-    def try_all(self) -> dict[str, Path]:
-        """Train every structure that the model can have for a short time; return their folders."""
+    def make_all(self) -> dict[str, Path]:
+        """Make every structure that the model can have; return their folders."""
         folders = {}
         for name in STRUCTURES:
             try:
-                folders[name] = self.train(name, short=True)
+                folders[name] = self.train(name, share=0.0)
             except ValueError as error:  # the family has no such units, or its shape does not divide
                 self.shop.tell(f"search: not {name}: {error}")
         return folders
 
-    def steps(self, name: str, *, short: bool) -> int:
+    def steps(self, name: str, share: float) -> int:
         """Return for how many steps a structure is trained; what is not changed is not trained."""
-        if not STRUCTURES[name]:
+        if not STRUCTURES[name] or not share:
             return 0
-        steps = count_steps(self.distil, self.shop)
-        return max(FEWEST_STEPS, round(self.short * steps)) if short else steps
+        return max(FEWEST_STEPS, round(share * count_steps(self.distil, self.shop)))
 
-    def shop_of(self, name: str, precision: str, *, short: bool = False) -> Workshop:
-        """Return the run of one structure."""
-        steps = self.steps(name, short=short)
+    def shop_of(self, name: str, precision: str, share: float = 1.0) -> Workshop:
+        """Return the run of one structure that is trained for a share of the steps."""
+        steps = self.steps(name, share)
         training = (replace(self.distil, steps=steps),) if steps else ()
         stages = (*STRUCTURES[name], *training, Optimize(precision))
         return replace(self.shop, recipe=replace(self.shop.recipe, stages=stages))
 
-    def train(self, name: str, *, short: bool) -> Path:
-        """Make a structure and train it; return its folder."""
-        start = time.monotonic()
-        shop = self.shop_of(name, "float32", short=short)
-        self.shop.tell(f"search: {'short, ' if short else ''}{name}")
-        folder, _ = replace(shop, tell=lambda line: None).run(self.given, self.fingerprint)
-        if not short:
+    def train(self, name: str, *, share: float) -> Path:
+        """Make a structure and train it for a share of the steps; return its folder."""
+        start, steps = time.monotonic(), self.steps(name, share)
+        self.shop.tell(f"search: {name}{f', {steps} steps' if steps else ''}")
+        shop = replace(self.shop_of(name, "float32", share), tell=lambda line: None)
+        folder, _ = shop.run(self.given, self.fingerprint)
+        if share == 1:
             self.longest = max(self.longest, time.monotonic() - start)
         return folder
 
@@ -169,38 +188,30 @@ class _Hunt:
         """Return whether another long run would end after the budget."""
         return self.budget is not None and time.monotonic() - self.start + self.longest > self.budget
 
-    def measure(self, folders: Mapping[str, Path], precision: str | None = None) -> list[Candidate]:
-        """Measure structures in all precisions or in one, beside each other and the given model."""
-        target = self.shop.recipe.target
+    def measure(self, folders: Mapping[str, Path], precision: str | None = None, *, share: float) -> list[Candidate]:
+        """Measure structures in all precisions or in one, beside each other and the given model.
+
+        What was not trained is to be timed: it is scored on a few texts alone.
+        """
+        target, texts = self.shop.recipe.target, cast(Dataset, self.shop.data.selection)
         can = [p for p in PRECISIONS if not unsupported_reason(cast(Precision, p), True)]
         precisions = can if precision is None else [precision]
         measured = measure(
             {GIVEN: self.given} | {name: str(folder) for name, folder in folders.items()},
-            cast(Dataset, self.shop.data.selection),
+            texts if share else texts.select(range(FEWEST)),
             baseline=GIVEN,
             optimized=precisions,
             columns=self.shop.data.columns,
             latency=timing(target, self.rounds),
             threads=self.threads,
             seed=self.shop.recipe.seed,
-        )
-        short = precision is None
-        return [
-            self.candidate(measured["models"][f"{name}, {p}"], name, p, target, short=short)
-            for name in folders
-            for p in precisions
-        ]
-
-    def candidate(
-        self, model: Mapping[str, Any], name: str, precision: str, target: Target, *, short: bool
-    ) -> Candidate:
-        """Read a candidate off its measurement."""
-        metric = target.metric or next(iter(model["scores"]))
-        return Candidate(
-            name,
-            precision,
-            self.steps(name, short=short),
-            model["differences"][metric]["value"],
-            model["speed_up"]["median"],
-            model["footprint"]["bytes_on_disk"],
-        )
+        )["models"]
+        candidates = []
+        for name in folders:
+            for form in precisions:
+                model = measured[f"{name}, {form}"]
+                metric = target.metric or next(iter(model["scores"]))
+                quality = model["differences"][metric]["value"] if share or not STRUCTURES[name] else math.nan
+                speedup, size = model["speed_up"]["median"], model["footprint"]["bytes_on_disk"]
+                candidates.append(Candidate(name, form, self.steps(name, share), quality, speedup, size))
+        return candidates

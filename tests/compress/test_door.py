@@ -257,15 +257,17 @@ def test_another_machine_is_verified(finished, tmp_path):
 
 
 def test_the_best_recipe_is_searched_for(given, tmp_path, monkeypatch):
-    some = {name: searching.STRUCTURES[name] for name in ("as it is", "pruned to 50 %", "experts")}
+    some = {name: searching.STRUCTURES[name] for name in ("as it is", "half of the layers", "pruned to 50 %")}
     monkeypatch.setattr(searching, "STRUCTURES", some)
     monkeypatch.setattr(searching, "FEWEST_STEPS", 2)
     search = [{"search": {"short": 0.5}}, {"distil": {"steps": 4, "batch_size": 8}}]
     lines = []
-    result = run(given, tmp_path / "run", recipe_of(search, speedup=1.0001, max_drop=0.5), tell=lines.append)
-    assert {stage.name for stage in result.recipe.stages} <= {"prune", "experts", "distil", "optimize"}
-    tried = [row["tried"] for row in result.candidates]
-    assert {"as it is, float32", "pruned to 50 %, float32", "experts, float32"} <= set(tried)
-    assert result.candidates[-1]["tried"] in tried[:-1]  # what was tried for a short time was trained to the end
+    result = run(given, tmp_path / "run", recipe_of(search, max_size=12_000, max_drop=0.5), tell=lines.append)
+    assert {stage.name for stage in result.recipe.stages} <= {"drop_layers", "prune", "distil", "optimize"}
+    tried = [(row["tried"], row["steps"]) for row in result.candidates]
+    assert ("as it is, float32", "0") in tried
+    assert tried[-1][1] == "4"  # what was tried for a short time was trained to the end
+    assert (tried[-1][0], "2") in tried
     assert len(list(tmp_path.glob("run/stages/1-prune-*"))) == 1
     assert "Recipes that were tried" in (tmp_path / "run/report.html").read_text()
+    assert any(line.startswith("search: half of the layers, 2 steps") for line in lines)
