@@ -99,12 +99,13 @@ def test_platon_text_classification_in_whole_units(tmp_path, run_study):
     check_shrunk(tmp_path / "seed-0", "platon-0.5", hidden=32, head_size=8, ratio=0.5)
 
 
+COUNTS, SHARES = {"neurons": [1, 96], "heads": [1, 4]}, {"neurons": [0.3, 0.8], "heads": [0.4, 0.7]}
+# A measured one of tiny models is noise
+TABLE = LatencyTable(1.0, 0.5, COUNTS, SHARES, {"neurons": 2, "heads": 2}, {})
+
+
 def test_platon_one_shot(tmp_path, run_study, monkeypatch):
-    counts, shares = {"neurons": [1, 96], "heads": [1, 4]}, {"neurons": [0.3, 0.8], "heads": [0.4, 0.7]}
-    table = LatencyTable(
-        1.0, 0.5, counts, shares, {"neurons": 2, "heads": 2}, {}
-    )  # a measured one of tiny models is noise
-    monkeypatch.setattr("platon_one_shot.measure_unit_latency", lambda model, **options: table)
+    monkeypatch.setattr("platon_one_shot.measure_unit_latency", lambda model, **options: TABLE)
     output = run_study(
         *("platon_one_shot", "--smoke", "--output_dir", tmp_path, "--max_steps", "2", "--use_cpu"),
         *("--speed_ups", "2", "--shapes", "2x64"),
@@ -118,6 +119,23 @@ def test_platon_one_shot(tmp_path, run_study, monkeypatch):
     for run in runs:
         assert load_model(tmp_path / "seed-0" / run).config.model_type == "shrunk_bert"
     assert load_model(tmp_path / "seed-0/one-shot-uniform-0.5").config.model_type == "bert"
+
+
+def test_structured_pruning(tmp_path, run_study, monkeypatch):
+    monkeypatch.setattr("structured_pruning.measure_unit_latency", lambda model, **options: TABLE)
+    monkeypatch.setattr("structured_pruning.is_installed", lambda: False)
+    output = run_study(
+        *("structured_pruning", "--smoke", "--output_dir", tmp_path, "--max_steps", "3", "--window", "1", "--use_cpu"),
+        *("--speed_ups", "2", "--seq_len", "16", "--criterion", "importance"),
+    )
+    assert "torch-pruning is not installed: its rows are left out." in output
+    report = (tmp_path / "report.md").read_text()
+    runs = [f"{rule}-2x" for rule in ("depth", "magnitude", "importance", "platon", "one-shot")]
+    assert names_of(report) == ["dense", *runs] * 2  # what they are worth, and how fast they are
+    assert "to importance-2x" in report
+    for run in runs:
+        config = load_model(tmp_path / "seed-0" / run).config
+        assert (config.model_type, config.num_hidden_layers) == (("bert", 1) if "depth" in run else ("shrunk_bert", 2))
 
 
 def test_platon_image_classification(tmp_path, run_study):

@@ -39,6 +39,11 @@ def count_time(groups: Sequence[UnitGroup], latency: UnitCosts) -> list[Tensor]:
     return costs
 
 
+def fewest_units(group: UnitGroup, min_keep: float) -> int:
+    """Return how many units of a group stay in any case: this share of them, at least one."""
+    return max(1, math.ceil(min_keep * group.num_units))
+
+
 @dataclass(frozen=True)
 class Budget:
     """Costs of units, and the limit of their sum.
@@ -85,6 +90,7 @@ def time_budget(
     speed_up: float | None = None,
     latency_ms: float | None = None,
     whole: Sequence[UnitGroup] = (),
+    min_keep: float = 0,
 ) -> Budget:
     """Limit the time of a forward pass.
 
@@ -94,6 +100,7 @@ def time_budget(
         speed_up: Time of the dense model over that of the pruned one.
         latency_ms: Milliseconds of the pruned model instead.
         whole: Units that all stay.
+        min_keep: Share of the units of every group that stays.
 
     Raises:
         ValueError: If the table is not of this model, or its smallest form is not fast enough.
@@ -103,13 +110,16 @@ def time_budget(
         raise ValueError(f"`{name}` must be a number above 0, got {asked!r}. Use `speed_up=2.0` for half of the time.")
     costs = count_time(groups, latency)
     rest = latency.smallest + sum(float(cost[-1]) for cost in count_time(whole, latency))
-    least = rest + sum(float(cost[0]) for cost in costs)
+    least = rest + sum(
+        float(cost[fewest_units(group, min_keep) - 1]) for group, cost in zip(groups, costs, strict=True)
+    )
     share = asked / latency.milliseconds if speed_up is None else 1 / asked
     if not least < share < 1:
         low, high = (latency.milliseconds * least, latency.milliseconds) if speed_up is None else (1, 1 / least)
+        stays = f"{min_keep:.0%} of the neurons and heads" if min_keep else "one neuron and one head"
         raise ValueError(
-            f"`{name}` must be in ({low:.3g}, {high:.3g}) for this model and table, got {asked}: one neuron and one "
-            "head of every layer stay, and what has no units stays as it is. Ask for less, or drop whole layers."
+            f"`{name}` must be in ({low:.3g}, {high:.3g}) for this model and table, got {asked}: {stays} of every "
+            "layer stay, and what has no units stays as it is. Ask for less, or drop whole layers."
         )
     return Budget(costs, share - rest)
 
@@ -121,6 +131,7 @@ def plan_widths(
     *,
     multiple_of: int = 1,
     together: Sequence[str] = (),
+    min_keep: float = 0,
 ) -> list[int]:
     """Choose how many units each group keeps, with the largest total value within a budget.
 
@@ -130,6 +141,7 @@ def plan_widths(
         budget: What they cost, and the limit.
         multiple_of: Neurons are a multiple of this, or one, or all.
         together: Kinds of which every layer keeps the same number.
+        min_keep: Share of the units of every group that stays.
 
     Raises:
         ValueError: If no widths are within the budget.
@@ -137,7 +149,7 @@ def plan_widths(
     bundles: dict[tuple[str, int], list[int]] = defaultdict(list)
     for index, group in enumerate(groups):
         bundles[group.kind, -1 if group.kind in together else index].append(index)
-    options = [_options(groups[members[0]], multiple_of) for members in bundles.values()]
+    options = [_options(groups[members[0]], multiple_of, min_keep) for members in bundles.values()]
     pairs = list(zip(bundles.values(), options, strict=True))
     chosen = choose_options(
         [_sum_of(values, members)[option - 1] for members, option in pairs],
@@ -151,9 +163,10 @@ def plan_widths(
     return widths
 
 
-def _options(group: UnitGroup, multiple_of: int) -> Tensor:
-    step = multiple_of if group.kind == "neurons" else 1
-    return torch.tensor(sorted({1, *range(step, group.num_units, step), group.num_units}))
+def _options(group: UnitGroup, multiple_of: int, min_keep: float) -> Tensor:
+    step, least = multiple_of if group.kind == "neurons" else 1, fewest_units(group, min_keep)
+    options = {least, *range(step, group.num_units, step), group.num_units}
+    return torch.tensor(sorted(option for option in options if option >= least))
 
 
 def _sum_of(tensors: Sequence[Tensor], members: Sequence[int]) -> Tensor:

@@ -53,7 +53,7 @@ def update_window_(window: Tensor, weight: Tensor, gradient: Tensor, position: i
 def close_window_(
     window: Tensor,
     importance: Tensor,
-    uncertainty: Tensor,
+    uncertainty: Tensor | None,
     weight: Tensor,
     gradient: Tensor,
     *,
@@ -67,7 +67,7 @@ def close_window_(
     Args:
         window: Float32 mean of the past window; becomes the sensitivity of the current step. Shape `(n,)`.
         importance: Average of the sensitivity. Shape `(n,)`.
-        uncertainty: Average of its uncertainty. Shape `(n,)`.
+        uncertainty: Average of its uncertainty, if that is to be known. Shape `(n,)`.
         weight: Shape `(n,)`.
         gradient: Shape `(n,)`.
         beta1: Decay of `importance`.
@@ -79,8 +79,9 @@ def close_window_(
     for part in chunks(window.numel(), window.device):
         mean, smooth = window[part], importance[part]
         smooth.lerp_(mean, 1 - beta1)
-        distance = torch.sub(mean, smooth, out=scratch[: part.stop - part.start]).abs_()
-        uncertainty[part].lerp_(distance, 1 - beta2)
+        if uncertainty is not None:
+            distance = torch.sub(mean, smooth, out=scratch[: part.stop - part.start]).abs_()
+            uncertainty[part].lerp_(distance, 1 - beta2)
         sensitivity(weight[part], gradient[part], out=mean)
 
 

@@ -10,7 +10,7 @@ from transformers.hf_argparser import HfArg
 
 CHOICES = {
     "granularity": ("unstructured", "2:4", "structured"),
-    "criterion": ("platon", "movement", "magnitude"),
+    "criterion": ("platon", "importance", "movement", "magnitude"),
     "sensitivity_at": ("pre_step", "post_step"),
 }
 
@@ -71,9 +71,9 @@ class PlatonConfig:
     )
     criterion: str = HfArg(
         default="platon",
-        help="What is kept: the weights of largest sensitivity times uncertainty (`platon`), those that gradient"
-        " descent pushes away from zero (`movement`, whose mask holds in every step and lets a weight return with its"
-        " old value), or the largest (`magnitude`).",
+        help="What is kept: the weights of largest sensitivity times uncertainty (`platon`), of largest sensitivity"
+        " alone (`importance`), those that gradient descent pushes away from zero (`movement`, whose mask holds in"
+        " every step and lets a weight return with its old value), or the largest (`magnitude`).",
     )
     modules: list[str] | None = HfArg(
         default=None,
@@ -82,8 +82,8 @@ class PlatonConfig:
     )
     min_keep: float = HfArg(
         default=0.0,
-        help="Share of every single matrix that is kept whatever its scores, in [0, keep_ratio]. The paper has no such"
-        " floor.",
+        help="Share of every single matrix that is kept whatever its scores, or of the neurons and of the heads of"
+        " every layer; in [0, keep_ratio]. The paper has no such floor.",
     )
     balance_experts: bool = HfArg(
         default=True,
@@ -117,7 +117,6 @@ class PlatonConfig:
             ("reference_parity", False),
             ("include_bias", False),
             ("modules", None),
-            ("min_keep", 0),
         ):
             if self.granularity == "structured" and getattr(self, name) != default:
                 raise ValueError(
@@ -150,10 +149,11 @@ class PlatonConfig:
             raise ValueError(
                 f"`keep_ratio` must be 0.5 with granularity '2:4', got {self.keep_ratio}. Two of four are kept."
             )
-        if not _is_number(self.min_keep) or not 0 <= self.min_keep <= self.keep_ratio:
+        highest = 1 if self.speed_up is not None else self.keep_ratio
+        if not _is_number(self.min_keep) or not 0 <= self.min_keep <= highest:
             raise ValueError(
-                f"`min_keep` must be in [0, {self.keep_ratio}], got {self.min_keep!r}. Use 0.01 to keep a hundredth"
-                " of every matrix."
+                f"`min_keep` must be in [0, {highest}], got {self.min_keep!r}. Use 0.01 to keep a hundredth of every"
+                " matrix, or of the units of every layer."
             )
         for name in ("beta1", "beta2"):
             if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < 1:

@@ -36,7 +36,8 @@ class TimedUnitSelector(UnitSelector):
         super().__init__(statistics, groups)
 
     def _check_floor(self) -> None:
-        self.costs = time_budget(self.groups, self.latency, speed_up=self.statistics.config.speed_up).costs
+        asked = {"speed_up": self.config.speed_up, "min_keep": self.config.min_keep}
+        self.costs = time_budget(self.groups, self.latency, **asked).costs
 
     def update_masks_(self, masks: Mapping[str, Tensor], ratio: float) -> Selection:
         """Mark the best units that take at most this share of the time."""
@@ -46,7 +47,7 @@ class TimedUnitSelector(UnitSelector):
             (score.double() * numel[0]).cumsum(0).cpu() for (score, _), (_, numel) in zip(ranked, scored, strict=True)
         ]
         budget = Budget(self.costs, ratio - self.latency.smallest)
-        widths = plan_widths(self.groups, values, budget, multiple_of=MULTIPLE_OF)
+        widths = plan_widths(self.groups, values, budget, multiple_of=MULTIPLE_OF, min_keep=self.config.min_keep)
         kept, threshold = [], torch.inf
         for (score, order), width in zip(ranked, widths, strict=True):
             kept.append(torch.zeros_like(order, dtype=torch.bool))

@@ -97,7 +97,7 @@ class Pruner:
             FloatingPointError: If gradients were not finite in several windows in a row.
         """
         position = (self.clock + 1) % self.config.window
-        if position == 0 and self.config.criterion == "platon":
+        if position == 0 and self.statistics.has_windows:
             self._drop_bad_window()
         if not self.statistics.observe(position):
             raise RuntimeError(
@@ -145,7 +145,7 @@ class Pruner:
             apply_mask_(self.statistics.weight(name), keep)
 
     def _renew_masks(self) -> None:
-        if self.config.criterion != "platon" and not self.statistics.is_finite():  # NaN cannot be ranked
+        if not self.statistics.has_windows and not self.statistics.is_finite():  # NaN cannot be ranked
             self._raise_for_gradients()
         if self.statistics.is_zero():  # no reason to prune one weight rather than another
             if self.dropped or not self.is_final:  # those of new adapters are zero at first

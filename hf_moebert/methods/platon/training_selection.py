@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .conversion_plan import fewest_units
 from .functional import chunks
 from .functional_selection import Selection, balance_factors, best_two_of_four, count_zeros, keep_largest_
 from .modeling_surgery import output_dim
@@ -123,11 +124,11 @@ class UnitSelector:
         sizes: Of each writer, the number of weights of its units.
 
     Raises:
-        ValueError: If `keep_ratio` is less than the share of one unit of each group.
+        ValueError: If `keep_ratio` is less than the share of the units that stay in any case.
     """
 
     def __init__(self, statistics: Statistics, groups: list[UnitGroup]) -> None:
-        self.statistics, self.groups = statistics, groups
+        self.statistics, self.config, self.groups = statistics, statistics.config, groups
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in statistics.parameters.items()}
         self.columns = [self.names[group.writer.weight] for group in groups]
         numels = [group.writer.weight.numel() + sum(p.numel() for p in group.reader_parameters) for group in groups]
@@ -135,20 +136,23 @@ class UnitSelector:
         self._check_floor()
 
     def _check_floor(self) -> None:
-        units = sum(size // group.num_units for group, size in zip(self.groups, self.sizes.values(), strict=True))
-        smallest, ratio = units / sum(self.sizes.values()), self.statistics.config.keep_ratio
+        ratio, share = self.config.keep_ratio, self.config.min_keep
+        sizes = zip(self.groups, self.sizes.values(), strict=True)
+        least = sum(fewest_units(group, share) * (size // group.num_units) for group, size in sizes)
+        smallest = least / sum(self.sizes.values())
         if ratio < smallest:
+            kept = f"`min_keep`, {share}, of its neurons and heads" if share else "its best neuron and head"
+            remedy = "a smaller `min_keep`" if share else "prune single weights"
             raise ValueError(
                 f"`keep_ratio` must be at least {math.ceil(smallest * 1e4) / 1e4} with granularity 'structured', got"
-                f" {ratio}: every layer keeps its best neuron and head, which are that much of this model. Keep more,"
-                " or prune single weights."
+                f" {ratio}: every layer keeps {kept}, which are that much of this model. Keep more, or {remedy}."
             )
 
     def update_masks_(self, masks: Mapping[str, Tensor], ratio: float) -> Selection:
         """Mark the units that are kept, as many as come closest to this ratio of the weights."""
         scores, sizes = zip(*(self._score_units(index) for index in range(len(self.groups))), strict=True)
-        for score in scores:
-            score[score.argmax()] = math.inf  # every layer keeps its best unit
+        for group, score in zip(self.groups, scores, strict=True):  # every layer keeps its best units
+            score[score.argsort(descending=True, stable=True)[: fewest_units(group, self.config.min_keep)]] = math.inf
         order = torch.cat(scores).argsort(stable=True)  # (units,)
         ordered = torch.cat(scores)[order]  # (units,)
         numel = torch.cat(sizes)  # (units,)

@@ -15,7 +15,12 @@ from .recipe import PlatonConfig
 
 
 # Statistics of each criterion: one flat float32 tensor of each kind for every pruned parameter.
-STATISTICS = {"platon": ("window", "importance", "uncertainty"), "movement": ("movement", "value"), "magnitude": ()}
+STATISTICS = {
+    "platon": ("window", "importance", "uncertainty"),
+    "importance": ("window", "importance"),
+    "movement": ("movement", "value"),
+    "magnitude": (),
+}
 
 
 def find_processes(parameters: Iterable[nn.Parameter]) -> Processes:
@@ -54,6 +59,11 @@ class Statistics:
         """View the elements of a parameter that are here. Shape `(numel,)`."""
         return local_values(self.parameters[name]).view(-1)
 
+    @property
+    def has_windows(self) -> bool:
+        """True if gradients are averaged over windows, any of which can be left out."""
+        return "window" in self.tensors
+
     def observe(self, position: int) -> bool:
         """Take in the gradients of a step at this position of its window; return whether there was any gradient."""
         seen = False
@@ -66,12 +76,12 @@ class Statistics:
             if self.config.criterion == "movement":
                 movement, value = of_parameter  # the value behind the mask, through which the gradient passes
                 update_movement_(movement, value, gradient)
-            elif self.config.criterion == "platon" and position:
+            elif self.has_windows and position:
                 update_window_(of_parameter[0], weight, gradient, position)
-            elif self.config.criterion == "platon":
-                window, importance, uncertainty = of_parameter
+            elif self.has_windows:
+                window, importance, *others = of_parameter
                 betas = {"beta1": self.config.beta1, "beta2": self.config.beta2}
-                close_window_(window, importance, uncertainty, weight, gradient, **betas)
+                close_window_(window, importance, next(iter(others), None), weight, gradient, **betas)
         return seen
 
     def is_finite(self) -> bool:
@@ -82,8 +92,7 @@ class Statistics:
 
     def is_zero(self) -> bool:
         """Check whether no gradient of the run so far told weights apart; magnitudes need none."""
-        kinds = {"platon": "importance", "movement": "movement"}
-        kind = kinds.get(self.config.criterion)
+        kind = next((kind for kind in ("importance", "movement") if kind in self.tensors), None)
         if kind is None:
             return False
         found = torch.stack([tensor.any() for tensor in self.tensors[kind].values()])
@@ -117,8 +126,8 @@ class Statistics:
         """Score a flat slice of what is here of a parameter, `(n,)`; the next call may overwrite the result."""
         if self.config.criterion == "magnitude":
             return self.weight(name)[part].float().abs()
-        if self.config.criterion == "movement":
-            return self.tensors["movement"][name][part].clone()
+        if self.config.criterion != "platon":  # by the statistic of the same name
+            return self.tensors[self.config.criterion][name][part].clone()
         factors = [self.tensors[kind][name][part] for kind in ("importance", "uncertainty")]
         length = len(factors[0])
         return torch.mul(*factors, out=self._scratch[:length] if length <= len(self._scratch) else None)

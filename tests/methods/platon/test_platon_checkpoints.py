@@ -73,7 +73,8 @@ RECIPES = {
     "post_step": ({"sensitivity_at": "post_step", "include_bias": True}, (4, 16)),
     "movement": ({"criterion": "movement"}, (1, 6, 16)),
     "magnitude": ({"criterion": "magnitude"}, (6, 16)),
-    "structured": ({"granularity": "structured", "keep_ratio": 0.5}, (6, 16)),
+    "structured": ({"granularity": "structured", "keep_ratio": 0.5, "min_keep": 0.2}, (6, 16)),
+    "importance": ({"criterion": "importance"}, (6,)),
     "2:4": ({"granularity": "2:4", "keep_ratio": 0.5}, (4, 16)),
 }
 

@@ -61,7 +61,7 @@ def test_command_line():
         *[({"initial_warmup": value}, r"`initial_warmup` must be a share") for value in (-0.1, 1.5, "10%")],
         ({"final_warmup": 0}, r"`final_warmup` must be above 0"),
         ({"granularity": "blocks"}, r"`granularity` must be one of unstructured, 2:4, structured, got 'blocks'"),
-        ({"criterion": "random"}, r"`criterion` must be one of platon, movement, magnitude"),
+        ({"criterion": "random"}, r"`criterion` must be one of platon, importance, movement, magnitude"),
         ({"sensitivity_at": "after"}, r"`sensitivity_at` must be one of pre_step, post_step"),
         ({"granularity": "2:4"}, r"`keep_ratio` must be 0.5 with granularity '2:4', got 0.1"),
         ({"min_keep": 0.2}, r"`min_keep` must be in \[0, 0.1\], got 0.2"),
@@ -74,7 +74,7 @@ def test_command_line():
             r"False with granularity '2:4'",
         ),
         ({"granularity": "structured", "modules": ["bert"]}, r"`modules` must be None with granularity 'structured'"),
-        ({"granularity": "structured", "min_keep": 0.1}, r"`min_keep` must be 0 with"),
+        ({"granularity": "structured", "speed_up": 2.0, "min_keep": 1.1}, r"`min_keep` must be in \[0, 1\], got 1.1"),
         ({"granularity": "structured", "include_bias": True}, r"`include_bias` must be False with"),
     ],
 )

@@ -122,6 +122,15 @@ def test_scaled_gradients_scale_the_averages_alike():
         assert torch.equal(one * 4, two)  # a power of two rounds nothing
 
 
+def test_importance_alone_is_that_beside_an_uncertainty():
+    weight, gradient = torch.randn(2, 40).unbind()
+    window, importance = torch.rand(2, 40).unbind()
+    alone, beside = ([window.clone(), importance.clone(), *others] for others in ([None], [torch.zeros(40)]))
+    for state in (alone, beside):
+        close_window_(*state, weight, gradient, beta1=0.85, beta2=0.9)
+    assert all(torch.equal(*pair) for pair in zip(alone[:2], beside[:2], strict=True))
+
+
 def test_half_precision_is_multiplied_in_single_precision():
     weight, gradient = torch.full((5,), 1.0078125), torch.full((5,), 1.0078125)  # bf16 would drop their last bit
     exact = weight * gradient

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from platon_families import build, make_data
-from platon_runs import assert_same_weights, pruner_of
+from platon_runs import RECIPE, assert_same_weights, pruner_of
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -14,8 +14,10 @@ from transformers import (
 
 from hf_moebert import (
     PlatonConfig,
+    PlatonPruningCallback,
     shrink,
 )
+from hf_moebert.measuring.unit_latency import LatencyTable
 from hf_moebert.methods.platon.modeling_units import find_unit_groups
 from hf_moebert.methods.platon.training_parameters import find_prunable
 from hf_moebert.methods.platon.training_pruner import Pruner
@@ -27,7 +29,13 @@ STRUCTURED = ["bert", "roberta", "distilbert", "vit"]
 
 @pytest.mark.parametrize(
     ("family", "criterion"),
-    [*((family, "platon") for family in STRUCTURED), ("bert", "movement"), ("vit", "movement"), ("bert", "magnitude")],
+    [
+        *((family, "platon") for family in STRUCTURED),
+        ("bert", "movement"),
+        ("vit", "movement"),
+        ("bert", "magnitude"),
+        ("bert", "importance"),
+    ],
 )
 def test_what_is_pruned_whole_shrinks(prune, tmp_path, family, criterion):
     model = build(family)
@@ -62,6 +70,14 @@ def in_float64(model, inputs):
 
 
 UNITS = {"granularity": "structured", "keep_ratio": 0.5}
+TABLE = LatencyTable(  # a third of the time is left without units
+    1.0,
+    0.65,
+    {"neurons": [1, 32], "heads": [1, 4]},
+    {"neurons": [0.5, 0.85], "heads": [0.5, 0.85]},
+    {"neurons": 2, "heads": 2},
+    {},
+)
 
 
 @pytest.mark.parametrize("criterion", ["platon", "movement", "magnitude"])
@@ -113,6 +129,27 @@ def test_every_layer_keeps_a_neuron_and_a_head(prune, family):
     trainer = prune(model, {"granularity": "structured", "keep_ratio": lowest}, data=family)
     assert [group.num_units for group in find_unit_groups(shrink(model))] == [1] * 4
     assert pruner_of(trainer).average_sparsity(pruner_of(trainer).measure_sparsity()) == pytest.approx(1 - floor)
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_a_floor_under_the_units_of_every_layer(tiny_bert, prune, timed):
+    model = tiny_bert()
+    for group in find_unit_groups(model)[2:]:  # the second layer does nothing
+        group.writer.weight.register_hook(torch.zeros_like)
+        for parameter in group.reader_parameters:
+            parameter.register_hook(torch.zeros_like)
+    budget, table = ({"speed_up": 1.4}, TABLE) if timed else ({"keep_ratio": 0.6}, None)
+    recipe = PlatonConfig(**RECIPE | {"granularity": "structured", "min_keep": 0.5} | budget)
+    prune(model, False, callbacks=[PlatonPruningCallback(recipe, latency=table)])
+    widths = [group.num_units for group in find_unit_groups(shrink(model))]
+    assert widths[2:] == [16, 2]
+    assert widths[:2] > [16, 2]
+
+
+def test_floors_that_the_budget_cannot_hold_are_refused(tiny_bert, make_trainer):
+    match = r"at least 0.4\d+ with .*, got 0.45: every layer keeps `min_keep`, 0.45, of its neurons and heads, which"
+    with pytest.raises(ValueError, match=match):
+        make_trainer(tiny_bert(), UNITS | {"keep_ratio": 0.45, "min_keep": 0.45}).train()  # two of four heads
 
 
 def test_states_with_masks_of_the_rows_are_refused(tiny_bert, prune, tmp_path):

@@ -1,6 +1,7 @@
 """The callback with the stock Trainer: identity, an oracle loop, exact counts, and everything a Trainer can do."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -106,8 +107,13 @@ def record_batches(trainer):
 # Exactness
 
 
-@pytest.mark.parametrize("criterion", ["platon", "movement", "magnitude"])
-@pytest.mark.parametrize("changes", [{}, {"include_bias": True}, {"min_keep": 0.2}])
+@pytest.mark.parametrize(
+    ("criterion", "changes"),
+    [
+        *itertools.product(("platon", "movement", "magnitude"), ({}, {"include_bias": True}, {"min_keep": 0.2})),
+        ("importance", {}),
+    ],
+)
 def test_exactly_as_sparse_as_asked_for(tiny_bert, make_trainer, criterion, changes):
     spy = Spy()
     evaluation = {} if changes else {"eval_strategy": "steps", "eval_steps": 1}
