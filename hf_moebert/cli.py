@@ -210,7 +210,7 @@ def footprint(
     import torch
 
     from hf_moebert.checkpoints.loading import load_model
-    from hf_moebert.measuring.footprint import measure_footprint
+    from hf_moebert.measuring.footprint import find_widths, measure_footprint, width_rows
     from hf_moebert.measuring.sparse_forms import compare_sparse_forms, sparse_form_rows
     from hf_moebert.reporting.tables import describe_sparsity, rich_table
 
@@ -224,6 +224,12 @@ def footprint(
     typer.echo(f"active          {size.active:,} of them per token")
     typer.echo(f"not zero        {size.nonzero:,}; sparsity: {describe_sparsity(asdict(size))}")
     typer.echo(f"bytes on disk   {size.bytes_on_disk:,}")
+    widths = find_widths(model)
+    if widths and all(width.weights for width in widths):
+        dense = size.total + sum(width.weights * (width.dense - width.units) for width in widths)
+        typer.echo(f"dense origin    {dense:,} parameters, of which {size.total / dense:.0%} are left")
+    if widths:
+        _print_table(rich_table(width_rows(widths), title="Units of each layer, beside its dense origin"))
     _print_table(rich_table(sparse_form_rows(forms), title="Pruned matrices in each form, speed against dense"))
 
 

@@ -410,6 +410,10 @@ def test_footprint_of_a_shrunk_model_and_of_one_that_sees(tmp_path):
         assert "sparsity: nothing pruned" in result.stdout
         assert "nothing to gain" in result.stdout
         assert "Prune the model first" not in result.stdout
+        assert (f"{SIZES['intermediate_size'] - 64} of {SIZES['intermediate_size']}" in result.stdout) == (
+            name == "narrow"
+        )
+        assert (f"{dense.num_parameters():,} parameters, of which" in result.stdout) == (name == "narrow")
 
 
 def test_measure_loads_in_the_dtype_that_is_asked_for(classifiers, few_resamples, tmp_path):  # noqa: F811

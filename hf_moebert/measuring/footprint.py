@@ -1,6 +1,6 @@
 """Count the cost of storing and running a model: parameters, bytes on disk and floating point operations."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hf_moebert.architectures.inputs import complete_inputs
 from hf_moebert.architectures.positions import count_positions
 from hf_moebert.architectures.protocols import PartlyActive
+from hf_moebert.architectures.units import find_unit_groups
 from hf_moebert.checkpoints.packing import packed_bytes
 from hf_moebert.inference.optimized import OptimizedModule
 
@@ -80,6 +81,60 @@ def measure_footprint(model: nn.Module, *, seq_len: int = 128, folder: str | Pat
         bytes_on_disk=None if folder is None else count_bytes(Path(folder)),
         flops_per_token=_count_flops(model, seq_len) if _runs_on_ids(model) else None,
     )
+
+
+@dataclass(frozen=True)
+class LayerWidth:
+    """How many units of one kind a layer has.
+
+    Attributes:
+        layer: Index of the layer.
+        kind: "neurons" or "heads"; heads that read the same keys are one.
+        units: Units that are left.
+        dense: Units of the dense model.
+        weights: Parameters of one unit, with its biases; None where experts hold the units.
+    """
+
+    layer: int
+    kind: str
+    units: int
+    dense: int
+    weights: int | None
+
+
+def find_widths(model: nn.Module) -> list[LayerWidth]:
+    """Return how wide the layers of a narrowed model are, beside those of its dense origin; of other models nothing.
+
+    The origin has `weights * (dense - units)` parameters more for each of them.
+    """
+    config = getattr(model, "config", None)
+    if not getattr(config, "is_heterogeneous", False) or not hasattr(config, "unit_names"):
+        return []
+    dense = config.to_dict()
+    weights = _count_weights_of_units(model)
+    return [
+        LayerWidth(layer, kind, units, dense[config.unit_names[kind]], weights.get((layer, kind)))
+        for layer, widths in enumerate(config.widths)
+        for kind, units in widths.items()
+    ]
+
+
+def width_rows(widths: Sequence[LayerWidth]) -> list[dict[str, str]]:
+    """Convert widths to one row for each layer."""
+    rows: dict[int, dict[str, str]] = {}
+    for width in widths:
+        row = rows.setdefault(width.layer, {"layer": str(width.layer)})
+        row[width.kind] = f"{width.units:,} of {width.dense:,}"
+    return list(rows.values())
+
+
+def _count_weights_of_units(model: Any) -> dict[tuple[int, str], int]:
+    try:
+        groups = find_unit_groups(model)
+    except ValueError:  # such as experts
+        return {}
+    numels = [sum(p.numel() for p in group.reader_parameters) + group.writer.weight.numel() for group in groups]
+    return {(g.layer, g.kind): numel // g.num_units for g, numel in zip(groups, numels, strict=True)}
 
 
 def find_pruned_matrices(model: nn.Module) -> list[nn.Parameter]:

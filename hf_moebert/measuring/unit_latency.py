@@ -16,6 +16,8 @@ from hf_moebert.architectures.inputs import complete_inputs
 from hf_moebert.architectures.positions import count_positions
 from hf_moebert.architectures.units import UnitGroup, find_unit_groups, narrow_layers
 from hf_moebert.checkpoints.json_files import read_json, save_json
+from hf_moebert.inference.linears import Precision
+from hf_moebert.inference.optimize import optimize_for_inference
 
 from .latency import SpeedUp, compare_latency, environment, time_rounds
 
@@ -97,6 +99,7 @@ def measure_unit_latency(
     *,
     batch_size: int = 1,
     seq_len: int = 128,
+    precision: Precision | None = None,
     rounds: int = 25,
     file: str | os.PathLike[str] | None = None,
 ) -> LatencyTable:
@@ -109,13 +112,14 @@ def measure_unit_latency(
         inputs: A batch; by default one of made-up ids.
         batch_size: Rows of made-up ids.
         seq_len: Their length.
+        precision: Of `optimize_for_inference`, if models are to run so; by default stock torch.
         rounds: Timed rounds.
         file: JSON file that keeps the table. One that holds for the same model and conditions is read and not
             measured again; otherwise it is replaced.
 
     Raises:
         ValueError: If the model's units cannot be removed, or its layers differ in width; if `rounds` is less than 2,
-            or the file is damaged.
+            the precision does not exist, or the file is damaged.
         OSError: If the file cannot be written.
     """
     groups = find_unit_groups(model)
@@ -125,7 +129,7 @@ def measure_unit_latency(
             "Measure the model that it was made of."
         )
     inputs = _made_up_inputs(model, batch_size, seq_len) if inputs is None else dict(inputs)
-    conditions = _describe(model, groups, inputs)
+    conditions = _describe(model, groups, inputs) | {"precision": precision}
     if file is not None and Path(file).exists() and (kept := LatencyTable.load(file)).conditions == conditions:
         return kept
     full = {group.kind: group.num_units for group in groups}
@@ -133,7 +137,8 @@ def measure_unit_latency(
     half = {kind: max(units // 2, 1) for kind, units in full.items()}
     forms = {"dense": full, "half": half}
     forms |= {f"{kind} {count}": half | {kind: count} for kind, grid in counts.items() for count in grid}
-    calls = {name: _forward(_narrowed(model, groups, form), inputs) for name, form in forms.items()}
+    narrowed = {name: _narrowed(model, groups, form) for name, form in forms.items()}
+    calls = {name: _forward(_optimized(copied, precision), inputs) for name, copied in narrowed.items()}
     times = time_rounds(calls, rounds=rounds, clock=_clock_for(model))
     share = {name: float(np.median(of_call / times["dense"])) for name, of_call in times.items()}
     table = LatencyTable(
@@ -156,6 +161,7 @@ def measure_speed_up(
     *,
     batch_size: int = 1,
     seq_len: int = 128,
+    precision: Precision | None = None,
     rounds: int = 15,
 ) -> SpeedUp:
     """Measure how much faster a model is than the dense one that it was made of, as its latency table was measured.
@@ -166,12 +172,15 @@ def measure_speed_up(
         inputs: A batch; by default one of made-up ids.
         batch_size: Rows of made-up ids.
         seq_len: Their length.
+        precision: Of `optimize_for_inference`, for copies of both; by default both run as they are.
         rounds: Timed rounds, in which both run in turns.
 
     Raises:
-        ValueError: If `rounds` is less than 2, or the inputs cannot be made up.
+        ValueError: If `rounds` is less than 2, the precision does not exist, or the inputs cannot be made up.
     """
     inputs = _made_up_inputs(dense, batch_size, seq_len) if inputs is None else dict(inputs)
+    if precision is not None:
+        model, dense = (_optimized(copy.deepcopy(each), precision) for each in (model, dense))
     modes = model.training, dense.training
     calls = {"model": _forward(model.eval(), inputs), "dense": _forward(dense.eval(), inputs)}
     try:
@@ -198,6 +207,10 @@ def _narrowed(model: PreTrainedModel, groups: list[UnitGroup], counts: dict[str,
         widths[group.layer][group.kind] = counts[group.kind]
     narrow_layers(copied, widths)
     return copied
+
+
+def _optimized(model: PreTrainedModel, precision: Precision | None) -> PreTrainedModel:
+    return model if precision is None else optimize_for_inference(model, precision=precision)
 
 
 def _clock_for(model: PreTrainedModel) -> Literal["wall", "cpu"]:

@@ -131,7 +131,7 @@ def test_structured_pruning(tmp_path, run_study, monkeypatch):
     assert "torch-pruning is not installed: its rows are left out." in output
     report = (tmp_path / "report.md").read_text()
     runs = [f"{rule}-2x" for rule in ("depth", "magnitude", "importance", "platon", "one-shot")]
-    assert names_of(report) == ["dense", *runs] * 2  # what they are worth, and how fast they are
+    assert [names_of(report).count(name) for name in ["dense", *runs]] == [2] * 6  # worth, and speed
     assert "to importance-2x" in report
     for run in runs:
         config = load_model(tmp_path / "seed-0" / run).config

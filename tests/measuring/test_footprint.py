@@ -17,7 +17,8 @@ from transformers import (
     T5Model,
 )
 
-from hf_moebert.measuring.footprint import Footprint, measure_footprint
+from hf_moebert import shrink
+from hf_moebert.measuring.footprint import Footprint, find_widths, measure_footprint, width_rows
 from hf_moebert.reporting.tables import describe_sparsity
 
 
@@ -150,3 +151,18 @@ def test_the_places_that_a_family_leaves_to_padding_are_no_positions():
 def test_refuses_a_folder_without_weights(tmp_path):
     with pytest.raises(ValueError, match=r"`folder` must hold the model's \*.safetensors"):
         measure_footprint(nn.Linear(2, 2), folder=tmp_path)
+
+
+def test_widths_beside_the_dense_origin():
+    dense = make_bert()
+    assert find_widths(dense) == []
+    with torch.no_grad():
+        dense.bert.encoder.layer[0].output.dense.weight[:, 3:] = 0
+    narrow = shrink(dense)
+    widths = find_widths(narrow)
+    assert [width.units for width in widths if width.kind == "neurons"] == [3]
+    origin = narrow.num_parameters() + sum(width.weights * (width.dense - width.units) for width in widths)
+    assert origin == dense.num_parameters()
+    rows = width_rows(widths)
+    assert rows[0]["neurons"] == f"3 of {dense.config.intermediate_size}"
+    assert list(rows[0]) == ["layer", "neurons", "heads"]

@@ -17,6 +17,7 @@ from hf_moebert import (
 )
 from hf_moebert.architectures.protocols import UnitCosts
 from hf_moebert.architectures.units import find_unit_groups
+from hf_moebert.inference.optimized import OptimizedModule
 from hf_moebert.measuring import unit_latency
 from hf_moebert.measuring.unit_latency import LatencyTable
 
@@ -94,6 +95,23 @@ def test_a_table_is_kept_for_the_same_conditions_alone(tmp_path, monkeypatch):
     measure_unit_latency(model, **options)
     assert len(measured) == 3
     assert LatencyTable.load(file).conditions["cpu"] == "another"
+
+
+def test_all_forms_run_at_the_precision_that_is_asked_for(monkeypatch):
+    model, optimized = make_model("bert"), []
+    optimize = unit_latency.optimize_for_inference
+    monkeypatch.setattr(
+        unit_latency, "optimize_for_inference", lambda m, **o: optimized.append((m, o)) or optimize(m, **o)
+    )
+    options = {"batch_size": 2, "seq_len": 6, "precision": "int8", "rounds": 2}
+    table = measure_unit_latency(model, **options)
+    assert len(optimized) == 2 + sum(map(len, table.counts.values()))
+    measure_speed_up(model, model, **options)
+    assert all(m is not model and o == {"precision": "int8"} for m, o in optimized)
+    assert not any(isinstance(module, OptimizedModule) for module in model.modules())
+    assert table.conditions["precision"] == "int8"
+    with pytest.raises(ValueError, match="`precision` must be one of"):
+        measure_unit_latency(model, **options | {"precision": "int4"})
 
 
 def test_damaged_files_are_refused(tmp_path):
