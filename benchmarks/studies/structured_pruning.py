@@ -60,7 +60,6 @@ class StructuredOptions(StudyOptions):
     batch_size: int = field(default=1, metadata={"help": "Texts of the batch that is timed."})
     seq_len: int = field(default=128, metadata={"help": "Tokens of each of them."})
     score_examples: int = field(default=512, metadata={"help": "Training texts that prune before the training."})
-    rounds: int = field(default=30, metadata={"help": "Timed rounds."})
 
 
 @dataclass(frozen=True)
