@@ -1,0 +1,94 @@
+"""The commands of the door as a user types them, and what they end with."""
+
+import json
+
+import pytest
+import yaml
+from datasets import Dataset
+from test_door import texts
+from tiny_classifiers import save_classifier
+from transformers import BertConfig, BertForTokenClassification
+from typer.testing import CliRunner
+
+from hf_moebert import cli
+from hf_moebert.compress.recipe_file import parse_recipe, read_recipe, shipped_recipes
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a classifier, texts, and a recipe that trains nothing."""
+    folder = tmp_path_factory.mktemp("place")
+    save_classifier(folder / "given")
+    texts().to_json(folder / "texts.jsonl")
+    Dataset.from_list([{"text": "good"}]).to_json(folder / "one.jsonl")
+    recipe = {"stages": [{"optimize": {"precision": "float32"}}], "target": {"tokens": 8}}
+    (folder / "plain.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def compress(place, output, *options, model="given", data="texts.jsonl"):
+    fixed = ["--recipe", place / "plain.yaml", "--max-length", "8", "--threads", "1"]
+    return invoke("compress", place / model, "--output", output, "--data", place / data, *fixed, *options)
+
+
+def test_a_run_ends_with_what_became_of_its_targets(place, tmp_path):
+    done = compress(place, tmp_path / "met")
+    assert done.exit_code == 0, done.output
+    assert "met: accuracy +0.0000" in done.stdout
+    assert (tmp_path / "met/report.html").is_file()
+    missed = compress(place, tmp_path / "missed", "--speedup", "1000", "--json")
+    assert missed.exit_code == 4
+    assert json.loads(missed.stdout)["outcome"] == "speed or size missed"
+    assert compress(place, tmp_path / "small", "--max-size", "1kB").exit_code == 4
+
+    verified = invoke("verify", tmp_path / "met")
+    assert verified.exit_code == 0, verified.output
+    assert [line.split()[0] for line in verified.stdout.splitlines()] == ["plain", "optimised"]
+
+
+def test_a_task_that_is_not_known_ends_with_five(place, tmp_path):
+    save_classifier(place / "tagger")
+    BertForTokenClassification(BertConfig(vocab_size=11, hidden_size=8, num_attention_heads=2)).save_pretrained(
+        place / "tagger"
+    )
+    result = compress(place, tmp_path / "run", model="tagger")
+    assert result.exit_code == 5
+    assert "got a BertForTokenClassification" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-size", "60 pounds"], "--max-size must be a number above 0 with one of kB, MB, GB"),
+        (["--budget", "soon"], "--budget must be a number above 0 with one of s, m, h"),
+        (["--set", "experts.num_experts=2"], "`set` must change one of target, optimize"),
+        (["--data", "one.jsonl"], "at least 100 texts"),
+    ],
+)
+def test_bad_use_is_one_line(place, tmp_path, options, message, monkeypatch):
+    monkeypatch.chdir(place)
+    result = compress(place, tmp_path / "run", *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in " ".join(result.stderr.split())
+
+
+def test_a_dry_run_prints_a_recipe_that_can_be_read(place, tmp_path):
+    result = compress(place, tmp_path / "run", "--dry-run", "--max-drop", "0.5", "--seed", "7", "--max-size", "2.5MB")
+    recipe = parse_recipe(yaml.safe_load(result.stdout))
+    assert (recipe.target.max_drop, recipe.target.max_size, recipe.seed) == (0.5, 2_500_000, 7)
+    assert not (tmp_path / "run").exists()
+    listed = invoke("recipes").stdout
+    assert all(name in listed for name in shipped_recipes())
+    budget = invoke("compress", "m", "--output", "o", "--data", place / "texts.jsonl", "--budget", "1.5h", "--dry-run")
+    assert read_recipe("auto", changes=["search.budget=5400"]) == parse_recipe(yaml.safe_load(budget.stdout))
+
+
+def test_inspect_tells_what_can_be_done(place):
+    lines = invoke("inspect", place / "given").stdout.splitlines()
+    assert lines[0].startswith("BertForSequenceClassification (bert), ")
+    assert any(line.split()[:2] == ["prune", "yes"] for line in lines)
+    assert json.loads(invoke("inspect", place / "given", "--json").stdout)["family"] == "bert"
