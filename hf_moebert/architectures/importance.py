@@ -24,6 +24,7 @@ from .functional_routing import real_tokens
 from .heads import has_head, warn_of_untrained_head
 from .pooling import find_pooling
 from .positions import count_learned_positions
+from .stacks import refuse_forms
 from .surgery import FeedForward, find_feed_forwards
 from .unlabelled_losses import unlabelled_losses
 
@@ -138,6 +139,12 @@ def measure_importance(
 
 def _check_model(model: Any) -> PreTrainedModel:
     """Refuse what has no task loss, and unwrap what `torch.compile` has wrapped: its hooks would not be called."""
+    refuse_forms(
+        model,
+        "dense, or shrunk, so that its neurons can be scored",
+        *("adapters", "chains", "crf", "masks", "shared_experts", "tasks"),
+        experts="Measure the dense model, and call `moebert.from_dense` on it anew",
+    )
     found: Any = extract_model_from_parallel(model, keep_torch_compile=False) if hasattr(model, "modules") else model
     is_model = isinstance(found, PreTrainedModel)
     if not is_model:

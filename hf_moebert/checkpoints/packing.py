@@ -33,6 +33,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_moebert.architectures.stacks import refuse_forms
+
 from .folders import is_pickle, is_weights, list_files
 from .forms import StrictQuantizer, check_options, mark
 from .loading import load_model
@@ -127,14 +129,20 @@ def save_packed(model: PreTrainedModel, folder: str | PathLike[str], *, max_shar
         OSError: If the folder cannot be written to; what it holds stays as it was.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
+    refuse_forms(
+        model,
+        "dense, or pruned, to be packed",
+        "adapters",
+        chains="Chains hold no zeros to leave out: use `save_pretrained`, or call `to_dense(model)` first",
+        tasks="It is stored task by task: use `save_pretrained`, or pack what `extract_task` returns",
+    )
     for wrong, what, remedy in (
         (
             not isinstance(model, PreTrainedModel),
             "is no model of transformers",
-            "Merge an adapter: `merge_and_unload`",
+            "Give the model inside",
         ),
         (getattr(model, "hf_quantizer", None) is not None, "is quantized", "Pack the model in its own dtype"),
-        (has_adapters(model), "has an adapter", "Merge or remove it"),
         (any(p.is_meta for p in model.parameters()), "has weights on the meta device", "Load it without offloading"),
     ):
         if wrong:
@@ -156,12 +164,6 @@ def _write_config(
     config.quantization_config = BitmaskConfig(files=files, replaced_files=replaced_files)
     mark(config)
     config.save_pretrained(folder)
-
-
-def has_adapters(model: PreTrainedModel) -> bool:
-    """Check whether PEFT keeps weights beside those of the model's class."""
-    wrappers = ("base_layer", "modules_to_save")  # attributes of the layers of all PEFT methods
-    return any(hasattr(part, wrapper) for part in model.modules() for wrapper in wrappers)
 
 
 def _pack_all(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

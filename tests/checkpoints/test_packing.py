@@ -364,5 +364,5 @@ def test_a_compiled_model_is_saved_by_its_own_names(tmp_path):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # asked by peft
 def test_an_adapter_is_refused(tmp_path):
     model = get_peft_model(make_bert(), LoraConfig(target_modules=["query"]))
-    with pytest.raises(ValueError, match="is no model of transformers. Merge an adapter"):
+    with pytest.raises(ValueError, match="is one with an adapter of PEFT. Merge the adapter"):
         save_packed(model, tmp_path)

@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_moebert.architectures.stacks import refuse_forms
+
 from .modeling_masked_crf import BertCrfForTokenClassification, CrfForTokenClassification, CrfTagger, check_tagger
 
 
@@ -23,6 +25,13 @@ def from_dense(model: PreTrainedModel, **options: Any) -> CrfTagger:
     Raises:
         ValueError: If the model is no token classifier, already has a CRF, or its labels do not fit the tag scheme.
     """
+    refuse_forms(
+        model,
+        "a token classifier to get a CRF",
+        *("adapters", "tasks"),
+        chains="Chains come last: call `to_dense(model)` first, or `compress_mpo` on the model with its CRF",
+        crf="It has one already: use it as it is",
+    )
     check_tagger(model)
     is_bert = model.config.model_type == "bert"
     head = BertCrfForTokenClassification if is_bert else CrfForTokenClassification

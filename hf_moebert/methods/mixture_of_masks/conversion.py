@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from hf_moebert.architectures.stacks import REMEDIES, refuse_forms
+
 from .configuration_mixture_of_masks import MoMFields, MoMT5Config
 from .modeling_compact import CompactFeedForward, copy_units, fill_units, split_units
 from .modeling_masked import MoMModel
@@ -73,6 +75,14 @@ def from_dense(
     Source: Liu et al. 2025, "Masks Can be Learned as an Alternative to Experts", ACL, for masks as experts that
     are all active at the start. The options are our own design.
     """
+    refuse_forms(
+        model,
+        "dense to get masks",
+        *("adapters", "chains", "crf", "shared_experts", "tasks"),
+        experts=REMEDIES["masks"],
+        masks="Take masks of the dense model anew, with other options",
+        shrunk=f"{REMEDIES['masks']}; masks close neurons, too, and `shrink` removes them",
+    )
     cls = find_masked_class(model)
     _check_dense(model)
     _check_scores(initial_score, importance, masks)

@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from hf_moebert.architectures.families import name_family
 from hf_moebert.architectures.heads import warn_of_untrained_head
 from hf_moebert.architectures.importance import LABELS, load_batches
+from hf_moebert.architectures.stacks import refuse_forms
 from hf_moebert.architectures.stock import refuse_other_classes, stock_classes
 from hf_moebert.checkpoints.tensor_files import read_tensors, save_tensors
 
@@ -33,8 +34,15 @@ def find_moe_class(model: PreTrainedModel) -> type[MoEBertPreTrainedModel]:
     """Return the class of mixtures for a dense model.
 
     Raises:
-        ValueError: If its family is not cut into experts, or its class is not one of transformers for the family.
+        ValueError: If it is compressed in another way than by removing units, its family is not cut into experts, or
+            its class is not one of transformers for the family.
     """
+    refuse_forms(
+        model,
+        "dense, or shrunk, to be cut into experts",
+        *("adapters", "chains", "crf", "masks", "shared_experts", "tasks"),
+        experts="Cut the dense model anew, with other options",
+    )
     family = name_family(model)
     if reason := why_not_experts(family):
         raise ValueError(

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from hf_moebert.architectures.protocols import OptimizedForInference
-from hf_moebert.checkpoints.packing import has_adapters
+from hf_moebert.architectures.stacks import refuse_forms
 
 from .configuration_mpo import MPOCompressionConfig
 from .conversion_calibration import Statistics, measure_inputs
@@ -284,8 +283,8 @@ def _warn_of_unseen(chosen: list[list[str]], statistics: Statistics) -> None:
 
 def _check_options(num_cores: int, table_cores: int | None, size: Size, gauge: str) -> None:
     for name, cores in (("num_cores", num_cores), ("table_cores", table_cores)):
-        if cores is not None and (type(cores) is not int or cores != 2):
-            check_num_cores(cores, name)
+        if cores is not None:
+            check_num_cores(cores, name, two=True)
     check_cap(size.bond)
     check_option("gauge", gauge, GAUGES)
     max_error, keep_ratio = size.max_error, size.keep_ratio
@@ -304,6 +303,13 @@ def _is_number(value: object) -> bool:
 
 
 def _check_model(model: PreTrainedModel) -> None:
+    refuse_forms(
+        model,
+        "dense",
+        *("adapters", "optimised"),
+        chains="Take the dense model, or call `to_dense(model)`",
+        tasks="Compress what `extract_task` returns",
+    )
     method = getattr(model, "quantization_method", None)
     is_model = isinstance(model, PreTrainedModel)
     if not is_model:
@@ -312,13 +318,7 @@ def _check_model(model: PreTrainedModel) -> None:
             "merge an adapter by `merge_and_unload`, take `_orig_mod` of a compiled or `module` of a parallel one."
         )
     for wrong, fault, remedy in (
-        (method is not None, f"already compressed by {method!r}", "Take the dense model, or call `to_dense(model)`"),
-        (has_adapters(model), "one with a PEFT adapter", "Merge or remove it"),
-        (
-            any(isinstance(m, OptimizedForInference) for m in model.modules()),
-            "optimised",
-            "Call `revert_optimizations`",
-        ),
+        (method is not None, f"already compressed by {method!r}", "Take the dense model"),
         (any(p.is_meta for p in model.parameters()), "partly on the meta device", "Load it without offloading"),
     ):
         if wrong:

@@ -152,16 +152,17 @@ def plan_chain(
     return best
 
 
-def check_num_cores(num_cores: int, name: str = "num_cores") -> None:
-    """Refuse a number of cores without a central one.
+def check_num_cores(num_cores: int, name: str = "num_cores", *, two: bool = False) -> None:
+    """Refuse a number of cores without a central one, unless it is 2 where two factors will do.
 
     Raises:
         ValueError: If it is even, below 3, or no whole number.
     """
-    if type(num_cores) is not int or num_cores < 3 or num_cores % 2 == 0:
+    whole = type(num_cores) is int
+    if not whole or (num_cores < 3 or num_cores % 2 == 0) and not (two and num_cores == 2):
         raise ValueError(
-            f"`{name}` must be odd and at least 3, got {num_cores!r}. Use 5, as published: one central tensor and "
-            "two auxiliary tensors on either side."
+            f"`{name}` must be odd and at least 3{', or 2' if two else ''}, got {num_cores!r}. Use 5, as published: "
+            "one central tensor and two auxiliary tensors on either side."
         )
 
 

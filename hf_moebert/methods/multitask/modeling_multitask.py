@@ -174,7 +174,12 @@ class MultiTaskModel(StoredByTask):
         """
         asked = self.tasks if tasks is None else list(tasks)
         self._check_tasks(asked)
-        labels = labels or {}
+        labels = {} if labels is None else labels
+        by_task = isinstance(labels, Mapping)
+        if not by_task:
+            raise ValueError(
+                f"`labels` must map tasks to their labels, got {type(labels).__name__}. Give {{{asked[0]!r}: labels}}."
+            )
         if unasked := sorted(set(labels) - set(asked)):
             raise ValueError(f"`labels` must be of tasks that are run, {asked}, got {unasked}. Name them in `tasks`.")
         states, mask = self.trunk.embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)

@@ -15,9 +15,9 @@ from transformers.models.bert.modeling_bert import (
 )
 
 from hf_moebert.architectures.families import ARCHITECTURES
+from hf_moebert.architectures.stacks import refuse_forms
 from hf_moebert.architectures.stock import stock_classes
 from hf_moebert.architectures.surgery import get_part
-from hf_moebert.checkpoints.packing import has_adapters
 from hf_moebert.methods.masked_crf.modeling_masked_crf import BertCrfForTokenClassification
 
 from .configuration_multitask import multitask_config
@@ -176,15 +176,22 @@ def check_single_task(model: PreTrainedModel) -> None:
     Raises:
         ValueError: If the model is of another class, quantized, a branch, a decoder, or offloaded, or has adapters.
     """
+    refuse_forms(
+        model,
+        "dense to become a task",
+        *("adapters", "chains"),
+        experts="Merge the dense models: experts are found by token ids, which branches do not see",
+        masks="Merge the dense models: trunk and branches are of stock layers",
+        shrunk="Give its layers one width, by `shrink(pruned, uniform=True)` or `prune_structured(..., uniform=True)`",
+        tasks="Add its tasks one by one, as `extract_task` returns them",
+    )
     if find_head(type(model).__name__) is not type(model):
         raise ValueError(
             f"`model` must be one of {', '.join(HEADS)}, or have such a head on a body of one of {FAMILIES}, got "
             f"{type(model).__name__}. Merge adapters, and load the checkpoint with one of these classes."
         )
-    if has_adapters(model):
-        raise ValueError("`model` must be without adapters, which would be left behind. Merge them into it first.")
     if (method := getattr(model, "quantization_method", None)) is not None:
-        raise ValueError(f"`model` must be dense, but its form is {method!r}. Call `to_dense(model)` first.")
+        raise ValueError(f"`model` must be dense, but its form is {method!r}. Load it in its own dtype.")
     if model.main_input_name == "inputs_embeds":
         raise ValueError("`model` must have embeddings, got a branch. `join` it with its trunk first.")
     if get_part(model.base_model, "encoder.conv") is not None:

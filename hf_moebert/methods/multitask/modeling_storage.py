@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_moebert.checkpoints.packing import has_adapters
+from hf_moebert.architectures.stacks import has_adapters
 from hf_moebert.checkpoints.strict_model import HUB_OPTIONS, StrictModel
 
 from .modeling_files import check_folder, check_hashes, finish_save, hash_branch, hash_trunk, write_folder

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from hf_moebert.architectures.stacks import refuse_forms
+
 from .modeling_shrunk import ShrunkModel, refuse_unshrinkable, shrunk_class
 from .modeling_units import UnitGroup, cut_state, find_kept_units, find_unit_groups
 
@@ -38,6 +40,7 @@ def shrink(model: PreTrainedModel, *, multiple_of: int = 1, uniform: bool = Fals
             not positive, or `uniform` is asked of a family whose configuration has one width for two kinds of layers.
     """
     check_multiple(multiple_of)
+    refuse_other_forms(model)
     groups = find_unit_groups(model)
     refuse_unshrinkable(model)
     cls = type(model) if isinstance(model, ShrunkModel) else shrunk_class(type(model))
@@ -63,6 +66,19 @@ def shrink(model: PreTrainedModel, *, multiple_of: int = 1, uniform: bool = Fals
             shrunk = cls(cls.config_class.from_dense(model.config, widths, full), **pooling)
     shrunk.to(dtype=model.dtype, device=model.device).load_state_dict(cut_state(model, kept))
     return shrunk.train(model.training)
+
+
+def refuse_other_forms(model: Any) -> None:
+    """Refuse a model that is compressed in a way after which its units cannot be removed.
+
+    Raises:
+        ValueError: If it is; the message names the order that works.
+    """
+    refuse_forms(
+        model,
+        "dense, or shrunk, to lose whole neurons and heads",
+        *("adapters", "chains", "crf", "experts", "masks", "shared_experts", "tasks"),
+    )
 
 
 def check_multiple(multiple_of: Any) -> None:

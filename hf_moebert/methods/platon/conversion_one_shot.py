@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_moebert.architectures.inputs import load_inputs
 from hf_moebert.architectures.protocols import UnitCosts
 
-from .conversion import check_multiple, find_uniform_kinds, shrink
+from .conversion import check_multiple, find_uniform_kinds, refuse_other_forms, shrink
 from .conversion_moments import Influence, measure_influence, read_moment
 from .conversion_plan import Budget, plan_widths, time_budget, weight_budget
 from .functional_influence import with_bias
@@ -110,6 +110,7 @@ def _check_model(model: Any) -> None:
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("`model` must hold its weights in memory, some are offloaded. Load it without offloading.")
+    refuse_other_forms(model)
     find_unit_groups(model)
     refuse_unshrinkable(model)
 

@@ -6,11 +6,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from hf_moebert.architectures.stacks import refuse_forms
+
 from .modeling_units import UnitGroup
 from .recipe import PlatonConfig
 
 
 logger = logging.get_logger(__name__)
+UNFREEZE = "Unfreeze them by `model.requires_grad_(True)`: PEFT's `merge_and_unload` leaves all weights frozen."
 
 
 def find_prunable(model: nn.Module, config: PlatonConfig) -> dict[str, nn.Parameter]:
@@ -25,8 +28,9 @@ def find_prunable(model: nn.Module, config: PlatonConfig) -> dict[str, nn.Parame
         Parameters by name, in the order of the model.
 
     Raises:
-        ValueError: If nothing is left; the message lists the possible modules.
+        ValueError: If nothing is left, with the possible modules, or the model is one of chains or many tasks.
     """
+    refuse_forms(model, "dense to lose single weights", "chains", "tasks")
     modules = {name.replace("_orig_mod.", ""): module for name, module in model.named_modules()}  # of torch.compile
     for path in config.modules or []:
         if path not in modules:
@@ -43,7 +47,8 @@ def find_prunable(model: nn.Module, config: PlatonConfig) -> dict[str, nn.Parame
     chosen = {name: parameter for parameter, name in found.items() if parameter.requires_grad}
     if not chosen:
         what = "all of them are frozen" if found else f"there are none in {roots or 'the model'}"
-        raise ValueError(f"`modules` must hold trainable linear layers, but {what}. {_choices(modules)}")
+        remedy = UNFREEZE if found and not config.modules else _choices(modules)
+        raise ValueError(f"`modules` must hold trainable linear layers, but {what}. {remedy}")
     if len(chosen) < len(found):
         logger.warning(f"{len(found) - len(chosen)} of {len(found)} parameters are frozen and so not pruned.")
     if config.granularity == "2:4":
@@ -63,8 +68,7 @@ def find_grouped(model: nn.Module, groups: list[UnitGroup]) -> dict[str, nn.Para
     frozen = [name for name, parameter in chosen.items() if not parameter.requires_grad]
     if frozen:
         raise ValueError(
-            f"Neurons and heads must be trainable to be pruned whole, but {', '.join(frozen)} are frozen. Unfreeze"
-            " them, or prune single weights with granularity 'unstructured'."
+            f"Neurons and heads must be trainable to be pruned whole, but {', '.join(frozen)} are frozen. {UNFREEZE}"
         )
     return chosen
 

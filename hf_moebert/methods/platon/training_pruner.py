@@ -15,6 +15,7 @@ from hf_moebert.architectures.protocols import UnitCosts
 from hf_moebert.training.schedules import cubic_decay
 from hf_moebert.training.sharding import plain_classes
 
+from .conversion import refuse_other_forms
 from .functional import apply_mask_, checksum, fingerprint
 from .functional_selection import ALONE
 from .modeling_shrunk import refuse_unshrinkable
@@ -66,6 +67,7 @@ class Pruner:
         groups = []
         with plain_classes(model):
             if config.granularity == "structured":
+                refuse_other_forms(model)
                 groups = find_unit_groups(model)
                 refuse_unshrinkable(getattr(model, "_orig_mod", model))  # before training, not after
             self.parameters = find_grouped(model, groups) if groups else find_prunable(model, config)

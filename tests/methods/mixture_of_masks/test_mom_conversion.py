@@ -24,7 +24,7 @@ def test_what_cannot_be_masked_is_refused():
     dense = make_dense("llama")
     with pytest.raises(ValueError, match=r"`model` must be one of \[.*\], got LlamaModel. Load a dense"):
         from_dense(dense.model)
-    with pytest.raises(ValueError, match="`model` must be one of .* got MoMLlamaForCausalLM"):
+    with pytest.raises(ValueError, match="MoMLlamaForCausalLM is one with masks .* anew"):
         from_dense(make_masked("llama"))
     for score in (float("nan"), 2.3, 14.1, "3"):
         with pytest.raises(ValueError, match=r"`initial_score` must be in \[2.4, 14\], got .* Leave it out for 3"):

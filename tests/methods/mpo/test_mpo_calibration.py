@@ -438,8 +438,11 @@ def test_models_that_cannot_be_calibrated_are_refused():
         hollow = MODELS["bert"][0].from_config(MODELS["bert"][1])
     for model, message in (
         (hollow, "partly on the meta device"),
-        (compress_mpo(make("bert"), bond=4), "already compressed by 'mpo'"),
-        (get_peft_model(make("bert"), LoraConfig(target_modules=["query"])), "merge an adapter by `merge_and_unload`"),
+        (compress_mpo(make("bert"), bond=4), "is one whose matrices are chains of cores"),
+        (
+            get_peft_model(make("bert"), LoraConfig(target_modules=["query"])),
+            "Merge the adapter by `merge_and",
+        ),
         (nn.DataParallel(make("bert")), "or `module` of a parallel one"),
         (torch.compile(make("bert"), backend="eager"), "take `_orig_mod` of a compiled"),
     ):
@@ -451,8 +454,8 @@ def test_models_that_cannot_be_calibrated_are_refused():
     ("options", "message"),
     [
         ({}, "One of `bond`, `max_error` and `keep_ratio` must be given with `calibration`"),
-        ({"keep_ratio": 0.5, "table_cores": 4}, "`table_cores` must be odd and at least 3, got 4"),
-        ({"keep_ratio": 0.5, "table_cores": 2.0}, "`table_cores` must be odd and at least 3, got 2.0"),
+        ({"keep_ratio": 0.5, "table_cores": 4}, "`table_cores` must be odd and at least 3, or 2, got 4"),
+        ({"keep_ratio": 0.5, "table_cores": 2.0}, "`table_cores` must be odd and at least 3, or 2, got 2.0"),
         ({"keep_ratio": 9.0}, "`keep_ratio` must allow chains smaller than their matrices, 9.0 does so for none"),
     ],
 )

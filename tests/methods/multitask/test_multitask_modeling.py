@@ -434,7 +434,7 @@ def test_adapters_that_are_not_merged_are_refused(models, merged):
     adapted = peft.get_peft_model(inner, recipe)
     for model in (loaded, inner):
         for refuse in (lambda m: merged.add_task("new", m), lambda m: take_branch(m, 2), lambda m: take_trunk(m, 2)):
-            with pytest.raises(ValueError, match="`model` must be without adapters"):
+            with pytest.raises(ValueError, match="is one with an adapter of PEFT. Merge the adapter"):
                 refuse(model)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:

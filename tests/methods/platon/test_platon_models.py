@@ -134,9 +134,7 @@ def test_modules_that_hold_nothing_are_refused(tiny_bert, make_trainer, modules,
 def test_all_frozen_is_refused(tiny_bert, make_trainer):
     model = tiny_bert()
     model.bert.requires_grad_(False)
-    with pytest.raises(
-        ValueError, match="but all of them are frozen. Choose from bert.encoder.layer.0.attention.self"
-    ):
+    with pytest.raises(ValueError, match="all of them are frozen. Unfreeze them by `model.requires_grad_"):
         make_trainer(model).train()
     with pytest.raises(
         ValueError, match=r"must be trainable to be pruned whole, but .*layer.1.output.dense.weight are"
@@ -238,7 +236,7 @@ def test_adapters_are_pruned_and_what_they_adapt_is_not(tiny_bert, make_trainer,
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # of peft
 def test_whole_units_of_an_adapted_model_are_refused(tiny_bert, make_trainer):
     model = get_peft_model(tiny_bert(), LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"]))
-    with pytest.raises(ValueError, match="Merge adapters first"):
+    with pytest.raises(ValueError, match="Merge the adapter by `merge_and_unload` first"):
         make_trainer(model, {"granularity": "structured"}).train()
 
 
