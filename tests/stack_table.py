@@ -31,7 +31,7 @@ def said(error: Exception) -> str:
     message = str(error)
     if message.startswith("Target module MPO"):
         return "PEFT does not know chains: call `to_dense(model)` first"
-    assert message.startswith("`model` must be"), message
+    assert message.startswith("`model` must "), message
     return message.partition(". ")[2].removesuffix(".")
 
 
@@ -39,7 +39,7 @@ def table(found: dict) -> str:
     """Return the table in Markdown, and the orders that work behind it."""
     stages = list(dict.fromkeys(first for first, _ in found))
     orders = list(dict.fromkeys(text for text in found.values() if text not in {"yes", AGAIN}))
-    lines = [["first \\ then", *stages], ["---", *(":-:" for _ in stages)]]
+    lines = [["first, then", *stages], ["---", *(":-:" for _ in stages)]]
     for first in stages:
         cells = [found[first, second] for second in stages]
         lines.append([f"**{first}**", *(f"no {orders.index(x) + 1}" if x in orders else x for x in cells)])

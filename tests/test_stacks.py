@@ -1,8 +1,15 @@
-"""Methods that stack: every pair does what the table says, and what is refused names the order that works."""
+"""Methods that stack: every pair does what the table says, and what does not belong together is not loaded."""
+
+import json
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from stack_table import README, outcome, read_table
-from stacks import STAGES, make_dense
+from stacks import DATA, STAGES, make_dense
+from transformers import AutoModelForTokenClassification
+
+from hf_moebert import compress_mpo, measure_importance, prune_structured, save_packed, shrink
+from hf_moebert.methods import masked_crf, mixture_of_masks
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
@@ -15,6 +22,9 @@ def models():
     return {name: make(dense) for name, make in STAGES.items()}
 
 
+# The table
+
+
 def test_the_table_has_every_pair():
     assert list(TABLE) == [(first, second) for first in STAGES for second in STAGES]
 
@@ -22,3 +32,82 @@ def test_the_table_has_every_pair():
 @pytest.mark.parametrize(("first", "second"), TABLE, ids=" then ".join)
 def test_a_pair_does_what_the_table_says(models, first, second):
     assert outcome(models, first, second) == TABLE[first, second]
+
+
+@pytest.mark.parametrize(
+    "door",
+    [
+        compress_mpo,
+        masked_crf.from_dense,
+        mixture_of_masks.from_dense,
+        shrink,
+        lambda model: measure_importance(model, DATA),
+        lambda model: prune_structured(model, DATA, keep_ratio=0.5),
+        lambda model: save_packed(model, "packed"),
+    ],
+)
+def test_an_adapter_is_merged_first(door):
+    adapted = get_peft_model(make_dense(), LoraConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match="is one with an adapter of PEFT. Merge the adapter by `merge_and_unload`"):
+        door(adapted)
+
+
+# Folders of another release, or whose configuration is not that of their weights
+
+FOLDERS = {
+    "units": ("units",),
+    "units, packed": ("units", "packed"),
+    "units, CRF": ("units", "CRF"),
+    "units, MPO": ("units", "MPO"),
+    "units, experts": ("units", "experts"),
+    "masks": ("masks",),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(models, tmp_path_factory):
+    root = tmp_path_factory.mktemp("stacks")
+    for name, (first, *then) in FOLDERS.items():
+        model = models[first]
+        if then == ["packed"]:
+            save_packed(model, root / name)
+            continue
+        for stage in then:
+            model = STAGES[stage](model)
+        model.save_pretrained(root / name)
+    return root
+
+
+def set_width(fields, **widths):
+    fields["per_layer_config"]["1"] |= widths
+
+
+FAULTS = {
+    "another width": (lambda f: set_width(f, num_attention_heads=1), "size"),
+    "no widths": (lambda f: f.pop("per_layer_config"), "size"),
+    "a width above the dense one": (
+        lambda f: set_width(f, num_attention_heads=5),
+        r"must be in \[1, 4\]",
+    ),
+    "a field of layers of another release": (
+        lambda f: set_width(f, colour=1),
+        "must name only .* got 'colour' in layer 1",
+    ),
+    "a field of another release": (lambda f: f.update(colour=1), "`colour` is no field of"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_stack_whose_configuration_does_not_fit_is_refused(folders, name, fault):
+    change, message = FAULTS[fault]
+    file = folders / name / "config.json"
+    before = file.read_text()
+    config = json.loads(before)
+    change(config.get("tagger", config))
+    file.write_text(json.dumps(config))
+    try:
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            AutoModelForTokenClassification.from_pretrained(folders / name)
+    finally:
+        file.write_text(before)

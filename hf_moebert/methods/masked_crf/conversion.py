@@ -28,8 +28,7 @@ def from_dense(model: PreTrainedModel, **options: Any) -> CrfTagger:
     refuse_forms(
         model,
         "a token classifier to get a CRF",
-        *("adapters", "tasks"),
-        chains="Chains come last: call `to_dense(model)` first, or `compress_mpo` on the model with its CRF",
+        *("adapters", "chains", "tasks"),
         crf="It has one already: use it as it is",
     )
     check_tagger(model)

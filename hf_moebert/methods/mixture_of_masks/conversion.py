@@ -81,7 +81,7 @@ def from_dense(
         *("adapters", "chains", "crf", "shared_experts", "tasks"),
         experts=REMEDIES["masks"],
         masks="Take masks of the dense model anew, with other options",
-        shrunk=f"{REMEDIES['masks']}; masks close neurons, too, and `shrink` removes them",
+        shrunk=REMEDIES["masks"],
     )
     cls = find_masked_class(model)
     _check_dense(model)

@@ -306,8 +306,7 @@ def _check_model(model: PreTrainedModel) -> None:
     refuse_forms(
         model,
         "dense",
-        *("adapters", "optimised"),
-        chains="Take the dense model, or call `to_dense(model)`",
+        *("adapters", "chains", "optimised"),
         tasks="Compress what `extract_task` returns",
     )
     method = getattr(model, "quantization_method", None)

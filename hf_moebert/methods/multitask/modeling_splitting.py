@@ -37,6 +37,7 @@ HEADS: dict[str, type[PreTrainedModel]] = {
 
 FAMILIES = sorted(family for family, row in ARCHITECTURES.items() if row.trunk is not None)
 KINDS = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering")
+STOCK_LAYERS = "Merge the dense models: trunk and branches are of stock layers, and see no token ids to route by"
 OF_ALL_LAYERS = "embeddings.shared."  # in a trunk: what all layers read
 
 
@@ -180,8 +181,8 @@ def check_single_task(model: PreTrainedModel) -> None:
         model,
         "dense to become a task",
         *("adapters", "chains"),
-        experts="Merge the dense models: experts are found by token ids, which branches do not see",
-        masks="Merge the dense models: trunk and branches are of stock layers",
+        experts=STOCK_LAYERS,
+        masks=STOCK_LAYERS,
         shrunk="Give its layers one width, by `shrink(pruned, uniform=True)` or `prune_structured(..., uniform=True)`",
         tasks="Add its tasks one by one, as `extract_task` returns them",
     )

@@ -9,13 +9,16 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from hf_moebert.architectures.stacks import refuse_forms
+
 
 def check_model(model: Any) -> None:
     """Refuse what is no model of plain weights in memory.
 
     Raises:
-        ValueError: If it is wrapped, offloaded, quantized, decomposed, or holds an adapter.
+        ValueError: If it is wrapped, offloaded, quantized, decomposed, or holds an adapter, a CRF or many tasks.
     """
+    refuse_forms(model, "one task's model, before a CRF, to be trimmed", "crf", "tasks")
     is_model = isinstance(model, PreTrainedModel) and not hasattr(model, "_orig_mod")  # of torch.compile
     if not is_model:
         raise ValueError(

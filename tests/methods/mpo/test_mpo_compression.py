@@ -401,7 +401,7 @@ def test_options_that_cannot_be_are_refused_before_anything_changes(options, mes
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT, about gradient checkpointing
 def test_a_model_that_is_not_dense_is_refused():
     model = compress_mpo(make("bert"))
-    with pytest.raises(ValueError, match="is one whose matrices are chains of cores. Take the dense"):
+    with pytest.raises(ValueError, match="is one whose matrices are chains of cores. Chains come after it"):
         compress_mpo(model)
     with pytest.raises(ValueError, match="is optimised for inference. Call `revert_optimizations`"):
         compress_mpo(optimize_for_inference(make("bert")))
