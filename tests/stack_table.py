@@ -44,14 +44,14 @@ def table(found: dict) -> str:
         cells = [found[first, second] for second in stages]
         lines.append([f"**{first}**", *(f"no {orders.index(x) + 1}" if x in orders else x for x in cells)])
     rows = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-    return rows + "\n" + "".join(f"{number}. {order}.\n" for number, order in enumerate(orders, 1))
+    return f"{rows}\n{' '.join(f'**{number}** {order}.' for number, order in enumerate(orders, 1))}\n"
 
 
 def read_table(text: str) -> dict:
     """Return the outcome of each pair as a text has it."""
     inside = text.partition(MARKS[0])[2].partition(MARKS[1])[0]
     rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in inside.splitlines() if line[:1] == "|"]
-    orders = dict(re.findall(r"^(\d+)\. (.*)\.$", inside, re.MULTILINE))
+    orders = dict(re.findall(r"\*\*(\d+)\*\* (.*?)\.(?= \*\*\d|$)", inside, re.MULTILINE))
     stages = rows[0][1:]
     return {
         (first, second): orders[cell.removeprefix("no ")] if cell.startswith("no ") else cell

@@ -274,7 +274,7 @@ def is_made_by(stage, model):
         return has_zeros(model, stage)
     return {
         "units": lambda: is_narrow(model),
-        "layers": lambda: model.config.get_text_config().num_hidden_layers == 1,
+        "layers": lambda: not any("layer.1." in name for name in model.state_dict()),
         "experts": lambda: "MoEBertExperts" in classes or "OptimizedMoEBertExperts" in classes,
         "masks": lambda: any(name.startswith("Compact") for name in classes),
         "MPO": lambda: "chains" in forms,
