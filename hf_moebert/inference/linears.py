@@ -149,8 +149,12 @@ class Int8Linear:
     scale, bias and activation follow, block by block of rows in the cache. That order is ours.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, activation: Activation | None, grid: Grid) -> None:
-        self.grid = grid
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, activation: Activation | None, grid: Grid, factors: Tensor | None
+    ) -> None:
+        self.grid, self.factors = grid, factors
+        if factors is not None:
+            weight = weight / factors
         scale = (weight.abs().amax(dim=1) / 127).clamp(min=SMALLEST_NORMAL)  # (out,)
         self.scale = scale / grid.steps  # for activations that are divided by their row's largest
         self.zero_point = torch.zeros(len(weight), dtype=torch.long)  # (out,)
@@ -161,8 +165,8 @@ class Int8Linear:
         self.activate_ = in_place(activation)
 
     def prepare(self, x: Tensor) -> Quantized:
-        """Quantise each row on its own scale; layers behind the same activation share this."""
-        return quantize(x, self.grid)
+        """Quantise each row on its own scale; layers with the same factors, behind the same activation, share this."""
+        return quantize(x if self.factors is None else x * self.factors, self.grid)
 
     def __call__(self, prepared: Quantized) -> Tensor:
         """Map, to float32."""
@@ -208,6 +212,7 @@ def make_linear(
     activation: Activation | None = None,
     *,
     follows: Activation | None = None,
+    factors: Tensor | None = None,
     precision: Precision,
     packed: bool,
 ) -> InferenceLinear:
@@ -218,13 +223,15 @@ def make_linear(
         bias: Shape `(out,)`.
         activation: Applied to the product, fused where oneDNN can.
         follows: The activation whose outputs the layer reads, if it is known, for a finer grid in int8.
+        factors: What int8 multiplies inputs by and divides the columns of the weight by. Shape `(in,)`.
         precision: Precision of the product.
         packed: Whether oneDNN computes it.
     """
     weight = weight.detach().contiguous()  # oneDNN ignores strides
     bias = None if bias is None else bias.detach().contiguous()
     if precision == "int8":
-        return Int8Linear(weight, bias, activation, ONE_SIDED if type(follows).__name__ in FUSIBLE else SYMMETRIC)
+        grid = ONE_SIDED if type(follows).__name__ in FUSIBLE else SYMMETRIC
+        return Int8Linear(weight, bias, activation, grid, factors)
     linear = PackedLinear if packed else PlainLinear
     return linear(weight, bias, activation, getattr(torch, precision))
 

@@ -5,12 +5,12 @@ linear layers have classes that try a faster computation first, and otherwise do
 dict and checkpoint stay what they are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -28,6 +28,7 @@ from .optimized import (
     is_plain_linear,
     make_optimized_class,
 )
+from .smoothing import measure_inputs
 from .unpadding import Unpadding, unpadding_unsupported_reason
 
 
@@ -80,7 +81,8 @@ def optimize_for_inference(
     revert_optimizations(model).eval()
     precision, prepack, skip_padding = check_support(model, precision, prepack, skip_padding)
     if prepack or skip_padding or precision != "float32":
-        swap_classes(model.base_model, partial(make_linear, precision=precision, packed=prepack))
+        peaks = measure_inputs(model.base_model) if precision == "int8" else {}
+        swap_classes(model.base_model, partial(make_linear, precision=precision, packed=prepack), peaks)
     if skip_padding:
         model.base_model.unpadding = Unpadding(model.base_model)
     return model
@@ -95,7 +97,7 @@ def revert_optimizations(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, OptimizedModule):
             module.__class__ = type(module).__bases__[1]
-            for name in ("make_linear", "optimized_device", "built"):
+            for name in ("make_linear", "optimized_device", "built", "peaks"):
                 module.__dict__.pop(name, None)
         elif "unpadding" in module.__dict__:
             module.__dict__.pop("unpadding").remove()
@@ -122,7 +124,9 @@ def check_support(
     return precision, prepack, skip_padding
 
 
-def swap_classes(base: PreTrainedModel, make: Callable[..., InferenceLinear]) -> None:
+def swap_classes(
+    base: PreTrainedModel, make: Callable[..., InferenceLinear], peaks: Mapping[nn.Module, Tensor]
+) -> None:
     """Give every module that can be faster its optimised class, and warn of those that stay as they are."""
     covered: set[nn.Module] = set()
     unchanged = []
@@ -132,6 +136,7 @@ def swap_classes(base: PreTrainedModel, make: Callable[..., InferenceLinear]) ->
             continue
         module.__class__ = make_optimized_class(mixin, type(module))  # type: ignore[arg-type]  # classes are hashable
         module.make_linear, module.optimized_device, module.built = make, base.device, Derived()
+        module.peaks = peaks.get(module.first_reader())
         covered.update(module.replaced_linears())
         with torch.autocast(base.device.type, enabled=False):
             if module.inference_linears(torch.empty(1, 1, device=base.device)) is None:  # now, not in the first call

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .caching import Derived
 from .linears import InferenceLinear
+from .smoothing import smoothing_factors
 from .unpadding import CROSS_SENTENCE_ARGUMENTS, Sentences, attend, has_class_forward
 
 
@@ -28,6 +29,7 @@ class OptimizedModule:
     make_linear: Callable[..., InferenceLinear]
     optimized_device: torch.device
     built: Derived[InferenceLinears]
+    peaks: Tensor | None  # largest absolute value of each channel that `first_reader` reads, for int8
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """Return how copies and pickles make the class anew, which no module holds under its name."""
@@ -36,6 +38,10 @@ class OptimizedModule:
     def replaced_linears(self) -> list[nn.Linear]:
         """Return the linear layers that are replaced in inference."""
         return []
+
+    def first_reader(self) -> nn.Module:
+        """Return the module whose input the first replacement reads."""
+        return next(iter(self.replaced_linears()), self)  # type: ignore[arg-type]  # a mixin of modules
 
     def bypassed_modules(self) -> list[nn.Module]:
         """Return the other modules that are not called while linear layers are replaced."""
@@ -113,7 +119,10 @@ class OptimizedAttention(OptimizedModule):
         *three, output = self.replaced_linears()
         weight = torch.cat([linear.weight.detach() for linear in three])  # (3 * heads * head_size, hidden)
         biases = [x.weight.new_zeros(x.out_features) if x.bias is None else x.bias.detach() for x in three]
-        return self.make_linear(weight, torch.cat(biases)), self.make_linear(output.weight, output.bias)
+        return (
+            self.make_linear(weight, torch.cat(biases), factors=smoothing_factors(self.peaks, weight)),
+            self.make_linear(output.weight, output.bias),
+        )
 
     def forward(
         self,
@@ -166,7 +175,7 @@ class OptimizedFeedForward(OptimizedModule):
         up, down = self.replaced_linears()
         activation = self.intermediate.intermediate_act_fn
         return (
-            self.make_linear(up.weight, up.bias, activation),
+            self.make_linear(up.weight, up.bias, activation, factors=smoothing_factors(self.peaks, up.weight)),
             self.make_linear(down.weight, down.bias, follows=activation),
         )
 
@@ -200,8 +209,9 @@ class OptimizedExperts(OptimizedModule):
         """Build what comes before the activation in all experts, followed by all down-projections."""
         before, behind = (zip(w, [None] * len(w) if b is None else b, strict=True) for w, b in self.stacks)
         fused = None if self.has_gate else self.act_fn
+        factors = smoothing_factors(self.peaks, self.stacks[0][0])  # of all experts, which share what they read
         return (
-            *(self.make_linear(w, b, fused) for w, b in before),
+            *(self.make_linear(w, b, fused, factors=factors) for w, b in before),
             *(self.make_linear(w, b, follows=fused) for w, b in behind),
         )
 
@@ -229,7 +239,7 @@ class OptimizedLinear(OptimizedModule):
 
     def build_linears(self) -> InferenceLinears:
         """Build the one replacement."""
-        return (self.make_linear(self.weight, self.bias),)
+        return (self.make_linear(self.weight, self.bias, factors=smoothing_factors(self.peaks, self.weight)),)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `(..., in)` to `(..., out)`."""
