@@ -7,6 +7,8 @@ from .checkpoints.embedders import save_embedder as save_embedder
 from .checkpoints.packing import save_packed as save_packed
 from .checkpoints.resuming import last_complete_checkpoint as last_complete_checkpoint
 from .compress.stages import shrink as shrink
+from .inference.onnx_export import export_onnx as export_onnx
+from .inference.onnx_runtime import load_onnx as load_onnx
 from .inference.optimize import (
     optimize_for_inference as optimize_for_inference,
     revert_optimizations as revert_optimizations,

@@ -252,6 +252,41 @@ def pack(
 
 
 @app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint, dense or in a form of this package.")],
+    output: Annotated[Path, typer.Argument(help="A new folder for the graphs.")],
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help="float32 or int8; by default float32. Repeat for both."),
+    ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="A file of texts on which int8 is compared with float32."),
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    max_texts: Annotated[int, typer.Option(min=1, help="Compare on the first texts only.")] = 200,
+) -> None:
+    """Write a model for ONNX Runtime, checked against torch; `hf_moebert.load_onnx` runs it."""
+    from transformers import AutoTokenizer
+
+    from hf_moebert.checkpoints.loading import load_model
+    from hf_moebert.inference.onnx_export import export_onnx
+
+    _quiet_libraries()
+    model = load_model(folder)
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    manifest = export_onnx(
+        model,
+        output,
+        precisions=precision or ["float32"],
+        tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if has_tokenizer else None,
+        texts=() if texts is None else list(_read_file(texts, argument="--texts")[text_column][:max_texts]),
+    )
+    for name, found in manifest["precisions"].items():
+        typer.echo(f"{output / name}: {json.dumps(found)}")
+
+
+@app.command()
 def serve(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a merged multi-task model.")],
     host: Annotated[str, typer.Option(help="Address to listen on; the default accepts this machine only.")] = (

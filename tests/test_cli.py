@@ -64,6 +64,7 @@ def test_every_command_has_help():
         "publish",
         "footprint",
         "pack",
+        "export",
         "serve",
     }
     for command in ([], *([name] for name in COMMANDS)):
@@ -225,6 +226,7 @@ def one_line(result):
         (["footprint", "f", "--threads", "0"], "Invalid value for '--threads'"),
         (["pack", "no such folder", "no output"], "`folder` must hold config.json"),
         (["pack", "f"], "Missing argument"),
+        (["export", "no such folder", "no output"], "`folder` must hold config.json"),
     ],
 )
 def test_bad_use_is_answered_with_one_line(arguments, message):
@@ -266,6 +268,7 @@ CALLED = {  # each command, and a function that it calls
     "publish": ("hf_moebert.reporting.hub.publish", ["m", "me/m"]),
     "footprint": ("hf_moebert.checkpoints.loading.load_model", ["m"]),
     "pack": ("hf_moebert.checkpoints.packing.pack_folder", ["m", "packed"]),
+    "export": ("hf_moebert.checkpoints.loading.load_model", ["m", "graphs"]),
     "serve": ("hf_moebert.serving.app.build_app", ["m"]),
 }
 

@@ -1,0 +1,148 @@
+"""A model that `export_onnx` wrote, in ONNX Runtime, where a transformers model fits."""
+
+import re
+from importlib import import_module
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import is_onnxruntime_available
+
+from hf_moebert.checkpoints.json_files import read_json
+from hf_moebert.checkpoints.manifests import find_changed_file
+
+from .linears import check_precision
+
+
+MANIFEST = "onnx_manifest.json"
+FORMAT_VERSION = "1"
+PRECISIONS = ("float32", "int8")
+AGAIN = "Export the model again."
+
+
+class OnnxModel(nn.Module):
+    """An exported model with the configuration, the arguments and the outputs of the model it was.
+
+    It computes on the CPU, without gradients, and holds no parameters.
+
+    Args:
+        exported: What `transformers.exporters.ExportedModel.from_pretrained` returned.
+        max_length: Tokens that a text may have, or None if there is no limit.
+    """
+
+    base_model_prefix = ""
+    dtype = torch.float32
+    device = torch.device("cpu")
+    generation_config = None
+
+    def __init__(self, exported: Any, max_length: int | None) -> None:
+        super().__init__()
+        self.exported, self.max_length, self.config = exported, max_length, exported.config
+        self.input_names = list(next(iter(exported.components.values())).metadata.kwargs)
+        self.main_input_name = self.input_names[0]
+        self.eval()
+
+    def can_generate(self) -> bool:
+        """Return that it writes no texts."""
+        return False
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        return_dict: bool = True,
+        **others: Any,
+    ) -> Any:
+        """Run the graph.
+
+        Args:
+            input_ids: Shape `(batch, seq)`.
+            attention_mask: 1 at real tokens, all of them by default. Shape `(batch, seq)`.
+            token_type_ids: Zero by default, and left out if the graph does not read them. Shape `(batch, seq)`.
+            pixel_values: For models of images. Shape `(batch, channels, height, width)`.
+            return_dict: Whether to return the model's output class, or a tuple.
+            others: Arguments that must be None: a graph computes one thing.
+
+        Raises:
+            ValueError: If an argument is not one of the graph's, or a text is too long.
+        """
+        given = {"input_ids": input_ids, "pixel_values": pixel_values}
+        main = given[self.main_input_name]
+        unknown = sorted(name for name, value in others.items() if value is not None)
+        if unknown or main is None or not main.numel():
+            missing = f"no {self.main_input_name}" if main is None else f"an empty {self.main_input_name}"
+            problem = f"also {unknown}" if unknown else missing
+            raise ValueError(
+                f"An exported model takes {self.input_names}, got {problem}. Run it in torch for anything else."
+            )
+        if input_ids is not None:
+            if self.max_length is not None and input_ids.shape[1] > self.max_length:
+                raise ValueError(
+                    f"Sequences must have 1 to {self.max_length} tokens, got {input_ids.shape[1]}. Truncate longer "
+                    "ones."
+                )
+            given["attention_mask"] = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+            given["token_type_ids"] = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        outputs = self.exported(**{name: given[name] for name in self.input_names})
+        return outputs if return_dict else outputs.to_tuple()
+
+
+def load_onnx(folder: str | PathLike[str], *, precision: str | None = None, threads: int | None = None) -> OnnxModel:
+    """Load a model that `export_onnx` wrote, for a pipeline or whatever calls a model.
+
+    Args:
+        folder: The folder.
+        precision: "float32" or "int8", by default float32 if it was exported.
+        threads: Threads to compute with, by default those of torch; one computes in the thread that calls.
+
+    Raises:
+        ValueError: If a file is not as it was exported, if the precision was not exported or does not work on this
+            processor, or if ONNX Runtime is not installed.
+        FileNotFoundError: If the folder holds no export.
+    """
+    check_packages()
+    manifest = read_json(Path(folder) / MANIFEST, remedy="Export a model by `export_onnx`.")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"`folder` must be of format {FORMAT_VERSION!r}, got {manifest.get('format_version')!r}. {AGAIN}"
+        )
+    exported = list(manifest["precisions"])
+    precision = exported[0] if precision is None else precision
+    if precision not in exported:
+        raise ValueError(f"`precision` must be one that was exported, {exported}, got {precision!r}. {AGAIN}")
+    if precision == "int8":
+        check_precision("int8")  # without the instruction, its products saturate
+    if fault := find_changed_file(folder, manifest["files"]):
+        raise ValueError(f"`folder` must be as it was exported, but in {str(folder)!r} {fault}. {AGAIN}")
+    return OnnxModel(open_exported(Path(folder) / precision, threads), manifest["max_length"])
+
+
+def open_exported(folder: Path, threads: int | None) -> Any:
+    """Open one graph with its configuration."""
+    import onnxruntime
+    from transformers.exporters import ExportedModel
+
+    # Classes of outputs are known to torch once their module is imported
+    for module in set(
+        re.findall(r"(hf_moebert(?:\.\w+)+)\.\w+", (folder / "export.json").read_text(encoding="utf-8"))
+    ):
+        import_module(module)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or it takes a core from whoever runs next
+    options.log_severity_level = 3
+    return ExportedModel.from_pretrained(folder, device="cpu", local_files_only=True, session_options=options)
+
+
+def check_packages() -> None:
+    """Refuse to go on without ONNX Runtime.
+
+    Raises:
+        ValueError: If it is not installed.
+    """
+    if not is_onnxruntime_available():
+        raise ValueError('ONNX Runtime must be installed, but is not. Run `pip install "hf_moebert[export]"`.')

@@ -1,0 +1,196 @@
+"""Exported models: what torch gives, where a transformers model fits, and refusals; exported once for all tests."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from tiny_families import make_model
+from torch import nn
+from transformers import (
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizer,
+    pipeline,
+)
+
+from hf_moebert import export_onnx, load_onnx, optimize_for_inference
+from hf_moebert.inference import linears, onnx_export, onnx_runtime
+from hf_moebert.inference.linears import unsupported_reason
+
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "film", "bad"]
+TEXTS = ["a good film", "bad", "a bad film a good film"]
+PRECISIONS = ("float32", "int8") if unsupported_reason("int8", True) is None else ("float32",)
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporter
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """A classifier, its tokenizer, the folder of its export, and what was written down."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config = BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, initializer_range=0.2, **sizes)
+    model = BertForSequenceClassification(config)  # in training mode, which stays
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(WORDS)})
+    folder = tmp_path_factory.mktemp("onnx") / "new" / "graphs"
+    manifest = export_onnx(model, folder, precisions=PRECISIONS, tokenizer=tokenizer, texts=TEXTS)
+    assert model.training
+    return model.eval(), tokenizer, folder, manifest
+
+
+@pytest.mark.process
+@torch.no_grad()
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_any_batch_gives_what_torch_gives(exported, precision):
+    model, tokenizer, folder, manifest = exported
+    found = load_onnx(folder, precision=precision, threads=1)
+    worst = manifest["precisions"]["int8"]["difference_to_float32"] if precision == "int8" else None
+    for texts in (TEXTS[:1], TEXTS, TEXTS * 3):
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        wanted, got = model(**batch), found(**batch)
+        assert type(got) is type(wanted)
+        assert got.keys() == wanted.keys()
+        atol = 0.1 * wanted.logits.abs().max() if worst else 1e-5
+        torch.testing.assert_close(got.logits, wanted.logits, atol=float(atol), rtol=1e-4)
+        assert torch.equal(found(**batch, return_dict=False)[0], found(**batch)[0])
+    ids = batch["input_ids"]
+    assert torch.equal(found(ids).logits, found(ids, torch.ones_like(ids), torch.zeros_like(ids)).logits)
+    assert worst is None or (worst["texts"] == 3 and 0.9 < worst["worst_cosine"] <= worst["mean_cosine"] <= 1.00001)
+
+
+@pytest.mark.process
+def test_a_pipeline_takes_it(exported):
+    model, tokenizer, folder, _ = exported
+    wanted = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")(TEXTS, batch_size=2)
+    found = pipeline("text-classification", model=load_onnx(folder), tokenizer=tokenizer, device="cpu")
+    for got, one in zip(found(TEXTS, batch_size=2), wanted, strict=True):
+        assert got["label"] == one["label"]
+        assert got["score"] == pytest.approx(one["score"], abs=1e-5)
+
+
+@pytest.mark.process
+def test_the_manifest_tells_how_it_was_made(exported):
+    _, tokenizer, folder, manifest = exported
+    assert json.loads((folder / onnx_runtime.MANIFEST).read_text()).items() >= manifest.items()
+    assert manifest["inputs"] == ["input_ids", "attention_mask", "token_type_ids"]
+    assert manifest["max_length"] == 32
+    assert list(manifest["precisions"]) == list(PRECISIONS)
+    assert manifest["versions"].keys() >= {"hf_moebert", "onnxruntime", "transformers"}
+    assert {"float32/model.onnx", "float32/config.json", "tokenizer_config.json"} <= manifest["files"].keys()
+    assert BertTokenizer.from_pretrained(folder)(TEXTS)["input_ids"] == tokenizer(TEXTS)["input_ids"]
+    assert [path.name for path in folder.parent.iterdir()] == ["graphs"]  # no draft is left
+
+
+@pytest.mark.process
+def test_what_a_graph_cannot_do_is_refused(exported, monkeypatch):
+    folder = exported[2]
+    found = load_onnx(folder)
+    ids = torch.ones(1, 33, dtype=torch.long)
+    with pytest.raises(ValueError, match="Sequences must have 1 to 32 tokens, got 33. Truncate longer ones"):
+        found(ids)
+    with pytest.raises(ValueError, match=r"takes \['input_ids', .*, got also \['inputs_embeds', 'labels'\]"):
+        found(ids[:, :3], inputs_embeds=ids, labels=ids, position_ids=None)
+    with pytest.raises(ValueError, match="got no input_ids"):
+        found(attention_mask=ids)
+    with pytest.raises(ValueError, match="got an empty input_ids"):
+        found(ids[:0])
+    with pytest.raises(ValueError, match=r"`precision` must be one that was exported, \['float32'.*got 'bfloat16'"):
+        load_onnx(folder, precision="bfloat16")
+    if "int8" in PRECISIONS:
+        monkeypatch.setattr(linears, "unsupported_reason", lambda precision, packed: "no VNNI")
+        with pytest.raises(ValueError, match="'int8' does not: no VNNI"):
+            load_onnx(folder, precision="int8")
+
+
+@pytest.mark.process
+def test_a_changed_folder_is_refused(exported, tmp_path):
+    folder = tmp_path / "graphs"
+    shutil.copytree(exported[2], folder)
+    config = folder / "float32" / "config.json"
+    written = config.read_text()
+    config.write_text(written + " ")
+    with pytest.raises(
+        ValueError, match=r"must be as it was exported, but .*float32/config.json has .* bytes instead"
+    ):
+        load_onnx(folder)
+    config.write_text(written)
+    (folder / "float32" / "model.onnx").unlink()
+    with pytest.raises(ValueError, match=r"model.onnx is missing. Export the model again"):
+        load_onnx(folder)
+    manifest = folder / onnx_runtime.MANIFEST
+    manifest.write_text(manifest.read_text().replace('"max_length": 32', '"max_length": 99'))
+    with pytest.raises(ValueError, match="must be as it was written, with the SHA-256"):
+        load_onnx(folder)
+    with pytest.raises(FileNotFoundError, match="does not exist. Export a model by `export_onnx`"):
+        load_onnx(tmp_path)
+
+
+def bart():
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 16, "vocab_size": 20}
+    return BartModel(BartConfig(**sizes, encoder_attention_heads=2, decoder_attention_heads=2))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: nn.Linear(2, 2), "`model` must be a transformers model in float32 on the CPU, got Linear"),
+        (lambda: make_model("bert").bfloat16(), "in torch.bfloat16 on cpu. Merge adapters first"),
+        (lambda: optimize_for_inference(make_model("bert")), "got an optimised one. Call `revert_optimizations`"),
+        (bart, "must read one text or image, got BartModel, which reads 'input_ids' and has a decoder"),
+    ],
+)
+def test_models_that_cannot_be_exported_are_refused(tmp_path, build, message):
+    with pytest.raises(ValueError, match=message):
+        export_onnx(build(), tmp_path / "graphs")
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_are_refused_before_any_work(tmp_path, monkeypatch):
+    model = make_model("bert")
+    for precisions in ((), ("float32", "int4"), "int8"):
+        with pytest.raises(ValueError, match=r"`precisions` must be some of \('float32', 'int8'\), got"):
+            export_onnx(model, tmp_path / "graphs", precisions=precisions)
+    with pytest.raises(ValueError, match="`tokenizer` must be given for 1 `texts`, got None"):
+        export_onnx(model, tmp_path / "graphs", texts=["a"])
+    (tmp_path / "a").touch()
+    with pytest.raises(ValueError, match="`folder` must be a new or empty folder"):
+        export_onnx(model, tmp_path)
+    monkeypatch.setattr(linears, "unsupported_reason", lambda precision, packed: "no VNNI")
+    with pytest.raises(ValueError, match="'int8' does not: no VNNI"):
+        export_onnx(model, tmp_path / "graphs", precisions=("float32", "int8"))
+    monkeypatch.setattr(onnx_runtime, "is_onnxruntime_available", lambda: False)
+    for call in (lambda: export_onnx(model, tmp_path / "graphs"), lambda: load_onnx(tmp_path)):
+        with pytest.raises(ValueError, match=r'ONNX Runtime must be installed, but is not. Run `pip install "hf_moe'):
+            call()
+
+
+@pytest.mark.process
+def test_what_the_exporter_or_the_check_refuses_leaves_nothing(tmp_path, monkeypatch, exported):
+    model, _, folder, _ = exported
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no operator\nand a long story")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.exporters.OnnxExporter.export", fail)
+        with pytest.raises(ValueError, match=r"BertForSequenceClassification is not: no operator. Use") as caught:
+            export_onnx(model, tmp_path / "graphs")
+        assert "story" not in str(caught.value)
+    monkeypatch.setattr(onnx_export, "trace", lambda model, inputs: Saved(folder))
+    other = BertForSequenceClassification(model.config).eval()
+    with pytest.raises(ValueError, match=r"must give in ONNX Runtime what it gives in torch up to 0.0001"):
+        export_onnx(other, tmp_path / "graphs")
+    assert not list(tmp_path.iterdir())
+
+
+class Saved:
+    """A trace that writes the graph of another model."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def save_pretrained(self, folder):
+        shutil.copytree(self.folder / "float32", folder)
