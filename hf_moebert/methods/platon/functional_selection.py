@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -17,11 +18,12 @@ ScoreOf = Callable[[int, slice], Tensor]
 SAMPLE_SIZE = 1 << 17  # scores from which the threshold is estimated
 
 
-def _as_they_are(values: Tensor) -> Tensor:
+def _of_one(values: Tensor) -> Tensor:
     return values
 
 
-class Processes(NamedTuple):
+@dataclass(frozen=True)
+class Processes:
     """The processes that hold the scores together, each those of some part of every tensor.
 
     Attributes:
@@ -30,7 +32,7 @@ class Processes(NamedTuple):
     """
 
     rank: int = 0
-    join: Callable[[Tensor], Tensor] = _as_they_are
+    join: Callable[[Tensor], Tensor] = _of_one
 
     def add(self, values: Tensor) -> Tensor:
         """Add the values of all processes: in one order, so that each has the same sums. Shapes `(n,)`."""

@@ -1,6 +1,7 @@
 """Overflows, bad gradients, and models that cannot be pruned."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from platon_runs import (
 )
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 from transformers import TrainerCallback
 
@@ -241,16 +243,49 @@ def test_sharded_training_is_refused(tiny_bert, make_trainer, monkeypatch, kind)
         callback_of(trainer).on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
-def test_tensor_parallelism_is_refused(tiny_bert, make_trainer, tmp_path):
-    trainer = make_trainer(tiny_bert())
+@pytest.fixture
+def one_process(tmp_path):
+    """A group of this process alone."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
-    try:
-        linear = trainer.model.bert.encoder.layer[0].output.dense
-        linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), init_device_mesh("cpu", (1,))))
-        with pytest.raises(ValueError, match="which tensor parallelism keeps in other shards"):
-            callback_of(trainer).on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+def shard_one_matrix(model):
+    linear = model.bert.encoder.layer[0].output.dense
+    linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), init_device_mesh("cpu", (1,))))
+
+
+def shard_with_replicas(model):
+    fully_shard(model, mesh=init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard")))
+
+
+def shard_but_one_matrix(model):
+    whole = model.bert.encoder.layer[0].output.dense.weight
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)), ignored_params={whole})
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize(
+    ("shard", "reason"),
+    [
+        (shard_one_matrix, "which tensor parallelism keeps in other shards"),
+        (shard_with_replicas, "which FSDP2 with replicas or tensor parallelism keeps in other shards"),
+        (shard_but_one_matrix, "The pruned parameters must all be sharded or none, got some of both"),
+    ],
+)
+def test_other_shards_than_those_of_fsdp2_are_refused(tiny_bert, make_trainer, shard, reason):
+    trainer = make_trainer(tiny_bert())
+    shard(trainer.model)
+    callback, optimizer = callback_of(trainer), torch.optim.SGD(trainer.model.parameters())
+    with pytest.raises(ValueError, match=reason):
+        callback.on_train_begin(
+            trainer.args,
+            replace(trainer.state, max_steps=20),
+            trainer.control,
+            model=trainer.model,
+            optimizer=optimizer,
+        )
 
 
 @pytest.mark.parametrize(
