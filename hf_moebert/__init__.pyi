@@ -57,5 +57,5 @@ from .methods.platon import (
     PlatonPruningCallback as PlatonPruningCallback,
     prune_structured as prune_structured,
 )
-from .methods.trimming import drop_layers as drop_layers
+from .methods.trimming import drop_layers as drop_layers, trim_vocabulary as trim_vocabulary
 from .registration import register_architecture as register_architecture

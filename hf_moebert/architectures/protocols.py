@@ -116,3 +116,19 @@ class Predictor(Protocol):
 
     def remove_task(self, name: str) -> None:
         """Remove a task."""
+
+
+@runtime_checkable
+class ManyTasks(Protocol):
+    """A model of many tasks, which falls apart into one model for each."""
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks."""
+
+    def extract_task(self, name: str) -> Any:
+        """Return a copy of the model of a task."""
+
+    @classmethod
+    def from_tasks(cls, models: Mapping[str, Any]) -> Any:
+        """Make one model of those of the tasks."""
