@@ -14,7 +14,7 @@ from hf_moebert.architectures.importance import frozen
 from hf_moebert.architectures.inputs import Batch, complete_inputs, load_inputs
 from hf_moebert.architectures.surgery import Layer, find_layers
 
-from .conversion_models import build_like, check_model, edit_config, fill
+from .conversion_models import build_like, check_model, edit_config, fill, name_nested
 from .functional import move_outputs, spread_layers
 
 
@@ -146,7 +146,7 @@ class _Place:
 def _find_places(model: PreTrainedModel) -> list[_Place]:
     """Find the layers of a model, or of the model within it that a configuration of its own describes."""
     check_model(model)
-    prefix = _nested(model)
+    prefix = name_nested(model)
     body = getattr(model, prefix) if prefix else model
     _check_body(body)
     places = []
@@ -157,12 +157,6 @@ def _find_places(model: PreTrainedModel) -> list[_Place]:
         lacks = is_first and behind.module.state_dict().keys() - layer.module.state_dict().keys()
         places.append(_Place(index, layer, prefix, must_stay=bool(lacks)))
     return places
-
-
-def _nested(model: PreTrainedModel) -> str:
-    """Return the name of a model within a model, if its configuration is within that one's, too."""
-    prefix = model.base_model_prefix
-    return prefix if isinstance(getattr(model.config, prefix or "-", None), PreTrainedConfig) else ""
 
 
 def _check_body(model: PreTrainedModel) -> None:
@@ -226,7 +220,7 @@ def _rows_of_tables(model: PreTrainedModel, kept: list[int]) -> list[int]:
 
 
 def _cut_config(model: PreTrainedModel, places: list[_Place], kept: list[int]) -> PreTrainedConfig:
-    prefix = _nested(model)
+    prefix = name_nested(model)
     config = getattr(model.config, prefix) if prefix else model.config
 
     def edit(fields: dict[str, Any]) -> None:

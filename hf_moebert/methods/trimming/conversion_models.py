@@ -36,6 +36,12 @@ def check_model(model: Any) -> None:
         )
 
 
+def name_nested(model: PreTrainedModel) -> str:
+    """Return the name of a model within a model, if its configuration is within that one's, too; else nothing."""
+    prefix = model.base_model_prefix
+    return prefix if isinstance(getattr(model.config, prefix or "-", None), PreTrainedConfig) else ""
+
+
 def edit_config(config: PreTrainedConfig, edit: Callable[[dict[str, Any]], None]) -> PreTrainedConfig:
     """Return a copy of a configuration whose fields were edited as config.json holds them, and are checked again."""
     fields = copy.deepcopy(config.to_dict())

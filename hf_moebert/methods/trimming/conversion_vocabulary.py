@@ -13,7 +13,7 @@ from transformers.utils import logging
 from hf_moebert.architectures.positions import LEARNED
 from hf_moebert.architectures.protocols import ManyTasks
 
-from .conversion_models import build_like, check_model, edit_config, fill
+from .conversion_models import build_like, check_model, edit_config, fill, name_nested
 from .conversion_tokenizer import Pieces, build_tokenizer, read_json, renumber, split_into_words
 
 
@@ -120,8 +120,7 @@ def compare_splitting(
 
 
 def _check_sizes(model: PreTrainedModel, pieces: Pieces) -> None:
-    config: Any = model.config
-    vocabulary = getattr(config, "vocab_size", None)
+    vocabulary = _count_ids(model)
     if vocabulary is None:
         raise ValueError(f"`model` must read token ids, got {type(model).__name__}, which has no vocabulary.")
     rows = len(model.get_input_embeddings().weight) if not isinstance(model, ManyTasks) else vocabulary
@@ -137,6 +136,12 @@ def _check_sizes(model: PreTrainedModel, pieces: Pieces) -> None:
             f"`tokenizer` must be that of the model, but it knows {len(tokens)} tokens up to number {largest}, and "
             f"the model {vocabulary}. Load both from one folder."
         )
+
+
+def _count_ids(model: PreTrainedModel) -> Any:
+    """Return the size of the vocabulary that a model, or that within it, is configured with."""
+    nested = name_nested(model)
+    return getattr(getattr(model.config, nested) if nested else model.config, "vocab_size", None)
 
 
 def _check_texts(texts: Iterable[str] | None, keep: Sequence[str | int]) -> list[str]:
@@ -260,7 +265,7 @@ def _named_ids(model: PreTrainedModel) -> set[int]:
 
     for config in [model.config, *([model.generation_config] if model.can_generate() else [])]:
         _edit_ids(config.to_dict(), note)
-    return {index for index in found if 0 <= index < model.config.vocab_size}
+    return {index for index in found if 0 <= index < _count_ids(model)}
 
 
 def _check_equal(tokenizer: Any, trimmed: Any, new: dict[int, int], corpus: list[str]) -> None:
@@ -279,7 +284,7 @@ def _trim_rows(model: Any, new: dict[int, int]) -> Any:
     if isinstance(model, ManyTasks):
         tasks = {name: _trim_rows(model.extract_task(name), new) for name in model.tasks}
         return type(model).from_tasks(tasks).train(model.training)
-    whole, rows = model.config.vocab_size, torch.tensor(list(new), device=model.device)
+    whole, rows = _count_ids(model), torch.tensor(list(new), device=model.device)
 
     def edit(fields: dict[str, Any]) -> None:
         for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):

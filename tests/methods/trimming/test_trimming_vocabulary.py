@@ -28,7 +28,7 @@ from hf_moebert.methods.trimming import compare_splitting, trim_vocabulary
 
 
 FAMILIES = sorted(set(CONFIGS) - set(IMAGES))
-TEXTS = make_texts(40, 1, SCRIPTS[:3])
+TEXTS = make_texts(40, 1, [*SCRIPTS[:1] * 7, *SCRIPTS[1:3]])
 HELD_OUT = make_texts(20, 2, SCRIPTS[:4])
 
 
