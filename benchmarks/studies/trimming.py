@@ -114,7 +114,7 @@ def study_layers(model: Any, tokenizer: Any, options: Options, pairs: list[dict]
 
 def make_smoke(options: Options, folder: Path) -> None:
     """Fill in a tiny model and texts."""
-    make_tiny_encoder(folder / "model", [*WORDS, *"abcdefghijklmnopqrstuvwxyz", "unused", "rare"])
+    make_tiny_encoder(folder / "model", [*WORDS, *"bcdefghijklmnopqrstuvwxyz", "unused", "rare"])
     rows = [{"text": " ".join(WORDS[:size]), "text_pair": WORDS[size], "label": size} for size in range(1, 9)] * 5
     options.model_name_or_path, options.layers = str(folder / "model"), [2, 1]
     options.pairs_file = write_rows(folder, "pairs", rows)
