@@ -255,10 +255,7 @@ def pack(
 def export(
     folder: Annotated[Path, typer.Argument(help="A checkpoint, dense or in a form of this package.")],
     output: Annotated[Path, typer.Argument(help="A new folder for the graphs.")],
-    precision: Annotated[
-        list[str] | None,
-        typer.Option(help="float32 or int8; by default float32. Repeat for both."),
-    ] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="float32 (the default), int8. Repeat for both.")] = None,
     texts: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="A file of texts on which int8 is compared with float32."),

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 
-UNSUPPORTED = 5  # exit code: the family or the task is not known here
+UNSUPPORTED, NOT_EXPORTED = 5, 6  # exit codes: the task is not known here; the result is there, but not its export
 SIZES = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 TIMES = {"s": 1, "m": 60, "h": 3600}
 
@@ -48,6 +48,9 @@ def add_commands(app: typer.Typer, *, read: Callable[..., Any], quiet: Callable[
         max_length: Annotated[int, typer.Option(min=1, help="Tokens after which a text is truncated.")] = 128,
         threads: Annotated[int | None, typer.Option(min=1, help="Threads torch computes with.")] = None,
         budget: Annotated[str | None, typer.Option(help="Time for auto to search in, such as 30m or 2h.")] = None,
+        export: Annotated[
+            list[str] | None, typer.Option(help="Write it for ONNX Runtime, too: onnx or onnx-int8. Repeat for both.")
+        ] = None,
         seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything.")] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
         dry_run: Annotated[
@@ -57,12 +60,12 @@ def add_commands(app: typer.Typer, *, read: Callable[..., Any], quiet: Callable[
     ) -> None:
         """Make a model smaller and faster within an allowed loss of quality, and measure that it is.
 
-        Ends with 0 if all targets are met, 3 if the quality is not kept for sure, 4 if speed or size is missed, and 5
-        if the kind of model is not known.
+        Ends with 0 if all targets are met, 3 if the quality is not kept for sure, 4 if speed or size is missed, 5 if
+        the kind of model is not known, and 6 if it cannot be exported.
         """
         import yaml
 
-        from hf_moebert.compress.door import compress as run
+        from hf_moebert.compress.door import ExportError, compress as run
         from hf_moebert.compress.recipe_file import read_recipe
         from hf_moebert.compress.tasks import UnsupportedModelError
         from hf_moebert.measuring.comparison import TextColumns
@@ -71,6 +74,8 @@ def add_commands(app: typer.Typer, *, read: Callable[..., Any], quiet: Callable[
         target = {"speedup": speedup, "max_drop": max_drop, "metric": metric, "batch": batch, "tokens": tokens}
         target["max_size"] = None if max_size is None else parse_amount(max_size, SIZES, "--max-size", "60MB")
         changes = [*(set or ()), *([] if seed is None else [f"seed={seed}"])]
+        if export:
+            changes.append(f"export={json.dumps(export)}")
         if budget is not None:
             changes.append(f"search.budget={parse_amount(budget, TIMES, '--budget', '30m')}")
         wanted = read_recipe(recipe, changes=changes, **target)
@@ -89,9 +94,9 @@ def add_commands(app: typer.Typer, *, read: Callable[..., Any], quiet: Callable[
                 threads=threads,
                 tell=lambda line: typer.echo(line, err=True),
             )
-        except UnsupportedModelError as error:
+        except (UnsupportedModelError, ExportError) as error:
             typer.echo(f"hf-moebert: {error}", err=True)
-            raise typer.Exit(UNSUPPORTED) from error
+            raise typer.Exit(NOT_EXPORTED if isinstance(error, ExportError) else UNSUPPORTED) from error
         if as_json:
             typer.echo(json.dumps(result.verdict.as_dict()))
         else:

@@ -22,10 +22,11 @@ from hf_moebert.checkpoints.loading import load_model
 from hf_moebert.checkpoints.locks import lock_folder
 from hf_moebert.checkpoints.manifests import describe_files
 from hf_moebert.checkpoints.remote_code import refuse_code
+from hf_moebert.inference.onnx_export import export_onnx
 from hf_moebert.measuring.comparison import TextColumns, measure
 from hf_moebert.reporting.compression import write_compression_report
 
-from .recipe import Distil, Recipe, Search
+from .recipe import EXPORTS, Distil, Recipe, Search
 from .recipe_file import read_recipe
 from .running import Workshop
 from .searching import search, timing
@@ -36,6 +37,12 @@ from .verifying import EXAMPLES, write_golden
 
 GIVEN, COMPRESSED = "given", "compressed"
 PACKAGES = ("hf_moebert", "torch", "transformers")
+
+EXPORTED_TEXTS = 200  # on which int8 is compared with float32
+
+
+class ExportError(ValueError):
+    """The result is there, but not its form for another engine."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,7 @@ def compress(
 
     Raises:
         UnsupportedModelError: If the model's task is not known here.
+        ExportError: If the result, which is there, cannot be exported as the recipe says.
         ValueError: If recipe, model and data do not fit each other, or the folder holds another run.
         OSError: If the folder cannot be written to, or the model cannot be read.
     """
@@ -142,6 +150,9 @@ def compress(
         report = describe(result, prepared)
         write_compression_report(output, report)
         save_json(output / "report.json", report)
+        if recipe.export:
+            tell("exporting")
+            export(result, tokenizer, prepared)
         return result
 
 
@@ -206,6 +217,22 @@ def measure_result(
         threads=threads,
         seed=recipe.seed,
     )
+
+
+def export(result: CompressionResult, tokenizer: PreTrainedTokenizerBase, data: TextData) -> None:
+    """Write the result for ONNX Runtime, too, and how far its int8 is from float32 on texts of the verdict.
+
+    Raises:
+        ExportError: If a graph cannot be made, or gives something else.
+    """
+    folder = result.folder / "onnx"
+    shutil.rmtree(folder, ignore_errors=True)
+    precisions = [EXPORTS[form] for form in result.recipe.export]
+    texts = data.evaluation[:EXPORTED_TEXTS][data.columns.text_column]
+    try:
+        export_onnx(result.load(), folder, precisions=precisions, tokenizer=tokenizer, texts=texts)
+    except ValueError as error:
+        raise ExportError(f"The result is in {str(result.folder)!r}, but was not exported: {error}") from error
 
 
 def first_texts(data: TextData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:

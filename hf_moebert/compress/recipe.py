@@ -212,6 +212,7 @@ Stage = Search | DropLayers | Prune | Experts | Distil | Pack | Optimize
 STAGES: dict[str, type[Stage]] = {
     cls.name: cls for cls in (Search, DropLayers, Prune, Experts, Distil, Pack, Optimize)
 }
+EXPORTS = {"onnx": "float32", "onnx-int8": "int8"}  # forms for ONNX Runtime, by their precision
 # Each of these works on what those before it made; the other way round it is refused, or worth less.
 ORDER = ("drop_layers", "prune", "experts", "pack", "optimize")
 
@@ -226,10 +227,13 @@ class Recipe:
 
     stages: tuple[Stage, ...]
     target: Target = field(default_factory=Target)
+    export: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
         names = [stage.name for stage in self.stages]
+        if unknown := [form for form in self.export if form not in EXPORTS]:
+            raise ValueError(f"`export` must hold {' or '.join(EXPORTS)}, got {unknown[0]!r}. Leave it out.")
         if not names:
             raise ValueError("`stages` must hold at least one stage, got none. Use optimize to begin with.")
         if "search" in names and names != ["search", "distil"]:
@@ -264,7 +268,13 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """Return what a file of this recipe says."""
         stages = [{stage.name: asdict(stage)} for stage in self.stages]
-        return {"version": FORMAT_VERSION, "target": asdict(self.target), "stages": stages, "seed": self.seed}
+        return {
+            "version": FORMAT_VERSION,
+            "target": asdict(self.target),
+            "stages": stages,
+            "export": list(self.export),
+            "seed": self.seed,
+        }
 
 
 def _check(holds: bool, name: str, rule: str, value: Any, remedy: str) -> None:

@@ -64,7 +64,7 @@ def parse_recipe(content: Any) -> Recipe:
         raise ValueError(
             f"`recipe` must be a mapping with `stages`, got {type(content).__name__}. See the shipped ones."
         )
-    _check_names(content, ("version", "target", "stages", "seed"), "recipe")
+    _check_names(content, ("version", "target", "stages", "export", "seed"), "recipe")
     if content.get("version", FORMAT_VERSION) != FORMAT_VERSION:
         raise ValueError(f"`version` must be {FORMAT_VERSION}, got {content['version']!r}. Update hf_moebert.")
     if not isinstance(content["stages"], list):
@@ -73,7 +73,10 @@ def parse_recipe(content: Any) -> Recipe:
     seed = content.get("seed", 0)
     if type(seed) is not int or seed < 0:
         raise ValueError(f"`seed` must be a whole number of at least 0, got {seed!r}. Use 0.")
-    return Recipe(stages, _build(Target, content.get("target") or {}, "target"), seed)
+    export = content.get("export") or []
+    if not isinstance(export, list):
+        raise ValueError(f"`export` must be a list, got {export!r:.80}. Use [onnx].")  # noqa: TRY004
+    return Recipe(stages, _build(Target, content.get("target") or {}, "target"), tuple(export), seed)
 
 
 def change_recipe(recipe: Recipe, change: str) -> Recipe:

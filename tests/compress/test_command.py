@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from hf_moebert import cli
 from hf_moebert.compress.recipe_file import parse_recipe, read_recipe, shipped_recipes
+from hf_moebert.inference.onnx_runtime import load_onnx
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +93,21 @@ def test_inspect_tells_what_can_be_done(place):
     assert lines[0].startswith("BertForSequenceClassification (bert), ")
     assert any(line.split()[:2] == ["prune", "yes"] for line in lines)
     assert json.loads(invoke("inspect", place / "given", "--json").stdout)["family"] == "bert"
+
+
+def test_an_export_that_fails_ends_with_six(place, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ValueError("the graph gives something else.")
+
+    monkeypatch.setattr("hf_moebert.compress.door.export_onnx", fail)
+    result = compress(place, tmp_path / "run", "--export", "onnx")
+    assert result.exit_code == 6
+    assert "but was not exported: the graph gives something else." in result.stderr
+    assert (tmp_path / "run/model").is_dir()
+
+
+@pytest.mark.process
+def test_a_result_is_exported(place, tmp_path):
+    pytest.importorskip("onnxruntime")
+    assert compress(place, tmp_path / "run", "--export", "onnx").exit_code == 0
+    assert load_onnx(tmp_path / "run/onnx").config.num_labels == 2

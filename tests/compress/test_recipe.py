@@ -32,6 +32,8 @@ def test_the_command_line_changes_options():
         ({"stages": [{"experts": {"num_expert": 4}}]}, r"unknown name 'num_expert'. Did you mean num_experts\?"),
         ({"stages": ["optimize"], "sed": 1}, r"unknown name 'sed'. Did you mean seed\?"),
         ({"stages": ["optimize"], "version": 2}, "`version` must be 1, got 2"),
+        ({"stages": ["optimize"], "export": ["tflite"]}, "`export` must hold onnx or onnx-int8, got 'tflite'"),
+        ({"stages": ["optimize"], "export": "onnx"}, "`export` must be a list"),
         ({"stages": ["optimize"], "seed": -1}, "`seed` must be a whole number of at least 0, got -1"),
         ({"stages": ["optimize"], "target": {"speedup": 0.5}}, "`speedup` must be above 1, got 0.5"),
         ({"stages": ["optimize"], "target": {"max_drop": "a"}}, "`max_drop` must be a finite number of at least 0"),
