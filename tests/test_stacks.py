@@ -1,14 +1,23 @@
 """Methods that stack: every pair does what the table says, and what does not belong together is not loaded."""
 
+import copy
 import json
 
 import pytest
 from peft import LoraConfig, get_peft_model
 from stack_table import README, outcome, read_table
-from stacks import DATA, STAGES, make_dense
+from stacks import DATA, STAGES, is_made_by, make_dense, prune
 from transformers import AutoModelForTokenClassification
 
-from hf_moebert import compress_mpo, measure_importance, prune_structured, save_packed, shrink
+from hf_moebert import (
+    compress_mpo,
+    measure_importance,
+    prune_structured,
+    revert_optimizations,
+    save_packed,
+    shrink,
+    to_dense,
+)
 from hf_moebert.methods import masked_crf, mixture_of_masks
 
 
@@ -50,6 +59,23 @@ def test_an_adapter_is_merged_first(door):
     adapted = get_peft_model(make_dense(), LoraConfig(target_modules=["query"]))
     with pytest.raises(ValueError, match="is one with an adapter of PEFT. Merge the adapter by `merge_and_unload`"):
         door(adapted)
+
+
+ORDERS = {
+    "one width, then tasks": (lambda models: shrink(prune(models["LoRA"], "structured"), uniform=True), "tasks"),
+    "dense again, then units": (lambda models: to_dense(models["MPO"]), "units"),
+    "dense again, then LoRA": (lambda models: to_dense(models["MPO"]), "LoRA"),
+    "one task of many, then packed": (lambda models: models["tasks"].extract_task("names"), "packed"),
+    "one task of many, then MPO": (lambda models: models["tasks"].extract_task("names"), "MPO"),
+    "reverted, then MPO": (lambda models: revert_optimizations(copy.deepcopy(models["int8"])), "MPO"),
+    "float32, then int8": (lambda models: copy.deepcopy(models["bfloat16"]).float(), "int8"),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_order_that_a_message_names_works(models, order):
+    prepare, stage = ORDERS[order]
+    assert is_made_by(stage, STAGES[stage](prepare(models)))
 
 
 # Folders of another release, or whose configuration is not that of their weights
