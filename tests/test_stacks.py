@@ -104,6 +104,12 @@ def folders(models, tmp_path_factory):
     return root
 
 
+def test_a_crf_on_another_method_names_the_package_that_loads_it(folders):
+    """The code that is saved beside it is that of the CRF alone."""
+    config = json.loads((folders / "units, CRF" / "config.json").read_text())
+    assert "pip install hf_moebert" in config["auto_map"]["AutoConfig"]
+
+
 def set_width(fields, **widths):
     fields["per_layer_config"]["1"] |= widths
 

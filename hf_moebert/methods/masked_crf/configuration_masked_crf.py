@@ -107,6 +107,10 @@ class CrfConfig(CrfFields, StrictConfig, PreTrainedConfig):
         tagger: Any = self.tagger  # a configuration by now, even if a dict was given
         self.id2label, self.label2id = tagger.id2label, tagger.label2id
 
+    def _travels(self) -> bool:
+        """Check that the tagger is one of transformers: the code of another method does not come along."""
+        return super()._travels() and type(self.tagger).__module__.startswith("transformers.")
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Return that of the token classifier, where transformers reads sizes and writes a new vocabulary size."""
         tagger: Any = self.tagger

@@ -166,6 +166,10 @@ class StrictConfig(_Base):
         dense = {name: value for name, value in config.to_dict().items() if name in known and name not in OF_A_FOLDER}
         return dense | {"attn_implementation": config._attn_implementation}
 
+    def _travels(self) -> bool:
+        """Check whether the code in a checkpoint is all that it takes to load it."""
+        return self._auto_class is not None
+
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
         """Write a file that this class can read: without attributes that are no fields, with a warning for each.
 
@@ -178,7 +182,7 @@ class StrictConfig(_Base):
             logger.warning(f"`{name}` is not saved, because it is no field of {type(self).__name__}.")
             del fields[name]
         fields["fusion_config"] = fields.get("fusion_config", {}) | {CLASS_MARK: True}
-        if self._auto_class is None:  # its code does not travel: transformers answers with this name, and stops
+        if not self._travels():  # transformers answers with this name, and stops
             fields["auto_map"] = {"AutoConfig": f"{self.package}--configuration.Config"}
         with open(json_file_path, "w", encoding="utf-8") as file:
             file.write(json.dumps(fields, indent=2, sort_keys=True) + "\n")
