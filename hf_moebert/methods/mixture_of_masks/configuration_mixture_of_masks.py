@@ -134,6 +134,20 @@ class MoMFields:
                 f"{self.chunk_size_feed_forward}. Leave it out."  # type: ignore[attr-defined]
             )
 
+    @property
+    def names_of_sizes(self) -> set[str]:
+        """Names of the sizes in `per_layer_config`."""
+        return {self.width_name, "expert_sizes"}
+
+    def validate_sizes(self) -> None:
+        """Refuse sizes of blocks that no model is built by."""
+        for block, entry in (self.to_dict().get("per_layer_config") or {}).items():  # type: ignore[attr-defined]
+            if unknown := sorted(entry.keys() - self.names_of_sizes):
+                raise ValueError(
+                    f"`per_layer_config` must name only {sorted(self.names_of_sizes)}, got {unknown[0]!r} in layer "
+                    f"{int(block)}."
+                )
+
     def validate_blocks(self) -> None:
         """Refuse blocks that do not exist."""
         blocks = self.blocks
@@ -173,6 +187,11 @@ class MoMT5Config(MoMFields, StrictConfig, T5Config):
             return super().block_sizes(block)
         layer = self.per_layer_config[block - self.num_layers]
         return layer.d_ff_of_decoder, layer.expert_sizes_of_decoder or []
+
+    @property
+    def names_of_sizes(self) -> set[str]:
+        """Names of the sizes in `per_layer_config`, those of the decoder among them."""
+        return super().names_of_sizes | {"d_ff_of_decoder", "expert_sizes_of_decoder"}
 
     def write_sizes(self, sizes: dict[int, tuple[int, list[int]]]) -> dict[int, dict[str, Any]]:
         """Return the `per_layer_config` for these sizes, as `MoMFields.write_sizes`.
