@@ -114,7 +114,7 @@ def set_width(fields, share):
     """Give a layer this share of its heads, or of its neurons where only these are counted."""
     layer = fields["per_layer_config"]["1"]
     name = "num_attention_heads" if "num_attention_heads" in layer else "intermediate_size"
-    layer[name] = int(share * fields[name])
+    layer[name] = max(int(share * fields[name]), 1)
 
 
 def set_all(fields, **more):
@@ -124,7 +124,7 @@ def set_all(fields, **more):
 
 SIZE = "size|saved shape|must hold all weights"
 FAULTS = {
-    "another width": (lambda fields: set_width(fields, 0.25), SIZE),
+    "another width": (lambda fields: set_width(fields, 0.1), SIZE),
     "no widths": (lambda fields: fields.pop("per_layer_config"), SIZE),
     "a width above the dense one": (lambda fields: set_width(fields, 2), rf"must be in \[1, 4\]|{SIZE}"),
     "a field of layers of another release": (lambda fields: set_all(fields, colour=1), "name only .* got 'colour'"),
