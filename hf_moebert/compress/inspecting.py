@@ -55,7 +55,8 @@ def count_parts(model: PreTrainedModel) -> dict[str, int]:
     sets["attention and norms"] = (
         set().union(*(parameters_of(layer.module) for layer in layers)) - sets["feed-forward"]
     )
-    counts, counted = {}, set()
+    counts: dict[str, int] = {}
+    counted: set[Any] = set()
     for name, found in sets.items():
         counts[name] = sum(parameter.numel() for parameter in found - counted)
         counted |= found

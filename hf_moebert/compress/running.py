@@ -213,8 +213,14 @@ def _(stage: Prune, model: PreTrainedModel, workshop: Workshop, **_: Any) -> Pre
 @apply.register
 def _(stage: Experts, model: PreTrainedModel, workshop: Workshop, **_: Any) -> PreTrainedModel:
     data, seed = workshop.data, workshop.recipe.seed
-    examples = {"max_examples": stage.importance_examples, "labels": "labels" in data.train.column_names}
-    importance = measure_importance(model, data.train, data.collator, seed=seed, **examples)
+    importance = measure_importance(
+        model,
+        data.train,
+        data.collator,
+        max_examples=stage.importance_examples,
+        seed=seed,
+        labels="labels" in data.train.column_names,
+    )
     options: dict[str, Any] = {"num_experts": stage.num_experts, "routing": stage.routing, "seed": seed}
     if stage.expert_size is not None:
         options["expert_size"] = stage.expert_size
