@@ -281,9 +281,10 @@ def _check_equal(tokenizer: Any, trimmed: Any, new: dict[int, int], corpus: list
 @torch.no_grad()
 def _trim_rows(model: Any, new: dict[int, int]) -> Any:
     """Copy a model with the rows of the tokens that stay: wherever its shape depends on the size of the vocabulary."""
+    training = model.training
     if isinstance(model, ManyTasks):
         tasks = {name: _trim_rows(model.extract_task(name), new) for name in model.tasks}
-        return type(model).from_tasks(tasks).train(model.training)
+        return type(model).from_tasks(tasks).train(training)
     whole, rows = _count_ids(model), torch.tensor(list(new), device=model.device)
 
     def edit(fields: dict[str, Any]) -> None:
