@@ -465,3 +465,18 @@ def test_mpo_calibration(tmp_path, run_study):
     run_study(*command, "--forms", "two factors")  # makes nothing again
     assert [str(file) for file in made if file.stat().st_mtime_ns != made[file]] == []
     assert "chains of 3" not in (tmp_path / "report.md").read_text()
+
+
+def test_embedding_models(tmp_path, run_study):
+    command = ("embedding_models", "--smoke", "--max_steps", "2", "--use_cpu", "--output_dir", tmp_path)
+    output = run_study(*command)
+    lines = [line.strip("| ").split(" | ") for line in output.splitlines() if line.startswith("| ")]
+    assert [line[0] for line in lines[2:7]] == ["teacher", "pruned", "pruned, all", "half-depth", "half-depth, all"]
+    assert lines[2][-1] == "1.0000"  # the cosine of the teacher to itself
+
+
+def test_unlabelled_importance(tmp_path, run_study):
+    output = run_study("unlabelled_importance", "--smoke", "--output_dir", tmp_path)
+    rows = [line for line in output.splitlines() if line.startswith(("| no labels", "| labels, other"))]
+    assert len(rows) == 2
+    assert rows[0] in (tmp_path / "report.md").read_text()

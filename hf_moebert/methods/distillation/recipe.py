@@ -48,6 +48,11 @@ class DistillationConfig:
         help="Whether the student follows the teacher's hidden states too. False: predictions alone, for which depths"
         " and hidden sizes may differ.",
     )
+    projection: bool = HfArg(
+        default=False,
+        help="Whether a linear map from the student's hidden states to the teacher's is learned beside the student, so"
+        " that hidden sizes may differ; for models without a head also of their embeddings.",
+    )
     temperature: float | None = HfArg(
         default=None,
         help="Predictions follow the teacher's, both softened by this temperature, in cross-entropy times its square;"
@@ -90,7 +95,7 @@ class DistillationConfig:
                 f"`layer_map` must list layer numbers counted from 1, got {self.layer_map!r}. Use [2, 4, 6] for a"
                 " student of three layers and a teacher of six; embeddings need no entry."
             )
-        for name in ("mask_padding", "reference_teacher_dropout", "hidden_states"):
+        for name in ("mask_padding", "reference_teacher_dropout", "hidden_states", "projection"):
             if getattr(self, name) not in (True, False):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}. Write it unquoted.")
         if self.layer_map is not None and not self.hidden_states:

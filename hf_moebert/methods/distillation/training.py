@@ -30,6 +30,7 @@ from .training_checks import (
     refuse_empty_texts,
     refuse_foreign_checkpoint,
     refuse_hidden_states_of_shards,
+    refuse_idle_projection,
     refuse_no_pairs,
     refuse_noise,
     refuse_non_finite_outputs,
@@ -39,6 +40,7 @@ from .training_checks import (
     refuse_other_vocabulary,
     refuse_shared_parameters,
 )
+from .training_projection import Projection
 from .training_recipe import DistillationRecipeCallback
 
 
@@ -94,10 +96,15 @@ class DistillationTrainer(Trainer):
         refuse_sharded_but_fsdp2(self.model, "The student must be whole beside its teacher, or in rows as it is")
         refuse_noise(self.args.neftune_noise_alpha)
         refuse_shared_parameters(self.model, teacher)
-        names = ("vocab_size", "hidden_size") if self.distillation.hidden_states else ("vocab_size",)
+        refuse_other_heads(self.model, teacher)
+        compares_states = self.distillation.hidden_states or not has_head(unwrap_peft_model(teacher))
+        names = ("vocab_size", "hidden_size") if compares_states else ("vocab_size",)
+        if self.distillation.projection:
+            refuse_idle_projection(compares_states, self.is_fsdp_enabled)
+            names = ("vocab_size",)
         refuse_other_sizes(self.model.config, teacher.config, self.processing_class, names=names)
         refuse_other_vocabulary(self.processing_class, teacher)
-        refuse_other_heads(self.model, teacher)
+        self._projection = self._make_projection(teacher) if self.distillation.projection else None
         self._pooling = None if has_head(unwrap_peft_model(teacher)) else self._prepare_embeddings(teacher)
         if self._pooling is None:
             refuse_other_labels(self.model.config, teacher.config)
@@ -121,7 +128,9 @@ class DistillationTrainer(Trainer):
         else:
             teacher.to(self.args.device)
         self._reset_terms()
-        self._recipe_callback = DistillationRecipeCallback(self.distillation, allow_changes=allow_changes)
+        self._recipe_callback = DistillationRecipeCallback(
+            self.distillation, self._projection, allow_changes=allow_changes
+        )
         self.add_callback(self._recipe_callback)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -238,11 +247,24 @@ class DistillationTrainer(Trainer):
         if not self.distillation.hidden_states:
             return {}
         layers = [
-            hidden_state_loss(state, teacher["hidden_states"][layer], real)
+            hidden_state_loss(self._project(state), teacher["hidden_states"][layer], real)
             for state, layer in zip(student["hidden_states"], self._teacher_layers, strict=True)
         ]
         named = {f"loss_hidden_{k}": layer for k, layer in enumerate(layers)}
         return {"loss_hidden": torch.stack(layers).sum(), **named}
+
+    def _make_projection(self, teacher: PreTrainedModel) -> Projection:
+        return Projection(self.model.config.hidden_size, teacher.config.hidden_size, self.accelerator)
+
+    def _project(self, states: Tensor) -> Tensor:
+        return states if self._projection is None else self._projection(states)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create the optimizer as the stock `Trainer` does, which also learns a projection if there is one."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self._projection is not None:
+            self._projection.add_to(optimizer)
+        return optimizer
 
     def _prepare_embeddings(self, teacher: PreTrainedModel) -> str:
         """Return the pooling of two models without heads."""
@@ -258,7 +280,7 @@ class DistillationTrainer(Trainer):
             self._count("empty texts", (mask.sum(1) == 0).sum())
         pooling = str(self._pooling)
         ours, theirs = (pool(outputs["last_hidden_state"], mask, pooling) for outputs in (student, teacher))
-        losses = {"loss_embedding": embedding_loss(ours, theirs, self.distillation.embedding_distance)}
+        losses = {"loss_embedding": embedding_loss(self._project(ours), theirs, self.distillation.embedding_distance)}
         if self.distillation.similarity_weight:
             losses["loss_similarity"] = similarity_loss(ours, theirs, self.distillation.similarity_temperature)
         return losses

@@ -39,7 +39,7 @@ def refuse_other_sizes(
         if ours != theirs and not (name == "vocab_size" and ours and theirs and _is_padded(*sorted((ours, theirs)))):
             raise ValueError(
                 f"`{name}` must be equal in student and teacher, got {ours} and {theirs}. Use a teacher of the same"
-                " family: both read the same token ids, and their hidden states are compared without a projection."
+                " family: both read the same token ids. Hidden sizes may differ with `projection=True`."
             )
     sizes = [size for size in (getattr(config, "vocab_size", None) for config in (student, teacher)) if size]
     vocab_size = min(sizes, default=None)
@@ -91,6 +91,16 @@ def refuse_hidden_states_of_shards(hidden_states: bool) -> None:
         raise ValueError(
             "`hidden_states` must be False for models without head under FSDP2, got True: transformers records none of"
             " a model that FSDP2 wraps itself. Use DistillationConfig(hidden_states=False), or data parallelism."
+        )
+
+
+def refuse_idle_projection(compares_states: bool, is_sharded: bool) -> None:
+    """Refuse a projection that nothing is compared through, and one beside a model that FSDP shards."""
+    if not compares_states or is_sharded:
+        raise ValueError(
+            "`projection` must be False "
+            + ("with FSDP, which does not shard it" if is_sharded else "when predictions alone are compared")
+            + ", got True. Leave it out, and `hidden_states` too where sizes differ."
         )
 
 

@@ -228,6 +228,62 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
     assert_equal_states(whole, resumed)
 
 
+# A projection between hidden sizes
+
+
+PROJECTED = DistillationConfig(pooling="mean", projection=True)
+
+
+def test_a_projection_of_equal_sizes_begins_as_the_identity(tmp_path):
+    trainer = distil(tmp_path, embedder(), embedder(), PROJECTED, texts())
+    trainer.train()
+    assert training_logs(trainer)[0]["loss"] == 0
+    assert torch.equal(trainer._projection.weight, torch.eye(8))
+
+
+@pytest.mark.parametrize("size", [4, 12])
+def test_a_student_of_another_size_learns_through_a_projection(tmp_path, size):
+    student, teacher, batch = embedder(hidden_size=size), embedder(1), collate(texts())
+    trainer = distil(tmp_path, student, teacher, PROJECTED, texts(), max_steps=30)
+    loss = trainer.compute_loss(student.train(), dict(batch))
+    ours, theirs = (model(**batch, output_hidden_states=True) for model in (student, teacher))
+    pooled = [pool(outputs.last_hidden_state, batch["attention_mask"], "mean") for outputs in (ours, theirs)]
+    weight = torch.eye(8, size)
+    expected = embedding_loss(pooled[0] @ weight.T, pooled[1]) + similarity_loss(*pooled)
+    for a, b in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+        expected = expected + hidden_state_loss(a @ weight.T, b, batch["attention_mask"].bool())
+    torch.testing.assert_close(loss, expected)
+    trainer.train()
+    first, *_, last = training_logs(trainer)
+    assert last["loss_hidden"] < first["loss_hidden"]
+    assert not torch.equal(trainer._projection.weight, weight)
+    assert not any("projection" in name for name in student.state_dict())
+
+
+def test_a_projection_is_resumed_from_and_accumulates(tmp_path):
+    def run(student, resume=None, **options):
+        recipe = DistillationConfig(pooling="mean", projection=True, similarity_weight=0.0)
+        trainer = distil(tmp_path, student, embedder(1), recipe, texts(), **options)
+        trainer.train(resume)
+        return trainer._projection.weight
+
+    whole, resumed = embedder(hidden_size=4), embedder(5, hidden_size=4)
+    weights = run(whole, **FOUR_STEPS), run(resumed, str(tmp_path / "checkpoint-2"), **FOUR_STEPS)
+    assert_equal_states(whole, resumed)
+    assert torch.equal(*weights)
+    split = [{"per_device_train_batch_size": n, "gradient_accumulation_steps": 8 // n} | PLAIN_SGD for n in (8, 2)]
+    torch.testing.assert_close(*(run(embedder(hidden_size=4), **options) for options in split))
+    (tmp_path / "checkpoint-2/distillation_state.safetensors").unlink()
+    with pytest.raises(ValueError, match="must be as it was saved to resume from it"):
+        run(resumed, str(tmp_path / "checkpoint-2"), **FOUR_STEPS)
+
+
+def test_a_projection_that_nothing_passes_is_refused(tmp_path):
+    recipe = DistillationConfig(hidden_states=False, projection=True)
+    with pytest.raises(ValueError, match="`projection` must be False when predictions alone are compared, got True"):
+        distil(tmp_path, bert(), bert(1), recipe)
+
+
 # The folder of the teacher
 
 
@@ -281,7 +337,13 @@ def test_poolings_that_are_not_known_are_refused(tmp_path, saved, message):
     [
         (embedder, None, {}, "`pooling` must be given for a BertModel without head, one of mean, cls, last"),
         (embedder, MEAN, {"per_device_train_batch_size": 1}, "`per_device_train_batch_size` must be at least 2"),
-        (lambda: embedder(hidden_size=12), MEAN, {}, "`hidden_size` must be equal"),
+        (lambda: embedder(hidden_size=12), MEAN, {}, "`hidden_size` must be equal.*projection=True"),
+        (
+            lambda: embedder(hidden_size=12),
+            DistillationConfig(pooling="mean", hidden_states=False),
+            {},
+            "`hidden_size` must be equal",
+        ),
         (
             bert,
             MEAN,

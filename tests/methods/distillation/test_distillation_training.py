@@ -620,6 +620,9 @@ def be_one_of_two(folder):
     describe("replicas", distil(folder, bert(), bert(1), **PLAIN_SGD, **options))
     for hidden in (True, False):
         describe(f"replicas embedder {hidden}", distil_embedder(folder, hidden, **options))
+    projected = distil_embedder(folder, True, projection=True, **options)
+    describe("projected", projected)
+    found["projection"] = projected._projection.weight.detach()
     teacher = bert(1 + PartialState().process_index)  # as if only the first one had read the checkpoint
     options |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}}
     with sharding_on_a_cpu():
@@ -632,9 +635,9 @@ def be_one_of_two(folder):
     leave(found, folder)
 
 
-def distil_embedder(folder, hidden, **options):
+def distil_embedder(folder, hidden, projection=False, **options):
     # Without similarities the loss of a text is its own
-    recipe = DistillationConfig(pooling="mean", similarity_weight=0.0, hidden_states=hidden)
+    recipe = DistillationConfig(pooling="mean", similarity_weight=0.0, hidden_states=hidden, projection=projection)
     return distil(folder, bert(cls=BertModel), bert(1, BertModel), recipe, rows(None), **PLAIN_SGD, **options)
 
 
@@ -654,6 +657,9 @@ def test_two_processes_find_the_gradients_of_one(tmp_path):
     for hidden in (True, False):
         embedder = gradients(distil_embedder(tmp_path, hidden))
         alone |= {f"embedder {hidden} {name}": gradient for name, gradient in embedder.items()}
+    projected = distil_embedder(tmp_path, True, projection=True)
+    gradients(projected)
+    torch.testing.assert_close(first["projection"], projected._projection.weight.detach())
     for form in ("replicas", "shards"):
         for name, gradient in alone.items():
             if form == "replicas" or not name.startswith("embedder True"):
