@@ -26,7 +26,8 @@ REQUIRED_CAPABILITIES = {
     "int8": {"avx512_vnni", "avx_vnni", "amx_int8"},
 }
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
-ROWS_IN_CACHE = 64  # of some thousand values each
+CACHED = 1 << 19  # values in float32 that stay in the cache of a core, of 2 MB
+ROUNDING = 1.5 * 2.0**23  # added to a float32, it leaves a whole number in the lowest bits
 # Activations that oneDNN fuses into the product: operation and algorithm, by the class that transformers has for them
 FUSIBLE = {
     "GELUActivation": ("gelu", "none"),
@@ -77,10 +78,9 @@ def quantize(x: Tensor, grid: Grid = SYMMETRIC) -> Quantized:
     A row's values do not depend on the other rows. A row that is not finite keeps that in `largest`.
     """
     x = x.contiguous()  # oneDNN ignores strides
-    rows = x.view(-1, x.shape[-1])
-    if len(rows) <= ROWS_IN_CACHE:
+    if x.numel() <= CACHED:
         return Quantized(*quantize_block(x, grid))
-    blocks = [quantize_block(block, grid) for block in rows.split(ROWS_IN_CACHE)]
+    blocks = [quantize_block(block, grid) for block in split_rows(x)]
     values, largest = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     return Quantized(values.view(x.shape), largest.view(*x.shape[:-1], 1))
 
@@ -89,11 +89,16 @@ def quantize_block(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Quantise rows that stay in the cache; return values and the largest of each row."""
     sized = x.abs() if grid is SYMMETRIC else x
     largest = sized.amax(dim=-1, keepdim=True).clamp_min_(grid.smallest)
-    steps = torch.mul(x, torch.div(grid.steps, largest)).round_()
-    if grid.zero_point != 128:
-        steps.add_(grid.zero_point - 128)
-    # To int8, and a flip of the sign bit: several times faster than torch's way from floats to uint8
-    return steps.to(torch.int8).view(torch.uint8).bitwise_xor_(128), largest
+    steps = torch.mul(x, torch.div(grid.steps, largest)).add_(ROUNDING + grid.zero_point)
+    # The lowest byte of each sum is its step: faster than torch's rounding, and its way from floats to uint8
+    return steps.view(torch.int32).to(torch.int8).view(torch.uint8), largest
+
+
+def split_rows(x: Tensor) -> tuple[Tensor, ...]:
+    """Split into parts of about as many rows, each of which stays in the cache, `(..., n)` to several `(rows, n)`."""
+    rows = x.view(-1, x.shape[-1])
+    parts = -(-rows.numel() // CACHED)
+    return rows.split(max(-(-len(rows) // parts), 1))
 
 
 class InferenceLinear(Protocol):
@@ -174,12 +179,12 @@ class Int8Linear:
             prepared.values, 1.0, self.grid.zero_point, self.weight, self.scale, self.zero_point, None, 1.0, 0,
             torch.float32, "none", [], "none",
         )  # fmt: skip
-        rows, largest = y.view(-1, y.shape[-1]), prepared.largest.view(-1, 1)
-        if len(rows) <= ROWS_IN_CACHE:
-            self.finish_(rows, largest)
-        else:
-            for block in zip(rows.split(ROWS_IN_CACHE), largest.split(ROWS_IN_CACHE), strict=True):
-                self.finish_(*block)
+        if y.numel() <= CACHED:
+            self.finish_(y, prepared.largest)
+            return y
+        blocks = split_rows(y)
+        for block, largest in zip(blocks, prepared.largest.view(-1, 1).split(len(blocks[0])), strict=True):
+            self.finish_(block, largest)
         return y
 
     def finish_(self, y: Tensor, largest: Tensor) -> None:
