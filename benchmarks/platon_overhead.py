@@ -2,11 +2,12 @@
 
     python benchmarks/platon_overhead.py
     python benchmarks/platon_overhead.py --rounds 5 --step_rounds 0
+    python benchmarks/platon_overhead.py --granularity structured --keep_ratio 0.5
 
 The peer is the straightforward form: a loop over the parameters with fresh tensors, and `torch.cat` with `kthvalue`
 for the threshold. One thread, timed by its own CPU time, interleaved in one process; ratios are paired by round. Extra
 memory is the growth of the process's peak while one call runs. The last table sets what pruning adds to a step, the
-mean over a window, against a whole training step (forward, backward, clipping, AdamW).
+mean over a window, against a whole training step (forward, backward, clipping, AdamW); for units there is no other.
 """
 
 import re
@@ -36,6 +37,8 @@ class OverheadArguments:
     batch: int = field(default=32, metadata={"help": "Sequences of a training step."})
     seq: int = field(default=128, metadata={"help": "Tokens of each of them."})
     keep_ratio: float = field(default=0.1, metadata={"help": "Share of the weights kept."})
+    granularity: str = field(default="unstructured", metadata={"help": "Or `structured`."})
+    criterion: str = field(default="platon", metadata={"help": "See PlatonConfig; one with windows."})
     seed: int = field(default=0, metadata={"help": "Of weights, gradients and ids."})
 
 
@@ -82,7 +85,14 @@ def prepare(args: OverheadArguments) -> tuple[BertForSequenceClassification, Pru
     """BERT-base with random weights and gradients, whose statistics have seen two windows."""
     torch.manual_seed(args.seed)
     model = BertForSequenceClassification(BertConfig()).train()
-    config = PlatonConfig(keep_ratio=args.keep_ratio, include_bias=True, initial_warmup=0, final_warmup=1)
+    config = PlatonConfig(
+        keep_ratio=args.keep_ratio,
+        granularity=args.granularity,
+        criterion=args.criterion,
+        include_bias=args.granularity == "unstructured",
+        initial_warmup=0,
+        final_warmup=1,
+    )
     pruner = Pruner(model, config, 1000)
     for _ in range(20):
         for parameter in pruner.parameters.values():
@@ -104,24 +114,33 @@ def _status(key: str) -> int:
     return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1))
 
 
+def parts_of(pruner: Pruner) -> dict[str, Callable[[], object]]:
+    """Return the parts of a step, by name."""
+    pruner.clock = pruner.end + 1
+    pruner._renew_masks()
+    return {
+        "statistics, ordinary step": partial(pruner.statistics.observe, 3),
+        "statistics, end of a window": partial(pruner.statistics.observe, 0),
+        "masks applied": pruner.apply_masks,
+        "masks renewed and applied": lambda: (pruner._renew_masks(), pruner.apply_masks()),
+    }
+
+
 def time_parts(pruner: Pruner, rounds: int) -> tuple[dict[str, np.ndarray], list[dict[str, str]]]:
     """Time each part against the peer; both must find the same threshold."""
     peer = Straightforward(pruner)
     sizes = [len(piece) for piece in pruner.selector.pieces]
     zeros = round((1 - pruner.config.keep_ratio) * pruner.numel)
     threshold = partial(kth_smallest, pruner.selector._score_by_index, sizes, zeros, torch.device("cpu"))
-    pruner.clock = pruner.end + 1
-    pruner._renew_masks()
-    ours_and_theirs = {
-        "statistics, ordinary step": (partial(pruner.statistics.observe, 3), partial(peer.observe, 3)),
-        "statistics, end of a window": (partial(pruner.statistics.observe, 0), partial(peer.observe, 0)),
-        "exact threshold": (threshold, partial(peer.threshold, zeros)),
-        "masks applied": (pruner.apply_masks, lambda: peer.mask(pruner.threshold)),
-        "masks renewed and applied": (
-            lambda: (pruner._renew_masks(), pruner.apply_masks()),
-            lambda: peer.mask(peer.threshold(zeros)),
-        ),
+    theirs_by_part = {
+        "statistics, ordinary step": partial(peer.observe, 3),
+        "statistics, end of a window": partial(peer.observe, 0),
+        "exact threshold": partial(peer.threshold, zeros),
+        "masks applied": lambda: peer.mask(pruner.threshold),
+        "masks renewed and applied": lambda: peer.mask(peer.threshold(zeros)),
     }
+    ours_by_part = parts_of(pruner) | {"exact threshold": threshold}
+    ours_and_theirs = {name: (ours_by_part[name], theirs) for name, theirs in theirs_by_part.items()}
     times, rows = {}, []
     found = threshold()[0]
     memory = {name: peak_growth(ours) for name, (ours, _) in ours_and_theirs.items()}  # before the peer leaves a heap
@@ -181,10 +200,13 @@ def main(args: OverheadArguments) -> None:
     torch.set_num_threads(1)
     model, pruner = prepare(args)
     print(markdown_table([{"what": key, "value": str(value)} for key, value in environment().items()]))
-    with torch.no_grad():
-        times, rows = time_parts(pruner, args.rounds)
     print(f"\n{pruner.numel:,} scalars in {len(pruner.parameters)} tensors, {args.rounds} rounds\n")
-    print(markdown_table(rows))
+    with torch.no_grad():
+        if args.granularity == "unstructured":
+            times, rows = time_parts(pruner, args.rounds)
+            print(markdown_table(rows))
+        else:
+            times = time_rounds(parts_of(pruner), rounds=args.rounds, warmup=1, clock="cpu")
     if args.step_rounds:
         steps = time_steps(model, pruner, args)
         print(f"\nBERT-base, {args.batch} x {args.seq}, mean over a window of {pruner.config.window} steps\n")
