@@ -34,6 +34,8 @@ class OverheadArguments:
 
     rounds: int = field(default=10, metadata={"help": "Timed rounds of statistics, threshold and masks."})
     step_rounds: int = field(default=3, metadata={"help": "Timed whole training steps; 0 leaves them out."})
+    layers: int = field(default=12, metadata={"help": "Layers of the BERT, by default those of BERT-base."})
+    hidden: int = field(default=768, metadata={"help": "Their width; there are four times as many neurons."})
     batch: int = field(default=32, metadata={"help": "Sequences of a training step."})
     seq: int = field(default=128, metadata={"help": "Tokens of each of them."})
     keep_ratio: float = field(default=0.1, metadata={"help": "Share of the weights kept."})
@@ -82,9 +84,10 @@ class Straightforward:
 
 
 def prepare(args: OverheadArguments) -> tuple[BertForSequenceClassification, Pruner]:
-    """BERT-base with random weights and gradients, whose statistics have seen two windows."""
+    """Make a BERT with random weights and gradients, whose statistics have seen two windows."""
     torch.manual_seed(args.seed)
-    model = BertForSequenceClassification(BertConfig()).train()
+    sizes = {"num_hidden_layers": args.layers, "hidden_size": args.hidden, "intermediate_size": 4 * args.hidden}
+    model = BertForSequenceClassification(BertConfig(**sizes)).train()
     config = PlatonConfig(
         keep_ratio=args.keep_ratio,
         granularity=args.granularity,
@@ -209,7 +212,8 @@ def main(args: OverheadArguments) -> None:
             times = time_rounds(parts_of(pruner), rounds=args.rounds, warmup=1, clock="cpu")
     if args.step_rounds:
         steps = time_steps(model, pruner, args)
-        print(f"\nBERT-base, {args.batch} x {args.seq}, mean over a window of {pruner.config.window} steps\n")
+        shape = f"{args.layers} x {args.hidden}, {args.batch} x {args.seq}"
+        print(f"\n{shape}, mean over a window of {pruner.config.window} steps\n")
         print(markdown_table(overhead_rows(times, steps["plain"], pruner.config.window)))
         ratio = compare_times(steps, baseline="pruned", clock="cpu")["plain"]
         print(f"\nWhole steps in turns, {args.step_rounds} rounds: pruned / plain {ratio.median:.3f}")
