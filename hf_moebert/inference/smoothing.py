@@ -1,5 +1,7 @@
 """Even out the inputs of int8 layers, whose few largest channels would leave few steps to all others."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -35,7 +37,7 @@ def measure_inputs(base: PreTrainedModel) -> dict[nn.Module, Tensor]:
     texts, tokens = DRAWN
     shape = (texts, min(tokens, count_positions(base) or tokens))
     ids = torch.randint(base.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    modules = [module for module in base.modules() if isinstance(module, nn.Linear | SortedExperts)]
+    modules: list[Any] = [module for module in base.modules() if isinstance(module, nn.Linear | SortedExperts)]
     handles = [module.register_forward_pre_hook(watch) for module in modules]
     try:
         base(input_ids=ids, attention_mask=torch.ones_like(ids))
