@@ -4,6 +4,7 @@ The package is not imported here, not even for a constant: that would import all
 once. Each command imports what it needs.
 """
 
+import gc
 import json
 import logging
 import os
@@ -340,6 +341,7 @@ def serve(
     served = build_app(predictor, limits=limits, allow_updates=allow_updates)
     names = ", ".join(predictor.describe_tasks())
     run_server(served, host=host, port=port, announce=lambda url: typer.echo(f"Serving {names} of {model} on {url}"))
+    gc.freeze()  # the process ends: a last search of all that torch holds for cycles takes a second of a processor
 
 
 def _load_tasks(source: str) -> Any:
