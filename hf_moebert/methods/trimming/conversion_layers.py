@@ -12,9 +12,10 @@ from hf_moebert.architectures.families import find_architecture
 from hf_moebert.architectures.heads import kinds_of_outputs
 from hf_moebert.architectures.importance import frozen
 from hf_moebert.architectures.inputs import Batch, complete_inputs, load_inputs
+from hf_moebert.architectures.stacks import refuse_forms
 from hf_moebert.architectures.surgery import Layer, find_layers
 
-from .conversion_models import build_like, check_model, edit_config, fill, name_nested
+from .conversion_models import build_like, check_model, edit_config, fill
 from .functional import move_outputs, spread_layers
 
 
@@ -137,35 +138,29 @@ class _Place:
         must_stay: Whether it is not built like the others.
     """
 
-    def __init__(self, index: int, layer: Layer, prefix: str, *, must_stay: bool) -> None:
+    def __init__(self, index: int, layer: Layer, *, must_stay: bool) -> None:
         self.index, self.depth, self.must_stay = index, layer.stack.depth, must_stay
-        self.path = f"{prefix}.{layer.path}" if prefix else layer.path
+        self.path = layer.path
         self.stack = self.path.rpartition(".")[0]
 
 
 def _find_places(model: PreTrainedModel) -> list[_Place]:
-    """Find the layers of a model, or of the model within it that a configuration of its own describes."""
+    """Find the layers of a model."""
+    refuse_forms(model, "one task's model, before a CRF, to lose layers", "crf", "tasks")
     check_model(model)
-    prefix = name_nested(model)
-    body = getattr(model, prefix) if prefix else model
-    _check_body(body)
+    _check_layers(model)
     places = []
-    layers = find_layers(body)
+    layers = find_layers(model)
     for index, layer in enumerate(layers):
         behind = layers[index + 1] if index + 1 < len(layers) else layer
         is_first = layer.path.endswith(".0") and behind.stack is layer.stack
         lacks = is_first and behind.module.state_dict().keys() - layer.module.state_dict().keys()
-        places.append(_Place(index, layer, prefix, must_stay=bool(lacks)))
+        places.append(_Place(index, layer, must_stay=bool(lacks)))
     return places
 
 
-def _check_body(model: PreTrainedModel) -> None:
+def _check_layers(model: PreTrainedModel) -> None:
     config: Any = model.config
-    if hasattr(config, "tasks"):
-        raise ValueError(
-            "`model` must be that of one task, got many tasks on one trunk. Drop the same layers of each task's model "
-            "before `from_tasks`."
-        )
     stacks = find_architecture(model).stacks
     if any("*" in stack.path for stack in stacks):
         raise ValueError(
@@ -220,13 +215,9 @@ def _rows_of_tables(model: PreTrainedModel, kept: list[int]) -> list[int]:
 
 
 def _cut_config(model: PreTrainedModel, places: list[_Place], kept: list[int]) -> PreTrainedConfig:
-    prefix = name_nested(model)
-    config = getattr(model.config, prefix) if prefix else model.config
-
     def edit(fields: dict[str, Any]) -> None:
-        fields = fields[prefix] if prefix else fields
         for depth in {place.depth for place in places}:
-            name = config.attribute_map.get(depth, depth)
+            name = model.config.attribute_map.get(depth, depth)
             fields[name] = sum(place.index in kept for place in places if place.depth == depth)
         for name in LAYER_LISTS:
             if fields.get(name) is not None:

@@ -20,7 +20,7 @@ from transformers import (
 
 from hf_moebert import DistillationConfig, compress_mpo, save_packed, shrink
 from hf_moebert.architectures.surgery import find_feed_forwards, find_layers, matrix_of
-from hf_moebert.methods import masked_crf, mixture_of_masks, moebert, mpoe
+from hf_moebert.methods import mixture_of_masks, moebert, mpoe
 from hf_moebert.methods.multitask import MultiTaskModel
 from hf_moebert.methods.trimming import choose_layers, drop_layers
 
@@ -149,24 +149,6 @@ def test_forms_keep_what_each_layer_is(form, tmp_path):
     assert torch.equal(run(type(model).from_pretrained(tmp_path)), run(smaller))
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert"])
-def test_a_tagger_with_a_crf_keeps_it(family, tmp_path):
-    names = {0: "O", 1: "B-A", 2: "I-A"}
-    model = deep_model(family, AutoModelForTokenClassification)
-    model.config.id2label = names
-    model.config.label2id = {name: index for index, name in names.items()}
-    model.classifier = torch.nn.Linear(32, 3)
-    model.num_labels = 3
-    tagger = masked_crf.from_dense(model).eval()
-    smaller = drop_layers(tagger, [0, 2])
-    inputs = make_inputs(model)
-    inputs["word_mask"] = torch.ones_like(inputs["input_ids"])
-    wanted = drop_layers(model, [0, 2])(inputs["input_ids"]).logits
-    assert torch.equal(smaller(**inputs).logits, wanted)
-    smaller.save_pretrained(tmp_path)
-    assert torch.equal(type(tagger).from_pretrained(tmp_path)(**inputs).logits, wanted)
-
-
 def test_places_lie_evenly_and_make_a_layer_map():
     model = deep_model("bert")
     kept = choose_layers(model, 2)
@@ -278,5 +260,5 @@ def test_other_forms_are_refused_with_the_order_that_works(classifier):
         drop_layers(shrink(masked), 1)
     model = copy.deepcopy(classifier[0])
     model.config.frozen_layers = 1
-    with pytest.raises(ValueError, match="must be that of one task"):
+    with pytest.raises(ValueError, match="is one of many tasks. Merging comes after it: do it to the model of each"):
         drop_layers(MultiTaskModel.from_tasks({"a": model}), 1)
