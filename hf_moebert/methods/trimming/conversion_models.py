@@ -16,9 +16,9 @@ def check_model(model: Any) -> None:
     """Refuse what is no model of plain weights in memory.
 
     Raises:
-        ValueError: If it is wrapped, offloaded, quantized, decomposed, optimised, or holds an adapter.
+        ValueError: If it is wrapped, offloaded, quantized, decomposed, or holds an adapter.
     """
-    refuse_forms(model, "plain to be trimmed", "adapters", "optimised")
+    refuse_forms(model, "plain to be trimmed", "adapters")
     is_model = isinstance(model, PreTrainedModel) and not hasattr(model, "_orig_mod")  # of torch.compile
     if not is_model:
         raise ValueError(
