@@ -211,7 +211,7 @@ def footprint(
     import torch
 
     from hf_moebert.checkpoints.loading import load_model
-    from hf_moebert.measuring.footprint import find_widths, measure_footprint, width_rows
+    from hf_moebert.measuring.footprint import describe_origin, find_widths, measure_footprint, width_rows
     from hf_moebert.measuring.sparse_forms import compare_sparse_forms, sparse_form_rows
     from hf_moebert.reporting.tables import describe_sparsity, rich_table
 
@@ -225,11 +225,8 @@ def footprint(
     typer.echo(f"active          {size.active:,} of them per token")
     typer.echo(f"not zero        {size.nonzero:,}; sparsity: {describe_sparsity(asdict(size))}")
     typer.echo(f"bytes on disk   {size.bytes_on_disk:,}")
-    widths = find_widths(model)
-    if widths and all(width.weights for width in widths):
-        dense = size.total + sum(width.weights * (width.dense - width.units) for width in widths)
-        typer.echo(f"dense origin    {dense:,} parameters, of which {size.total / dense:.0%} are left")
-    if widths:
+    if widths := find_widths(model):
+        typer.echo(f"dense origin    {describe_origin(widths, size.total)}")
         _print_table(rich_table(width_rows(widths), title="Units of each layer, beside its dense origin"))
     _print_table(rich_table(sparse_form_rows(forms), title="Pruned matrices in each form, speed against dense"))
 

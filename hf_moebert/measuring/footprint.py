@@ -128,6 +128,15 @@ def width_rows(widths: Sequence[LayerWidth]) -> list[dict[str, str]]:
     return list(rows.values())
 
 
+def describe_origin(widths: Sequence[LayerWidth], total: int) -> str:
+    """Write how many parameters the dense origin of a model with so many of them has, if that is known."""
+    removed = [width.weights and width.weights * (width.dense - width.units) for width in widths]
+    if None in removed:
+        return "unknown, its units are in experts"
+    dense = total + sum(filter(None, removed))
+    return f"{dense:,} parameters, of which {total / dense:.0%} are left"
+
+
 def _count_weights_of_units(model: Any) -> dict[tuple[int, str], int]:
     try:
         groups = find_unit_groups(model)

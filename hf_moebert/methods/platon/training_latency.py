@@ -36,8 +36,8 @@ class TimedUnitSelector(UnitSelector):
         super().__init__(statistics, groups)
 
     def _check_floor(self) -> None:
-        asked = {"speed_up": self.config.speed_up, "min_keep": self.config.min_keep}
-        self.costs = time_budget(self.groups, self.latency, **asked).costs
+        speed_up, min_keep = self.config.speed_up, self.config.min_keep
+        self.costs = time_budget(self.groups, self.latency, speed_up=speed_up, min_keep=min_keep).costs
 
     def update_masks_(self, masks: Mapping[str, Tensor], ratio: float) -> Selection:
         """Mark the best units that take at most this share of the time."""
