@@ -115,7 +115,7 @@ def be_one_of_two(folder):
 def ranks(tmp_path_factory):
     """The folder in which each of two processes left what it ended with."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_in_two(__file__, folder, timeout=120)
+    run_in_two(__file__, folder)
     return folder
 
 
