@@ -1,4 +1,4 @@
-"""What a model is already, asked by every method before it begins: which methods may follow, and in which order."""
+"""The form that a model has already, asked by every method before it begins: which may follow, in which order."""
 
 from typing import Any
 

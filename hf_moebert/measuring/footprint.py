@@ -107,7 +107,7 @@ def find_widths(model: nn.Module) -> list[LayerWidth]:
 
     The origin has `weights * (dense - units)` parameters more for each of them.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not getattr(config, "is_heterogeneous", False) or not hasattr(config, "unit_names"):
         return []
     dense = config.to_dict()
