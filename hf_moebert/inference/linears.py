@@ -26,7 +26,8 @@ REQUIRED_CAPABILITIES = {
     "int8": {"avx512_vnni", "avx_vnni", "amx_int8"},
 }
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
-CACHED = 1 << 19  # values in float32 that stay in the cache of a core, of 2 MB
+CACHED = 1 << 19  # values in float32 that one pass takes, while those of another are still in a core's cache of 2 MB
+BLOCK = 1 << 17  # of more values: so many at a time, which the next pass finds in the cache
 ROUNDING = 1.5 * 2.0**23  # added to a float32, it leaves a whole number in the lowest bits
 # Activations that oneDNN fuses into the product: operation and algorithm, by the class that transformers has for them
 FUSIBLE = {
@@ -97,7 +98,7 @@ def quantize_block(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 def split_rows(x: Tensor) -> tuple[Tensor, ...]:
     """Split into parts of about as many rows, each of which stays in the cache, `(..., n)` to several `(rows, n)`."""
     rows = x.view(-1, x.shape[-1])
-    parts = -(-rows.numel() // CACHED)
+    parts = -(-rows.numel() // BLOCK)
     return rows.split(max(-(-len(rows) // parts), 1))
 
 

@@ -59,7 +59,7 @@ def optimize_for_inference(
         precision: Precision of linear layers and experts. `float32` changes outputs by rounding alone, by which a
             gate may decide a tie differently; `bfloat16` and `int8` (weights quantised per output, activations
             dynamically per row) cost accuracy: measure it. In int8, too, a text's answer does not depend on the
-            others in its batch.
+            others in its batch. `int8` first runs the model on drawn ids, to see which channels are large.
         prepack: Whether oneDNN multiplies packed weights; in `int8` it always does.
         skip_padding: Whether only real tokens run through the encoder, whose outputs are then zero at padding. A batch
             in which a sentence begins with padding keeps it, because heads read the first place of each row.

@@ -41,7 +41,7 @@ def measure_inputs(base: PreTrainedModel) -> dict[nn.Module, Tensor]:
     handles = [module.register_forward_pre_hook(watch) for module in modules]
     try:
         base(input_ids=ids, attention_mask=torch.ones_like(ids))
-    except (AttributeError, RuntimeError, TypeError, ValueError):  # it needs more than ids
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # it needs more than ids
         peaks.clear()
     finally:
         for handle in handles:

@@ -123,7 +123,8 @@ def test_constant_activations_keep_their_value(x):
 @pytest.mark.parametrize("width", [48, 37])
 def test_an_int8_row_is_the_same_to_the_last_bit_whatever_its_neighbours(name, width, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(linears, "CACHED", 2000)  # so that most are split, into blocks of some forty rows
+    for name_of_size in ("CACHED", "BLOCK"):
+        monkeypatch.setattr(linears, name_of_size, 2000)  # so that most are split, into blocks of some forty rows
     weight, x = torch.randn(width, 48), torch.randn(150, 48)
     x[::7] *= 1000
     linear = make_linear(weight, weight[:, 0], None if name is None else ACT2FN[name], precision="int8", packed=True)
