@@ -53,7 +53,7 @@ def test_nothing_becomes_unencodable(kind, text):
     tokenizer, trimmed = make_pair(kind)
     before, after = (one.backend_tokenizer.encode(text, add_special_tokens=False) for one in (tokenizer, trimmed))
     assert after.tokens.count("<unk>") <= before.tokens.count("<unk>")
-    if "<unk>" not in before.tokens:
+    if tokenizer.backend_tokenizer.decoder is not None and "<unk>" not in before.tokens:
         assert trimmed.decode(after.ids) == tokenizer.decode(before.ids)
     covered = [{place for start, end in one.offsets for place in range(start, end)} for one in (before, after)]
     assert covered[0] == covered[1]
