@@ -19,6 +19,7 @@ from transformers.utils import is_onnx_available, is_onnxscript_available
 
 from hf_moebert.architectures.positions import count_positions
 from hf_moebert.architectures.protocols import OptimizedForInference
+from hf_moebert.architectures.stacks import refuse_forms
 from hf_moebert.checkpoints.json_files import save_json
 from hf_moebert.checkpoints.manifests import describe_files
 from hf_moebert.checkpoints.tensor_files import drafting
@@ -111,6 +112,7 @@ def check_arguments(model: Any, target: Path, precisions: Sequence[str], tokeniz
         )
     if any(isinstance(module, OptimizedForInference) or "unpadding" in vars(module) for module in model.modules()):
         raise ValueError("`model` must be as it was loaded, got an optimised one. Call `revert_optimizations` first.")
+    refuse_forms(model, "of one task to be exported", tasks="Export what `extract_task` returns")
     if model.config.is_encoder_decoder or model.main_input_name not in ("input_ids", "pixel_values"):
         raise ValueError(
             f"`model` must read one text or image, got {type(model).__name__}, which reads {model.main_input_name!r}"
