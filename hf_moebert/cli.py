@@ -265,18 +265,16 @@ def export(
     from transformers import AutoTokenizer
 
     from hf_moebert.checkpoints.loading import load_model
+    from hf_moebert.checkpoints.remote_code import refuse_code
     from hf_moebert.inference.onnx_export import export_onnx
 
     _quiet_libraries()
-    model = load_model(folder)
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    manifest = export_onnx(
-        model,
-        output,
-        precisions=precision or ["float32"],
-        tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if has_tokenizer else None,
-        texts=() if texts is None else list(_read_file(texts, argument="--texts")[text_column][:max_texts]),
-    )
+    model, tokenizer = load_model(folder), None
+    if (folder / "tokenizer_config.json").is_file():
+        with refuse_code(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    rows = () if texts is None else list(_read_file(texts, argument="--texts")[text_column][:max_texts])
+    manifest = export_onnx(model, output, precisions=precision or ["float32"], tokenizer=tokenizer, texts=rows)
     for name, found in manifest["precisions"].items():
         typer.echo(f"{output / name}: {json.dumps(found)}")
 

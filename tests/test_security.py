@@ -26,6 +26,7 @@ from hf_moebert.checkpoints.folders import list_files
 from hf_moebert.checkpoints.loading import load_model
 from hf_moebert.checkpoints.packing import pack_folder
 from hf_moebert.checkpoints.remote_code import refuse_code
+from hf_moebert.compress.verifying import write_golden
 from hf_moebert.measuring.comparison import measure
 from hf_moebert.reporting.hub import publish
 from hf_moebert.reporting.model_card import TEMPLATE
@@ -86,13 +87,15 @@ def bring_pickle(folder):
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
-    """A folder with a classifier of ours, a merged model, and a directory of updates with one task."""
+    """A folder with a classifier of ours, a run that ended with it, a merged model, and updates with one task."""
     root = tmp_path_factory.mktemp("sound")
     dense = save_classifier(root / "classifier").config.to_dict() | {"model_type": "moebert"}
     config = MoEBertConfig(**dense, num_experts=2, expert_size=8, num_shared_neurons=0)
     MoEBertForSequenceClassification(config).save_pretrained(root / "classifier")
     save_merged(root / "merged", ["sentiment"])
     make_task("sentiment").save_pretrained(root / "updates" / "task")
+    shutil.copytree(root / "classifier", root / "run" / "model")
+    write_golden(root / "run", root / "run" / "model", {"input_ids": torch.tensor([[2, 5, 3], [2, 6, 3]])}, None)
     (root / "examples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in EXAMPLES))
     return root
 
@@ -143,6 +146,20 @@ DOORS = {  # a folder, what it may bring code for, and what loads it
         ("config", "kernel"),
         lambda root: command("pack", root / "classifier", root / "packed"),
     ),
+    "hf-moebert compress": (
+        "classifier",
+        ("config", "kernel", "tokenizer"),
+        lambda root: command(
+            "compress", root / "classifier", "--data", root / "examples.jsonl", "--output", root / "packed" / "run"
+        ),
+    ),
+    "hf-moebert inspect": ("classifier", ("config", "kernel"), lambda root: command("inspect", root / "classifier")),
+    "hf-moebert verify": ("run/model", ("config", "kernel"), lambda root: command("verify", root / "run")),
+    "hf-moebert export": (
+        "classifier",
+        ("config", "kernel", "tokenizer"),
+        lambda root: command("export", root / "classifier", root / "packed"),
+    ),
     "hf-moebert serve": ("merged", ("config", "kernel", "tokenizer"), lambda root: command("serve", root / "merged")),
     "measure": (
         "classifier",
@@ -160,7 +177,7 @@ DOORS = {  # a folder, what it may bring code for, and what loads it
 
 
 def test_every_command_that_loads_a_folder_is_tried():
-    assert {f"hf-moebert {name}" for name in COMMANDS if name != "publish"} <= DOORS.keys()
+    assert {f"hf-moebert {name}" for name in COMMANDS if name not in ("publish", "recipes")} <= DOORS.keys()
 
 
 # Pickle
@@ -209,7 +226,7 @@ def test_classes_read_no_pickle(folder, root):
 
 
 def test_all_loading_asks_for_safetensors():
-    no_weights = re.compile(r"super\(\)|AutoConfig|AutoTokenizer|cls\b")
+    no_weights = re.compile(r"super\(\)|AutoConfig|AutoTokenizer|type\(tokenizer\)|cls\b|ExportedModel")
     for path, call in CALLS:
         name = ast.unparse(call.func)
         if name.endswith(".from_pretrained") and not no_weights.match(name):

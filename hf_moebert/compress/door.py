@@ -123,15 +123,15 @@ def compress(
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     columns, output = columns or TextColumns(), Path(output_dir)
     check_learning(recipe, data)
+    refuse_other_run(output, resume=resume)
+    given = str(model) if Path(model).is_dir() else snapshot_download(str(model))
+    with refuse_code(given):
+        tokenizer = AutoTokenizer.from_pretrained(given, trust_remote_code=False)
+    teacher = load_model(given).eval()
+    check_task(teacher)
     with lock_folder(output):
-        refuse_other_run(output, resume=resume)
         if threads is not None:
             torch.set_num_threads(threads)
-        given = str(model) if Path(model).is_dir() else snapshot_download(str(model))
-        with refuse_code(given):
-            tokenizer = AutoTokenizer.from_pretrained(given, trust_remote_code=False)
-        teacher = load_model(given).eval()
-        check_task(teacher)
         selects = isinstance(recipe.stages[0], Search)
         prepared = prepare(teacher, tokenizer, data, eval_data, columns=columns, selects=selects, seed=recipe.seed)
         run = Workshop(teacher, tokenizer, prepared, recipe, output / "stages", training or {}, tuple(callbacks), tell)
@@ -173,7 +173,7 @@ def refuse_other_run(output: Path, *, resume: bool) -> None:
     Raises:
         ValueError: If the folder is not empty and the run is not to go on there.
     """
-    held = [path.name for path in output.iterdir() if not path.name.startswith("_")]
+    held = [path.name for path in output.iterdir() if not path.name.startswith("_")] if output.is_dir() else []
     if held and not resume:
         raise ValueError(
             f"`output_dir` must be an empty folder, {str(output)!r} holds {min(held)!r}. Resume the run, or choose "

@@ -4,7 +4,6 @@ Each tries a faster computation first. Where there is none, in training, under a
 somebody changed, it does what its original class does.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -187,9 +186,6 @@ class OptimizedFeedForward(OptimizedModule):
         up, down = linears
         output = down(down.prepare(up(up.prepare(attention_output))))
         return self.output.LayerNorm(output + attention_output)
-
-    # transformers counts the arguments in every call, which takes as long as a small product
-    feed_forward_chunk.__signature__ = inspect.signature(feed_forward_chunk)  # type: ignore[attr-defined]
 
 
 class OptimizedExperts(OptimizedModule):

@@ -323,7 +323,7 @@ def test_from_dense_finds_the_class_by_the_model():
         assert type(model) is head
         assert model.crf.mask_transitions == "decoding"
         assert torch.equal(model(**batch).logits, stock_logits(dense, batch))
-        with pytest.raises(ValueError, match="`model` must have no CRF yet"):
+        with pytest.raises(ValueError, match="is one with a CRF. It has one already"):
             from_dense(model)
     with pytest.raises(ValueError, match="`model` must be a token classifier, got BertModel"):
         from_dense(BertModel(BertConfig(**SIZES, **names(LABELS))))

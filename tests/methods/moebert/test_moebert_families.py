@@ -245,9 +245,7 @@ def test_compiled_and_exported(family):
 def test_what_cannot_be_a_mixture_is_refused():
     dense = make_model("roberta")
     student, scores = convert(dense)
-    with pytest.raises(
-        ValueError, match="`model` must be a dense RobertaModel .* or a shrunk one, got MoERobertaModel"
-    ):
+    with pytest.raises(ValueError, match="to be cut into experts, but MoERobertaModel is a mixture of experts"):
         from_dense(student, scores)
     with pytest.raises(ValueError, match="cut into experts, got 'llama', .* because its models are no encoders"):
         from_dense(make_model("llama"), scores)
@@ -265,7 +263,7 @@ def test_what_cannot_be_a_mixture_is_refused():
     ):
         convert(dense)
     adapted = get_peft_model(make_model("electra"), LoraConfig(target_modules=["query"]))
-    with pytest.raises(ValueError, match="must be one of|must be a dense"):
+    with pytest.raises(ValueError, match="but PeftModel is one with an adapter of PEFT"):
         from_dense(adapted, scores)
     with pytest.raises(ValueError, match="A layer of experts must run within its model"):
         student.networks()["encoder.layer.0.output.dense"](torch.zeros(1, 2, HIDDEN))

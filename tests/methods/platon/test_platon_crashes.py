@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from hf_moebert import last_complete_checkpoint
 from hf_moebert.checkpoints import tensor_files
-from hf_moebert.methods.platon.training_pruner import Pruner
+from hf_moebert.methods.platon import PlatonPruningCallback
 
 
 def make_run(folder):
@@ -38,7 +38,7 @@ def die_at(place, step):
 
     run = sys.argv[1]
     if place == "before the state":
-        Pruner.save = dying(Pruner.save)
+        PlatonPruningCallback.save_state = dying(PlatonPruningCallback.save_state)
     elif place == "before the state has its name":
         tensor_files.os.fsync = dying(tensor_files.os.fsync)
     else:
