@@ -30,7 +30,7 @@ from .recipe import EXPORTS, Distil, Recipe, Search
 from .recipe_file import read_recipe
 from .running import Workshop
 from .searching import search, timing
-from .tasks import TextData, check_task, prepare
+from .tasks import TextData, check_lengths, check_task, find_metrics, prepare
 from .verdict import Verdict, judge
 from .verifying import EXAMPLES, write_golden
 
@@ -129,6 +129,8 @@ def compress(
         tokenizer = AutoTokenizer.from_pretrained(given, trust_remote_code=False)
     teacher = load_model(given).eval()
     check_task(teacher)
+    check_lengths(teacher, tokens=recipe.target.tokens, max_length=columns.max_length)
+    find_metrics(teacher, recipe.target.metric)
     with lock_folder(output):
         if threads is not None:
             torch.set_num_threads(threads)
@@ -143,7 +145,7 @@ def compress(
         publish(last, output / "model")
         tell("measuring")
         write_golden(output, output / "model", first_texts(prepared, tokenizer), run.recipe.precision)
-        measurement = measure_result(given, output / "model", prepared, run.recipe, threads=threads, rounds=rounds)
+        measurement = measure_result(run, given, output / "model", threads=threads, rounds=rounds)
         verdict = judge(measurement, result_name(run.recipe), run.recipe.target)
         result = CompressionResult(output, run.recipe, stages, measurement, verdict, candidates)
         write_lock(result, given, prepared)
@@ -202,17 +204,16 @@ def result_name(recipe: Recipe) -> str:
     return COMPRESSED if recipe.precision is None else f"{COMPRESSED}, {recipe.precision}"
 
 
-def measure_result(
-    given: str, folder: Path, data: TextData, recipe: Recipe, *, threads: int | None, rounds: int
-) -> dict[str, Any]:
+def measure_result(run: Workshop, given: str, folder: Path, *, threads: int | None, rounds: int) -> dict[str, Any]:
     """Measure the given model and the result, as they are and in the precision of the recipe."""
+    recipe = run.recipe
     return measure(
         {GIVEN: given, COMPRESSED: str(folder)},
-        data.evaluation,
+        run.data.evaluation,
         baseline=GIVEN,
         optimized=() if recipe.precision is None else (recipe.precision,),
-        metrics=None,
-        columns=data.columns,
+        metrics=find_metrics(run.teacher, recipe.target.metric),
+        columns=run.data.columns,
         latency=timing(recipe.target, rounds),
         threads=threads,
         seed=recipe.seed,

@@ -109,7 +109,11 @@ class Workshop:
     def settings_up_to(self, number: int) -> dict[str, Any]:
         """Return what a stage and those before it were told."""
         stages = [{stage.name: asdict(stage)} for stage in self.recipe.stages[:number]]
-        return {"stages": stages, "seed": self.recipe.seed, "training": {k: str(v) for k, v in self.training.items()}}
+        settings = {"stages": stages, "seed": self.recipe.seed}
+        settings["training"] = {name: str(value) for name, value in self.training.items()}
+        if any(isinstance(stage, Prune) and stage.speed_up for stage in self.recipe.stages[:number]):
+            settings["timed"] = [self.recipe.target.batch, self.recipe.target.tokens]
+        return settings
 
     def work(
         self, stage: Stage, model_folder: Path, folder: Path, settings: dict[str, Any], *, pending: Stage

@@ -15,7 +15,7 @@ from hf_moebert.measuring.comparison import Latency, measure
 
 from .recipe import Distil, DropLayers, Experts, Optimize, Prune, Search, Stage, Target
 from .running import Workshop, count_steps
-from .tasks import FEWEST
+from .tasks import FEWEST, find_metrics
 
 
 GIVEN = "given"
@@ -201,6 +201,7 @@ class _Hunt:
             texts if share else texts.select(range(FEWEST)),
             baseline=GIVEN,
             optimized=precisions,
+            metrics=find_metrics(self.shop.teacher, target.metric),
             columns=self.shop.data.columns,
             latency=timing(target, self.rounds),
             threads=self.threads,

@@ -10,9 +10,16 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 
 from hf_moebert.architectures.heads import has_head
 from hf_moebert.architectures.pooling import EmbeddingForm, read_embedding_form
+from hf_moebert.architectures.positions import count_positions
 from hf_moebert.data import encode_text
 from hf_moebert.measuring.comparison import TextColumns
-from hf_moebert.measuring.scores import predict_embeddings, predict_logits
+from hf_moebert.measuring.ranking import EMBEDDING_SCORES
+from hf_moebert.measuring.scores import (
+    CLASSIFICATION_SCORES,
+    REGRESSION_SCORES,
+    predict_embeddings,
+    predict_logits,
+)
 
 
 SUPPORTED = "sequence classification or regression, or be an embedder"
@@ -73,6 +80,36 @@ def check_task(model: PreTrainedModel) -> None:
         )
     elif model.config.problem_type == "multi_label_classification":
         raise UnsupportedModelError("`model` must give one label per text, got a multi-label model.")
+
+
+def find_metrics(model: PreTrainedModel, wanted: str | None) -> list[str] | None:
+    """Return the metrics that give a score of the model's task; `None` for the usual ones.
+
+    Raises:
+        ValueError: If none gives it.
+    """
+    if wanted is None:
+        return None
+    table = EMBEDDING_SCORES
+    if has_head(model):
+        table = REGRESSION_SCORES if model.config.num_labels == 1 else CLASSIFICATION_SCORES
+    found = [name for name, scores in table.items() if wanted in scores]
+    if not found:
+        known = ", ".join(score for scores in table.values() for score in scores)
+        raise ValueError(f"`metric` must be one of {known} for a {type(model).__name__}, got {wanted!r}.")
+    return found
+
+
+def check_lengths(model: PreTrainedModel, **lengths: int) -> None:
+    """Refuse texts that are longer than a model can read, before any work.
+
+    Raises:
+        ValueError: If there are more tokens than positions.
+    """
+    positions = count_positions(model)
+    for name, length in lengths.items():
+        if positions is not None and length > positions:
+            raise ValueError(f"`{name}` must be at most the model's {positions} positions, got {length}. Lower it.")
 
 
 def prepare(

@@ -223,6 +223,25 @@ def test_too_few_texts_are_refused(given, tmp_path):
         run(given, tmp_path / "run", STACK, texts().select(range(8, 216)), eval_data=texts().select(range(8)))
 
 
+@pytest.mark.parametrize(
+    ("target", "columns", "message"),
+    [
+        ({"metric": "spearman"}, COLUMNS, "`metric` must be one of accuracy, f1, .* got 'spearman'"),
+        ({"tokens": 17}, COLUMNS, "`tokens` must be at most the model's 16 positions, got 17"),
+        ({}, replace(COLUMNS, max_length=20), "`max_length` must be at most the model's 16 positions, got 20"),
+    ],
+)
+def test_what_could_not_be_measured_is_refused_before_any_work(given, tmp_path, target, columns, message):
+    with pytest.raises(ValueError, match=message):
+        run(given, tmp_path / "run", recipe_of(STACK, **target), columns=columns)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_score_may_count(given, tmp_path):
+    result = run(given, tmp_path / "run", recipe_of(STACK[3:], metric="f1"))
+    assert result.verdict.metric == "f1"
+
+
 def test_labels_of_another_task_are_refused(given, tmp_path):
     data = Dataset.from_list([{"text": text, "label": "spam"} for text in SENTENCES])
     with pytest.raises(ValueError, match=r"must be in \['negative', 'positive'\], got \['spam'\]"):
