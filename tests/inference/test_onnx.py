@@ -13,12 +13,15 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertTokenizer,
+    DistilBertConfig,
+    DistilBertForTokenClassification,
     pipeline,
 )
 
-from hf_moebert import export_onnx, load_onnx, optimize_for_inference
+from hf_moebert import export_onnx, load_onnx, optimize_for_inference, prune_structured
 from hf_moebert.inference import linears, onnx_export, onnx_runtime
 from hf_moebert.inference.linears import unsupported_reason
+from hf_moebert.methods import masked_crf
 
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "film", "bad"]
@@ -39,6 +42,24 @@ def exported(tmp_path_factory):
     manifest = export_onnx(model, folder, precisions=PRECISIONS, tokenizer=tokenizer, texts=TEXTS)
     assert model.training
     return model.eval(), tokenizer, folder, manifest
+
+
+@pytest.mark.process
+def test_a_crf_on_narrowed_layers_gives_its_emissions(tmp_path):
+    names = dict(enumerate(["O", "B-a", "I-a"]))
+    sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "vocab_size": 30}
+    labels = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+    torch.manual_seed(0)
+    tagger = DistilBertForTokenClassification(DistilBertConfig(**sizes, **labels)).eval()
+    examples = [{"input_ids": row, "attention_mask": [1] * 8} for row in torch.randint(30, (32, 8)).tolist()]
+    model = masked_crf.from_dense(prune_structured(tagger, examples, keep_ratio=0.6, multiple_of=1))
+    export_onnx(model, tmp_path / "graphs")
+    ids = torch.randint(30, (2, 5))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    found = load_onnx(tmp_path / "graphs")(input_ids=ids, attention_mask=mask)
+    with torch.no_grad():
+        wanted = model(input_ids=ids, attention_mask=mask, word_mask=mask == 1)
+    assert torch.allclose(found.logits, wanted.logits, atol=1e-5)
 
 
 @pytest.mark.process
