@@ -77,10 +77,6 @@ class Suite(common.ModelTesterMixin):
         pass
 
 
-class XLMRobertaTest(Suite, unittest.TestCase):
-    dense = ("XLMRobertaModel", "XLMRobertaForSequenceClassification")
-
-
 class DistilBertTest(Suite, unittest.TestCase):
     dense = ("DistilBertModel", "DistilBertForTokenClassification")
     heads = "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"
