@@ -212,7 +212,7 @@ class _Hunt:
             for form in precisions:
                 model = measured[f"{name}, {form}"]
                 metric = target.metric or next(iter(model["scores"]))
-                quality = model["differences"][metric]["value"] if share or not STRUCTURES[name] else math.nan
+                quality = model["differences"][metric]["value"] if share else math.nan
                 speedup, size = model["speed_up"]["median"], model["footprint"]["bytes_on_disk"]
                 candidates.append(Candidate(name, form, self.steps(name, share), quality, speedup, size))
         return candidates
