@@ -26,7 +26,7 @@ from hf_moebert.inference.onnx_export import export_onnx
 from hf_moebert.measuring.comparison import TextColumns, measure
 from hf_moebert.reporting.compression import write_compression_report
 
-from .recipe import EXPORTS, Distil, Recipe, Search
+from .recipe import EXPORTS, Recipe, Search
 from .recipe_file import read_recipe
 from .running import Workshop
 from .searching import search, timing
@@ -122,7 +122,6 @@ def compress(
     """
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     columns, output = columns or TextColumns(), Path(output_dir)
-    check_learning(recipe, data)
     refuse_other_run(output, resume=resume)
     given = str(model) if Path(model).is_dir() else snapshot_download(str(model))
     with refuse_code(given):
@@ -156,17 +155,6 @@ def compress(
             tell("exporting")
             export(result, tokenizer, prepared)
         return result
-
-
-def check_learning(recipe: Recipe, data: Dataset) -> None:
-    """Refuse data without texts before anything is loaded.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    trains = any(isinstance(stage, Distil) for stage in recipe.stages)
-    if not len(data):
-        raise ValueError(f"`data` must hold texts {'to train on' if trains else 'to judge by'}, got none.")
 
 
 def refuse_other_run(output: Path, *, resume: bool) -> None:

@@ -219,6 +219,8 @@ def test_what_was_learned_by_heart_is_not_judged(given, tmp_path):
 def test_too_few_texts_are_refused(given, tmp_path):
     with pytest.raises(ValueError, match="`data` must hold at least 100 texts to hold some out, got 40"):
         run(given, tmp_path / "run", STACK, texts().select(range(40)))
+    with pytest.raises(ValueError, match="`data` must hold at least 20 texts, got 0"):
+        run(given, tmp_path / "run", STACK, texts().select([]), eval_data=texts())
     with pytest.raises(ValueError, match="`eval_data` must hold at least 20 texts, got 8"):
         run(given, tmp_path / "run", STACK, texts().select(range(8, 216)), eval_data=texts().select(range(8)))
 
