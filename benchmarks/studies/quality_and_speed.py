@@ -26,11 +26,16 @@ from quality_measurement import Measurement
 from smoke import make_smoke_texts
 from study import StudyOptions
 from tasks import TextArguments, TextTask
-from torch import nn
 from transformers import AutoConfig, HfArgumentParser, PreTrainedModel, TrainingArguments
 
-from hf_moebert import DistillationConfig, PlatonConfig, count_tokens, measure_importance, prune_structured
-from hf_moebert.architectures.surgery import find_layers
+from hf_moebert import (
+    DistillationConfig,
+    PlatonConfig,
+    count_tokens,
+    drop_layers,
+    measure_importance,
+    prune_structured,
+)
 from hf_moebert.inference.linears import check_precision
 from hf_moebert.methods import moebert
 
@@ -169,11 +174,7 @@ class QualityStudy(PruningStudy):
 
 def halve_depth(teacher: PreTrainedModel) -> PreTrainedModel:
     """Copy a model without every second layer: the last layer stays, which the head is used to."""
-    student = copy.deepcopy(teacher)
-    layers = find_layers(student)
-    student.set_submodule(layers[0].path.rpartition(".")[0], nn.ModuleList(layer.module for layer in layers[1::2]))
-    student.config.num_hidden_layers = len(layers) // 2
-    return student
+    return drop_layers(teacher, list(range(1, teacher.config.num_hidden_layers, 2)))
 
 
 def main() -> None:
