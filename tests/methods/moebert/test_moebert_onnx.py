@@ -6,33 +6,29 @@ import torch
 import transformers
 from tiny_families import IMAGES, UNITS, make_model as make_dense
 
-from hf_moebert import (
-    MoEBertConfig,
-    MoEBertForQuestionAnswering,
-    MoEBertForSequenceClassification,
-    MoEBertForTokenClassification,
-    export_onnx,
-    load_onnx,
-)
+from hf_moebert import MoEBertConfig, MoEBertForSequenceClassification, export_onnx, load_onnx
 from hf_moebert.inference.linears import unsupported_reason
 from hf_moebert.methods.moebert import from_dense
 
 
-# An export takes four seconds, so each shows several things: a routing, a head, a size, a number of experts chosen
-CASES = {
-    "hash-random": {},
-    # this size and the next are those that grouped kernels refuse
-    "hash-balanced, one expert, tokens": {"num_experts": 1, "expert_size": 64, "head": MoEBertForTokenClassification},
-    "gate-token, odd size, top 2 by probability": {"expert_size": 13, "top_k": 2, "gate_scaling": "probability"},
-    "gate-token, reference": {"gate_scaling": "reference"},
-    "gate-sentence, spans, top 2": {"head": MoEBertForQuestionAnswering, "top_k": 2},
-}
+# An export takes four seconds, so each shows several things: a family, a routing, a head, a size, experts chosen.
+ROUTINGS = {"hash-random": {}, "gate-token": {"gate_scaling": "reference"}}  # of BERT
 # Of other families, each with another head; transformers exports all of them
 FAMILIES = {
     "deberta-v2": ("AutoModelForSequenceClassification", {}),
-    "distilbert": ("AutoModelForTokenClassification", {}),
-    "modernbert": ("AutoModelForSequenceClassification", {"routing": "gate-token", "top_k": 2}),
-    "mpnet": ("AutoModelForQuestionAnswering", {"routing": "gate-sentence"}),
+    "distilbert": ("AutoModelForTokenClassification", {"routing": "hash-balanced", "num_experts": 1}),
+    "modernbert": (
+        "AutoModelForSequenceClassification",
+        # a size that grouped kernels refuse
+        {
+            "routing": "gate-token",
+            "expert_size": 13,
+            "num_shared_neurons": 8,
+            "top_k": 2,
+            "gate_scaling": "probability",
+        },
+    ),
+    "mpnet": ("AutoModelForQuestionAnswering", {"routing": "gate-sentence", "top_k": 2}),
     "vit": ("AutoModelForImageClassification", {"routing": "gate-token"}),
 }
 PRECISIONS = ("float32", "int8") if unsupported_reason("int8", True) is None else ("float32",)
@@ -40,7 +36,7 @@ SHAPES = ((1, 1), (1, 7), (1, 32), (2, 5), (3, 16), (8, 128))
 pytestmark = [pytest.mark.process, pytest.mark.filterwarnings("ignore")]  # warnings of the exporter
 
 
-def make_model(routing="hash-random", head=MoEBertForSequenceClassification, **options):
+def make_model(routing="hash-random", **options):
     torch.manual_seed(0)
     config = MoEBertConfig(
         vocab_size=100,
@@ -52,10 +48,12 @@ def make_model(routing="hash-random", head=MoEBertForSequenceClassification, **o
         initializer_range=0.2,  # so that different routes give visibly different outputs
         num_labels=2,
         num_shared_neurons=0,
+        num_experts=4,
+        expert_size=16,
         routing=routing,
-        **{"num_experts": 4, "expert_size": 16} | options,
+        **options,
     )
-    return head(config).eval()
+    return MoEBertForSequenceClassification(config).eval()
 
 
 def make_family(family):
@@ -65,7 +63,8 @@ def make_family(family):
     fields |= {} if family in IMAGES else {"vocab_size": 100}
     dense = make_dense(family, getattr(transformers, auto), num_labels=2, **fields)
     importance = torch.rand(1, UNITS, generator=torch.Generator().manual_seed(2))
-    return from_dense(dense, importance, num_experts=3, **options)
+    counts = torch.arange(100) if options.get("routing") == "hash-balanced" else None
+    return from_dense(dense, importance, token_counts=counts, **{"num_experts": 3} | options)
 
 
 def make_inputs(rows, length, pad=0, side="right"):
@@ -101,13 +100,13 @@ def exported(tmp_path_factory):
     return model, folder
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_one_export_serves_every_batch_and_padding(request, tmp_path, case):
-    if case == "hash-random":
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_one_export_serves_every_batch_and_padding(request, tmp_path, routing):
+    if routing == "hash-random":
         model, folder = request.getfixturevalue("exported")
         session = load_onnx(folder)
     else:
-        model = make_model(case.split(",")[0], **CASES[case])
+        model = make_model(routing, **ROUTINGS[routing])
         session = export(model, tmp_path)
     for rows, length in SHAPES:
         assert_same(session, model, make_inputs(rows, length))

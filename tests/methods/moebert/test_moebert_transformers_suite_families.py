@@ -1,4 +1,4 @@
-"""Mixtures of other families than BERT under the tests of transformers, body and head of each."""
+"""Mixtures of the families least like BERT under the tests of transformers, body and head of each."""
 
 import unittest
 from unittest.mock import patch
@@ -75,16 +75,6 @@ class Suite(common.ModelTesterMixin):
     @unittest.skip("A route is that of a whole batch; chunks are refused by design.")
     def test_feed_forward_chunking(self):
         pass
-
-
-class DistilBertTest(Suite, unittest.TestCase):
-    dense = ("DistilBertModel", "DistilBertForTokenClassification")
-    heads = "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"
-
-
-class MPNetTest(Suite, unittest.TestCase):
-    dense = ("MPNetModel", "MPNetForQuestionAnswering")
-    heads = "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"
 
 
 class DebertaV2Test(Suite, unittest.TestCase):

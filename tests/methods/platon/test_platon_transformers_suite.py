@@ -8,13 +8,10 @@ import torch
 from transformers.models.auto import modeling_auto
 from transformers_suite import TransformersSuiteUnavailableError, load
 
-from hf_moebert.methods.platon.configuration_shrunk import (
-    ShrunkViTConfig,
-)
+from hf_moebert.methods.platon.configuration_shrunk import ShrunkViTConfig
 from hf_moebert.methods.platon.modeling_shrunk import (
     ShrunkBertForSequenceClassification,
     ShrunkDistilBertForSequenceClassification,
-    ShrunkRobertaForSequenceClassification,
     ShrunkViTForImageClassification,
 )
 
@@ -81,11 +78,6 @@ class Suite(common.ModelTesterMixin):
 
 class BertTest(Suite, unittest.TestCase):
     all_model_classes = (ShrunkBertForSequenceClassification,)
-    fields = SIZES | TEXT
-
-
-class RobertaTest(Suite, unittest.TestCase):
-    all_model_classes = (ShrunkRobertaForSequenceClassification,)
     fields = SIZES | TEXT
 
 
