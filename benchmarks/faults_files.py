@@ -19,14 +19,14 @@ from transformers import (
 from hf_moebert import BertCrfForTokenClassification, MultiTaskBertModel, last_complete_checkpoint, save_packed
 from hf_moebert.checkpoints.manifests import MANIFEST_FILE
 from hf_moebert.checkpoints.tensor_files import digest, read_tensors
-from hf_moebert.methods.masked_crf.modeling_decoder import load_decoder
-from hf_moebert.methods.masked_crf.modeling_export import export_crf
+from hf_moebert.inference.onnx_export import write_chain
 from hf_moebert.methods.moebert.conversion import load_importance, save_importance
 from hf_moebert.methods.mpo.training import STATE_FILE as SQUEEZING_FILE
 from hf_moebert.methods.multitask.modeling_splitting import take_trunk
 from hf_moebert.methods.multitask.training_runs import Run
 from hf_moebert.methods.multitask.training_states import CachedStates, cache_states
 from hf_moebert.methods.platon.training_state import STATE_FILE as PRUNING_FILE, read_state
+from hf_moebert.runtime.chains import load_chain
 
 
 TEACHER = Run("teacher", 1)
@@ -150,17 +150,19 @@ def read_run(folder: Path) -> str:
 
 
 def write_crf(folder: Path, version: int) -> None:
-    """Export a tagger."""
+    """Write the scores of a tagger, as its export does."""
     labels = dict(enumerate(["O", "B-A", "I-A"]))
     torch.manual_seed(version)
     dense = BertForTokenClassification(BertConfig(**SIZES, num_hidden_layers=1, id2label=labels))
-    export_crf(BertCrfForTokenClassification.from_dense(dense), folder)
+    tagger = BertCrfForTokenClassification.from_dense(dense)
+    tagger.config.save_pretrained(folder)
+    write_chain(tagger.crf, folder)
 
 
 def read_crf(folder: Path) -> str:
     """Decode random emissions with the scores beside the graph."""
     emissions = np.random.default_rng(0).normal(size=(64, 9, 3))
-    return str(load_decoder(folder)(emissions, np.ones((64, 9), bool)).tolist())
+    return str(load_chain(folder).decode(emissions, np.ones((64, 9), bool)).tolist())
 
 
 ARTEFACTS = {

@@ -12,6 +12,7 @@ COPIES = {
     "hf_moebert/checkpoints/strict_config.py": tuple(f"{METHODS}/{x}/configuration_strict.py" for x in TRAVELLERS),
     "hf_moebert/checkpoints/strict_model.py": tuple(f"{METHODS}/{x}/modeling_strict.py" for x in TRAVELLERS),
     "hf_moebert/data/words.py": (f"{METHODS}/masked_crf/modeling_words.py",),
+    "hf_moebert/architectures/functional_numpy.py": (f"{METHODS}/masked_crf/functional_numpy.py",),
     "hf_moebert/architectures/empty_losses.py": (
         f"{METHODS}/moebert/modeling_empty_losses.py",
         f"{METHODS}/platon/modeling_empty_losses.py",

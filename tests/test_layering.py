@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_moebert"
 LEVELS = (
     ("architectures",),
     ("checkpoints", "data", "training"),
+    ("runtime",),
     ("inference", "reporting"),
     ("measuring", "methods"),
     ("compress", "serving"),

@@ -18,7 +18,7 @@ from hf_moebert.architectures.pooling import (
     read_embedding_form,
 )
 
-from .tensor_files import replacing
+from .drafts import replacing
 
 
 MODULE_PATHS = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}

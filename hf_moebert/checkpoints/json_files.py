@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .tensor_files import CHECKSUM, replacing
+from .drafts import CHECKSUM, replacing
 
 
 def save_json(file: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

@@ -35,12 +35,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_moebert.architectures.stacks import refuse_forms
 
+from .drafts import drafting
 from .folders import is_pickle, is_weights, list_files
 from .forms import StrictQuantizer, check_options, mark
 from .loading import load_model
 from .manifests import hash_file
 from .swapping import find_mixture, swap
-from .tensor_files import drafting
 
 
 FORMAT_VERSION = "1"

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .drafts import sync
 from .forms import FORM_MARK
 from .manifests import hash_file
-from .tensor_files import sync
 
 
 SHARDS = "model-*.safetensors"

@@ -1,13 +1,9 @@
 """Write files of tensors entirely or not at all, and read them only if every byte is as it was written."""
 
-import glob
 import hashlib
 import json
 import os
-import platform
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .drafts import CHECKSUM, replacing
 
-CHECKSUM = "sha256"  # entry of the metadata
+
 # What safetensors and torch raise for a header that lies about the rest of its file
 DAMAGE = (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError, AttributeError)
 
@@ -98,75 +95,3 @@ def check_digest(file: str | os.PathLike[str], texts: Mapping[str, str], found: 
             f"{str(file)!r} must be as it was written, with the SHA-256 {texts[CHECKSUM]}, but has {found}: it is "
             f"damaged. {remedy}"
         )
-
-
-@contextmanager
-def replacing(file: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a draft beside a file, which takes its place when the block ends, and is removed if the block fails.
-
-    Raises:
-        OSError: If it cannot be written; an earlier file stays as it was.
-    """
-    with drafting(file) as draft:
-        yield draft
-        sync(draft)
-        draft.replace(file)
-        if os.name == "posix":  # elsewhere folders cannot be opened
-            sync(Path(file).parent)
-
-
-@contextmanager
-def drafting(place: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a hidden name beside a file for a draft of it, a file or a folder, which is removed when the block ends.
-
-    Drafts of processes of this machine that were killed are removed, too.
-
-    Raises:
-        OSError: If the block fails to write.
-    """
-    place = Path(place)
-    draft = place.with_name(f".{place.name}.{platform.node()}-{os.getpid()}.draft")
-    with naming(place):
-        try:
-            for path in place.parent.glob(f".{glob.escape(place.name)}.{platform.node()}-*.draft"):
-                if not _is_running(int(path.name.removesuffix(".draft").rpartition("-")[2])):
-                    _remove(path)
-            yield draft
-        finally:
-            _remove(draft)
-
-
-@contextmanager
-def naming(place: str | os.PathLike[str]) -> Iterator[None]:
-    """Name a file or folder in the errors of a block that writes it.
-
-    Raises:
-        OSError: If the block fails to write.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"{str(place)!r} cannot be written: {error}. Free some space, or choose another folder."
-        ) from error
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _is_running(process: int) -> bool:
-    """Return whether another process of this machine runs, as far as it can be told."""
-    return process != os.getpid() and (not os.path.isdir("/proc/self") or os.path.isdir(f"/proc/{process}"))
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    with suppress(OSError):
-        path.unlink()

@@ -2,8 +2,11 @@
 
 import re
 import unicodedata
+from typing import TYPE_CHECKING
 
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 
 # Chinese characters are words of their own in lists of tagged words, and for BERT's tokenizers.
@@ -44,7 +47,7 @@ def _kind(character: str) -> str:
 
 
 def keep_words(
-    tokenizer: PreTrainedTokenizerBase, sentences: list[list[str]], encoded: BatchEncoding
+    tokenizer: "PreTrainedTokenizerBase", sentences: list[list[str]], encoded: "BatchEncoding"
 ) -> list[list[str]]:
     """Put the unknown token in place of words that a tokenizer dropped, such as a lone control character.
 

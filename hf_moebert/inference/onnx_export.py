@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.numpy import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import is_onnx_available, is_onnxscript_available
 
+from hf_moebert.architectures.functional_numpy import digest
 from hf_moebert.architectures.positions import count_positions
 from hf_moebert.architectures.protocols import OptimizedForInference
 from hf_moebert.architectures.stacks import refuse_forms
+from hf_moebert.checkpoints.drafts import CHECKSUM, drafting, replacing
 from hf_moebert.checkpoints.json_files import save_json
 from hf_moebert.checkpoints.manifests import describe_files
-from hf_moebert.checkpoints.tensor_files import drafting
+from hf_moebert.runtime.chains import CHAIN_FILE, SCORES
 
 from .linears import check_precision
 from .onnx_runtime import FORMAT_VERSION, MANIFEST, PRECISIONS, OnnxModel, check_packages, open_exported
@@ -52,8 +55,8 @@ def export_onnx(
     others in its batch. How far int8 is from float32 on the texts is measured and written down.
 
     Args:
-        model: A model in float32 on the CPU that reads ids or images, stock or of this package, with any head. A
-            tagger with a CRF returns emissions; `export_crf` writes the scores to decode them with.
+        model: A model in float32 on the CPU that reads ids or images, stock or of this package, with any head. The
+            graph of a tagger with a CRF gives emissions, and its scores are written beside it, to decode them with.
         folder: A folder that does not exist yet, or is empty.
         precisions: Some of "float32" and "int8".
         tokenizer: Saved beside the graphs, and needed for texts.
@@ -75,6 +78,9 @@ def export_onnx(
         target.parent.mkdir(parents=True, exist_ok=True)
         with drafting(target.resolve()) as draft:
             manifest = write_forms(model, exported, draft, precisions, samples_of(model, tokenizer, texts))
+            model.config.save_pretrained(draft)
+            if hasattr(model, "crf"):
+                write_chain(model.crf, draft)
             if tokenizer is not None:
                 tokenizer.save_pretrained(draft)
             manifest["files"] = describe_files(draft)
@@ -213,9 +219,17 @@ def check_parity(model: PreTrainedModel, found: OnnxModel, max_length: int | Non
 
 def compute(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
     """Return what the graph of a model must give: the emissions of a CRF, which is decoded outside."""
-    if "word_mask" not in inspect.signature(model.forward).parameters:
+    if not hasattr(model, "crf"):
         return tensors_of(model(**batch))
     return [model(**batch, word_mask=batch["attention_mask"] == 1).logits]
+
+
+def write_chain(crf: Any, folder: Path) -> None:
+    """Write the scores of a CRF for `load_chain`: loops over words are slow in a graph, and short in numpy."""
+    scores = zip(SCORES, crf.scores_for("decoding", torch.float32), strict=True)
+    arrays = {name: score.detach().contiguous().numpy() for name, score in scores}
+    with replacing(folder / CHAIN_FILE) as draft:
+        save_file(arrays, draft, metadata={CHECKSUM: digest(arrays), "scheme": crf.tag_scheme})
 
 
 def compare(found: OnnxModel, wanted: OnnxModel, samples: list[Batch]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from transformers.utils import is_onnxruntime_available
 
 from hf_moebert.checkpoints.json_files import read_json
 from hf_moebert.checkpoints.manifests import find_changed_file
+from hf_moebert.runtime.chains import CHAIN_FILE, Chain, load_chain
 
 from .linears import check_precision
 
@@ -91,6 +92,66 @@ class OnnxModel(nn.Module):
         return outputs if return_dict else outputs.to_tuple()
 
 
+class TensorChain:
+    """The CRF of an exported tagger on tensors, with the methods of `MaskedCRF` that pipelines call.
+
+    Args:
+        chain: Its scores.
+    """
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain, self.tag_scheme = chain, chain.scheme
+
+    def decode(self, emissions: Tensor, mask: Tensor) -> Tensor:
+        """Find the best tags, -100 off words: `(batch, seq, tags)` and `(batch, seq)` to `(batch, seq)`."""
+        return torch.from_numpy(self.chain.decode(emissions.numpy(), mask.numpy()))
+
+    def marginals(self, emissions: Tensor, mask: Tensor) -> Tensor:
+        """Compute the probability of each tag, zero off words: to `(batch, seq, tags)`."""
+        return torch.from_numpy(self.chain.marginals(emissions.numpy(), mask.numpy()))
+
+
+class OnnxTagger(OnnxModel):
+    """An exported tagger with a CRF, whose emissions are decoded outside of the graph.
+
+    Args:
+        exported: As for `OnnxModel`.
+        max_length: As for `OnnxModel`.
+        chain: Scores of the CRF.
+    """
+
+    def __init__(self, exported: Any, max_length: int | None, chain: Chain) -> None:
+        super().__init__(exported, max_length)
+        self.crf = TensorChain(chain)
+
+    def forward(  # type: ignore[override]
+        self, *args: Any, word_mask: Tensor | None = None, output_marginals: bool = False, **kwargs: Any
+    ) -> Any:
+        """Run the graph, and decode what it gives.
+
+        Args:
+            *args: As for `OnnxModel`.
+            word_mask: True at the first piece of each word. Shape `(batch, seq)`.
+            output_marginals: Whether to return the probability of each tag.
+            **kwargs: As for `OnnxModel`.
+
+        Raises:
+            ValueError: As for `OnnxModel`, and if nothing says which tokens are words.
+        """
+        return_dict = kwargs.pop("return_dict", True)
+        outputs = super().forward(*args, **kwargs)
+        if word_mask is None:
+            raise ValueError(
+                '`word_mask` must mark the first piece of each word, got None. Use `pipeline("masked-crf", ...)`, '
+                'which marks them: "token-classification" knows no CRF.'
+            )
+        mask = word_mask.bool()
+        outputs["predictions"] = self.crf.decode(outputs.logits, mask)  # (batch, seq)
+        if output_marginals:
+            outputs["marginals"] = self.crf.marginals(outputs.logits, mask)  # (batch, seq, tags)
+        return outputs if return_dict else outputs.to_tuple()
+
+
 def load_onnx(folder: str | PathLike[str], *, precision: str | None = None, threads: int | None = None) -> OnnxModel:
     """Load a model that `export_onnx` wrote, for a pipeline or whatever calls a model.
 
@@ -118,7 +179,10 @@ def load_onnx(folder: str | PathLike[str], *, precision: str | None = None, thre
         check_precision("int8")  # without the instruction, its products saturate
     if fault := find_changed_file(folder, manifest["files"]):
         raise ValueError(f"`folder` must be as it was exported, but in {str(folder)!r} {fault}. {AGAIN}")
-    return OnnxModel(open_exported(Path(folder) / precision, threads), manifest["max_length"])
+    graph = open_exported(Path(folder) / precision, threads)
+    if (Path(folder) / CHAIN_FILE).is_file():
+        return OnnxTagger(graph, manifest["max_length"], load_chain(folder))
+    return OnnxModel(graph, manifest["max_length"])
 
 
 def open_exported(folder: Path, threads: int | None) -> Any:

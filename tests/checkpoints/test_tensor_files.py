@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hf_moebert.checkpoints.tensor_files import CHECKSUM, digest, read_tensors, replacing, save_tensors
+from hf_moebert.checkpoints.drafts import CHECKSUM, replacing
+from hf_moebert.checkpoints.tensor_files import digest, read_tensors, save_tensors
 from hf_moebert.methods.multitask.functional import chain_hashes
 
 

@@ -24,9 +24,9 @@ from hf_moebert import (
     PlatonConfig,
     PlatonPruningCallback,
 )
-from hf_moebert.methods.masked_crf.modeling_decoder import load_decoder
 from hf_moebert.methods.moebert.conversion import load_importance
 from hf_moebert.methods.multitask.training_states import cache_states
+from hf_moebert.runtime.chains import load_chain
 
 
 # The recipes of the runs that are resumed: a run goes on only with the one it began with.
@@ -110,7 +110,7 @@ def read_importance(folder: Path, inputs: dict[str, Tensor]) -> dict[str, Tensor
 
 def read_decoder(folder: Path, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Read the CRF of an exported tagger."""
-    tags = load_decoder(folder)(inputs["emissions"].numpy(), inputs["mask"].numpy())
+    tags = load_chain(folder).decode(inputs["emissions"].numpy(), inputs["mask"].numpy())
     return {"tags": torch.from_numpy(tags)}
 
 

@@ -33,8 +33,8 @@ from hf_moebert import (
     save_packed,
 )
 from hf_moebert.architectures.surgery import matrix_of
+from hf_moebert.inference.onnx_export import write_chain
 from hf_moebert.methods import mixture_of_masks, platon
-from hf_moebert.methods.masked_crf.modeling_export import export_crf
 from hf_moebert.methods.moebert.conversion import save_importance
 from hf_moebert.methods.mpoe import (
     MPOEBertForSequenceClassification,
@@ -226,11 +226,10 @@ def write_importance(folder: Path) -> None:
 
 
 def write_decoder(folder: Path) -> None:
-    """Write what decodes beside an exported tagger; the graph and what is said of it are transformers'."""
+    """Write what decodes beside an exported tagger; the graph is transformers'."""
     made, inputs = tagger(BertCrfForTokenClassification, "bert"), draw_inputs("bert")
-    export_crf(made, folder)
-    for path in [*folder.glob("model.onnx*"), folder / "export.json"]:
-        path.unlink()
+    made.config.save_pretrained(folder)
+    write_chain(made.crf, folder)
     found = answer(made, inputs)
     asked = {"emissions": found["logits"], "mask": inputs["attention_mask"]}
     write_example(folder, "crf-decoder", asked, {"tags": found["predictions"]}, "")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 
-from hf_moebert.checkpoints.tensor_files import drafting, naming, sync
+from hf_moebert.checkpoints.drafts import drafting, naming, sync
 
 from .configuration_multitask import TASK_NAME
 from .functional import chain_hashes

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.pipelines.base import pad_collate_fn
 
 from hf_moebert.checkpoints.remote_code import refuse_code
+from hf_moebert.data.buckets import group_by_length
 
 from .functional_answers import (
     QUESTION,
@@ -39,25 +40,6 @@ LOADERS = {
 }
 PROBE = 8  # tokens
 OUTPUTS = ("logits", "start_logits", "end_logits", "marginals", "predictions")
-
-
-def group_by_length(lengths: Sequence[int], shortest: float = 0.75) -> list[list[int]]:
-    """Group inputs by length, longest first, so that none is padded to much more than its length.
-
-    Args:
-        lengths: Length of each input.
-        shortest: Length of the shortest input of a group, as a share of the longest, in (0, 1].
-
-    Returns:
-        Indices of the inputs of each group.
-    """
-    groups: list[list[int]] = []
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        if groups and lengths[place] >= shortest * lengths[groups[-1][0]]:
-            groups[-1].append(place)
-        else:
-            groups.append([place])
-    return groups
 
 
 class MultiTaskPipeline(Pipeline):

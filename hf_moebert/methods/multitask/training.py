@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
+from hf_moebert.checkpoints.drafts import naming
 from hf_moebert.checkpoints.locks import lock_folder
-from hf_moebert.checkpoints.tensor_files import naming
 from hf_moebert.methods.distillation import DistillationConfig, DistillationTrainer
 
 from .configuration_multitask import check_task_name

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from hf_moebert.checkpoints.tensor_files import CHECKSUM, DAMAGE, check_digest, digest, replacing
+from hf_moebert.checkpoints.drafts import CHECKSUM, replacing
+from hf_moebert.checkpoints.tensor_files import DAMAGE, check_digest, digest
 
 from .functional import chain_hashes
 from .modeling_trunk import Trunk

@@ -1,0 +1,1 @@
+"""An exported model without torch: ONNX Runtime, tokenizers and numpy."""
