@@ -25,7 +25,9 @@ def add_commands(app: typer.Typer, *, read: Callable[..., Any], quiet: Callable[
 
     @app.command()
     def compress(
-        model: Annotated[str, typer.Argument(help="Folder or Hub id of a classifier, regression or embedder.")],
+        model: Annotated[
+            str, typer.Argument(help="Folder or Hub id of a classifier, regression, reranker, tagger or embedder.")
+        ],
         output: Annotated[Path, typer.Option(file_okay=False, help="Folder of the run.")],
         data: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Texts to learn from, labelled or not.")],
         recipe: Annotated[str, typer.Option(help="A name (`hf-moebert recipes`), a .yaml file, or auto.")] = "auto",
@@ -41,10 +43,15 @@ def add_commands(app: typer.Typer, *, read: Callable[..., Any], quiet: Callable[
             str | None, typer.Option(help="Score that counts; by default the first of the task.")
         ] = None,
         batch: Annotated[int | None, typer.Option(min=1, help="Texts in a timed forward pass.")] = None,
-        tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each of them.")] = None,
+        tokens: Annotated[
+            str | None, typer.Option(help="Tokens of each of them; or real: the texts of the verdict.")
+        ] = None,
         text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
         text_pair_column: Annotated[str | None, typer.Option(help="Column with the second text of a pair.")] = None,
         label_column: Annotated[str, typer.Option(help="Column that holds the label, if there is one.")] = "label",
+        group_column: Annotated[
+            str | None, typer.Option(help="Column that says which rows belong to one query, for rerankers.")
+        ] = None,
         max_length: Annotated[int, typer.Option(min=1, help="Tokens after which a text is truncated.")] = 128,
         threads: Annotated[int | None, typer.Option(min=1, help="Threads torch computes with.")] = None,
         budget: Annotated[str | None, typer.Option(help="Time for auto to search in, such as 30m or 2h.")] = None,
@@ -71,7 +78,8 @@ def add_commands(app: typer.Typer, *, read: Callable[..., Any], quiet: Callable[
         from hf_moebert.measuring.comparison import TextColumns
 
         quiet()
-        target = {"speedup": speedup, "max_drop": max_drop, "metric": metric, "batch": batch, "tokens": tokens}
+        target = {"speedup": speedup, "max_drop": max_drop, "metric": metric, "batch": batch}
+        target["tokens"] = int(tokens) if tokens is not None and tokens.isdecimal() else tokens
         target["max_size"] = None if max_size is None else parse_amount(max_size, SIZES, "--max-size", "60MB")
         changes = [*(set or ()), *([] if seed is None else [f"seed={seed}"])]
         if export:
@@ -89,7 +97,7 @@ def add_commands(app: typer.Typer, *, read: Callable[..., Any], quiet: Callable[
                 data=read(data, argument="--data"),
                 eval_data=None if eval is None else read(eval, argument="--eval"),
                 output_dir=output,
-                columns=TextColumns(text_column, text_pair_column, label_column, max_length),
+                columns=TextColumns(text_column, text_pair_column, label_column, max_length, group_column),
                 resume=resume,
                 threads=threads,
                 tell=lambda line: typer.echo(line, err=True),

@@ -20,10 +20,10 @@ EXAMPLES = [
 ]
 
 
-def save_classifier(folder, *, labels=("negative", "positive"), layers=1, seed=0, **options):
+def save_classifier(folder, *, labels=("negative", "positive"), layers=1, seed=0, words=WORDS, **options):
     """Save a random BERT and its tokenizer as a checkpoint folder."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = BertTokenizer(vocab={token: index for index, token in enumerate(special + WORDS)})
+    tokenizer = BertTokenizer(vocab={token: index for index, token in enumerate([*special, *words])})
     torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=len(tokenizer),

@@ -39,7 +39,7 @@ from hf_moebert import DistillationConfig, prune_structured
 from hf_moebert.architectures.pooling import EmbeddingForm, read_embedding_form
 from hf_moebert.data import read_file
 from hf_moebert.measuring.metrics.pearson_spearman.pearson_spearman import spearman
-from hf_moebert.measuring.scores import predict_embeddings
+from hf_moebert.measuring.predictions import predict_embeddings
 
 
 RECIPES = {

@@ -17,7 +17,7 @@ together; its scores say nothing about real texts. Every argument of `TrainingAr
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -37,7 +37,9 @@ from transformers import (
 )
 
 from hf_moebert import DistillationConfig, PlatonConfig
+from hf_moebert.data.questions import encode_questions
 from hf_moebert.measuring.metrics.squad.squad import best_over, exact_match, token_f1
+from hf_moebert.measuring.predictions import predict_answers
 
 
 COLOURS = ("red", "blue", "green", "yellow", "black", "white", "brown", "grey")
@@ -56,7 +58,6 @@ class QuestionOptions(PruningOptions):
         default_factory=lambda: ["magnitude", "platon"], metadata={"help": "See PlatonConfig."}
     )
     distil: bool = field(default=False, metadata={"help": "Also run PLATON with the dense model as its teacher."})
-    max_answer_tokens: int = field(default=30, metadata={"help": "Longer answers are not considered."})
     synthetic_train_examples: int = field(default=8000, metadata={"help": "Questions made up to train on."})
     synthetic_validation_examples: int = field(default=1000, metadata={"help": "And to evaluate on."})
 
@@ -67,14 +68,13 @@ class QuestionTask:
     auto_class = AutoModelForQuestionAnswering
     number = ".1f"  # percent
 
-    def __init__(self, source: SourceArguments, *, max_answer_tokens: int, seed: int) -> None:
-        self.model_name_or_path, self.max_answer_tokens = source.model_name_or_path, max_answer_tokens
+    def __init__(self, source: SourceArguments, *, seed: int) -> None:
+        self.model_name_or_path = source.model_name_or_path
         self.tokenizer = AutoTokenizer.from_pretrained(source.model_name_or_path)
         self.collator = DataCollatorWithPadding(self.tokenizer)
         splits = read_splits(source, seed=seed)
         splits["train"] = draw(splits["train"], source.max_train_examples, seed=seed)
-        encode = partial(encode_questions, self.tokenizer, max_length=source.max_length)
-        data = splits.map(encode, batched=True, desc="Tokenizing")
+        data = encode_questions(splits, self.tokenizer, max_length=source.max_length)
         self.train_dataset, self.validation = data["train"], data["validation"]
         cut = self.train_dataset["end_positions"][:].count(0)
         print(f"{len(self.train_dataset)} questions to train on; the answers to {cut} of them were cut off.")
@@ -90,73 +90,9 @@ class QuestionTask:
         names = [name for name in self.tokenizer.model_input_names if name in rows]
         return self.tokenizer.pad({name: rows[name] for name in names}, return_tensors="pt")
 
-    @torch.no_grad()
     def predict(self, model: PreTrainedModel) -> list[str]:
-        """Extract an answer from the context of each validation options."""
-        texts = []
-        for rows in self.validation.iter(batch_size=32):
-            outputs = model(**self.inputs(rows).to(model.device))
-            spans = best_spans(
-                outputs.start_logits.float().cpu(),
-                outputs.end_logits.float().cpu(),
-                torch.tensor(rows["context_tokens"]),
-                max_tokens=self.max_answer_tokens,
-            )
-            for context, offsets, (start, end) in zip(
-                rows["context"], rows["offset_mapping"], spans.tolist(), strict=True
-            ):
-                texts.append(context[offsets[start][0] : offsets[end][1]])
-        return texts
-
-
-def encode_questions(tokenizer: Callable, rows: dict[str, list], *, max_length: int) -> dict[str, list]:
-    """Tokenize questions with their contexts, and find the tokens of the first answer to each."""
-    encoded = tokenizer(
-        rows["question"],
-        rows["context"],
-        truncation="only_second",
-        max_length=max_length,
-        return_offsets_mapping=True,
-    )
-    columns: dict[str, list] = {"context_tokens": [], "start_positions": [], "end_positions": []}
-    for row, (offsets, answers) in enumerate(zip(encoded["offset_mapping"], rows["answers"], strict=True)):
-        if not answers["text"]:
-            raise ValueError(f"Every question must have an answer, got none to {rows['question'][row]!r}. Drop it.")
-        context = [token for token, part in enumerate(encoded.sequence_ids(row)) if part == 1]
-        start, end = find_answer(offsets, context, answers["answer_start"][0], answers["text"][0])
-        for column, value in zip(columns.values(), ([context[0], context[-1]], start, end), strict=True):
-            column.append(value)
-    return encoded.data | columns
-
-
-def find_answer(offsets: list[tuple[int, int]], context: list[int], start: int, text: str) -> tuple[int, int]:
-    """Find the first and the last token of an answer; both are 0, a special token, where it was cut off."""
-    stop = start + len(text.rstrip())
-    inside = [token for token in context if offsets[token][0] < stop and offsets[token][1] > start]
-    if not inside or offsets[inside[-1]][1] < stop:
-        return 0, 0
-    return inside[0], inside[-1]
-
-
-def best_spans(start: torch.Tensor, end: torch.Tensor, context: torch.Tensor, *, max_tokens: int) -> torch.Tensor:
-    """Choose the span of largest summed logits among those that do not end before they start, or leave the context.
-
-    Args:
-        start: Logits of each token to be the first of the answer. Shape `(batch, seq)`.
-        end: Logits of each token to be the last one. Shape `(batch, seq)`.
-        context: First and last token of the context. Shape `(batch, 2)`.
-        max_tokens: Longest span.
-
-    Returns:
-        First and last token of the answers. Shape `(batch, 2)`.
-    """
-    place = torch.arange(start.shape[1])
-    outside = (place < context[:, :1]) | (place > context[:, 1:])  # (batch, seq)
-    length = place - place[:, None] + 1  # (seq, seq): of the span from row to column
-    scores = start[:, :, None] + end[:, None, :]  # (batch, seq, seq)
-    illegal = outside[:, :, None] | outside[:, None, :] | (length < 1) | (length > max_tokens)
-    best = scores.masked_fill(illegal, -torch.inf).flatten(1).argmax(1)  # (batch,)
-    return torch.stack([best // len(place), best % len(place)], dim=1)
+        """Extract an answer from the context of each validation example."""
+        return predict_answers(model, self.validation, data_collator=self.collator)
 
 
 def mean_of_best(measure: Callable[[str, str], float]) -> Callable[[np.ndarray, np.ndarray], float]:
@@ -216,7 +152,7 @@ def main() -> None:
         about = "SYNTHETIC questions, made up by this script from a few words: no measure of quality on real texts."
     if source.smoke:
         args.logging_steps, args.save_strategy, options.samples = 5, "no", 50
-    task = QuestionTask(source, max_answer_tokens=options.max_answer_tokens, seed=args.seed)
+    task = QuestionTask(source, seed=args.seed)
     study = PruningStudy(task, args, options, distillation)
 
     dense, distil = PrunedRun("dense"), options.distil

@@ -20,7 +20,8 @@ from transformers import (
 
 from hf_moebert.data import encode_text, encode_tokens, label_names_of, load_splits, tag_names_of
 from hf_moebert.measuring.metrics.accuracy.accuracy import accuracy
-from hf_moebert.measuring.scores import REGRESSION_SCORES, predict_logits, tags_of
+from hf_moebert.measuring.predictions import predict_logits
+from hf_moebert.measuring.scores import REGRESSION_SCORES, tags_of
 
 
 @dataclass

@@ -32,17 +32,26 @@ def load_model(folder: str | PathLike[str], **options: bool) -> PreTrainedModel:
         raise FileNotFoundError(f"`folder` must hold config.json and model.safetensors, got {str(folder)!r}.")
     with refuse_code(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    classes = _find_classes(config)
-    name = (config.architectures or [None])[0]
-    if name not in classes:
-        raise ValueError(f"`architectures` of {str(folder)!r} must be one of {sorted(classes)}, got {name!r}.")
-    cls = classes[name]
+    cls = find_class(config, folder)
     if getattr(cls, "loads_strictly", False):
         return cls.from_pretrained(folder, **options)
     if getattr(config, "quantization_config", None) is not None:
         with allow(*(option.removeprefix("allow_") for option, on in options.items() if on)):
             return cls.from_pretrained(folder, use_safetensors=True)
     return load_strictly(cls.from_pretrained, folder, **options)[0]
+
+
+def find_class(config: PretrainedConfig, folder: str | PathLike[str]) -> type[PreTrainedModel]:
+    """Return the class that a configuration names.
+
+    Raises:
+        ValueError: If no Auto class knows it.
+    """
+    classes = _find_classes(config)
+    name = (config.architectures or [None])[0]
+    if name not in classes:
+        raise ValueError(f"`architectures` of {str(folder)!r} must be one of {sorted(classes)}, got {name!r}.")
+    return classes[name]
 
 
 def _find_classes(config: PretrainedConfig) -> dict[str, type[PreTrainedModel]]:

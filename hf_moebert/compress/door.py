@@ -15,7 +15,7 @@ import yaml
 from datasets import Dataset
 from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from hf_moebert.checkpoints.json_files import save_json
 from hf_moebert.checkpoints.loading import load_model
@@ -23,7 +23,8 @@ from hf_moebert.checkpoints.locks import lock_folder
 from hf_moebert.checkpoints.manifests import describe_files
 from hf_moebert.checkpoints.remote_code import refuse_code
 from hf_moebert.inference.onnx_export import export_onnx
-from hf_moebert.measuring.comparison import TextColumns, measure
+from hf_moebert.measuring.answers import TextColumns, encode_rows
+from hf_moebert.measuring.comparison import measure
 from hf_moebert.reporting.compression import write_compression_report
 
 from .recipe import EXPORTS, Recipe, Search
@@ -97,8 +98,8 @@ def compress(
     within a training run, and ends with the same bytes.
 
     Args:
-        model: Folder or Hub id of a sequence classifier, a regression, or an embedder in a folder of
-            sentence-transformers, of a family that the stages know.
+        model: Folder or Hub id of a classifier of texts or of their words, a regression or reranker, or an embedder in
+            a folder of sentence-transformers, of a family that the stages know.
         recipe: Name or file of a recipe, or what `read_recipe` returned; by default the best one is searched for.
         data: Texts to learn from, with labels or without.
         output_dir: Folder of the run, which gets `model`, `report.json` and `recipe.lock.yaml` once they are whole.
@@ -128,8 +129,9 @@ def compress(
         tokenizer = AutoTokenizer.from_pretrained(given, trust_remote_code=False)
     teacher = load_model(given).eval()
     check_task(teacher)
-    check_lengths(teacher, tokens=recipe.target.tokens, max_length=columns.max_length)
-    find_metrics(teacher, recipe.target.metric)
+    tokens = recipe.target.tokens if isinstance(recipe.target.tokens, int) else 1
+    check_lengths(teacher, tokens=tokens, max_length=columns.max_length)
+    find_metrics(teacher, recipe.target.metric, columns)
     with lock_folder(output):
         if threads is not None:
             torch.set_num_threads(threads)
@@ -143,7 +145,7 @@ def compress(
         last, stages = run.run(given, mark)
         publish(last, output / "model")
         tell("measuring")
-        write_golden(output, output / "model", first_texts(prepared, tokenizer), run.recipe.precision)
+        write_golden(output, output / "model", first_texts(prepared, output / "model"), run.recipe.precision)
         measurement = measure_result(run, given, output / "model", threads=threads, rounds=rounds)
         verdict = judge(measurement, result_name(run.recipe), run.recipe.target)
         result = CompressionResult(output, run.recipe, stages, measurement, verdict, candidates)
@@ -153,7 +155,7 @@ def compress(
         save_json(output / "report.json", report)
         if recipe.export:
             tell("exporting")
-            export(result, tokenizer, prepared)
+            export(result, prepared)
         return result
 
 
@@ -200,7 +202,7 @@ def measure_result(run: Workshop, given: str, folder: Path, *, threads: int | No
         run.data.evaluation,
         baseline=GIVEN,
         optimized=() if recipe.precision is None else (recipe.precision,),
-        metrics=find_metrics(run.teacher, recipe.target.metric),
+        metrics=find_metrics(run.teacher, recipe.target.metric, run.data.columns),
         columns=run.data.columns,
         latency=timing(recipe.target, rounds),
         threads=threads,
@@ -208,7 +210,7 @@ def measure_result(run: Workshop, given: str, folder: Path, *, threads: int | No
     )
 
 
-def export(result: CompressionResult, tokenizer: PreTrainedTokenizerBase, data: TextData) -> None:
+def export(result: CompressionResult, data: TextData) -> None:
     """Write the result for ONNX Runtime, too, and how far its int8 is from float32 on texts of the verdict.
 
     Raises:
@@ -218,19 +220,18 @@ def export(result: CompressionResult, tokenizer: PreTrainedTokenizerBase, data: 
     shutil.rmtree(folder, ignore_errors=True)
     precisions = [EXPORTS[form] for form in result.recipe.export]
     texts = data.evaluation[:EXPORTED_TEXTS][data.columns.text_column]
+    texts = [text if isinstance(text, str) else " ".join(text) for text in texts]  # of words
+    tokenizer = AutoTokenizer.from_pretrained(result.model_folder, trust_remote_code=False)
     try:
         export_onnx(result.load(), folder, precisions=precisions, tokenizer=tokenizer, texts=texts)
     except ValueError as error:
         raise ExportError(f"The result is in {str(result.folder)!r}, but was not exported: {error}") from error
 
 
-def first_texts(data: TextData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-    """Encode the first texts of the verdict, `(batch, seq)`."""
-    columns = [name for name in (data.columns.text_column, data.columns.text_pair_column) if name is not None]
-    texts = [data.evaluation[:EXAMPLES][name] for name in columns]
-    return dict(
-        tokenizer(*texts, truncation=True, max_length=data.columns.max_length, padding=True, return_tensors="pt")
-    )
+def first_texts(data: TextData, folder: Path) -> dict[str, Tensor]:
+    """Encode the first texts of the verdict as the result reads them, `(batch, seq)`."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return dict(encode_rows(tokenizer, data.evaluation[:EXAMPLES], data.columns))
 
 
 def write_lock(result: CompressionResult, given: str, data: TextData) -> None:

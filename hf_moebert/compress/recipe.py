@@ -30,7 +30,7 @@ class Target:
     )
     metric: str | None = HfArg(default=None, help="Score that counts; by default the first one of the task.")
     batch: int = HfArg(default=1, help="Texts in a timed forward pass.")
-    tokens: int = HfArg(default=128, help="Tokens of each of them.")
+    tokens: int | str = HfArg(default=128, help='Tokens of each of them, or "real": texts of the verdict.')
 
     def __post_init__(self) -> None:
         _check(
@@ -40,9 +40,9 @@ class Target:
         _check(size is None or (type(size) is int and size > 0), "max_size", "a number of bytes", size, "Use 60000000")
         drop = self.max_drop
         _check(_is_number(drop, above=-1e-9), "max_drop", "a finite number of at least 0", drop, "Use 0.01")
-        for name in ("batch", "tokens"):
-            value = getattr(self, name)
-            _check(type(value) is int and value > 0, name, "a whole number above 0", value, "Use 1 or more")
+        _check(type(self.batch) is int and self.batch > 0, "batch", "a whole number above 0", self.batch, "Use 1")
+        counted = type(self.tokens) is int and self.tokens > 0
+        _check(counted or self.tokens == "real", "tokens", "a whole number above 0, or real", self.tokens, "Use 128")
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,24 @@ class Distil:
 
 
 @dataclass(frozen=True)
+class TrimVocabulary:
+    """Leave out the tokens that no given text uses, with their rows of the word embeddings.
+
+    Raises:
+        ValueError: If a value breaks the rule in its help text.
+    """
+
+    name: ClassVar[str] = "trim_vocabulary"
+    coverage: float = HfArg(
+        default=1.0, help="Share of the tokens of the texts that stay, in (0, 1]; below 1 the rarest go, too."
+    )
+
+    def __post_init__(self) -> None:
+        inside = _is_number(self.coverage, above=0) and self.coverage <= 1
+        _check(inside, "coverage", "in (0, 1]", self.coverage, "Use 1")
+
+
+@dataclass(frozen=True)
 class Pack:
     """Save only the weights that are not zero."""
 
@@ -208,13 +226,13 @@ class Optimize:
         check_precision(self.precision)  # type: ignore[arg-type]  # checked there
 
 
-Stage = Search | DropLayers | Prune | Experts | Distil | Pack | Optimize
+Stage = Search | DropLayers | Prune | Experts | Distil | TrimVocabulary | Pack | Optimize
 STAGES: dict[str, type[Stage]] = {
-    cls.name: cls for cls in (Search, DropLayers, Prune, Experts, Distil, Pack, Optimize)
+    cls.name: cls for cls in (Search, DropLayers, Prune, Experts, Distil, TrimVocabulary, Pack, Optimize)
 }
 EXPORTS = {"onnx": "float32", "onnx-int8": "int8"}  # forms for ONNX Runtime, by their precision
 # Each of these works on what those before it made; the other way round it is refused, or worth less.
-ORDER = ("drop_layers", "prune", "experts", "pack", "optimize")
+ORDER = ("drop_layers", "prune", "experts", "trim_vocabulary", "pack", "optimize")
 
 
 @dataclass(frozen=True)
@@ -257,6 +275,11 @@ class Recipe:
                     f"`prune` of {stage.granularity} must be followed by distil and pack alone, got "
                     f"{', '.join(names)}: neither experts nor optimised forms keep its zeros. Use structured."
                 )
+        if "distil" in names[names.index("trim_vocabulary") :] if "trim_vocabulary" in names else False:
+            raise ValueError(
+                f"`trim_vocabulary` must follow distil, got {', '.join(names)}: while it learns, the model reads the "
+                "tokens of its teacher. Swap them."
+            )
         if "distil" in names and names[-1] == "distil" and "distil" in names[-2:-1]:
             raise ValueError("`distil` must not follow another one, got two. Give one of them all steps.")
 

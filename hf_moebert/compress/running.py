@@ -11,7 +11,9 @@ from functools import singledispatch
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, cast
 
+import numpy as np
 from transformers import (
+    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -32,9 +34,9 @@ from hf_moebert.measuring.unit_latency import LatencyTable, measure_unit_latency
 from hf_moebert.methods import moebert
 from hf_moebert.methods.distillation import DistillationConfig, DistillationTrainer
 from hf_moebert.methods.platon import PlatonPruningCallback, prune_structured
-from hf_moebert.methods.trimming import choose_layers, drop_layers
+from hf_moebert.methods.trimming import choose_layers, drop_layers, trim_vocabulary
 
-from .recipe import Distil, DropLayers, Experts, Optimize, Pack, Prune, Recipe, Stage
+from .recipe import Distil, DropLayers, Experts, Optimize, Pack, Prune, Recipe, Stage, TrimVocabulary
 from .stages import shrink
 from .tasks import TextData
 
@@ -70,13 +72,11 @@ class Workshop:
 
     def unit_latency(self) -> LatencyTable:
         """Measure once what a layer of the given model costs with fewer units, on this machine."""
-        target = self.recipe.target
-        return measure_unit_latency(
-            self.teacher,
-            batch_size=target.batch,
-            seq_len=target.tokens,
-            file=self.folder / "unit_latency.json",
-        )
+        target, file = self.recipe.target, self.folder / "unit_latency.json"
+        if isinstance(target.tokens, int):
+            return measure_unit_latency(self.teacher, batch_size=target.batch, seq_len=target.tokens, file=file)
+        lengths = [len(ids) for ids in self.data.train["input_ids"]]
+        return measure_unit_latency(self.teacher, batch_size=target.batch, seq_len=round(np.mean(lengths)), file=file)
 
     def run(self, given: str, fingerprint: str) -> tuple[Path, list[dict[str, Any]]]:
         """Run all stages, or those that a broken run has not finished.
@@ -124,9 +124,15 @@ class Workshop:
         model = load_model(model_folder)  # as a resumed run does, so that both go on with the same numbers
         set_seed(self.recipe.seed)
         training = folder.with_suffix(".training")
-        model = apply(stage, model, self, pending=pending, training=training)
+        tokenizer = self.tokenizer
+        if (model_folder / STAGE_FILE).is_file():  # an earlier stage may have trimmed it
+            tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=False)
+        if isinstance(stage, TrimVocabulary):
+            model, tokenizer = trim_vocabulary(model, tokenizer, self.data.texts_read, coverage=stage.coverage)
+        else:
+            model = apply(stage, model, self, pending=pending, training=training)
         model.eval()
-        self.save(model, draft, packed=isinstance(stage, Pack))
+        self.save(model, tokenizer, draft, packed=isinstance(stage, Pack))
         took = {"seconds": round(time.monotonic() - start, 1), "parameters": model.num_parameters()}
         save_json(draft / STAGE_FILE, {"settings": settings, "took": took})
         write_manifest(draft)
@@ -135,15 +141,15 @@ class Workshop:
         shutil.rmtree(training, ignore_errors=True)
         return took
 
-    def save(self, model: PreTrainedModel, folder: Path, *, packed: bool) -> None:
+    def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, packed: bool) -> None:
         """Save a model as what was given: an embedder as a folder of sentence-transformers."""
         if self.data.form is not None:
-            save_embedder(model, self.tokenizer, folder, self.data.form)
+            save_embedder(model, tokenizer, folder, self.data.form)
         elif packed:
             save_packed(model, folder)
         else:
             model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def is_pending(stage: Stage) -> TypeGuard[Prune]:
@@ -198,11 +204,12 @@ def kept_layers(stage: DropLayers, model: PreTrainedModel, workshop: Workshop) -
 
 def follow(stage: Distil, workshop: Workshop) -> DistillationConfig:
     """Return the recipe of the Trainer: each layer that is left follows what went into the next one in the teacher."""
+    groups = {"group_column": workshop.data.group_column}
     dropped = next((other for other in workshop.recipe.stages if isinstance(other, DropLayers)), None)
     if dropped is None or not stage.hidden_states:
-        return stage.distillation()
+        return stage.distillation(**groups)
     _, *behind = kept_layers(dropped, workshop.teacher, workshop)
-    return stage.distillation(layer_map=[*behind, workshop.teacher.config.num_hidden_layers])
+    return stage.distillation(**groups, layer_map=[*behind, workshop.teacher.config.num_hidden_layers])
 
 
 @apply.register
@@ -276,7 +283,8 @@ def training_arguments(stage: Distil, workshop: Workshop, folder: Path) -> Train
         "learning_rate": stage.learning_rate,
         "warmup_steps": stage.warmup,
         "per_device_train_batch_size": stage.batch_size,
-        "train_sampling_strategy": "group_by_length",
+        # The documents of a query are compared with each other, and stay together
+        "train_sampling_strategy": "sequential" if workshop.data.group_column else "group_by_length",
         "seed": workshop.recipe.seed,
         "save_steps": max(1, steps // CHECKPOINTS),
         "save_total_limit": 2,

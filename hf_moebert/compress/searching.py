@@ -138,7 +138,8 @@ def rank(candidates: list[Candidate], target: Target) -> list[Candidate]:
 
 def timing(target: Target, rounds: int) -> Latency:
     """Return how models are timed: on one thread by processor time, which others on the machine disturb less."""
-    return Latency(target.batch, target.tokens, rounds, "cpu" if torch.get_num_threads() == 1 else "wall")
+    tokens = target.tokens if isinstance(target.tokens, int) else None
+    return Latency(target.batch, tokens, rounds, "cpu" if torch.get_num_threads() == 1 else "wall")
 
 
 class _Hunt:
@@ -201,7 +202,7 @@ class _Hunt:
             texts if share else texts.select(range(FEWEST)),
             baseline=GIVEN,
             optimized=precisions,
-            metrics=find_metrics(self.shop.teacher, target.metric),
+            metrics=find_metrics(self.shop.teacher, target.metric, self.shop.data.columns),
             columns=self.shop.data.columns,
             latency=timing(target, self.rounds),
             threads=self.threads,

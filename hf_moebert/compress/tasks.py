@@ -1,28 +1,25 @@
 """The task of a model that is to be compressed: its data, encoded for training and labelled for the verdict."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_moebert.architectures.heads import has_head
 from hf_moebert.architectures.pooling import EmbeddingForm, read_embedding_form
 from hf_moebert.architectures.positions import count_positions
-from hf_moebert.data import encode_text
-from hf_moebert.measuring.comparison import TextColumns
-from hf_moebert.measuring.ranking import EMBEDDING_SCORES
-from hf_moebert.measuring.scores import (
-    CLASSIFICATION_SCORES,
-    REGRESSION_SCORES,
-    predict_embeddings,
-    predict_logits,
-)
+from hf_moebert.measuring.answers import TextColumns
+from hf_moebert.measuring.quality import SCORES, find_kind
+from hf_moebert.measuring.ranking import find_groups
+
+from .kinds import kind_of
 
 
-SUPPORTED = "sequence classification or regression, or be an embedder"
+HEADS = ("ForSequenceClassification", "ForTokenClassification")
+WORSE_IF_LARGER = ("illegal segments",)
 HELD_OUT = 0.2  # share of the given examples that no stage sees, where there are none for the verdict
 FEWEST = 20  # examples to train on or to judge by
 LARGEST_SELECTION = 1000  # examples that choose between recipes
@@ -43,7 +40,9 @@ class TextData:
         evaluation: Texts and labels of the verdict, which neither stages nor choices see.
         columns: Their columns.
         labelled: Whether labels were given for the verdict; otherwise they are what the given model predicts.
+        texts_read: The texts to learn from, as the model is given them.
         form: How a model without head makes embeddings; `None` with a head.
+        group_column: Column of `train` that numbers the queries of a reranker.
     """
 
     train: Dataset
@@ -52,7 +51,9 @@ class TextData:
     evaluation: Dataset
     columns: TextColumns
     labelled: bool
+    texts_read: list[str]
     form: EmbeddingForm | None = None
+    group_column: str | None = None
 
     @property
     def texts(self) -> Dataset:
@@ -64,8 +65,8 @@ def check_task(model: PreTrainedModel) -> None:
     """Refuse a model whose task is not known here.
 
     Raises:
-        UnsupportedModelError: If it is neither a sequence classifier or regression of one label per text, nor an
-            embedder from a folder of sentence-transformers.
+        UnsupportedModelError: If it is neither a classifier of texts with one label each, a regression or reranker, a
+            tagger, nor an embedder from a folder of sentence-transformers.
     """
     name = type(model).__name__
     if not has_head(model):
@@ -74,28 +75,28 @@ def check_task(model: PreTrainedModel) -> None:
                 f"`model` must say by modules.json how it makes embeddings, got a {name} without. Save it with "
                 "`save_embedder(model, tokenizer, folder, EmbeddingForm())`, or fine-tune a classifier."
             )
-    elif not name.endswith("ForSequenceClassification"):
+    elif not name.endswith(HEADS):
         raise UnsupportedModelError(
-            f"`model` must be fine-tuned for {SUPPORTED}, got a {name}. Use the methods one by one for other tasks."
+            f"`model` must be fine-tuned to classify texts or their words, or be an embedder, got a {name}. Use the "
+            "methods one by one for other tasks."
         )
     elif model.config.problem_type == "multi_label_classification":
         raise UnsupportedModelError("`model` must give one label per text, got a multi-label model.")
 
 
-def find_metrics(model: PreTrainedModel, wanted: str | None) -> list[str] | None:
+def find_metrics(model: PreTrainedModel, wanted: str | None, columns: TextColumns) -> list[str] | None:
     """Return the metrics that give a score of the model's task; `None` for the usual ones.
 
     Raises:
-        ValueError: If none gives it.
+        ValueError: If none gives it, or the columns are not those of the task.
     """
+    paired = columns if has_head(model) or columns.text_pair_column else replace(columns, text_pair_column="")
+    table = SCORES[find_kind(model, paired)]
     if wanted is None:
         return None
-    table = EMBEDDING_SCORES
-    if has_head(model):
-        table = REGRESSION_SCORES if model.config.num_labels == 1 else CLASSIFICATION_SCORES
-    found = [name for name, scores in table.items() if wanted in scores]
+    found = [name for name, scores in table.items() if wanted in scores and wanted not in WORSE_IF_LARGER]
     if not found:
-        known = ", ".join(score for scores in table.values() for score in scores)
+        known = ", ".join(score for scores in table.values() for score in scores if score not in WORSE_IF_LARGER)
         raise ValueError(f"`metric` must be one of {known} for a {type(model).__name__}, got {wanted!r}.")
     return found
 
@@ -136,118 +137,50 @@ def prepare(
     Raises:
         ValueError: If there are too few texts, the same text is in both, or labels are not those of the model.
     """
+    group = columns.group_column
     if evaluation is None:
-        data, evaluation = hold_out(data, seed=seed)
+        data, evaluation = hold_out(data, seed=seed, group=group)
     refuse_overlap(data, evaluation, columns)
     selection = None
     if selects:
-        data, selection = hold_out(data, seed=seed, most=LARGEST_SELECTION)
+        data, selection = hold_out(data, seed=seed, most=LARGEST_SELECTION, group=group)
     for name, texts in (("data", data), ("eval_data", evaluation)):
         if len(texts) < FEWEST:
             raise ValueError(f"`{name}` must hold at least {FEWEST} texts, got {len(texts)}. Collect more.")
-    task = (Labelling if has_head(model) else Embedding)(model, tokenizer, columns)
+    task = kind_of(model, tokenizer, columns)
     return TextData(
-        task.encode(data),
-        task.collator,
-        None if selection is None else task.label(selection),
-        task.label(evaluation),
-        task.scored,
-        task.is_labelled(evaluation),
-        task.form,
+        train=task.encode(data),
+        collator=task.collator,
+        selection=None if selection is None else task.label(selection),
+        evaluation=task.label(evaluation),
+        columns=task.scored,
+        labelled=task.is_labelled(evaluation),
+        texts_read=task.read(data),
+        form=task.form,
+        group_column=task.group_column,
     )
 
 
-class Labelling:
-    """Texts, or pairs of them, with a class or a number each."""
-
-    form: EmbeddingForm | None = None
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, columns: TextColumns) -> None:
-        self.model, self.tokenizer, self.columns, self.scored = model, tokenizer, columns, columns
-        self.collator = DataCollatorWithPadding(tokenizer)
-        config = model.config
-        self.names = None if config.num_labels == 1 else [name for _, name in sorted(config.id2label.items())]
-
-    def is_labelled(self, texts: Dataset) -> bool:
-        """Return whether texts have labels."""
-        return self.columns.label_column in texts.column_names
-
-    def encode(self, texts: Dataset) -> Dataset:
-        """Encode texts, with their labels if they have any."""
-        if self.is_labelled(texts):
-            return encode_text(texts, self.tokenizer, label_names=self.names, **asdict(self.columns))
-        return encode_unlabelled(texts, self.tokenizer, self.columns)
-
-    def label(self, texts: Dataset) -> Dataset:
-        """Add what the given model predicts where there are no labels."""
-        if self.is_labelled(texts):
-            return texts
-        logits = predict_logits(self.model, self.encode(texts), data_collator=self.collator)  # (examples, labels)
-        if self.names is None:
-            labels: list[Any] = logits[:, 0].astype(np.float64).tolist()
-        else:
-            labels = [self.names[index] for index in logits.argmax(-1)]
-        return texts.add_column(self.columns.label_column, labels)
-
-
-class Embedding:
-    """Texts alone, or pairs of them with a number that says how alike they are."""
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, columns: TextColumns) -> None:
-        self.model, self.tokenizer, self.columns = model, tokenizer, columns
-        self.collator = DataCollatorWithPadding(tokenizer)
-        self.form = read_embedding_form(model.name_or_path)
-        self.pairs = columns.text_pair_column is not None
-        self.scored = columns if self.pairs else replace(columns, text_pair_column=f"{columns.text_column} behind")
-
-    def is_labelled(self, texts: Dataset) -> bool:
-        """Return whether texts are pairs with numbers."""
-        return self.pairs and self.columns.label_column in texts.column_names
-
-    def encode(self, texts: Dataset) -> Dataset:
-        """Encode each text of each column, as the model is asked about them."""
-        assert self.form is not None  # `check_task` saw to it
-        names = [self.columns.text_column, self.columns.text_pair_column]
-        rows = [self.form.prefix + text for name in names if name in texts.column_names for text in texts[name][:]]
-        alone = replace(self.columns, text_pair_column=None)
-        return encode_unlabelled(Dataset.from_dict({alone.text_column: rows}), self.tokenizer, alone)
-
-    def label(self, texts: Dataset) -> Dataset:
-        """Add how alike the given model finds the texts of a pair: by default each text and the next one."""
-        assert self.form is not None  # `check_task` saw to it
-        if self.is_labelled(texts):
-            return texts
-        first, second = self.scored.text_column, str(self.scored.text_pair_column)
-        texts = texts.select_columns([name for name in (first, second) if name in texts.column_names])
-        if not self.pairs:
-            texts = texts.add_column(second, [*texts[first][1:], texts[first][0]])
-        sides = [
-            predict_embeddings(
-                self.model,
-                self.encode(Dataset.from_dict({first: texts[name][:]})),
-                data_collator=self.collator,
-                pooling=self.form.pooling,
-            )
-            for name in (first, second)
-        ]  # (pairs, hidden) each
-        return texts.add_column(self.scored.label_column, (sides[0] * sides[1]).sum(-1).astype(np.float64).tolist())
-
-
-def encode_unlabelled(texts: Dataset, tokenizer: PreTrainedTokenizerBase, columns: TextColumns) -> Dataset:
-    """Encode texts without labels."""
-    texts = texts.add_column(columns.label_column, [0.0] * len(texts))
-    return encode_text(texts, tokenizer, **asdict(columns)).remove_columns("labels")
-
-
-def hold_out(data: Dataset, *, seed: int, most: int | None = None) -> tuple[Dataset, Dataset]:
-    """Split a fifth from the data, or the most that is needed of it."""
+def hold_out(
+    data: Dataset, *, seed: int, most: int | None = None, group: str | None = None
+) -> tuple[Dataset, Dataset]:
+    """Split a fifth from the data, or the most that is needed of it; all rows of a group go together."""
     if len(data) < 5 * FEWEST:
         raise ValueError(
             f"`data` must hold at least {5 * FEWEST} texts to hold some out, got {len(data)}. Collect more."
         )
-    count = round(HELD_OUT * len(data))
-    parts = data.train_test_split(count if most is None else min(count, most), seed=seed)
-    return parts["train"], parts["test"]
+    count = round(HELD_OUT * len(data)) if most is None else min(round(HELD_OUT * len(data)), most)
+    if group is None:
+        parts = data.train_test_split(count, seed=seed)
+        return parts["train"], parts["test"]
+    groups = find_groups(data, group)
+    order = [groups[number] for number in np.random.default_rng(seed).permutation(len(groups))]
+    ends = np.cumsum([len(rows) for rows in order])
+    split = int(np.searchsorted(ends, count)) + 1
+    if split >= len(order):
+        raise ValueError(f"The column {group!r} must hold more groups to hold some out, got {len(order)}. Add some.")
+    held, kept = (np.sort(np.concatenate(rows)) for rows in (order[:split], order[split:]))
+    return data.select(kept), data.select(held)
 
 
 def refuse_overlap(data: Dataset, evaluation: Dataset, columns: TextColumns) -> None:
@@ -256,9 +189,9 @@ def refuse_overlap(data: Dataset, evaluation: Dataset, columns: TextColumns) -> 
     Raises:
         ValueError: If more than one in a hundred texts of the verdict is among those to train on.
     """
-    names = [name for name in (columns.text_column, columns.text_pair_column) if name is not None]
+    names = (columns.text_column, columns.text_pair_column, "tokens")
     rows = [
-        set(zip(*(part[name][:] for name in names if name in part.column_names), strict=True))
+        set(map(str, zip(*(part[name][:] for name in names if name in part.column_names), strict=True)))
         for part in (data, evaluation)
     ]
     shared = len(rows[0] & rows[1])

@@ -79,6 +79,9 @@ def optimised(folder: Path, precision: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def compute(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
-    """Return the logits of a batch, or what the first token of each text became, in float32, `(batch, outputs)`."""
+    """Return the logits of texts or tokens, or what first tokens became, in float32, `(rows, outputs)`."""
     outputs = model.eval()(**batch)
-    return (outputs.logits if "logits" in outputs else outputs.last_hidden_state[:, 0]).float()
+    if "logits" not in outputs:
+        return outputs.last_hidden_state[:, 0].float()
+    per_token = outputs.logits.dim() == 3
+    return (outputs.logits[batch["attention_mask"].bool()] if per_token else outputs.logits).float()

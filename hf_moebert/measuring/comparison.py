@@ -16,8 +16,8 @@ from transformers import (
     MODEL_MAPPING,
     AutoConfig,
     AutoModel,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -26,26 +26,34 @@ from hf_moebert.architectures.functional_pooling import POOLINGS
 from hf_moebert.architectures.inputs import complete_inputs
 from hf_moebert.architectures.pooling import MODULES_FILE, EmbeddingForm, read_embedding_form
 from hf_moebert.architectures.positions import count_positions
+from hf_moebert.checkpoints.loading import find_class
 from hf_moebert.checkpoints.remote_code import refuse_code
 from hf_moebert.inference.linears import Precision, check_precision
 from hf_moebert.inference.optimize import optimize_for_inference
 
+from .answers import LoadedModel, TextColumns, encode_rows
 from .footprint import measure_footprint
 from .latency import compare_latency, environment
-from .quality import LoadedModel, TextColumns, draw_examples, measure_quality
+from .quality import draw_examples, measure_quality
 
 
 __all__ = ["DTYPES", "Latency", "TextColumns", "measure"]
 
 DTYPES = ("float32", "bfloat16", "float16")
+TIMED_BATCHES = 16  # of real texts in a timed pass
+Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Latency:
-    """The timed forward passes: their shape, number and clock. Inputs are random ids without padding."""
+    """The timed forward passes: their shape, number and clock.
+
+    Inputs are random ids without padding; with `seq=None` the first texts of the data set, each batch of them padded
+    to its longest one.
+    """
 
     batch: int = 1
-    seq: int = 128
+    seq: int | None = 128
     rounds: int = 20
     clock: Literal["wall", "cpu"] = "wall"
 
@@ -63,7 +71,6 @@ def measure(
     dtype: str | None = None,
     metrics: Sequence[str] | None = None,
     columns: TextColumns | None = None,
-    group_column: str | None = None,
     latency: Latency | None = None,
     batch_size: int = 32,
     max_examples: int | None = None,
@@ -74,8 +81,9 @@ def measure(
     """Compare models of one task with one of them.
 
     All score the same examples, labels are matched by name, and their forward passes are timed in turns. The task is
-    that of the head: classes, numbers, or the order of documents where models of one label are given a
-    `group_column`. Models without head are embedders, measured by the cosines of pairs of texts.
+    that of the head: classes, sets of labels, numbers, tags of words, answers to questions, the next token, or the
+    order of documents where models of one label are given a group column. Models without head are embedders,
+    measured by the cosines of pairs of texts, or, where these have no numbers, by which documents queries find.
 
     Args:
         models: Local folder or Hub id of each model, by a name of your choice.
@@ -84,11 +92,8 @@ def measure(
         optimized: Precisions in which every model is measured once more, after `optimize_for_inference`, under the
             name `model, precision`.
         dtype: "float32", "bfloat16" or "float16", to which all models are loaded; None leaves each as it was saved.
-        metrics: Names known to `hf_moebert.measuring.scores.score`, "spearman_cosine" and "cosine_to_baseline" of
-            embedders, "ndcg" and "mrr" of rerankers; by default those usual for the problem.
-        columns: Columns of texts and labels; by default "text" and "label".
-        group_column: Column that says which rows belong to one query: models of one score are then measured as
-            rerankers of documents, the texts of `text_pair_column`, by labels above 0 for the relevant ones.
+        metrics: Names from the table in `hf_moebert/measuring/README.md`; by default those usual for the problem.
+        columns: Columns of texts, labels and groups; by default "text" and "label".
         latency: Timed forward passes; by default of one sequence of 128 tokens.
         batch_size: Examples per batch while scoring.
         max_examples: Size of the random sample that is scored, of whole groups; None scores all.
@@ -119,22 +124,28 @@ def measure(
     with _threads(threads):
         loaded = {name: _load(source, columns.max_length, dtype, pooling) for name, source in models.items()}
         footprints = {
-            name: measure_footprint(entry.model, seq_len=latency.seq, folder=entry.folder)
+            name: measure_footprint(entry.model, seq_len=latency.seq or columns.max_length, folder=entry.folder)
             for name, entry in loaded.items()
         }
         for name, (original, precision) in variants.items():
             if precision is not None:
                 loaded[name] = _optimize(loaded[original], precision)
-        calls = _forward_passes(loaded, latency, seed)  # before the scores: they take longer and refuse less
+        passes = (
+            _passes_of_ids(loaded, latency, seed)
+            if latency.seq
+            else _passes_of_texts(loaded, dataset, columns, latency)
+        )
+        calls = {
+            name: _forward(loaded[name].model, batches) for name, batches in passes.items()
+        }  # before the scores: they take longer and refuse less
         speed_ups = compare_latency(calls, baseline=baseline, rounds=latency.rounds, clock=latency.clock, seed=seed)
-        dataset = draw_examples(dataset, group_column, max_examples, seed)
+        dataset = draw_examples(dataset, columns.group_column, max_examples, seed)
         quality = measure_quality(
             loaded,
             dataset,
             baseline,
             metrics,
             columns=columns,
-            group_column=group_column,
             batch_size=batch_size,
             seed=seed,
         )
@@ -158,7 +169,6 @@ def measure(
             "batch_size": batch_size,
             "dtype": dtype,
             **asdict(columns),
-            "group_column": group_column,
             **{f"latency_{key}": value for key, value in asdict(latency).items()},
         },
         "environment": measured_on,
@@ -191,9 +201,10 @@ def _load(source: str, max_length: int, dtype: str | None, pooling: str | None) 
     try:
         with refuse_code(source):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            form = _find_form(source, pooling)
-            auto_class = AutoModelForSequenceClassification if form is None else AutoModel
-            model, report = auto_class.from_pretrained(
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            form = _find_form(source, config, pooling)
+            cls = find_class(config, source) if form is None else AutoModel
+            model, report = cls.from_pretrained(
                 source,
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -219,9 +230,8 @@ def _load(source: str, max_length: int, dtype: str | None, pooling: str | None) 
     return LoadedModel(model.eval(), tokenizer, folder, form)
 
 
-def _find_form(source: str, pooling: str | None) -> EmbeddingForm | None:
+def _find_form(source: str, config: PretrainedConfig, pooling: str | None) -> EmbeddingForm | None:
     """Return how a model without head makes embeddings; None for one with a head."""
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     bodies = MODEL_MAPPING.get(type(config), ())
     names = {body.__name__ for body in (bodies if isinstance(bodies, tuple) else (bodies,))}
     if not names & set(config.architectures or ()):
@@ -248,14 +258,41 @@ def _optimize(loaded: LoadedModel, precision: Any) -> LoadedModel:
     return replace(loaded, model=optimize_for_inference(copy.deepcopy(loaded.model), precision=precision))
 
 
-def _forward_passes(loaded: Mapping[str, LoadedModel], latency: Latency, seed: int) -> dict[str, Callable[[], object]]:
+def _forward_passes(
+    loaded: Mapping[str, LoadedModel], dataset: Dataset, columns: TextColumns, latency: Latency, seed: int
+) -> dict[str, Callable[[], object]]:
+    """Return what is timed of every model."""
+    if latency.seq is None:
+        passes = _passes_of_texts(loaded, dataset, columns, latency)
+    else:
+        passes = _passes_of_ids(loaded, latency, seed)
+    return {name: _forward(loaded[name].model, batches) for name, batches in passes.items()}
+
+
+def _passes_of_ids(loaded: Mapping[str, LoadedModel], latency: Latency, seed: int) -> dict[str, list[Batch]]:
+    """Draw one batch of ids for all models."""
     vocabulary = min(entry.model.get_input_embeddings().num_embeddings for entry in loaded.values())
     generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.randint(vocabulary, (latency.batch, latency.seq), generator=generator)  # (batch, seq)
+    input_ids = torch.randint(vocabulary, (latency.batch, latency.seq or 1), generator=generator)  # (batch, seq)
     mask = torch.ones_like(input_ids)  # (batch, seq)
+    return {
+        name: [complete_inputs(entry.model, input_ids) | {"attention_mask": mask}] for name, entry in loaded.items()
+    }
 
-    def forward_pass(model: PreTrainedModel) -> Callable[[], object]:
-        inputs = complete_inputs(model, input_ids)
-        return torch.no_grad()(lambda: model(**inputs, attention_mask=mask))
 
-    return {name: forward_pass(entry.model) for name, entry in loaded.items()}
+def _passes_of_texts(
+    loaded: Mapping[str, LoadedModel], dataset: Dataset, columns: TextColumns, latency: Latency
+) -> dict[str, list[Batch]]:
+    """Encode the first texts of the data set, in their order."""
+    rows = dataset.select(range(min(len(dataset), TIMED_BATCHES * latency.batch)))
+    return {
+        name: [
+            dict(encode_rows(entry.tokenizer, rows[start : start + latency.batch], columns))
+            for start in range(0, len(rows), latency.batch)
+        ]
+        for name, entry in loaded.items()
+    }
+
+
+def _forward(model: PreTrainedModel, batches: list[Batch]) -> Callable[[], object]:
+    return torch.no_grad()(lambda: [model(**batch) for batch in batches])

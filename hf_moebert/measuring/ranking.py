@@ -1,5 +1,7 @@
 """Scores of embeddings, and of the order in which a reranker puts documents."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from datasets import Dataset
 from sklearn.metrics import ndcg_score
@@ -21,6 +23,12 @@ def _mean_of(column: int) -> Score:
 EMBEDDING_SCORES: dict[str, dict[str, Score]] = {
     "spearman_cosine": {"spearman_cosine": lambda predictions, references: spearman(predictions[:, 0], references)},
     "cosine_to_baseline": {"cosine_to_baseline": _mean_of(1)},
+}
+# Of predictions `(queries, 3)`: those of `score_retrieval`, and the cosine of the texts to the baseline's
+RETRIEVAL_SCORES: dict[str, dict[str, Score]] = {
+    "ndcg": {f"ndcg@{DEPTH}": _mean_of(0)},
+    "recall": {f"recall@{DEPTH}": _mean_of(1)},
+    "cosine_to_baseline": {"cosine_to_baseline": _mean_of(2)},
 }
 # Of predictions `(groups, 2)`, from `score_groups`
 RANKING_SCORES: dict[str, dict[str, Score]] = {
@@ -77,3 +85,27 @@ def score_groups(scores: np.ndarray, relevance: np.ndarray, groups: list[np.ndar
         first = int(np.flatnonzero(wanted[np.argsort(-mine, kind="stable")])[0])
         rows.append([ndcg_score([wanted], [mine], k=DEPTH), 1 / (first + 1) if first < DEPTH else 0.0])
     return np.asarray(rows)
+
+
+def score_retrieval(queries: np.ndarray, documents: np.ndarray, texts: Sequence[str]) -> list[np.ndarray]:
+    """Score where each query's document stands among all documents, by cosine; equal ones are asked about once.
+
+    Args:
+        queries: Vectors of the length 1. Shape `(pairs, hidden)`.
+        documents: Those of the document of each query. Shape `(pairs, hidden)`.
+        texts: Text of each document.
+
+    Returns:
+        nDCG@10 and recall@10 of each query, with one relevant document. Shapes `(pairs,)`.
+
+    Source: Järvelin and Kekäläinen 2002, https://doi.org/10.1145/582415.582418.
+    """
+    _, first, place = np.unique(np.asarray(texts), return_index=True, return_inverse=True)
+    ranks = []
+    for start in range(0, len(queries), 256):  # not all cosines at once
+        cosines = queries[start : start + 256] @ documents[first].T  # (queries, documents)
+        own = np.take_along_axis(cosines, place[start : start + 256, None], axis=1)  # (queries, 1)
+        ranks.append((cosines > own).sum(1) + ((cosines == own).sum(1) - 1) / 2)  # equal ones share their ranks
+    rank = np.concatenate(ranks)  # from 0 on
+    found = rank < DEPTH
+    return [np.where(found, 1 / np.log2(rank + 2), 0.0), found.astype(float)]

@@ -1,16 +1,10 @@
-"""Predict with a model, and score its predictions with bootstrap intervals."""
+"""Score predictions, with bootstrap intervals."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
-from datasets import Dataset
-from torch import nn
-from tqdm.auto import tqdm
-
-from hf_moebert.architectures.functional_pooling import POOLINGS, pool, unit_length
+from sklearn.metrics import f1_score
 
 from .metrics.accuracy.accuracy import accuracy
 from .metrics.f1.f1 import f1
@@ -28,6 +22,11 @@ CLASSIFICATION_SCORES: dict[str, dict[str, Score]] = {
     "matthews_correlation": {"matthews_correlation": matthews_correlation},
 }
 REGRESSION_SCORES: dict[str, dict[str, Score]] = {"pearson_spearman": {"pearson": pearson, "spearman": spearman}}
+# Of the labels of each text, 0 or 1, `(examples, labels)`
+LABEL_SET_SCORES: dict[str, dict[str, Score]] = {
+    "f1": {"f1": lambda predictions, references: float(f1_score(references, predictions, average="micro"))},
+    "accuracy": {"all labels right": lambda predictions, references: float((predictions == references).all(1).mean())},
+}
 # Metrics of the counts of `hf_moebert.measuring.metrics.seqeval.seqeval.count_spans`, one pair for each sentence
 SPAN_SCORES: dict[str, Score] = {"precision": micro_precision, "recall": micro_recall, "f1": micro_f1}
 
@@ -35,8 +34,6 @@ __all__ = [
     "Interval",
     "bootstrap_interval",
     "paired_bootstrap",
-    "predict_embeddings",
-    "predict_logits",
     "score",
     "tags_of",
 ]
@@ -49,105 +46,6 @@ class Interval:
     value: float
     low: float
     high: float
-
-
-def predict_logits(
-    model: nn.Module,
-    dataset: Dataset,
-    *,
-    data_collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
-    batch_size: int = 32,
-) -> np.ndarray:
-    """Run a sequence classifier over a data set without gradients, and restore its training mode.
-
-    Texts of similar length share a batch, so that little is padded; the logits come in the order of the data set.
-
-    Args:
-        model: Returns `logits`, one row per example; runs on the device of its parameters.
-        dataset: Encoded examples with `input_ids`; labels are not passed to the model.
-        data_collator: Pads a list of examples to tensors.
-        batch_size: Examples per forward pass.
-
-    Returns:
-        The logits in float32. Shape `(examples, labels)`.
-
-    Raises:
-        ValueError: If the data set is empty or not encoded, or the logits are not one row per example.
-    """
-    return _predict(model, dataset, lambda outputs, mask: outputs.logits, data_collator, batch_size)
-
-
-def predict_embeddings(
-    model: nn.Module,
-    dataset: Dataset,
-    *,
-    data_collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
-    pooling: str,
-    batch_size: int = 32,
-) -> np.ndarray:
-    """Embed the texts of a data set, as `predict_logits` predicts them.
-
-    Args:
-        model: Returns `last_hidden_state`; a model without head.
-        dataset: Encoded examples with `input_ids`; labels are not passed to the model.
-        data_collator: Pads a list of examples to tensors.
-        pooling: `mean`, `cls` or `last`.
-        batch_size: Examples per forward pass.
-
-    Returns:
-        Vectors of the length 1 in float32, zeros for a text without tokens. Shape `(examples, hidden)`.
-
-    Raises:
-        ValueError: If there is no such pooling, or the data set is empty or not encoded.
-    """
-    if pooling not in POOLINGS:
-        raise ValueError(f"`pooling` must be one of {', '.join(POOLINGS)}, got {pooling!r}.")
-
-    def embed(outputs: Any, mask: torch.Tensor | None) -> torch.Tensor:
-        return unit_length(pool(outputs.last_hidden_state, mask, pooling))
-
-    return _predict(model, dataset, embed, data_collator, batch_size)
-
-
-def _predict(
-    model: nn.Module,
-    dataset: Dataset,
-    read: Callable[[Any, torch.Tensor | None], torch.Tensor],
-    data_collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
-    batch_size: int,
-) -> np.ndarray:
-    """Run a model over a data set, and read one row per example off outputs and attention mask."""
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    if not len(dataset) or "input_ids" not in dataset.column_names:
-        raise ValueError(
-            f"`dataset` must hold encoded examples with 'input_ids', got {len(dataset)} with the columns "
-            f"{dataset.column_names}. Use `encode_text` first."
-        )
-    inputs = dataset.remove_columns([name for name in ("label", "labels") if name in dataset.column_names])
-    longest_first = np.argsort([-len(ids) for ids in inputs["input_ids"]], kind="stable")
-    batches = np.split(longest_first, range(batch_size, len(inputs), batch_size))
-    device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = []
-            for rows in tqdm(batches, desc="Predicting", leave=False, disable=None):
-                batch = _to(data_collator([inputs[int(row)] for row in rows]), device)
-                logits.append(read(model(**batch), batch.get("attention_mask")).float().cpu().numpy())
-    finally:
-        for module, training in modes:
-            module.training = training
-    if logits[0].ndim != 2 or len(logits[0]) != len(batches[0]):
-        raise ValueError(f"`model` must return logits of shape (batch, labels), got {logits[0].shape}.")
-    restored = np.empty((len(inputs), logits[0].shape[1]), dtype=np.float32)  # (examples, labels)
-    restored[longest_first] = np.concatenate(logits)
-    return restored
-
-
-def _to(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def bootstrap_interval(

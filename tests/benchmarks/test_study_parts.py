@@ -10,7 +10,6 @@ from low_rank import cut_to_low_rank, restore
 from mask_runs import MaskOptions, make_scheduler, plan_masks, read_rows
 from masked_crf_ner import Method, TaggingOptions, TaggingStudy
 from mixture_of_masks_generation import MaskStudy
-from platon_question_answering import best_spans, find_answer
 from quality_and_speed import halve_depth
 from smoke import make_smoke_tags
 from study import make_optimizer
@@ -29,7 +28,9 @@ from transformers import (
 )
 
 from hf_moebert import CrfForTokenClassification, MaskSparsityConfig
+from hf_moebert.data.questions import find_answer
 from hf_moebert.measuring.metrics.seqeval.seqeval import count_illegal
+from hf_moebert.measuring.predictions import best_spans
 from hf_moebert.methods.mpoe import MPOEGPT2LMHeadModel, MPOET5ForConditionalGeneration
 
 

@@ -7,7 +7,7 @@ import yaml
 from datasets import Dataset
 from test_door import texts
 from tiny_classifiers import save_classifier
-from transformers import BertConfig, BertForTokenClassification
+from transformers import BertConfig, BertForMaskedLM
 from typer.testing import CliRunner
 
 from hf_moebert import cli
@@ -53,12 +53,10 @@ def test_a_run_ends_with_what_became_of_its_targets(place, tmp_path):
 
 def test_a_task_that_is_not_known_ends_with_five(place, tmp_path):
     save_classifier(place / "tagger")
-    BertForTokenClassification(BertConfig(vocab_size=11, hidden_size=8, num_attention_heads=2)).save_pretrained(
-        place / "tagger"
-    )
+    BertForMaskedLM(BertConfig(vocab_size=11, hidden_size=8, num_attention_heads=2)).save_pretrained(place / "tagger")
     result = compress(place, tmp_path / "run", model="tagger")
     assert result.exit_code == 5
-    assert "got a BertForTokenClassification" in result.stderr
+    assert "got a BertForMaskedLM" in result.stderr
 
 
 @pytest.mark.parametrize(

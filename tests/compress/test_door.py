@@ -11,8 +11,10 @@ import yaml
 from datasets import Dataset
 from tiny_classifiers import WORDS, save_classifier
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertForMaskedLM,
     BertForTokenClassification,
     TrainerCallback,
 )
@@ -175,6 +177,74 @@ def test_a_regression_is_compressed(tmp_path):
     assert result.verdict.metric == "pearson"
 
 
+def save_tagger(folder, given):
+    """Save a random tagger of the size of the classifier."""
+    named = {"id2label": dict(enumerate(TAGS)), "label2id": {tag: index for index, tag in enumerate(TAGS)}}
+    torch.manual_seed(0)
+    tagger = BertForTokenClassification(AutoConfig.from_pretrained(given, **named))
+    torch.nn.init.normal_(tagger.classifier.bias)  # a trained head
+    tagger.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(given).save_pretrained(folder)
+
+
+TAGS = ("O", "B-thing", "I-thing")
+TAGGED = [{"tokens": text.split(), "tags": [TAGS[word == "film"] for word in text.split()]} for text in SENTENCES]
+
+
+@pytest.mark.parametrize("columns", [("tokens", "tags"), ("tokens",), ("text",)])
+def test_a_tagger_is_compressed_with_tags_and_without(given, tmp_path, columns):
+    save_tagger(tmp_path / "given", given)
+    data = Dataset.from_list(TAGGED).add_column("text", SENTENCES).select_columns(list(columns))
+    result = run(tmp_path / "given", tmp_path / "run", [*STACK[:1], STACK[2]], data)
+    scores = result.measurement["models"]["given"]["scores"]
+    assert result.verdict.metric == "f1"
+    assert (scores["f1"]["value"] == 1) == ("tags" not in columns)
+    assert result.load().config.id2label[1] == "B-thing"
+    assert max(verify(tmp_path / "run").values()) < 1e-4
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_reranker_is_judged_by_the_order_of_its_documents(tmp_path, labelled):
+    save_classifier(tmp_path / "given", labels=("score",), layers=2)
+    rows = [{"text": SENTENCES[row // 4], "other": text, "query": row // 4} for row, text in enumerate(SENTENCES)]
+    if labelled:
+        rows = [row | {"label": float(row["other"] == SENTENCES[4 * row["query"]])} for row in rows]
+    columns = TextColumns(text_pair_column="other", max_length=12, group_column="query")
+    mixed = Dataset.from_list(rows).shuffle(seed=0)
+    result = run(tmp_path / "given", tmp_path / "run", [*STACK[:1], STACK[2]], mixed, columns=columns)
+    assert result.verdict.metric == "ndcg@10"
+    assert result.verdict.examples == 44  # whole groups, of a fifth of the rows
+    if not labelled:
+        assert result.measurement["models"]["given"]["scores"]["mrr@10"]["value"] == 1
+
+
+def test_the_vocabulary_is_trimmed_to_the_texts(tmp_path):
+    pieces = [*"very", *(f"##{letter}" for letter in "very")]  # so that "very" can still be written without its token
+    save_classifier(tmp_path / "given", layers=2, words=[*WORDS, *pieces])
+    few = Dataset.from_list([row for row in texts() if "very" not in row["text"].split()])
+    stages = [{"distil": {"steps": 2, "batch_size": 8}}, "trim_vocabulary", {"optimize": {"precision": "float32"}}]
+    result = run(tmp_path / "given", tmp_path / "run", stages, few)
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "given", result.model_folder))
+    assert set(before.get_vocab()) - set(after.get_vocab()) == {"very"}
+    assert len(after) == result.load().config.vocab_size == len(before) - 1
+    distilled = next((tmp_path / "run/stages").glob("1-distil-*"))
+    text = "a good film"
+    with torch.no_grad():
+        answers = [
+            AutoModelForSequenceClassification.from_pretrained(folder)(**tokenizer(text, return_tensors="pt")).logits
+            for folder, tokenizer in ((distilled, before), (result.model_folder, after))
+        ]
+    torch.testing.assert_close(*answers)
+    assert max(verify(tmp_path / "run").values()) < 1e-4
+
+
+def test_texts_themselves_can_be_timed(given, tmp_path):
+    recipe = recipe_of([{"optimize": {"precision": "float32"}}], tokens="real")
+    result = run(given, tmp_path / "run", recipe)
+    assert result.verdict.speedup > 0
+    assert result.measurement["settings"]["latency_seq"] is None
+
+
 @pytest.fixture(scope="module")
 def embedder(given, tmp_path_factory):
     folder = tmp_path_factory.mktemp("embedder") / "model"
@@ -254,7 +324,11 @@ def test_other_tasks_are_refused_by_their_name(given, tmp_path):
     body = AutoModelForSequenceClassification.from_pretrained(given).bert
     for name, model, message in (
         ("body", body, "must say by modules.json how it makes embeddings, got a BertModel without"),
-        ("tagger", BertForTokenClassification(body.config), "must be fine-tuned for sequence .* got a BertForToken"),
+        (
+            "filler",
+            BertForMaskedLM(body.config),
+            "fine-tuned to classify texts or their words, .* BertForMasked",
+        ),
     ):
         shutil.copytree(given, tmp_path / name)
         model.save_pretrained(tmp_path / name)

@@ -8,10 +8,22 @@ import torch
 from datasets import ClassLabel, Dataset
 from scipy.stats import spearmanr
 from tiny_classifiers import EXAMPLES, classifiers, save_classifier  # noqa: F401
-from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
-from hf_moebert import EmbeddingForm, save_embedder
+from hf_moebert import CrfForTokenClassification, EmbeddingForm, save_embedder
 from hf_moebert.measuring.comparison import Latency, TextColumns, measure
+from hf_moebert.measuring.metrics.seqeval.seqeval import count_illegal, span_f1
+from hf_moebert.measuring.metrics.squad.squad import token_f1
 
 
 QUICK = {"latency": Latency(seq=4, rounds=2), "columns": TextColumns(max_length=8)}
@@ -216,7 +228,7 @@ def test_embedders_are_measured_by_the_cosines_of_pairs(embedders):
 
 GROUPED = PAIRS.remove_columns("label").add_column("label", [0, 1, 0, 2, 0, 1, 0, 1])
 GROUPED = GROUPED.add_column("query", [0, 0, 0, 1, 1, 1, 2, 2])
-OF_GROUPS = QUICK | {"columns": TextColumns(text_pair_column="text_pair", max_length=12), "group_column": "query"}
+OF_GROUPS = QUICK | {"columns": TextColumns(text_pair_column="text_pair", max_length=12, group_column="query")}
 
 
 def test_rerankers_are_measured_by_the_order_of_documents(tmp_path):
@@ -240,15 +252,149 @@ def test_rerankers_are_measured_by_the_order_of_documents(tmp_path):
     assert sampled["models"]["a"]["scores"].keys() == {"mrr@10"}
 
 
+def test_embedders_are_measured_by_the_documents_that_queries_find(embedders):
+    pairs = PAIRS.remove_columns("label").select(range(7))
+    pairs = pairs.add_column("other", [*pairs["text_pair"][:6], pairs["text_pair"][0]])  # one document of two queries
+    columns = TextColumns(text_pair_column="other", max_length=8)
+    found = measure(embedders, pairs, baseline="large", **QUICK | {"columns": columns})["models"]["large"]["scores"]
+    queries, documents = (side[:7] for side in cosines_of(embedders["large"], "very "))
+    documents[6] = documents[0]
+    cosines = torch.cosine_similarity(queries[:, None], documents[None, :6], dim=-1)  # (queries, documents)
+    own = cosines[torch.arange(7), torch.tensor([0, 1, 2, 3, 4, 5, 0])]
+    ranks = (cosines > own[:, None] + 1e-6).sum(1) + ((cosines - own[:, None]).abs() < 1e-6).sum(1) / 2 + 0.5
+    assert found["ndcg@10"]["value"] == pytest.approx((1 / (ranks + 1).log2()).mean().item(), abs=1e-5)
+    assert found["recall@10"]["value"] == 1  # of six documents
+
+
+# Heads that answer token by token, and several labels of a text
+
+
+def save_as(folder, classifiers, model_class, **fields):  # noqa: F811
+    """A tiny model with another head, with the tokenizer of the classifiers."""
+    config = BertConfig.from_pretrained(classifiers / "large", **fields)
+    torch.manual_seed(0)
+    model = model_class(config).eval()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(classifiers / "large").save_pretrained(folder)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+TAGS = {0: "O", 1: "B-place", 2: "I-place"}
+TAGGED = Dataset.from_dict(
+    {
+        "tokens": [["good", "bad", "film"], ["a", "very", "good", "film"], ["not"]],
+        "tags": [["B-place", "I-place", "O"], ["O", "O", "B-place", "B-place"], ["O"]],
+    }
+)
+
+
+@pytest.mark.parametrize("decodes", [False, True], ids=["softmax", "crf"])
+def test_taggers_are_measured_by_their_entities(classifiers, tmp_path, decodes):  # noqa: F811
+    named = {"id2label": TAGS, "label2id": {name: index for index, name in TAGS.items()}}
+    model, tokenizer = save_as(tmp_path, classifiers, BertForTokenClassification, **named)
+    if decodes:
+        model = CrfForTokenClassification.from_dense(model, tag_scheme="IOB2").eval()
+        model.save_pretrained(tmp_path)
+    tagged = []
+    for words in TAGGED["tokens"]:
+        encoded = tokenizer(words, is_split_into_words=True, return_tensors="pt")
+        words_at = torch.zeros_like(encoded["input_ids"])
+        words_at[:, 1:-1] = 1
+        with torch.no_grad():
+            outputs = model(**encoded, **({"word_mask": words_at.bool()} if decodes else {}))
+        found = outputs.predictions if decodes else outputs.logits.argmax(-1)
+        tagged.append([TAGS[tag] for tag in found[0, 1:-1].tolist()])
+    sources = {"tagger": str(tmp_path)}
+    scores = measure(sources, TAGGED, baseline="tagger", **QUICK)["models"]["tagger"]["scores"]
+    assert scores["f1"]["value"] == pytest.approx(span_f1(tagged, TAGGED["tags"][:]))
+    assert scores["strict f1"]["value"] == pytest.approx(span_f1(tagged, TAGGED["tags"][:], True, scheme="IOB2"))
+    assert scores["illegal segments"]["value"] == count_illegal(tagged, "IOB2")
+    cut = measure(sources, TAGGED, baseline="tagger", **QUICK | {"columns": TextColumns(max_length=4)})
+    short = [row[:2] + ["O"] * len(row[2:]) for row in tagged]  # two words fit between the special tokens
+    if not decodes:  # whose tags depend on all words
+        assert cut["models"]["tagger"]["scores"]["f1"]["value"] == pytest.approx(span_f1(short, TAGGED["tags"][:]))
+
+
+def test_answers_to_questions_are_measured_as_squad_does(classifiers, tmp_path):  # noqa: F811
+    model, tokenizer = save_as(tmp_path, classifiers, BertForQuestionAnswering)
+    contexts, wanted = ["a good film", "not very bad film"], []
+    rows = {"question": ["good", "a film"], "context": contexts}
+    for question, context in zip(rows["question"], contexts, strict=True):
+        encoded = tokenizer(question, context, return_tensors="pt")
+        with torch.no_grad():
+            outputs = model(**encoded)
+        places = [place for place, part in enumerate(encoded.sequence_ids(0)) if part == 1]
+        spans = {
+            (i, j): outputs.start_logits[0, i] + outputs.end_logits[0, j] for i in places for j in places if i <= j
+        }
+        first, last = max(spans, key=spans.get)
+        wanted.append(" ".join(context.split()[first - places[0] : last - places[0] + 1]))
+    golds = [[wanted[0]], ["very"]]
+    starts = [[context.index(gold[0])] for context, gold in zip(contexts, golds, strict=True)]
+    answers = [{"text": gold, "answer_start": start} for gold, start in zip(golds, starts, strict=True)]
+    asked = Dataset.from_dict(rows | {"answers": answers})
+    options = QUICK | {"columns": TextColumns(max_length=12)}
+    scores = measure({"a": str(tmp_path)}, asked, baseline="a", **options)["models"]["a"]["scores"]
+    assert scores["exact match"]["value"] == (1 + (wanted[1] == "very")) / 2
+    assert scores["f1"]["value"] == pytest.approx((1 + token_f1(wanted[1], "very")) / 2)
+
+
+def test_language_models_are_measured_by_the_next_token(tmp_path, classifiers):  # noqa: F811
+    tokenizer = AutoTokenizer.from_pretrained(classifiers / "large")
+    torch.manual_seed(0)
+    size = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16, "initializer_range": 1.0}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **size)).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    surprise, right, tokens, size = 0.0, 0, 0, 0
+    for row in EXAMPLES:
+        encoded = tokenizer(row["text"], return_tensors="pt")
+        ids = encoded["input_ids"]  # (1, seq)
+        with torch.no_grad():
+            outputs = model(**encoded, labels=ids)
+        surprise += outputs.loss.item() * (ids.shape[1] - 1)
+        right += (outputs.logits[0, :-1].argmax(-1) == ids[0, 1:]).sum().item()
+        tokens += ids.shape[1] - 1
+        size += len(tokenizer.decode(ids[0, 1:]).encode())
+    texts = Dataset.from_list(EXAMPLES).remove_columns("label")
+    scores = measure({"a": str(tmp_path)}, texts, baseline="a", **QUICK)["models"]["a"]["scores"]
+    assert scores["next token"]["value"] == pytest.approx(right / tokens)
+    assert scores["perplexity"]["value"] == pytest.approx(math.exp(surprise / tokens), rel=1e-4)
+    assert scores["perplexity by byte"]["value"] == pytest.approx(math.exp(surprise / size), rel=1e-4)
+
+
+def test_several_labels_of_a_text_are_measured_each_on_its_own(tmp_path):
+    names = ("good", "bad", "short")
+    model = save_classifier(tmp_path, labels=names, layers=2, problem_type="multi_label_classification")
+    tokenizer, right, overlap, total = AutoTokenizer.from_pretrained(tmp_path), 0, 0, 0
+    wanted = [["good"], ["bad", "short"], [], ["good", "bad"], ["short"], ["bad"], ["good"], []]
+    for row, labels in zip(EXAMPLES, wanted, strict=True):
+        with torch.no_grad():
+            logits = model(**tokenizer(row["text"], return_tensors="pt")).logits[0]
+        found = {name for name, logit in zip(names, logits.tolist(), strict=True) if logit > 0}
+        right += found == set(labels)
+        overlap += len(found & set(labels))
+        total += len(found) + len(labels)
+    texts = Dataset.from_dict({"text": [row["text"] for row in EXAMPLES], "label": wanted})
+    scores = measure({"a": str(tmp_path)}, texts, baseline="a", **QUICK)["models"]["a"]["scores"]
+    assert scores["f1"]["value"] == pytest.approx(2 * overlap / total)
+    assert scores["all labels right"]["value"] == right / 8
+    strange = Dataset.from_dict({"text": ["good"], "label": [["long"]]})
+    with pytest.raises(ValueError, match="'label' must hold lists of the labels .*'short'.*, got 'long'"):
+        measure({"a": str(tmp_path)}, strange, baseline="a", **QUICK)
+
+
 def test_data_of_another_task_are_refused(embedders, classifiers, tmp_path):  # noqa: F811
     large, classifier = {"large": embedders["large"]}, {"large": str(classifiers / "large")}
     save_classifier(tmp_path / "score", labels=("score",))
     score = {"large": str(tmp_path / "score")}
     alone, unsure = GROUPED.select(range(7)), GROUPED.select(range(3)).map(lambda row: {"label": 0})
     empty = PAIRS.map(lambda row: {"text": ""}, load_from_cache_file=False)
+    save_as(tmp_path / "masked", classifiers, BertForMaskedLM)
     refusals = [
+        ({"large": str(tmp_path / "masked")}, PAIRS, QUICK, "must classify texts or tokens, .* got a BertForMaskedLM"),
         (large, PAIRS, QUICK, "without a head, as BertModel, must be measured on pairs .* Name `text_pair_column`"),
-        (classifier, GROUPED, OF_GROUPS, "`group_column` must be given for rerankers alone, .* got 2 labels"),
+        (classifier, GROUPED, OF_GROUPS, "`group_column` must be given for rerankers alone, .* got 2 labels of"),
         (score, alone, OF_GROUPS, "'query' must put at least two documents in every group, 2 has one"),
         (score, unsure, OF_GROUPS, "above 0 for a relevant document"),
         (large, PAIRS, OF_PAIRS | {"metrics": ["ndcg"]}, "`metrics` must be among spearman_cosine, cosine_to_base"),

@@ -9,12 +9,12 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from hf_moebert.measuring.metrics import load_metric
 from hf_moebert.measuring.metrics.seqeval.seqeval import count_spans, span_f1
+from hf_moebert.measuring.predictions import predict_logits
 from hf_moebert.measuring.scores import (
     SPAN_SCORES,
     Interval,
     bootstrap_interval,
     paired_bootstrap,
-    predict_logits,
     score,
     tags_of,
 )

@@ -1,0 +1,136 @@
+"""Answers token by token, and their usual scores: tags of words, answers to questions, the next token."""
+
+from functools import cache
+
+import numpy as np
+from datasets import Dataset
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
+
+from hf_moebert.data import encode_text, encode_tokens
+from hf_moebert.data.questions import encode_questions
+
+from .answers import Answers, Question, TextColumns
+from .metrics.seqeval.seqeval import FOUND, count_illegal, count_spans, micro_f1, micro_precision, micro_recall
+from .metrics.squad.squad import best_over, exact_match, token_f1
+from .predictions import predict_answers, predict_next_tokens, predict_tags
+from .scores import Score
+
+
+OUTSIDE = "O"
+
+
+def _of(kind: str, score: Score) -> Score:
+    """Score one way of reading the tags."""
+    return lambda predictions, references: score(predictions[kind], references[kind])
+
+
+# Of predictions and references with one field for each way of reading, `(sentences,)`
+TAG_SCORES: dict[str, dict[str, Score]] = {
+    "f1": {"f1": _of("lenient", micro_f1)},
+    "strict_f1": {"strict f1": _of("strict", micro_f1)},
+    "precision": {"precision": _of("lenient", micro_precision)},
+    "recall": {"recall": _of("lenient", micro_recall)},
+    "illegal": {"illegal segments": lambda predictions, references: float(predictions["illegal"].sum())},
+}
+TAG_FOUND = np.dtype([("lenient", FOUND), ("strict", FOUND), ("illegal", np.int64)])
+TAG_TRUTH = np.dtype([("lenient", np.int64), ("strict", np.int64)])
+
+
+def answer_by_tags(question: Question) -> Answers:
+    """Compare the entities that are found, by sentences; words that were cut off count as no entity."""
+    config, dataset = question.config, question.dataset
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    tokens, tags = tag_columns(question.columns, dataset)
+    scheme = getattr(config, "tag_scheme", None)
+    scheme = None if scheme in ("auto", None) else scheme
+    predicted, wanted = {}, [[names[tag] if isinstance(tag, int) else tag for tag in row] for row in dataset[tags]]
+    for name, entry in question.loaded.items():
+        order = question.label_order(name)
+        encoded = encode_tokens(
+            dataset,
+            entry.tokenizer,
+            tokens_column=tokens,
+            tags_column=tags,
+            tag_names=names,
+            max_length=question.columns.max_length,
+        )
+        collate = DataCollatorForTokenClassification(entry.tokenizer)
+        found = predict_tags(entry.model, encoded, data_collator=collate, batch_size=question.batch_size)
+        theirs = {column: names[index] for index, column in enumerate(order)}
+        predicted[name] = [
+            [theirs[tag] for tag in row] + [OUTSIDE] * (len(gold) - len(row))
+            for row, gold in zip(found, wanted, strict=True)
+        ]
+    predictions, references = {}, np.empty(len(dataset), TAG_TRUTH)
+    for name, rows in predicted.items():
+        counts = np.empty(len(dataset), TAG_FOUND)
+        counts["lenient"], references["lenient"] = count_spans(rows, wanted)
+        counts["strict"], references["strict"] = count_spans(rows, wanted, True, scheme=scheme)
+        counts["illegal"] = [count_illegal([row], scheme) if set(row) != {OUTSIDE} else 0 for row in rows]
+        predictions[name] = counts
+    return question.answer(predictions, references, TAG_SCORES)
+
+
+def tag_columns(columns: TextColumns, dataset: Dataset) -> tuple[str, str]:
+    """Return the columns of words and tags: "tokens" and "tags" where those of a text's defaults are not there."""
+    usual = TextColumns()
+    tokens, tags = columns.text_column, columns.label_column
+    return (
+        "tokens" if tokens == usual.text_column and tokens not in dataset.column_names else tokens,
+        "tags" if tags == usual.label_column and tags not in dataset.column_names else tags,
+    )
+
+
+def answer_by_spans(question: Question) -> Answers:
+    """Compare the answers to questions with all that are right, `(questions, 2)`: exact match and F1, in [0, 1]."""
+    exact, f1 = (
+        cache(lambda text, golds, part=part: best_over(part, text, golds)) for part in (exact_match, token_f1)
+    )
+    predictions = {}
+    golds = [tuple(answers["text"]) for answers in question.dataset["answers"]]
+    for name, entry in question.loaded.items():
+        encoded = encode_questions(question.dataset, entry.tokenizer, max_length=question.columns.max_length)
+        collate = DataCollatorWithPadding(entry.tokenizer)
+        texts = predict_answers(entry.model, encoded, data_collator=collate, batch_size=question.batch_size)
+        predictions[name] = np.array([[exact(*pair), f1(*pair)] for pair in zip(texts, golds, strict=True)])
+    return question.answer(predictions, np.zeros(len(golds)), ANSWER_SCORES)
+
+
+def _mean_of(column: int) -> Score:
+    return lambda predictions, references: float(predictions[:, column].mean())
+
+
+ANSWER_SCORES: dict[str, dict[str, Score]] = {"f1": {"f1": _mean_of(1)}, "exact_match": {"exact match": _mean_of(0)}}
+
+
+def answer_by_next_tokens(question: Question) -> Answers:
+    """Compare how well each token is predicted from those before it, `(texts, 4)`."""
+    columns, dataset = question.columns, question.dataset
+    predictions: dict[str, np.ndarray] = {}
+    if columns.label_column in dataset.column_names:
+        dataset = dataset.remove_columns(columns.label_column)
+    dataset = dataset.add_column(columns.label_column, [0.0] * len(dataset))
+    for name, entry in question.loaded.items():
+        encoded = encode_text(dataset, entry.tokenizer, **columns.of_text)
+        if entry.tokenizer.pad_token is None:  # what pads is not looked at
+            entry.tokenizer.pad_token = entry.tokenizer.eos_token
+        collate = DataCollatorWithPadding(entry.tokenizer)
+        counts = predict_next_tokens(entry.model, encoded, data_collator=collate, batch_size=question.batch_size)
+        bytes_read = [len(entry.tokenizer.decode(ids[1:]).encode()) for ids in encoded["input_ids"]]
+        predictions[name] = np.column_stack([counts, bytes_read])
+    return question.answer(predictions, np.zeros(len(dataset)), LANGUAGE_SCORES)
+
+
+def _share(part: int, whole: int) -> Score:
+    return lambda predictions, references: float(predictions[:, part].sum() / max(predictions[:, whole].sum(), 1))
+
+
+def _perplexity(whole: int) -> Score:
+    return lambda predictions, references: float(np.exp(_share(SURPRISE, whole)(predictions, references)))
+
+
+SURPRISE, RIGHT, TOKENS, BYTES = range(4)
+LANGUAGE_SCORES: dict[str, dict[str, Score]] = {
+    "next_token": {"next token": _share(RIGHT, TOKENS)},
+    "perplexity": {"perplexity": _perplexity(TOKENS), "perplexity by byte": _perplexity(BYTES)},
+}
