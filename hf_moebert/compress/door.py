@@ -27,6 +27,7 @@ from hf_moebert.measuring.answers import TextColumns, encode_rows
 from hf_moebert.measuring.comparison import measure
 from hf_moebert.reporting.compression import write_compression_report
 
+from .card import write_card
 from .recipe import EXPORTS, Recipe, Search
 from .recipe_file import read_recipe
 from .running import Workshop
@@ -70,6 +71,11 @@ class CompressionResult:
     def model_folder(self) -> Path:
         """The compressed model, which an Auto class loads after `import hf_moebert`."""
         return self.folder / "model"
+
+    @property
+    def name(self) -> str:
+        """The name of the result in its measurement."""
+        return result_name(self.recipe)
 
     def load(self) -> PreTrainedModel:
         """Load the compressed model."""
@@ -149,6 +155,7 @@ def compress(
         measurement = measure_result(run, given, output / "model", threads=threads, rounds=rounds)
         verdict = judge(measurement, result_name(run.recipe), run.recipe.target)
         result = CompressionResult(output, run.recipe, stages, measurement, verdict, candidates)
+        write_card(result, str(model), given, prepared)
         write_lock(result, given, prepared)
         report = describe(result, prepared)
         write_compression_report(output, report)
@@ -250,7 +257,7 @@ def describe(result: CompressionResult, data: TextData) -> dict[str, Any]:
     return {
         "verdict": result.verdict.as_dict(),
         "labelled": data.labelled,
-        "chosen": result_name(result.recipe),
+        "chosen": result.name,
         "recipe": result.recipe.as_dict(),
         "stages": result.stages,
         "candidates": result.candidates,

@@ -1,5 +1,6 @@
 """Answers token by token, and their usual scores: tags of words, answers to questions, the next token."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -10,7 +11,15 @@ from hf_moebert.data import encode_text, encode_tokens
 from hf_moebert.data.questions import encode_questions
 
 from .answers import Answers, Question, TextColumns
-from .metrics.seqeval.seqeval import FOUND, count_illegal, count_spans, micro_f1, micro_precision, micro_recall
+from .metrics.seqeval.seqeval import (
+    FOUND,
+    PREFIXES,
+    count_illegal,
+    count_spans,
+    micro_f1,
+    micro_precision,
+    micro_recall,
+)
 from .metrics.squad.squad import best_over, exact_match, token_f1
 from .predictions import predict_answers, predict_next_tokens, predict_tags
 from .scores import Score
@@ -32,6 +41,7 @@ TAG_SCORES: dict[str, dict[str, Score]] = {
     "recall": {"recall": _of("lenient", micro_recall)},
     "illegal": {"illegal segments": lambda predictions, references: float(predictions["illegal"].sum())},
 }
+NEED_SCHEME = ("strict_f1", "illegal")
 TAG_FOUND = np.dtype([("lenient", FOUND), ("strict", FOUND), ("illegal", np.int64)])
 TAG_TRUTH = np.dtype([("lenient", np.int64), ("strict", np.int64)])
 
@@ -41,8 +51,7 @@ def answer_by_tags(question: Question) -> Answers:
     config, dataset = question.config, question.dataset
     names = [config.id2label[index] for index in range(config.num_labels)]
     tokens, tags = tag_columns(question.columns, dataset)
-    scheme = getattr(config, "tag_scheme", None)
-    scheme = None if scheme in ("auto", None) else scheme
+    scheme = find_scheme(names, getattr(config, "tag_scheme", "auto"))
     predicted, wanted = {}, [[names[tag] if isinstance(tag, int) else tag for tag in row] for row in dataset[tags]]
     for name, entry in question.loaded.items():
         order = question.label_order(name)
@@ -61,14 +70,26 @@ def answer_by_tags(question: Question) -> Answers:
             [theirs[tag] for tag in row] + [OUTSIDE] * (len(gold) - len(row))
             for row, gold in zip(found, wanted, strict=True)
         ]
-    predictions, references = {}, np.empty(len(dataset), TAG_TRUTH)
+    predictions, references = {}, np.zeros(len(dataset), TAG_TRUTH)
     for name, rows in predicted.items():
-        counts = np.empty(len(dataset), TAG_FOUND)
+        counts = np.zeros(len(dataset), TAG_FOUND)
         counts["lenient"], references["lenient"] = count_spans(rows, wanted)
-        counts["strict"], references["strict"] = count_spans(rows, wanted, True, scheme=scheme)
-        counts["illegal"] = [count_illegal([row], scheme) if set(row) != {OUTSIDE} else 0 for row in rows]
+        if scheme is not None:
+            counts["strict"], references["strict"] = count_spans(rows, wanted, True, scheme=scheme)
+            counts["illegal"] = [count_illegal([row], scheme) for row in rows]
         predictions[name] = counts
-    return question.answer(predictions, references, TAG_SCORES)
+    lenient = {name: scores for name, scores in TAG_SCORES.items() if name not in NEED_SCHEME}
+    return question.answer(predictions, references, lenient if scheme is None else TAG_SCORES)
+
+
+def find_scheme(names: Sequence[str], told: str = "auto") -> str | None:
+    """Return the scheme that a model was told, or that of the prefixes of all its tags; None for others.
+
+    Of schemes with the same prefixes it is the usual one: IOB2 for B and I.
+    """
+    prefixes = {name.partition("-")[0] for name in names if "-" in name}
+    read = next((scheme for scheme, letters in PREFIXES.items() if set(letters) == prefixes), None)
+    return read if told == "auto" else told
 
 
 def tag_columns(columns: TextColumns, dataset: Dataset) -> tuple[str, str]:

@@ -22,8 +22,8 @@ def write_model_card(
     base_model: str,
     task: str,
     dataset: str,
-    language: str,
-    license: str,
+    language: str | None = None,
+    license: str | None = None,
     results: Mapping[str, float],
     tables: Mapping[str, Rows],
     split: str = "validation",
@@ -42,8 +42,8 @@ def write_model_card(
         base_model: Hub id (or local name) of the model that was compressed.
         task: Pipeline task, such as "text-classification".
         dataset: Hub id (or plain name) of the data set that the results were measured on.
-        language: ISO 639 code.
-        license: Identifier known to the Hub, such as "apache-2.0".
+        language: ISO 639 code, if it is known.
+        license: Identifier known to the Hub, such as "apache-2.0", if it is known.
         results: Value of each metric, by the metric's name.
         tables: Rows of further tables, by heading.
         split: Split of the data set that was measured.
@@ -69,8 +69,8 @@ def write_model_card(
     facts = {"task": task, "data": f"{dataset} ({split})", **{key: f"{value:.4g}" for key, value in results.items()}}
     card = ModelCard.from_template(
         ModelCardData(
-            language=one_line(language),
-            license=one_line(license),
+            language=language and one_line(language),
+            license=license and one_line(license),
             library_name="transformers",
             pipeline_tag=one_line(task),
             tags=["hf_moebert", one_line(config.get("model_type")), *map(one_line, tags)],

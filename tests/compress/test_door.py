@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from tiny_classifiers import WORDS, save_classifier
 from transformers import (
     AutoConfig,
@@ -96,6 +97,11 @@ def test_a_stack_leaves_a_model_and_its_proof(finished, given):
     assert report["verdict"]["outcome"] == "met"
     assert report["verdict"]["examples"] == 43  # a fifth of the texts
     assert set(report["measurement"]["models"]) == {"given", "compressed", "given, float32", "compressed, float32"}
+    card = ModelCard.load(finished.model_folder / "README.md")
+    assert card.data.pipeline_tag == "text-classification"
+    assert card.data.eval_results[0].metric_value == finished.measurement["models"][finished.name]["scores"][
+        "accuracy"
+    ]["value"]  # fmt: skip
     lock = yaml.safe_load((finished.folder / "recipe.lock.yaml").read_text())
     assert [next(iter(stage)) for stage in lock["stages"]] == ["prune", "experts", "distil", "optimize"]
     assert parse_recipe({key: lock[key] for key in ("version", "target", "stages", "seed")}) == finished.recipe

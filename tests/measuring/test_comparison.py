@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from hf_moebert import CrfForTokenClassification, EmbeddingForm, save_embedder
+from hf_moebert.measuring.answers_of_tokens import find_scheme
 from hf_moebert.measuring.comparison import Latency, TextColumns, measure
 from hf_moebert.measuring.metrics.seqeval.seqeval import count_illegal, span_f1
 from hf_moebert.measuring.metrics.squad.squad import token_f1
@@ -313,6 +314,20 @@ def test_taggers_are_measured_by_their_entities(classifiers, tmp_path, decodes):
     short = [row[:2] + ["O"] * len(row[2:]) for row in tagged]  # two words fit between the special tokens
     if not decodes:  # whose tags depend on all words
         assert cut["models"]["tagger"]["scores"]["f1"]["value"] == pytest.approx(span_f1(short, TAGGED["tags"][:]))
+
+
+@pytest.mark.parametrize(
+    ("names", "told", "scheme"),
+    [
+        (["O", "B-x", "I-x"], "auto", "IOB2"),
+        (["O", "I-x", "B-x", "E-x", "S-x"], "auto", "IOBES"),
+        (["O", "B-x", "I-x"], "IOB1", "IOB1"),
+        (["O", "x", "y"], "auto", None),
+        (["O", "I-x"], "auto", None),
+    ],
+)
+def test_the_scheme_is_read_off_all_tags_of_a_model(names, told, scheme):
+    assert find_scheme(names, told) == scheme
 
 
 def test_answers_to_questions_are_measured_as_squad_does(classifiers, tmp_path):  # noqa: F811

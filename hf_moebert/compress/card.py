@@ -1,0 +1,64 @@
+"""The model card of a result, with the numbers of its report."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard
+
+from hf_moebert.reporting.model_card import write_model_card
+from hf_moebert.reporting.tables import measurement_rows
+
+from .tasks import TextData
+
+
+if TYPE_CHECKING:
+    from .door import CompressionResult
+
+
+PIPELINES = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+}
+JUDGED_BY = {
+    True: "labelled texts that nothing learned from",
+    False: "texts without labels, compared with the predictions of the given model",
+}
+
+
+def write_card(result: "CompressionResult", model: str, given: str, data: TextData) -> Path:
+    """Write the README.md of the result.
+
+    Args:
+        result: The result, measured.
+        model: The given model as it was named.
+        given: Its folder, whose card tells license and language.
+        data: The texts.
+    """
+    measurement, verdict = result.measurement, result.verdict
+    config = result.load().config
+    head = next((task for end, task in PIPELINES.items() if config.architectures[0].endswith(end)), None)
+    facts = read_card(Path(given))
+    return write_model_card(
+        result.model_folder,
+        repo_id=f"{Path(model).name}-compressed".strip("-."),
+        base_model=model if not Path(model).is_dir() else Path(model).name,
+        task=head or "feature-extraction",
+        dataset="texts of the compression",
+        split=JUDGED_BY[data.labelled],
+        language=facts.get("language") if isinstance(facts.get("language"), str) else None,
+        license=facts.get("license"),
+        results={
+            verdict.metric: measurement["models"][result.name]["scores"][verdict.metric]["value"],
+            "speed-up": verdict.speedup,
+        },
+        tables={"Beside the given model": measurement_rows(measurement)},
+        commands=[measurement["command"]],
+    )
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """Return what the card of a folder says of itself; nothing if there is none that can be read."""
+    try:
+        return ModelCard.load(folder / "README.md").data.to_dict()
+    except (OSError, ValueError):
+        return {}
