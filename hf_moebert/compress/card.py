@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 PIPELINES = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
 }
 JUDGED_BY = {
     True: "labelled texts that nothing learned from",

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from transformers import (
+    DataCollatorForLanguageModeling,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     PreTrainedModel,
@@ -23,6 +24,7 @@ from hf_moebert.measuring.predictions import predict_embeddings, predict_logits,
 from hf_moebert.measuring.ranking import find_groups
 
 
+CAUSAL = ("ForCausalLM", "LMHeadModel")
 GROUP = "group"  # column of encoded rows of a reranker: the number of the query
 
 
@@ -168,6 +170,29 @@ class Tagging(Kind):
         return encode_tokens(divided, self.tokenizer, tag_names=self.names, max_length=self.columns.max_length)
 
 
+class Language(Kind):
+    """Texts whose tokens a causal language model predicts, each from those before it: they are their own labels."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, columns: TextColumns) -> None:
+        super().__init__(model, tokenizer, replace(columns, text_pair_column=None))
+        if tokenizer.pad_token is None:  # what pads is not looked at
+            tokenizer.pad_token = tokenizer.eos_token
+        self.collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+
+    def is_labelled(self, texts: Dataset) -> bool:
+        """Return that all texts are their own labels."""
+        return True
+
+    def encode(self, texts: Dataset) -> Dataset:
+        """Encode texts; the collator makes the labels."""
+        alone = texts.select_columns([self.columns.text_column])
+        return encode_unlabelled(alone, self.tokenizer, self.columns)
+
+    def label(self, texts: Dataset) -> Dataset:
+        """Return texts as they are."""
+        return texts
+
+
 class Embedding(Kind):
     """Texts alone, or pairs of them with a number that says how alike they are."""
 
@@ -212,8 +237,11 @@ def kind_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, columns:
     """Return the task of a model."""
     if not has_head(model):
         return Embedding(model, tokenizer, columns)
-    if type(model).__name__.endswith("ForTokenClassification"):
+    name = type(model).__name__
+    if name.endswith("ForTokenClassification"):
         return Tagging(model, tokenizer, columns)
+    if name.endswith(CAUSAL):
+        return Language(model, tokenizer, columns)
     return (Labelling if columns.group_column is None else Ranking)(model, tokenizer, columns)
 
 

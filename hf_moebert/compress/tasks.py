@@ -15,11 +15,11 @@ from hf_moebert.measuring.answers import TextColumns
 from hf_moebert.measuring.quality import SCORES, find_kind
 from hf_moebert.measuring.ranking import find_groups
 
-from .kinds import kind_of
+from .kinds import CAUSAL, kind_of
 
 
-HEADS = ("ForSequenceClassification", "ForTokenClassification")
-WORSE_IF_LARGER = ("illegal segments",)
+HEADS = ("ForSequenceClassification", "ForTokenClassification", *CAUSAL)
+WORSE_IF_LARGER = ("illegal segments", "perplexity", "perplexity by byte")
 HELD_OUT = 0.2  # share of the given examples that no stage sees, where there are none for the verdict
 FEWEST = 20  # examples to train on or to judge by
 LARGEST_SELECTION = 1000  # examples that choose between recipes
@@ -66,7 +66,7 @@ def check_task(model: PreTrainedModel) -> None:
 
     Raises:
         UnsupportedModelError: If it is neither a classifier of texts with one label each, a regression or reranker, a
-            tagger, nor an embedder from a folder of sentence-transformers.
+            tagger, a causal language model, nor an embedder from a folder of sentence-transformers.
     """
     name = type(model).__name__
     if not has_head(model):
@@ -77,8 +77,8 @@ def check_task(model: PreTrainedModel) -> None:
             )
     elif not name.endswith(HEADS):
         raise UnsupportedModelError(
-            f"`model` must be fine-tuned to classify texts or their words, or be an embedder, got a {name}. Use the "
-            "methods one by one for other tasks."
+            f"`model` must be fine-tuned to classify texts or their words, or be an embedder or a causal "
+            f"language model, got a {name}. Use the methods one by one for other tasks."
         )
     elif model.config.problem_type == "multi_label_classification":
         raise UnsupportedModelError("`model` must give one label per text, got a multi-label model.")

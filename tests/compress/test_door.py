@@ -17,6 +17,8 @@ from transformers import (
     AutoTokenizer,
     BertForMaskedLM,
     BertForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     TrainerCallback,
 )
 
@@ -222,6 +224,20 @@ def test_a_reranker_is_judged_by_the_order_of_its_documents(tmp_path, labelled):
     assert result.verdict.examples == 44  # whole groups, of a fifth of the rows
     if not labelled:
         assert result.measurement["models"]["given"]["scores"]["mrr@10"]["value"] == 1
+
+
+def test_a_language_model_is_compressed(given, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(given, model_input_names=["input_ids", "attention_mask"])
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    dense = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=16, **size))
+    for folder in (dense, tokenizer):
+        folder.save_pretrained(tmp_path / "given")
+    result = run(tmp_path / "given", tmp_path / "run", [*STACK[:1], STACK[2]], texts(labelled=False))
+    assert result.verdict.metric == "next token"
+    assert result.load().num_parameters() < dense.num_parameters()
+    assert result.measurement["models"]["given"]["scores"]["perplexity"]["value"] > 1
+    assert max(verify(tmp_path / "run").values()) < 1e-4
 
 
 def test_the_vocabulary_is_trimmed_to_the_texts(tmp_path):
