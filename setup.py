@@ -12,7 +12,8 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "hf_moebert/__init__.py")
 README = re.sub(r"\[([^\]]+)\]\((?!https?://|#)[^)]+\)", r"\1", (ROOT / "README.md").read_text(encoding="utf-8"))
 SERVE = ["fastapi", "uvicorn", "prometheus-client"]
 PLOTS = ["matplotlib"]
-EXPORT = ["onnx", "onnxruntime", "onnxscript"]
+RUNTIME = ["onnxruntime", "tokenizers"]
+EXPORT = ["onnx", "onnxscript", *RUNTIME]
 
 setup(
     name="hf_moebert",
@@ -61,6 +62,7 @@ setup(
         "serve": SERVE,
         "plots": PLOTS,
         "export": EXPORT,
+        "runtime": RUNTIME,
         "quality": ["bandit==1.9.4", "mypy==2.4.1", "ruff==0.17.5"],
     },
     entry_points={"console_scripts": ["hf-moebert=hf_moebert_main:main"]},

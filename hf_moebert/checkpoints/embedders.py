@@ -55,10 +55,21 @@ def save_embedder(
     folder = Path(folder)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_form(folder, form, model.config.hidden_size)
+
+
+def write_form(folder: Path, form: EmbeddingForm, width: int) -> None:
+    """Write how a model makes embeddings, as sentence-transformers and `read_embedding_form` read it.
+
+    Args:
+        folder: Folder of the model.
+        form: Pooling, normalisation, prompts and length.
+        width: Size of the hidden states.
+    """
     kinds = [kind for kind in MODULE_PATHS if kind != "Normalize" or form.normalize]
     _write(folder / LENGTH_FILE, {"max_seq_length": form.max_length, "do_lower_case": False})
     flags = {f"pooling_mode_{POOLING_FLAGS[name]}": name == form.pooling for name in POOLINGS}
-    _write(folder / MODULE_PATHS["Pooling"] / "config.json", {"word_embedding_dimension": _width(model)} | flags)
+    _write(folder / MODULE_PATHS["Pooling"] / "config.json", {"word_embedding_dimension": width} | flags)
     if form.normalize:
         (folder / MODULE_PATHS["Normalize"]).mkdir(exist_ok=True)
     _write(folder / PROMPTS_FILE, {"prompts": form.prompts, "default_prompt_name": form.default_prompt})
@@ -82,10 +93,6 @@ def _find_form(model: PreTrainedModel, form: Any) -> EmbeddingForm:
             '`EmbeddingForm(pooling="mean", normalize=True)` if texts are compared by cosines.'
         )
     return found
-
-
-def _width(model: PreTrainedModel) -> int:
-    return int(model.config.hidden_size)
 
 
 def _write(file: Path, content: Any) -> None:

@@ -12,6 +12,8 @@ from hf_moebert.checkpoints.loading import load_model
 from hf_moebert.checkpoints.tensor_files import read_tensors, save_tensors
 from hf_moebert.inference.linears import Precision, check_precision
 from hf_moebert.inference.optimize import optimize_for_inference
+from hf_moebert.runtime.folders import MANIFEST
+from hf_moebert.runtime.verifying import verify_export
 
 
 VERIFY_FILE = "verify.safetensors"
@@ -40,10 +42,11 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, float]:
     """Compute the kept outputs of a run once more, here, and refuse a machine on which they are others.
 
     Args:
-        folder: Folder of a run of `compress`, or a copy of it.
+        folder: Folder of a run of `compress` or of `export_onnx`, or a copy of it.
 
     Returns:
-        The largest difference, in units of the outputs' spread, of the model as it is and optimised.
+        The largest difference, in units of the outputs' spread, of the model as it is and optimised, or of each
+        precision that was exported.
 
     Raises:
         ValueError: If an output differs by more than rounding explains: the processor computes noise in this
@@ -51,6 +54,8 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, float]:
         OSError: If files are missing.
     """
     folder = Path(folder)
+    if (folder / MANIFEST).is_file():
+        return verify_export(folder)
     tensors, facts = read_tensors(folder / VERIFY_FILE, remedy=REMEDY)
     batch = {name.removeprefix("input."): tensor for name, tensor in tensors.items() if name.startswith("input.")}
     spread = float(tensors["plain"].std().clamp(min=1e-6))

@@ -3,9 +3,9 @@
 transformers' exporter writes the graph, and ONNX Runtime's quantiser its int8 form.
 """
 
-import inspect
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import metadata
 from os import PathLike
 from pathlib import Path
@@ -13,28 +13,30 @@ from typing import Any
 
 import torch
 from safetensors.numpy import save_file
-from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import is_onnx_available, is_onnxscript_available
 
 from hf_moebert.architectures.functional_numpy import digest
+from hf_moebert.architectures.heads import has_head
+from hf_moebert.architectures.pooling import EmbeddingForm, read_embedding_form
 from hf_moebert.architectures.positions import count_positions
 from hf_moebert.architectures.protocols import OptimizedForInference
 from hf_moebert.architectures.stacks import refuse_forms
 from hf_moebert.checkpoints.drafts import CHECKSUM, drafting, replacing
+from hf_moebert.checkpoints.embedders import write_form
 from hf_moebert.checkpoints.json_files import save_json
 from hf_moebert.checkpoints.manifests import describe_files
+from hf_moebert.checkpoints.tensor_files import save_tensors
 from hf_moebert.runtime.chains import CHAIN_FILE, SCORES
+from hf_moebert.runtime.folders import FORMAT_VERSION, MANIFEST, PRECISIONS, check_packages
+from hf_moebert.runtime.verifying import GOLDEN_FILE
 
 from .linears import check_precision
-from .onnx_runtime import FORMAT_VERSION, MANIFEST, PRECISIONS, OnnxModel, check_packages, open_exported
+from .onnx_parity import EXAMPLE, Batch, check_parity, collate, compare, make_batch, samples_of
+from .onnx_runtime import OnnxModel, open_exported
 
 
-Batch = dict[str, Tensor]
-TOLERANCE = 1e-4  # between torch and ONNX Runtime in float32, for values around 1
-# Rows, tokens and padding of the batches that must give the same: none has the shape of the example that is traced
-EXAMPLE, CHECKED = (2, 9, 2), ((1, 1, 0), (1, 7, 2), (3, 16, 16), (5, 12, 0))
+GOLDEN_ROWS = 8  # texts whose outputs are kept
 PACKAGES = ("hf_moebert", "transformers", "torch", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -46,6 +48,7 @@ def export_onnx(
     precisions: Sequence[str] = ("float32",),
     tokenizer: Any = None,
     texts: Sequence[str] = (),
+    form: EmbeddingForm | None = None,
 ) -> dict[str, Any]:
     """Write a model for ONNX Runtime: one graph for each precision, for any batch and length.
 
@@ -61,6 +64,7 @@ def export_onnx(
         precisions: Some of "float32" and "int8".
         tokenizer: Saved beside the graphs, and needed for texts.
         texts: What int8 is measured on; by default eight rows of drawn ids or images.
+        form: How a model without head makes embeddings; by default as the folder says that it was loaded from.
 
     Returns:
         The manifest, which `onnx_manifest.json` holds: versions, inputs, longest text, differences, and SHA-256.
@@ -72,17 +76,18 @@ def export_onnx(
     """
     target = Path(folder)
     check_arguments(model, target, precisions, tokenizer, texts)
+    if form is None and not has_head(model) and model.name_or_path:
+        form = read_embedding_form(model.name_or_path)
     was_training = model.training
     try:
         exported = trace(model.eval(), make_batch(model, *EXAMPLE))
         target.parent.mkdir(parents=True, exist_ok=True)
         with drafting(target.resolve()) as draft:
             manifest = write_forms(model, exported, draft, precisions, samples_of(model, tokenizer, texts))
-            model.config.save_pretrained(draft)
-            if hasattr(model, "crf"):
-                write_chain(model.crf, draft)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(draft)
+            write_companions(model, draft, tokenizer, form)
+            names = [model.config.id2label[number] for number in range(model.config.num_labels)]
+            manifest |= {"kind": kind_of(model), "labels": names if has_head(model) else []}
+            manifest["embedding"] = None if form is None else asdict(form)
             manifest["files"] = describe_files(draft)
             save_json(draft / MANIFEST, manifest)
             if target.exists():
@@ -161,6 +166,20 @@ def quantize_graph(exported: Any, inputs: Batch) -> Any:
     )
 
 
+def kind_of(model: PreTrainedModel) -> str:
+    """Return the kind of a model, by which `hf_moebert.runtime` knows what it can answer."""
+    if not has_head(model):
+        return "embedding"
+    names = [cls.__name__ for cls in type(model).__mro__]
+    if any(name.endswith("ForTokenClassification") for name in names):
+        return "tagging"
+    if not any(name.endswith("ForSequenceClassification") for name in names):
+        return "other"
+    known = {"multi_label_classification": "multi-label", "regression": "regression"}
+    usual = "reranking" if model.config.num_labels == 1 else "classification"
+    return known.get(model.config.problem_type, usual)
+
+
 def write_forms(
     model: PreTrainedModel, exported: Any, draft: Path, precisions: Sequence[str], samples: list[Batch]
 ) -> dict[str, Any]:
@@ -172,14 +191,19 @@ def write_forms(
     max_length = count_positions(model) if model.main_input_name == "input_ids" else None
     exported.save_pretrained(draft / "float32")
     plain = OnnxModel(open_exported(draft / "float32", 1), max_length)
+    golden = collate(samples[:GOLDEN_ROWS])
+    kept = {f"input.{name}": tensor for name, tensor in golden.items()} | {"float32": plain(**golden)[0]}
     forms: dict[str, Any] = {"float32": {"largest_difference_to_torch": check_parity(model, plain, max_length)}}
     if "int8" in precisions:
         quantize_graph(exported, make_batch(model, *EXAMPLE)).save_pretrained(draft / "int8")
+        quantised = OnnxModel(open_exported(draft / "int8", 1), max_length)
         forms["int8"] = {
             "weights": "int8, one scale per output",
             "activations": "uint8, one scale per tensor, computed in each call",
-            "difference_to_float32": compare(OnnxModel(open_exported(draft / "int8", 1), max_length), plain, samples),
+            "difference_to_float32": compare(quantised, plain, samples),
         }
+        kept["int8"] = quantised(**golden)[0]
+    save_tensors(draft / GOLDEN_FILE, kept)
     if "float32" not in precisions:
         for path in (draft / "float32").iterdir():
             path.unlink()
@@ -196,32 +220,15 @@ def write_forms(
     }
 
 
-def check_parity(model: PreTrainedModel, found: OnnxModel, max_length: int | None) -> float:
-    """Return the largest difference between a model and its graph.
-
-    Raises:
-        ValueError: If it is too large.
-    """
-    largest = 0.0
-    for rows, length, pad in CHECKED:
-        batch = make_batch(model, rows, min(length, max_length or length), pad)
-        for wanted, got in zip(compute(model, batch), tensors_of(found(**batch)), strict=True):
-            difference = float((got - wanted).abs().max())
-            if got.shape != wanted.shape or not difference <= TOLERANCE * max(1.0, float(wanted.abs().max())):
-                raise ValueError(
-                    f"`model` must give in ONNX Runtime what it gives in torch up to {TOLERANCE}, "
-                    f"{type(model).__name__} differs by {difference:.1e} for {rows} x {length}. Use "
-                    "`optimize_for_inference`."
-                )
-            largest = max(largest, difference)
-    return largest
-
-
-def compute(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
-    """Return what the graph of a model must give: the emissions of a CRF, which is decoded outside."""
-    if not hasattr(model, "crf"):
-        return tensors_of(model(**batch))
-    return [model(**batch, word_mask=batch["attention_mask"] == 1).logits]
+def write_companions(model: PreTrainedModel, draft: Path, tokenizer: Any, form: EmbeddingForm | None) -> None:
+    """Write what stands beside the graphs: configuration, tokenizer, and how outputs become tags or embeddings."""
+    model.config.save_pretrained(draft)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(draft)
+    if hasattr(model, "crf"):
+        write_chain(model.crf, draft)
+    if form is not None:
+        write_form(draft, form, model.config.hidden_size)
 
 
 def write_chain(crf: Any, folder: Path) -> None:
@@ -230,48 +237,3 @@ def write_chain(crf: Any, folder: Path) -> None:
     arrays = {name: score.detach().contiguous().numpy() for name, score in scores}
     with replacing(folder / CHAIN_FILE) as draft:
         save_file(arrays, draft, metadata={CHECKSUM: digest(arrays), "scheme": crf.tag_scheme})
-
-
-def compare(found: OnnxModel, wanted: OnnxModel, samples: list[Batch]) -> dict[str, float]:
-    """Compare the first outputs of two graphs, text by text."""
-    pairs = [(tensors_of(found(**one))[0].flatten(), tensors_of(wanted(**one))[0].flatten()) for one in samples]
-    cosines = torch.stack([F.cosine_similarity(*pair, dim=0) for pair in pairs])
-    return {
-        "texts": len(samples),
-        "worst_cosine": float(cosines.min()),
-        "mean_cosine": float(cosines.mean()),
-        "largest_difference": max(float((a - b).abs().max()) for a, b in pairs),
-    }
-
-
-def samples_of(model: PreTrainedModel, tokenizer: Any, texts: Sequence[str]) -> list[Batch]:
-    """Return each text as a batch of one, or drawn ids where there are none."""
-    names = make_batch(model, *EXAMPLE).keys()
-    if not texts:
-        return [make_batch(model, 1, 8, 0, seed=seed) for seed in range(8)]
-    options = {"truncation": True, "max_length": min(count_positions(model) or 512, 512), "return_tensors": "pt"}
-    encoded = [tokenizer(text, **options) for text in texts]
-    return [{name: one[name] for name in names if name in one} for one in encoded]
-
-
-def make_batch(model: PreTrainedModel, rows: int, length: int, pad: int, seed: int = 0) -> Batch:
-    """Draw inputs; the last row has padding, at most as much as leaves it empty."""
-    config, generator = model.config, torch.Generator().manual_seed(seed)
-    if model.main_input_name == "pixel_values":
-        size = (config.image_size,) * 2 if isinstance(config.image_size, int) else tuple(config.image_size)
-        return {"pixel_values": torch.randn(rows, config.num_channels, *size, generator=generator)}
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(vocabulary, (rows, length), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[-1, max(length - pad, 0) :] = 0
-    batch = {"input_ids": ids.where(mask == 1, getattr(config, "pad_token_id", None) or 0), "attention_mask": mask}
-    takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
-    if takes_types and (getattr(config, "type_vocab_size", None) or 0) > 1:
-        batch["token_type_ids"] = torch.randint(2, (rows, length), generator=generator)
-    return batch
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """Return the tensors of an output, in order."""
-    parts = output.to_tuple() if hasattr(output, "to_tuple") else output
-    return [one for part in parts for one in (part if isinstance(part, tuple) else (part,)) if isinstance(one, Tensor)]

@@ -6,21 +6,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.utils import is_onnxruntime_available
 
-from hf_moebert.checkpoints.json_files import read_json
-from hf_moebert.checkpoints.manifests import find_changed_file
 from hf_moebert.runtime.chains import CHAIN_FILE, Chain, load_chain
-
-from .linears import check_precision
-
-
-MANIFEST = "onnx_manifest.json"
-FORMAT_VERSION = "1"
-PRECISIONS = ("float32", "int8")
-AGAIN = "Export the model again."
+from hf_moebert.runtime.folders import make_options, read_manifest
+from hf_moebert.runtime.verifying import check_golden
 
 
 class OnnxModel(nn.Module):
@@ -90,6 +82,10 @@ class OnnxModel(nn.Module):
             given["token_type_ids"] = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         outputs = self.exported(**{name: given[name] for name in self.input_names})
         return outputs if return_dict else outputs.to_tuple()
+
+    def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """Return the first output of the graph for arrays of its inputs."""
+        return self(**{name: torch.from_numpy(array) for name, array in inputs.items()})[0].numpy()
 
 
 class TensorChain:
@@ -161,33 +157,22 @@ def load_onnx(folder: str | PathLike[str], *, precision: str | None = None, thre
         threads: Threads to compute with, by default those of torch; one computes in the thread that calls.
 
     Raises:
-        ValueError: If a file is not as it was exported, if the precision was not exported or does not work on this
-            processor, or if ONNX Runtime is not installed.
+        ValueError: If a file is not as it was exported, if the precision was not exported or computes something else
+            on this processor, or if ONNX Runtime is not installed.
         FileNotFoundError: If the folder holds no export.
     """
-    check_packages()
-    manifest = read_json(Path(folder) / MANIFEST, remedy="Export a model by `export_onnx`.")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"`folder` must be of format {FORMAT_VERSION!r}, got {manifest.get('format_version')!r}. {AGAIN}"
-        )
-    exported = list(manifest["precisions"])
-    precision = exported[0] if precision is None else precision
-    if precision not in exported:
-        raise ValueError(f"`precision` must be one that was exported, {exported}, got {precision!r}. {AGAIN}")
-    if precision == "int8":
-        check_precision("int8")  # without the instruction, its products saturate
-    if fault := find_changed_file(folder, manifest["files"]):
-        raise ValueError(f"`folder` must be as it was exported, but in {str(folder)!r} {fault}. {AGAIN}")
+    manifest, precision = read_manifest(folder, precision)
     graph = open_exported(Path(folder) / precision, threads)
+    model = OnnxModel(graph, manifest["max_length"])
+    if precision == "int8":
+        check_golden(folder, precision, lambda inputs: model.run(inputs))
     if (Path(folder) / CHAIN_FILE).is_file():
         return OnnxTagger(graph, manifest["max_length"], load_chain(folder))
-    return OnnxModel(graph, manifest["max_length"])
+    return model
 
 
 def open_exported(folder: Path, threads: int | None) -> Any:
     """Open one graph with its configuration."""
-    import onnxruntime
     from transformers.exporters import ExportedModel
 
     # Classes of outputs are known to torch once their module is imported
@@ -195,18 +180,5 @@ def open_exported(folder: Path, threads: int | None) -> Any:
         re.findall(r"(hf_moebert(?:\.\w+)+)\.\w+", (folder / "export.json").read_text(encoding="utf-8"))
     ):
         import_module(module)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # or it takes a core from whoever runs next
-    options.log_severity_level = 3
+    options = make_options(torch.get_num_threads() if threads is None else threads)
     return ExportedModel.from_pretrained(folder, device="cpu", local_files_only=True, session_options=options)
-
-
-def check_packages() -> None:
-    """Refuse to go on without ONNX Runtime.
-
-    Raises:
-        ValueError: If it is not installed.
-    """
-    if not is_onnxruntime_available():
-        raise ValueError('ONNX Runtime must be installed, but is not. Run `pip install "hf_moebert[export]"`.')

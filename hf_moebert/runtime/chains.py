@@ -104,7 +104,8 @@ def load_chain(folder: str | PathLike[str]) -> Chain:
         ValueError: If the folder holds no CRF, a damaged one, or one that does not fit its config.json.
     """
     scores, texts = _read_scores(Path(folder) / CHAIN_FILE)
-    tags = len(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["id2label"])
+    names = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("id2label")
+    tags = len(scores["start"] if names is None and "start" in scores else names or ())  # default names are not saved
     wanted = {"transitions": (tags, tags), "start": (tags,), "end": (tags,)}
     found = {name: value.shape for name, value in scores.items()}
     if found != wanted:

@@ -3,14 +3,15 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from tiny_exports import PRECISIONS, TEXTS
 from tiny_families import make_model
 from torch import nn
 from transformers import (
     BartConfig,
     BartModel,
-    BertConfig,
     BertForSequenceClassification,
     BertTokenizer,
     DistilBertConfig,
@@ -19,29 +20,13 @@ from transformers import (
 )
 
 from hf_moebert import export_onnx, load_onnx, optimize_for_inference, prune_structured
-from hf_moebert.inference import linears, onnx_export, onnx_runtime
-from hf_moebert.inference.linears import unsupported_reason
+from hf_moebert.inference import linears, onnx_export
+from hf_moebert.inference.onnx_runtime import OnnxModel
 from hf_moebert.methods import masked_crf
+from hf_moebert.runtime import folders
 
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "film", "bad"]
-TEXTS = ["a good film", "bad", "a bad film a good film"]
-PRECISIONS = ("float32", "int8") if unsupported_reason("int8", True) is None else ("float32",)
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporter
-
-
-@pytest.fixture(scope="session")
-def exported(tmp_path_factory):
-    """A classifier, its tokenizer, the folder of its export, and what was written down."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
-    config = BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, initializer_range=0.2, **sizes)
-    model = BertForSequenceClassification(config)  # in training mode, which stays
-    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(WORDS)})
-    folder = tmp_path_factory.mktemp("onnx") / "new" / "graphs"
-    manifest = export_onnx(model, folder, precisions=PRECISIONS, tokenizer=tokenizer, texts=TEXTS)
-    assert model.training
-    return model.eval(), tokenizer, folder, manifest
 
 
 @pytest.mark.process
@@ -95,7 +80,7 @@ def test_a_pipeline_takes_it(exported):
 @pytest.mark.process
 def test_the_manifest_tells_how_it_was_made(exported):
     _, tokenizer, folder, manifest = exported
-    assert json.loads((folder / onnx_runtime.MANIFEST).read_text()).items() >= manifest.items()
+    assert json.loads((folder / folders.MANIFEST).read_text()).items() >= manifest.items()
     assert manifest["inputs"] == ["input_ids", "attention_mask", "token_type_ids"]
     assert manifest["max_length"] == 32
     assert list(manifest["precisions"]) == list(PRECISIONS)
@@ -121,8 +106,9 @@ def test_what_a_graph_cannot_do_is_refused(exported, monkeypatch):
     with pytest.raises(ValueError, match=r"`precision` must be one that was exported, \['float32'.*got 'bfloat16'"):
         load_onnx(folder, precision="bfloat16")
     if "int8" in PRECISIONS:
-        monkeypatch.setattr(linears, "unsupported_reason", lambda precision, packed: "no VNNI")
-        with pytest.raises(ValueError, match="'int8' does not: no VNNI"):
+        noisy = lambda model, inputs: np.random.default_rng(0).normal(size=(len(TEXTS), 2))  # noqa: E731
+        monkeypatch.setattr(OnnxModel, "run", noisy)
+        with pytest.raises(ValueError, match="outputs in int8 must be within .* Run the model in float32 on this"):
             load_onnx(folder, precision="int8")
 
 
@@ -141,7 +127,7 @@ def test_a_changed_folder_is_refused(exported, tmp_path):
     (folder / "float32" / "model.onnx").unlink()
     with pytest.raises(ValueError, match=r"model.onnx is missing. Export the model again"):
         load_onnx(folder)
-    manifest = folder / onnx_runtime.MANIFEST
+    manifest = folder / folders.MANIFEST
     manifest.write_text(manifest.read_text().replace('"max_length": 32', '"max_length": 99'))
     with pytest.raises(ValueError, match="must be as it was written, with the SHA-256"):
         load_onnx(folder)
@@ -182,7 +168,7 @@ def test_arguments_are_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(linears, "unsupported_reason", lambda precision, packed: "no VNNI")
     with pytest.raises(ValueError, match="'int8' does not: no VNNI"):
         export_onnx(model, tmp_path / "graphs", precisions=("float32", "int8"))
-    monkeypatch.setattr(onnx_runtime, "is_onnxruntime_available", lambda: False)
+    monkeypatch.setattr(folders, "find_spec", lambda name: None)
     for call in (lambda: export_onnx(model, tmp_path / "graphs"), lambda: load_onnx(tmp_path)):
         with pytest.raises(ValueError, match=r'ONNX Runtime must be installed, but is not. Run `pip install "hf_moe'):
             call()

@@ -13,7 +13,9 @@ from transformers import pipeline
 
 from hf_moebert import export_onnx, load_onnx
 from hf_moebert.inference.onnx_export import write_chain
+from hf_moebert.runtime import TextModel, load
 from hf_moebert.runtime.chains import load_chain
+from hf_moebert.runtime.folders import read_manifest
 
 
 pytestmark = [pytest.mark.process, pytest.mark.filterwarnings("ignore")]  # warnings of the exporter
@@ -24,7 +26,7 @@ def exported(tmp_path_factory):
     """A model and the folder of its export."""
     folder = tmp_path_factory.mktemp("exported")
     model = make("bert", labels_of("IOBES")).train()
-    export_onnx(model, folder)
+    export_onnx(model, folder, tokenizer=make_tokenizer())
     assert model.training
     return model.eval(), folder
 
@@ -84,6 +86,35 @@ def test_the_pipeline_takes_it(exported):
         assert got == one
     with pytest.raises(ValueError, match='`word_mask` must mark .* "token-classification" knows no CRF'):
         pipeline("token-classification", model=load_onnx(folder), tokenizer=make_tokenizer(), device="cpu")(texts)
+
+
+@torch.no_grad()
+def test_words_are_tagged_without_torch(exported):
+    model, folder = exported
+    answers, tokenizer = load(folder), make_tokenizer()
+    texts = ["new yorkers in london and  new york .", ["the", "\x00", "yorker"], "london " * 9, "", "the lon"]
+    emissions = TextModel(answers.session, folder, read_manifest(folder, None)[0])
+    emissions.chain = None
+    for text, found, plain in zip(texts, answers.tag(texts, batch_size=2), emissions.tag(texts), strict=True):
+        words = [
+            word if word.isprintable() else "[UNK]" for word in (text if isinstance(text, list) else text.split())
+        ]
+        batch = tokenizer([words], is_split_into_words=True, truncation=True, return_tensors="pt")
+        places = {word: place for place, word in reversed(list(enumerate(batch.word_ids()))) if word is not None}
+        mask = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+        mask[0, list(places.values())] = True
+        outputs = model(**batch, word_mask=mask, output_marginals=True)
+        assert len(found) == len(plain) == len(places)
+        for word, got, alone in zip(sorted(places), found, plain, strict=True):
+            tag = int(outputs.predictions[0, places[word]])
+            assert got["tag"] == model.config.id2label[tag]
+            assert got["score"] == pytest.approx(float(outputs.marginals[0, places[word], tag]), abs=1e-5)
+            shares = outputs.logits[0, places[word]].softmax(-1)
+            assert alone["tag"] == model.config.id2label[int(shares.argmax())]
+            assert alone["score"] == pytest.approx(float(shares.max()), abs=1e-5)
+            whole = text if isinstance(text, str) else " ".join(text)
+            assert whole[got["start"] : got["end"]] == got["word"]
+    assert answers.tag([]) == []
 
 
 def test_the_folder_explains_itself(written):

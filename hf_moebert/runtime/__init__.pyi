@@ -1,0 +1,1 @@
+from .model import TextModel as TextModel, load as load

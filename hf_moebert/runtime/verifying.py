@@ -1,0 +1,66 @@
+"""Check that an export computes here what it computed where it was made."""
+
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from .folders import open_session, read_manifest
+
+
+GOLDEN_FILE = "golden.safetensors"
+TOLERANCE = 1e-3  # of the spread of the outputs, between processors in float32
+
+
+def check_golden(
+    folder: str | PathLike[str], precision: str, run: Callable[[dict[str, np.ndarray]], np.ndarray]
+) -> float:
+    """Compute the kept outputs of an export once more, and refuse a processor on which they are others.
+
+    Args:
+        folder: Folder that `export_onnx` wrote, whose files are as they were.
+        precision: One that was exported.
+        run: Returns the first output for the inputs of the graph.
+
+    Returns:
+        The largest difference, in units of the outputs' spread.
+
+    Raises:
+        ValueError: If an output differs by more than rounding explains, as int8 does on a processor whose products
+            saturate.
+    """
+    kept = load_file(Path(folder) / GOLDEN_FILE)
+    inputs = {name.removeprefix("input."): array for name, array in kept.items() if name.startswith("input.")}
+    spread = max(float(kept["float32"].std()), 1e-6)
+    rounding = float(np.abs(kept[precision] - kept["float32"]).max()) / spread
+    allowed = max(rounding, TOLERANCE)  # as far from the kept ones as those are from float32
+    difference = float(np.abs(run(inputs) - kept[precision]).max()) / spread
+    if not difference <= allowed:  # NaN, too
+        raise ValueError(
+            f"The outputs in {precision} must be within {allowed:.2g} of those of {GOLDEN_FILE}, got "
+            f"{difference:.2g} of their spread. Run the model in float32 on this processor, or export it here."
+        )
+    return difference
+
+
+def verify_export(folder: str | PathLike[str]) -> dict[str, float]:
+    """Compute the kept outputs of every exported precision once more, here.
+
+    Args:
+        folder: Folder that `export_onnx` wrote, or a copy of it.
+
+    Returns:
+        The largest difference of each precision, in units of the outputs' spread.
+
+    Raises:
+        ValueError: As for `check_golden`, or if files are not as they were exported.
+        FileNotFoundError: If the folder holds no export.
+    """
+    manifest, _ = read_manifest(folder, None)
+    found = {}
+    for precision in manifest["precisions"]:
+        session = open_session(folder, precision, threads=1)
+        found[precision] = check_golden(folder, precision, lambda inputs, one=session: one.run(None, inputs)[0])
+    return found
