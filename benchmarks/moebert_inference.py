@@ -4,13 +4,14 @@
     python benchmarks/moebert_inference.py --threads 1 --texts texts.jsonl --tokenizer FOLDER --output build/all.json
 
 All models have BERT-base's shape and random weights: nothing here speaks of quality. MoEBERT has four experts of 768
-neurons. `stock` is plain torch; `float32`, `bfloat16` and `int8` are `optimize_for_inference` at that precision, and
-the same for both; `onnx` is ONNX Runtime with the quickest graph known to `onnx_models.py`. All run interleaved in one
-process; ratios are paired by round. One thread is timed by its own processor time, which others on the machine disturb
-less; more threads by elapsed time.
+neurons; `half moebert` is BERT without half of its neurons and heads, then in four experts of 384. `stock` is plain
+torch; `float32`, `bfloat16` and `int8` are `optimize_for_inference` at that precision, for all; `onnx` is what
+`export_onnx` wrote and `load_onnx` runs. All run interleaved in one process; ratios are paired by round. One thread is
+timed by its own processor time, which others on the machine disturb less; more threads by elapsed time.
 
 Cases are `batch x tokens` with random ids, or `batch x real`: sentences of the texts given, or of drawn lengths
-(lognormal, 37 tokens on average), padded to the longest of their batch.
+(lognormal, 37 tokens on average), padded to the longest of their batch; ONNX Runtime also runs them in groups of like
+length, `grouped`.
 """
 
 import copy
@@ -27,13 +28,16 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import load_dataset
-from onnx_models import ort_call
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BertConfig, BertModel, HfArgumentParser, PreTrainedModel
 
-from hf_moebert import MoEBertConfig, MoEBertModel, optimize_for_inference
+from hf_moebert import MoEBertConfig, MoEBertModel, export_onnx, load_onnx, optimize_for_inference, shrink
+from hf_moebert.data.buckets import run_by_length
 from hf_moebert.inference.linears import unsupported_reason
 from hf_moebert.measuring.latency import compare_times, environment, time_rounds
+from hf_moebert.methods.moebert import from_dense
+from hf_moebert.methods.platon.modeling_units import find_unit_groups
 from hf_moebert.reporting.tables import markdown_table
 
 
@@ -45,6 +49,10 @@ TARGETS = {
     ("moebert int8", "dense int8"): {"1x32": 1.15, "1x128": 1.3, "8x128": 1.8},
     ("moebert int8", "dense onnx int8"): {"1x32": 1.0, "1x128": 1.3, "8x128": 1.6},
     ("moebert float32", "moebert float32 padded"): {"8xreal": 1.35},
+    ("moebert onnx int8", "dense onnx int8"): {"1x32": 1.4, "1x128": 1.65, "8x128": 1.65},
+    ("moebert onnx int8 grouped", "dense onnx int8 grouped"): {"8xreal": 2.0},
+    ("half moebert onnx int8", "dense onnx int8"): {"1x32": 2.6, "1x128": 3.0, "8x128": 3.2},
+    ("half moebert onnx int8 grouped", "dense onnx int8 grouped"): {"8xreal": 3.5},
 }
 
 
@@ -120,6 +128,7 @@ def make_models(args: InferenceArguments) -> dict[str, PreTrainedModel]:
         "dense": BertModel(BertConfig(**args.sizes())),
         "moebert": MoEBertModel(MoEBertConfig(routing=args.routing, **args.sizes())),
     }
+    stock["half moebert"] = half_moebert(stock["dense"], args.routing)
     models = {f"{name} stock": model.eval() for name, model in stock.items()}
     for precision in args.precisions:
         if reason := unsupported_reason(precision, True):
@@ -128,6 +137,21 @@ def make_models(args: InferenceArguments) -> dict[str, PreTrainedModel]:
         models |= {f"{name} {precision}": optimized(model, precision=precision) for name, model in stock.items()}
     models["moebert float32 padded"] = optimized(stock["moebert"], precision="float32", skip_padding=False)
     return models
+
+
+@torch.no_grad()
+def half_moebert(dense: BertModel, routing: str) -> PreTrainedModel:
+    """Remove every second neuron and head of a model, and cut the neurons that stay into four experts."""
+    model = copy.deepcopy(dense).eval()
+    for group in find_unit_groups(model):
+        columns = group.writer.weight.view(-1, group.num_units, group.unit_size)
+        columns[:, 1::2] = 0
+        for parameter in group.reader_parameters:
+            parameter.view(group.num_units, -1)[1::2] = 0
+    half = shrink(model)
+    neurons = dense.config.intermediate_size // 2
+    importance = torch.rand(dense.config.num_hidden_layers, neurons)
+    return from_dense(half, importance, num_experts=4, expert_size=neurons // 4, num_shared_neurons=0, routing=routing)
 
 
 def optimized(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
@@ -142,23 +166,51 @@ def run_all(calls: list[Callable[[], object]]) -> None:
         call()
 
 
+def export_all(models: dict[str, PreTrainedModel], folder: Path, args: InferenceArguments) -> None:
+    """Write the stock models for ONNX Runtime."""
+    precisions = [precision for precision in args.precisions if precision != "bfloat16"]
+    for name, model in models.items():
+        if name.endswith(" stock"):
+            export_onnx(model, folder / name.removesuffix(" stock"), precisions=precisions)
+
+
 def make_calls(
     models: dict[str, PreTrainedModel], batches: list[Batch], folder: Path, args: InferenceArguments
 ) -> dict[str, Callable[[], object]]:
     """Bind every contestant to the batches of a case."""
     calls = {name: partial(run_all, [partial(model, **b) for b in batches]) for name, model in models.items()}
-    for name in ("dense", "moebert") if args.onnx else ():
+    for name in [name.removesuffix(" stock") for name in models if name.endswith(" stock") and args.onnx]:
         for precision in [p for p in args.precisions if p != "bfloat16"]:
-            options: dict[str, Any] = {"precision": precision, "threads": torch.get_num_threads()}
-            runs = [ort_call(models[f"{name} stock"], b, folder / name, **options) for b in batches]
-            calls[f"{name} onnx {precision}"] = partial(run_all, runs)
+            model = load_onnx(folder / name, precision=precision)
+            calls[f"{name} onnx {precision}"] = partial(run_all, [partial(model, **b) for b in batches])
+            if any(not b["attention_mask"].all() for b in batches):
+                grouped = [partial(run_grouped, model, b) for b in batches]
+                calls[f"{name} onnx {precision} grouped"] = partial(run_all, grouped)
     return calls
+
+
+def run_grouped(model: Any, batch: Batch) -> list[Tensor]:
+    """Run the sentences of a batch in groups of like length, from rows without padding on."""
+    lengths = batch["attention_mask"].sum(1).tolist()
+    rows = [ids[:length] for ids, length in zip(batch["input_ids"], lengths, strict=True)]
+
+    def call(part: list[Tensor]) -> Tensor:
+        ids = pad_sequence(part, batch_first=True)
+        mask = pad_sequence([torch.ones_like(row) for row in part], batch_first=True)
+        return model(ids, mask)[0]
+
+    return run_by_length(rows, lengths, call, batch_size=len(rows))
 
 
 def largest_difference(model: PreTrainedModel, stock: PreTrainedModel, batches: list[Batch]) -> float:
     """Compare the hidden states of the real tokens with those of the stock model."""
     differences = [model(**b)[0] - stock(**b)[0] for b in batches]
     return max(float(d[b["attention_mask"].bool()].abs().max()) for d, b in zip(differences, batches, strict=True))
+
+
+def stock_of(name: str) -> str:
+    """Return the name of the stock model that another one is a form of."""
+    return f"{'half moebert' if name.startswith('half') else name.split()[0]} stock"
 
 
 def measure(case: str, models: dict[str, PreTrainedModel], folder: Path, args: InferenceArguments) -> dict[str, Any]:
@@ -168,9 +220,7 @@ def measure(case: str, models: dict[str, PreTrainedModel], folder: Path, args: I
     calls = make_calls(models, batches, folder, args)
     times = time_rounds(calls, rounds=args.rounds, clock=clock)
     ratios = {name: compare_times(times, baseline=name, clock=clock, seed=args.seed) for name in times}
-    differences = {
-        name: largest_difference(model, models[f"{name.split()[0]} stock"], batches) for name, model in models.items()
-    }
+    differences = {name: largest_difference(model, models[stock_of(name)], batches) for name, model in models.items()}
     rivals = [name for name in ("dense stock", "dense onnx float32", "dense onnx int8") if name in times]
     rows = [
         {"model": name}
@@ -223,6 +273,8 @@ def main(args: InferenceArguments) -> None:
     models = make_models(args)
     results = []
     with TemporaryDirectory() as folder:
+        if args.onnx:
+            export_all(models, Path(folder), args)
         for threads in args.threads:
             torch.set_num_threads(threads)
             for case in args.cases:
