@@ -1,6 +1,6 @@
 """Inputs of like length together, so that little is padded."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 
@@ -30,7 +30,7 @@ def group_by_length(lengths: Sequence[int], shortest: float = 0.75) -> list[list
 def run_by_length(
     rows: Sequence[Row],
     lengths: Sequence[int],
-    call: Callable[[list[Row]], Sequence[Result]],
+    call: Callable[[list[Row]], Iterable[Result]],
     *,
     batch_size: int,
     shortest: float = 0.75,

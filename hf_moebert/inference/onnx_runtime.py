@@ -120,7 +120,7 @@ class OnnxTagger(OnnxModel):
         super().__init__(exported, max_length)
         self.crf = TensorChain(chain)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, *args: Any, word_mask: Tensor | None = None, output_marginals: bool = False, **kwargs: Any
     ) -> Any:
         """Run the graph, and decode what it gives.
@@ -165,7 +165,7 @@ def load_onnx(folder: str | PathLike[str], *, precision: str | None = None, thre
     graph = open_exported(Path(folder) / precision, threads)
     model = OnnxModel(graph, manifest["max_length"])
     if precision == "int8":
-        check_golden(folder, precision, lambda inputs: model.run(inputs))
+        check_golden(folder, precision, model.run)
     if (Path(folder) / CHAIN_FILE).is_file():
         return OnnxTagger(graph, manifest["max_length"], load_chain(folder))
     return model

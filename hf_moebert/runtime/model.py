@@ -1,6 +1,7 @@
 """Run an exported model on texts, without torch: ONNX Runtime, tokenizers and numpy."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from .answers import pool, rank_labels, score_labels, softmax, unit_length
 from .chains import CHAIN_FILE, Chain, load_chain
 from .folders import open_session, read_manifest
 from .texts import Text, TextReader
-from .verifying import check_golden
+from .verifying import check_golden, run_first
 
 
 CLASSIFIERS = ("classification", "multi-label", "regression", "reranking")
@@ -37,7 +38,7 @@ def load(folder: str | PathLike[str], *, precision: str | None = None, threads: 
     manifest, precision = read_manifest(folder, precision)
     session = open_session(folder, precision, threads=threads)
     if precision == "int8":
-        check_golden(folder, precision, lambda inputs: session.run(None, inputs)[0])
+        check_golden(folder, precision, partial(run_first, session))
     return TextModel(session, Path(folder), manifest)
 
 
@@ -190,13 +191,13 @@ class TextModel:
         return found
 
     def _run(
-        self, rows: list[Encoding], read: Callable[[np.ndarray, np.ndarray, list[int]], Sequence[Any]], batch_size: int
+        self, rows: list[Encoding], read: Callable[[np.ndarray, np.ndarray, list[int]], Iterable[Any]], batch_size: int
     ) -> list[Any]:
         """Run rows of like length together, and read the first output, the mask and the places of each batch."""
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
 
-        def call(places: list[int]) -> Sequence[Any]:
+        def call(places: list[int]) -> Iterable[Any]:
             inputs = self.reader.batch([rows[place] for place in places])
             return read(self.run(**inputs)[0], inputs["attention_mask"], places)
 

@@ -1,8 +1,10 @@
 """Check that an export computes here what it computed where it was made."""
 
 from collections.abc import Callable
+from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -45,6 +47,11 @@ def check_golden(
     return difference
 
 
+def run_first(session: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the first output of a session."""
+    return session.run(None, inputs)[0]
+
+
 def verify_export(folder: str | PathLike[str]) -> dict[str, float]:
     """Compute the kept outputs of every exported precision once more, here.
 
@@ -62,5 +69,5 @@ def verify_export(folder: str | PathLike[str]) -> dict[str, float]:
     found = {}
     for precision in manifest["precisions"]:
         session = open_session(folder, precision, threads=1)
-        found[precision] = check_golden(folder, precision, lambda inputs, one=session: one.run(None, inputs)[0])
+        found[precision] = check_golden(folder, precision, partial(run_first, session))
     return found
