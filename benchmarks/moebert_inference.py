@@ -151,7 +151,7 @@ def half_moebert(dense: BertModel, routing: str) -> PreTrainedModel:
     half = shrink(model)
     neurons = dense.config.intermediate_size // 2
     importance = torch.rand(dense.config.num_hidden_layers, neurons)
-    return from_dense(half, importance, num_experts=4, expert_size=neurons // 4, num_shared_neurons=0, routing=routing)
+    return from_dense(half, importance, num_experts=4, routing=routing)
 
 
 def optimized(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
