@@ -61,7 +61,7 @@ def add_commands(app: typer.Typer, *, read: Callable[..., Any], quiet: Callable[
         seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything.")] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
         dry_run: Annotated[
-            bool, typer.Option("--dry-run", help="Only print the recipe, all options resolved.")
+            bool, typer.Option("--dry-run", help="Only print the recipe, all options resolved, and what to expect.")
         ] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     ) -> None:
@@ -89,6 +89,8 @@ def add_commands(app: typer.Typer, *, read: Callable[..., Any], quiet: Callable[
         wanted = read_recipe(recipe, changes=changes, **target)
         if dry_run:
             typer.echo(yaml.safe_dump(wanted.as_dict(), sort_keys=False).rstrip())
+            for line in foretell(model, wanted, len(read(data, argument="--data")), threads):
+                typer.echo(f"# {line}")
             return
         try:
             result = run(
@@ -150,6 +152,24 @@ def add_commands(app: typer.Typer, *, read: Callable[..., Any], quiet: Callable[
             typer.echo(f"  {part:<22}{count:>14,}{count / found['parameters']:>8.1%}")
         for stage, reason in found["stages"].items():
             typer.echo(f"  {stage:<22}{'no: ' + reason if reason else 'yes'}")
+
+
+def foretell(model: str, recipe: Any, examples: int, threads: int | None) -> list[str]:
+    """Return one line for everything that a recipe would make: size, speed and training time."""
+    import torch
+    from huggingface_hub import snapshot_download
+
+    from hf_moebert.checkpoints.loading import load_model
+    from hf_moebert.compress.predicting import predict
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    given, lines = load_model(model if Path(model).is_dir() else snapshot_download(model)).eval(), []
+    for found in predict(given, recipe, examples=examples):
+        trained = found.training_seconds and f", about {found.training_seconds / 60:.1f} minutes of training"
+        size = f"{found.parameters:,} of {given.num_parameters():,} parameters"
+        lines.append(f"{found.name}: {size}, about {found.speedup:.1f} times as fast{trained or ''}")
+    return lines
 
 
 def parse_amount(text: str, units: dict[str, int], option: str, example: str) -> int:

@@ -1,6 +1,7 @@
 """The commands of the door as a user types them, and what they end with."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -80,10 +81,15 @@ def test_a_dry_run_prints_a_recipe_that_can_be_read(place, tmp_path):
     recipe = parse_recipe(yaml.safe_load(result.stdout))
     assert (recipe.target.max_drop, recipe.target.max_size, recipe.seed) == (0.5, 2_500_000, 7)
     assert not (tmp_path / "run").exists()
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("#")]
+    assert re.fullmatch(r"# optimize: 938 of 938 parameters, about [\d.]+ times as fast", line)
     listed = invoke("recipes").stdout
     assert all(name in listed for name in shipped_recipes())
-    budget = invoke("compress", "m", "--output", "o", "--data", place / "texts.jsonl", "--budget", "1.5h", "--dry-run")
-    assert read_recipe("auto", changes=["search.budget=5400"]) == parse_recipe(yaml.safe_load(budget.stdout))
+    budget = invoke(
+        *("compress", place / "given", "--output", "o", "--data", place / "texts.jsonl"),
+        *("--tokens", "8", "--budget", "1.5h", "--dry-run"),
+    )
+    assert read_recipe("auto", changes=["search.budget=5400"], tokens=8) == parse_recipe(yaml.safe_load(budget.stdout))
 
 
 def test_inspect_tells_what_can_be_done(place):
