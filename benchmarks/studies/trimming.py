@@ -35,6 +35,7 @@ class Options:
     corpus: list[str] = field(default_factory=list, metadata={"help": "Files of texts that name the tokens in use."})
     held_out: list[str] = field(default_factory=list, metadata={"help": "Files of texts that are split afterwards."})
     pairs_file: str | None = field(default=None, metadata={"help": "Pairs of texts with labels."})
+    coverage: float = field(default=1.0, metadata={"help": "Share of the tokens of the corpus that stay."})
     layers: list[int] = field(default_factory=list, metadata={"help": "Numbers of layers to keep."})
     prefix: str = field(default="", metadata={"help": "What every text begins with, such as `query: `."})
     max_pairs: int | None = field(default=None, metadata={"help": "How many of the pairs are used."})
@@ -79,7 +80,7 @@ def count_bytes(model: Any, tokenizer: Any) -> int:
 def study_vocabulary(model: Any, tokenizer: Any, options: Options, pairs: list[dict]) -> None:
     """Print a row for the whole vocabulary, and one for what a corpus leaves of it."""
     corpus, held_out = (read_texts(files, options.prefix) for files in (options.corpus, options.held_out))
-    smaller, trimmed = trim_vocabulary(model, tokenizer, corpus)
+    smaller, trimmed = trim_vocabulary(model, tokenizer, corpus, coverage=options.coverage)
     sample = corpus[:: max(len(corpus) // 200, 1)]
     moved = (embed(model, tokenizer, sample) - embed(smaller, trimmed, sample)).abs().max()
     split = compare_splitting(tokenizer, trimmed, held_out)
