@@ -5,6 +5,7 @@ which takes milliseconds where the imports take seconds. All runs have the envir
 huggingface_hub reads its settings when it is imported: they take the loopback server for the Hub.
 """
 
+import gc
 import os
 import runpy
 import shutil
@@ -53,6 +54,7 @@ def start_server():
 
 def become(scratch, arguments, cwd, variables):
     """Run the code in this process, a fork of the server."""
+    gc.freeze()  # or it copies all pages of the server when it collects garbage
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(scratch, name), os.O_CREAT | os.O_WRONLY), number)
     os.environ |= variables

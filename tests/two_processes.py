@@ -3,6 +3,7 @@
 A new process imports what the test file imports and forks: the two need not import it again.
 """
 
+import gc
 import os
 import runpy
 import signal
@@ -71,6 +72,7 @@ def fork_both(script, *arguments):
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
     runpy.run_path(script, run_name="imported")
+    gc.freeze()  # or both copy all pages when they collect garbage
     children = set()
     for rank in range(2):
         child = os.fork()

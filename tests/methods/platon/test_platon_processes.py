@@ -40,7 +40,7 @@ def make_experts():
 
 
 def prune(folder, batch_size, **recipe):
-    options = {"per_device_train_batch_size": batch_size, "optim": "sgd", "max_grad_norm": 0.0}
+    options = {"per_device_train_batch_size": batch_size, "max_steps": STEPS, "optim": "sgd", "max_grad_norm": 0.0}
     trainer = make_trainer(folder, make_bert(), recipe, **options)
     trainer.train()
     return trainer
@@ -71,7 +71,7 @@ def make_sparse():
 
 
 def keep_zeros(folder, **arguments):
-    trainer = make_trainer(folder, make_sparse(), False, callbacks=[KeepZerosCallback()], max_steps=3, **arguments)
+    trainer = make_trainer(folder, make_sparse(), False, callbacks=[KeepZerosCallback()], max_steps=2, **arguments)
     trainer.train()
     state = trainer.model.state_dict()
     return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}

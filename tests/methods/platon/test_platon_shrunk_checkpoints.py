@@ -160,7 +160,7 @@ def test_a_pipeline_runs_them(tmp_path):
 
 @pytest.mark.process
 @pytest.mark.filterwarnings("ignore")  # of the exporter
-@pytest.mark.parametrize(("family", "cls"), [pair for pair in CLASSIFIERS if pair[0] != "roberta"])  # a slow twin
+@pytest.mark.parametrize(("family", "cls"), [pair for pair in CLASSIFIERS if pair[0] in ("bert", "vit")])
 def test_onnx_runtime_gives_the_same_logits(tmp_path, family, cls):
     model = shrink(build(family, cls, num_hidden_layers=1))
     OnnxExporter().export(model, make_inputs(family), OnnxConfig(dynamic=True)).save_pretrained(tmp_path)

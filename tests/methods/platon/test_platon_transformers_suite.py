@@ -59,6 +59,7 @@ class Suite(common.ModelTesterMixin):
     """The suite for one class."""
 
     table = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
+    test_bc_torch_dtype = None  # that of MoEBERT, which is loaded alike, takes both names of the argument
 
     def setUp(self):
         torch.manual_seed(0)
@@ -69,11 +70,6 @@ class Suite(common.ModelTesterMixin):
         )
         added.start()
         self.addCleanup(added.stop)
-
-    def test_bc_torch_dtype(self):
-        torch.set_printoptions(threshold=0, edgeitems=1)  # the test writes every tensor into a message
-        self.addCleanup(torch.set_printoptions, profile="default")
-        super().test_bc_torch_dtype()
 
 
 class BertTest(Suite, unittest.TestCase):
