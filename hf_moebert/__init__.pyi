@@ -13,6 +13,7 @@ from .inference.optimize import (
     optimize_for_inference as optimize_for_inference,
     revert_optimizations as revert_optimizations,
 )
+from .measuring.engines import choose_engine as choose_engine, load_fastest as load_fastest
 from .measuring.unit_latency import (
     measure_speed_up as measure_speed_up,
     measure_unit_latency as measure_unit_latency,

@@ -393,4 +393,5 @@ def _quiet_libraries() -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-load_alone("cli_compress.py").add_commands(app, read=_read_file, quiet=_quiet_libraries)
+for _file in ("cli_compress.py", "cli_engines.py"):
+    load_alone(_file).add_commands(app, read=_read_file, quiet=_quiet_libraries)

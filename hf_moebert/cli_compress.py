@@ -124,7 +124,7 @@ def add_commands(app: typer.Typer, *, read: Callable[..., Any], quiet: Callable[
 
     @app.command()
     def verify(
-        folder: Annotated[Path, typer.Argument(help="Folder of a run of `compress`, or a copy of it.")],
+        folder: Annotated[Path, typer.Argument(help="Folder of a run of `compress` or of an export.")],
     ) -> None:
         """Check that this machine computes what the one did on which a model was compressed."""
         from hf_moebert.compress.verifying import verify as check

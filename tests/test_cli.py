@@ -65,6 +65,7 @@ def test_every_command_has_help():
         "footprint",
         "pack",
         "export",
+        "engine",
         "serve",
     }
     for command in ([], *([name] for name in COMMANDS)):
@@ -269,6 +270,7 @@ CALLED = {  # each command, and a function that it calls
     "footprint": ("hf_moebert.checkpoints.loading.load_model", ["m"]),
     "pack": ("hf_moebert.checkpoints.packing.pack_folder", ["m", "packed"]),
     "export": ("hf_moebert.checkpoints.loading.load_model", ["m", "graphs"]),
+    "engine": ("hf_moebert.measuring.engines.choose_engine", ["m", "--texts"]),
     "serve": ("hf_moebert.serving.app.build_app", ["m"]),
 }
 
@@ -284,7 +286,7 @@ def call(monkeypatch, tmp_path):
         place, arguments = CALLED[command]
         monkeypatch.setattr(place, fail)
         monkeypatch.setattr("hf_moebert.cli._load_tasks", lambda source: None)
-        if command in ("measure", "compress"):
+        if command in ("measure", "compress", "engine"):
             (tmp_path / "a.csv").write_text("text,label\na,b\n")
             arguments = [*arguments, tmp_path / "a.csv"]
         return invoke(*options, command, *arguments)

@@ -22,7 +22,7 @@ LEVELS = (
     ("measuring", "methods"),
     ("compress", "serving"),
     ("registration",),
-    ("__init__", "cli", "cli_compress"),
+    ("__init__", "cli", "cli_compress", "cli_engines"),
     ("__main__",),
 )
 ROLES = ("configuration", "conversion", "functional", "modeling", "pipeline", "recipe", "training")

@@ -160,6 +160,11 @@ DOORS = {  # a folder, what it may bring code for, and what loads it
         ("config", "kernel", "tokenizer"),
         lambda root: command("export", root / "classifier", root / "packed"),
     ),
+    "hf-moebert engine": (
+        "classifier",
+        ("config", "kernel", "tokenizer"),
+        lambda root: command("engine", root / "classifier", "--texts", root / "examples.jsonl"),
+    ),
     "hf-moebert serve": ("merged", ("config", "kernel", "tokenizer"), lambda root: command("serve", root / "merged")),
     "measure": (
         "classifier",
