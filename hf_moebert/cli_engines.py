@@ -33,5 +33,5 @@ def add_commands(app: typer.Typer, *, read: Callable[..., Any], quiet: Callable[
 
         quiet()
         rows = list(read(texts, argument="--texts")[text_column][:max_texts])
-        options = {"batch_size": batch, "allowed_difference": allowed_difference, "threads": threads}
+        options: dict[str, Any] = {"batch_size": batch, "allowed_difference": allowed_difference, "threads": threads}
         typer.echo(choose_engine(folder, rows, **options).reason)

@@ -188,7 +188,8 @@ def make_engines(model: PreTrainedModel, folder: Path, tokenizer: Any) -> tuple[
     engines: dict[str, Any] = {}
     left_out = {}
     shared = {id(parameter): parameter for parameter in model.parameters()}
-    for precision in PRECISIONS:
+    precisions: tuple[Precision, ...] = PRECISIONS
+    for precision in precisions:
         if reason := None if precision == "float32" else unsupported_reason(precision, precision == "int8"):
             left_out[f"torch {precision}"] = reason
         else:
@@ -200,11 +201,11 @@ def make_engines(model: PreTrainedModel, folder: Path, tokenizer: Any) -> tuple[
             export_onnx(model, folder / GRAPHS, precisions=["float32", *rough], tokenizer=tokenizer)
     except ValueError as error:
         return engines, left_out | {"onnx": str(error)}
-    for precision in ("float32", "int8"):
+    for form in ("float32", "int8"):
         try:
-            engines[f"onnx {precision}"] = load_onnx(folder / GRAPHS, precision=precision)
+            engines[f"onnx {form}"] = load_onnx(folder / GRAPHS, precision=form)
         except ValueError as error:
-            left_out[f"onnx {precision}"] = str(error)
+            left_out[f"onnx {form}"] = str(error)
     return engines, left_out
 
 
