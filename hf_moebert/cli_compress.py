@@ -26,7 +26,7 @@ def add_commands(app: typer.Typer, *, read: Callable[..., Any], quiet: Callable[
     @app.command()
     def compress(
         model: Annotated[
-            str, typer.Argument(help="Folder or Hub id of a classifier, regression, reranker, tagger or embedder.")
+            str, typer.Argument(help="Folder or Hub id of a fine-tuned model, an embedder or a small LLM.")
         ],
         output: Annotated[Path, typer.Option(file_okay=False, help="Folder of the run.")],
         data: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Texts to learn from, labelled or not.")],

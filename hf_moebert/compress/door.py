@@ -218,7 +218,7 @@ def measure_result(run: Workshop, given: str, folder: Path, *, threads: int | No
 
 
 def export(result: CompressionResult, data: TextData) -> None:
-    """Write the result for ONNX Runtime, too, and how far its int8 is from float32 on texts of the verdict.
+    """Write the result for ONNX Runtime, too, and how far its int8 is from float32 on some of the texts.
 
     Raises:
         ExportError: If a graph cannot be made, or gives something else.
@@ -226,8 +226,7 @@ def export(result: CompressionResult, data: TextData) -> None:
     folder = result.folder / "onnx"
     shutil.rmtree(folder, ignore_errors=True)
     precisions = [EXPORTS[form] for form in result.recipe.export]
-    texts = data.evaluation[:EXPORTED_TEXTS][data.columns.text_column]
-    texts = [text if isinstance(text, str) else " ".join(text) for text in texts]  # of words
+    texts = data.texts_read[:EXPORTED_TEXTS]
     tokenizer = AutoTokenizer.from_pretrained(result.model_folder, trust_remote_code=False)
     try:
         export_onnx(result.load(), folder, precisions=precisions, tokenizer=tokenizer, texts=texts)

@@ -17,10 +17,11 @@ from transformers import (
 from hf_moebert.architectures.heads import has_head
 from hf_moebert.architectures.pooling import EmbeddingForm, read_embedding_form
 from hf_moebert.data import encode_text, encode_tokens
+from hf_moebert.data.questions import ANSWERS, encode_questions
 from hf_moebert.data.words import find_words
-from hf_moebert.measuring.answers import TextColumns
+from hf_moebert.measuring.answers import TextColumns, read_label_sets
 from hf_moebert.measuring.answers_of_tokens import OUTSIDE, tag_columns
-from hf_moebert.measuring.predictions import predict_embeddings, predict_logits, predict_tags
+from hf_moebert.measuring.predictions import predict_answers, predict_embeddings, predict_logits, predict_tags
 from hf_moebert.measuring.ranking import find_groups
 
 
@@ -99,6 +100,26 @@ class Labelling(Kind):
         return predict_logits(self.model, self.encode(texts), data_collator=self.collator)
 
 
+class LabelSets(Labelling):
+    """Texts, or pairs of them, with any number of labels each."""
+
+    def encode(self, texts: Dataset) -> Dataset:
+        """Encode examples, with a number for each label, 0 or 1, if they have any."""
+        if not self.is_labelled(texts):
+            return encode_unlabelled(texts, self.tokenizer, self.columns)
+        numbers = read_label_sets(texts, self.columns.label_column, self.names or []).astype(float)
+        encoded = encode_unlabelled(texts.remove_columns(self.columns.label_column), self.tokenizer, self.columns)
+        return encoded.add_column("labels", numbers.tolist())
+
+    def label(self, texts: Dataset) -> Dataset:
+        """Add the labels that the given model finds likelier than not where there are none."""
+        if self.is_labelled(texts):
+            return texts
+        found = self.predict(texts) > 0  # (examples, labels)
+        names = np.array(self.names)
+        return texts.add_column(self.columns.label_column, [names[row].tolist() for row in found])
+
+
 class Ranking(Labelling):
     """Pairs of a query and a document with a score, whose order within a query counts."""
 
@@ -168,6 +189,34 @@ class Tagging(Kind):
 
     def _encode(self, divided: Dataset) -> Dataset:
         return encode_tokens(divided, self.tokenizer, tag_names=self.names, max_length=self.columns.max_length)
+
+
+class Answering(Kind):
+    """Questions with a context that holds the answer, in the columns of SQuAD."""
+
+    def is_labelled(self, texts: Dataset) -> bool:
+        """Return whether there are answers."""
+        return ANSWERS in texts.column_names
+
+    def encode(self, texts: Dataset) -> Dataset:
+        """Encode questions, with the places of their answers if they have any."""
+        encoded = encode_questions(texts, self.tokenizer, max_length=self.columns.max_length)
+        beside = {*texts.column_names, "offset_mapping", "context_tokens"}
+        return encoded.remove_columns([name for name in encoded.column_names if name in beside])
+
+    def label(self, texts: Dataset) -> Dataset:
+        """Add the answers of the given model where there are none."""
+        if self.is_labelled(texts):
+            return texts
+        encoded = encode_questions(texts, self.tokenizer, max_length=self.columns.max_length)
+        found = predict_answers(self.model, encoded, data_collator=self.collator)
+        rows = zip(texts["context"], found, strict=True)
+        answers = [{"text": [answer], "answer_start": [context.find(answer)]} for context, answer in rows]
+        return texts.add_column(ANSWERS, answers)
+
+    def read(self, texts: Dataset) -> list[str]:
+        """Return all questions and contexts."""
+        return [*texts["question"][:], *texts["context"][:]]
 
 
 class Language(Kind):
@@ -242,6 +291,10 @@ def kind_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, columns:
         return Tagging(model, tokenizer, columns)
     if name.endswith(CAUSAL):
         return Language(model, tokenizer, columns)
+    if name.endswith("ForQuestionAnswering"):
+        return Answering(model, tokenizer, columns)
+    if model.config.problem_type == "multi_label_classification":
+        return LabelSets(model, tokenizer, columns)
     return (Labelling if columns.group_column is None else Ranking)(model, tokenizer, columns)
 
 

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_moebert.architectures.importance import measure_importance
+from hf_moebert.architectures.surgery import find_feed_forwards
 from hf_moebert.checkpoints.embedders import save_embedder
 from hf_moebert.checkpoints.json_files import read_json, save_json
 from hf_moebert.checkpoints.loading import load_model
@@ -233,6 +234,9 @@ def _(stage: Experts, model: PreTrainedModel, workshop: Workshop, **_: Any) -> P
         labels="labels" in data.train.column_names,
     )
     options: dict[str, Any] = {"num_experts": stage.num_experts, "routing": stage.routing, "seed": seed}
+    widths = [network.num_units for network in find_feed_forwards(model)]
+    if narrow := [layer for layer, width in enumerate(widths) if width < stage.num_experts]:  # so few after pruning
+        options["layers"] = [layer for layer in range(len(widths)) if layer not in narrow]
     if stage.expert_size is not None:
         options["expert_size"] = stage.expert_size
     if stage.routing == "hash-balanced":

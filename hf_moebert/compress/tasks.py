@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_moebert.architectures.heads import has_head
 from hf_moebert.architectures.pooling import EmbeddingForm, read_embedding_form
 from hf_moebert.architectures.positions import count_positions
+from hf_moebert.data.questions import COLUMNS as QUESTIONS
 from hf_moebert.measuring.answers import TextColumns
 from hf_moebert.measuring.quality import SCORES, find_kind
 from hf_moebert.measuring.ranking import find_groups
@@ -18,7 +19,7 @@ from hf_moebert.measuring.ranking import find_groups
 from .kinds import CAUSAL, kind_of
 
 
-HEADS = ("ForSequenceClassification", "ForTokenClassification", *CAUSAL)
+HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", *CAUSAL)
 WORSE_IF_LARGER = ("illegal segments", "perplexity", "perplexity by byte")
 HELD_OUT = 0.2  # share of the given examples that no stage sees, where there are none for the verdict
 FEWEST = 20  # examples to train on or to judge by
@@ -65,8 +66,8 @@ def check_task(model: PreTrainedModel) -> None:
     """Refuse a model whose task is not known here.
 
     Raises:
-        UnsupportedModelError: If it is neither a classifier of texts with one label each, a regression or reranker, a
-            tagger, a causal language model, nor an embedder from a folder of sentence-transformers.
+        UnsupportedModelError: If it does not classify texts or their words, score or rank texts, answer questions or
+            predict the next token, and is no embedder from a folder of sentence-transformers.
     """
     name = type(model).__name__
     if not has_head(model):
@@ -77,11 +78,9 @@ def check_task(model: PreTrainedModel) -> None:
             )
     elif not name.endswith(HEADS):
         raise UnsupportedModelError(
-            f"`model` must be fine-tuned to classify texts or their words, or be an embedder or a causal "
-            f"language model, got a {name}. Use the methods one by one for other tasks."
+            f"`model` must be fine-tuned to classify texts or their words or to answer questions, or be an "
+            f"embedder or a causal language model, got a {name}. Use the methods one by one for other tasks."
         )
-    elif model.config.problem_type == "multi_label_classification":
-        raise UnsupportedModelError("`model` must give one label per text, got a multi-label model.")
 
 
 def find_metrics(model: PreTrainedModel, wanted: str | None, columns: TextColumns) -> list[str] | None:
@@ -189,7 +188,7 @@ def refuse_overlap(data: Dataset, evaluation: Dataset, columns: TextColumns) -> 
     Raises:
         ValueError: If more than one in a hundred texts of the verdict is among those to train on.
     """
-    names = (columns.text_column, columns.text_pair_column, "tokens")
+    names = (columns.text_column, columns.text_pair_column, "tokens", *QUESTIONS)
     rows = [
         set(map(str, zip(*(part[name][:] for name in names if name in part.column_names), strict=True)))
         for part in (data, evaluation)

@@ -85,8 +85,9 @@ def optimised(folder: Path, precision: str) -> PreTrainedModel:
 @torch.no_grad()
 def compute(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
     """Return the logits of texts or tokens, or what first tokens became, in float32, `(rows, outputs)`."""
-    outputs = model.eval()(**batch)
+    outputs, real = model.eval()(**batch), batch["attention_mask"].bool()  # (batch, seq)
+    if "start_logits" in outputs:
+        return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)[real].float()
     if "logits" not in outputs:
         return outputs.last_hidden_state[:, 0].float()
-    per_token = outputs.logits.dim() == 3
-    return (outputs.logits[batch["attention_mask"].bool()] if per_token else outputs.logits).float()
+    return (outputs.logits[real] if outputs.logits.dim() == 3 else outputs.logits).float()

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from .splits import check_column
 
 
-COLUMNS = ("question", "context", "answers")  # those of SQuAD
+COLUMNS = ("question", "context")  # those of SQuAD
+ANSWERS = "answers"
 
 
 def encode_questions(
@@ -20,14 +21,15 @@ def encode_questions(
     Contexts that are too long are cut.
 
     Args:
-        dataset: One split or all of them, with SQuAD's columns: `question`, `context` and `answers`, which holds the
-            lists `text` and `answer_start`.
+        dataset: One split or all of them, with SQuAD's columns: `question`, `context` and perhaps `answers`, which
+            holds the lists `text` and `answer_start`.
         tokenizer: Fast tokenizer of the model, which knows the characters of each token.
         max_length: Tokens of a question and its context together, special ones included.
 
     Returns:
         The columns of the data set and of the tokenizer, `offset_mapping`, `context_tokens` (the first and the last
-        token of the context), `start_positions` and `end_positions`, both 0 where the answer was cut off.
+        token of the context), and with answers `start_positions` and `end_positions`, both 0 where the answer was cut
+        off.
 
     Raises:
         ValueError: If a column is missing, a question has no answer, or the tokenizer is not a fast one.
@@ -57,14 +59,19 @@ def _encode_rows(tokenizer: PreTrainedTokenizerBase, rows: dict[str, list], max_
         max_length=max_length,
         return_offsets_mapping=True,
     )
-    columns: dict[str, list] = {"context_tokens": [], "start_positions": [], "end_positions": []}
-    for row, (offsets, answers) in enumerate(zip(encoded["offset_mapping"], rows["answers"], strict=True)):
-        if not answers["text"]:
-            raise ValueError(f"Every question must have an answer, got none to {rows['question'][row]!r}. Drop it.")
-        context = [token for token, part in enumerate(encoded.sequence_ids(row)) if part == 1]
-        start, end = find_answer(offsets, context, answers["answer_start"][0], answers["text"][0])
-        for column, value in zip(columns.values(), ([context[0], context[-1]], start, end), strict=True):
-            column.append(value)
+    contexts = [
+        [i for i, part in enumerate(encoded.sequence_ids(row)) if part == 1] for row in range(len(encoded.encodings))
+    ]
+    columns: dict[str, list] = {"context_tokens": [[context[0], context[-1]] for context in contexts]}
+    if ANSWERS in rows:
+        spans = []
+        for question, offsets, context, answers in zip(
+            rows["question"], encoded["offset_mapping"], contexts, rows[ANSWERS], strict=True
+        ):
+            if not answers["text"]:
+                raise ValueError(f"Every question must have an answer, got none to {question!r}. Drop it.")
+            spans.append(find_answer(offsets, context, answers["answer_start"][0], answers["text"][0]))
+        columns["start_positions"], columns["end_positions"] = (list(side) for side in zip(*spans, strict=True))
     return encoded.data | columns
 
 

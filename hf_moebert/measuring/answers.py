@@ -153,15 +153,7 @@ def answer_by_label_sets(question: Question) -> Answers:
     """Compare the labels that apply, each on its own, `(examples, labels)`."""
     config, columns, dataset = question.config, question.columns, question.dataset
     names = [config.id2label[index] for index in range(config.num_labels)]
-    check_column(dataset, columns.label_column)
-    wanted = dataset[columns.label_column][:]
-    lists = all(isinstance(labels, list) for labels in wanted)
-    if strange := sorted({label for labels in wanted for label in labels} - set(names)) if lists else wanted[:1]:
-        raise ValueError(
-            f"The column {columns.label_column!r} must hold lists of the labels {names}, got {strange[0]!r}. Name "
-            "those that apply to each text."
-        )
-    references = MultiLabelBinarizer(classes=names).fit_transform(wanted)  # (examples, labels)
+    references = read_label_sets(dataset, columns.label_column, names)  # (examples, labels)
     orders = {name: question.label_order(name) for name in question.loaded}
     alone = dataset.remove_columns(columns.label_column).add_column(columns.label_column, [0.0] * len(dataset))
     predictions = {}
@@ -169,6 +161,23 @@ def answer_by_label_sets(question: Question) -> Answers:
         logits = question.predict(entry, encode_text(alone, entry.tokenizer, **columns.of_text))
         predictions[name] = (logits[:, orders[name]] > 0).astype(np.int64)  # probabilities above a half
     return question.answer(predictions, references, LABEL_SET_SCORES)
+
+
+def read_label_sets(dataset: Dataset, column: str, names: Sequence[str]) -> np.ndarray:
+    """Return 1 for each label that a text has, 0 for the others, `(examples, labels)`.
+
+    Raises:
+        ValueError: If the column does not hold lists of these labels.
+    """
+    check_column(dataset, column)
+    wanted = dataset[column][:]
+    lists = all(isinstance(labels, list) for labels in wanted)
+    if strange := sorted({label for labels in wanted for label in labels} - set(names)) if lists else wanted[:1]:
+        raise ValueError(
+            f"The column {column!r} must hold lists of the labels {list(names)}, got {strange[0]!r}. Name those that "
+            "apply to each text."
+        )
+    return MultiLabelBinarizer(classes=list(names)).fit_transform(wanted)
 
 
 def answer_by_ranks(question: Question) -> Answers:

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertForMaskedLM,
+    BertForQuestionAnswering,
     BertForTokenClassification,
     LlamaConfig,
     LlamaForCausalLM,
@@ -226,6 +227,32 @@ def test_a_reranker_is_judged_by_the_order_of_its_documents(tmp_path, labelled):
         assert result.measurement["models"]["given"]["scores"]["mrr@10"]["value"] == 1
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_model_of_several_labels_is_compressed(tmp_path, labelled):
+    names = ("good", "bad", "film")
+    save_classifier(tmp_path / "given", labels=names, layers=2, problem_type="multi_label_classification")
+    data = Dataset.from_list([{"text": t, "label": [n for n in names if n in t.split()]} for t in SENTENCES])
+    result = run(tmp_path / "given", tmp_path / "run", STACK[:3], data if labelled else data.remove_columns("label"))
+    assert result.verdict.metric == "f1"
+    assert (result.measurement["models"]["given"]["scores"]["f1"]["value"] == 1) == (not labelled)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_model_that_answers_questions_is_compressed(given, tmp_path, labelled):
+    torch.manual_seed(0)
+    model = BertForQuestionAnswering(AutoConfig.from_pretrained(given))
+    torch.nn.init.normal_(model.qa_outputs.bias)  # a trained head
+    for part in (model, AutoTokenizer.from_pretrained(given)):
+        part.save_pretrained(tmp_path / "given")
+    rows = [{"question": text.split()[0], "context": text} for text in SENTENCES]
+    if labelled:
+        rows = [row | {"answers": {"text": [row["question"]], "answer_start": [0]}} for row in rows]
+    result = run(tmp_path / "given", tmp_path / "run", STACK[:3], Dataset.from_list(rows))
+    assert result.verdict.metric == "f1"
+    assert (result.measurement["models"]["given"]["scores"]["exact match"]["value"] == 1) == (not labelled)
+    assert max(verify(tmp_path / "run").values()) < 1e-4
+
+
 def test_a_language_model_is_compressed(given, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(given, model_input_names=["input_ids", "attention_mask"])
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -349,7 +376,7 @@ def test_other_tasks_are_refused_by_their_name(given, tmp_path):
         (
             "filler",
             BertForMaskedLM(body.config),
-            "fine-tuned to classify texts or their words, .* BertForMasked",
+            "fine-tuned to classify texts or their words .* BertForMasked",
         ),
     ):
         shutil.copytree(given, tmp_path / name)
