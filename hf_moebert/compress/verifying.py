@@ -85,7 +85,8 @@ def optimised(folder: Path, precision: str) -> PreTrainedModel:
 @torch.no_grad()
 def compute(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
     """Return the logits of texts or tokens, or what first tokens became, in float32, `(rows, outputs)`."""
-    outputs, real = model.eval()(**batch), batch["attention_mask"].bool()  # (batch, seq)
+    outputs = model.eval()(**batch)
+    real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()  # (batch, seq)
     if "start_logits" in outputs:
         return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)[real].float()
     if "logits" not in outputs:

@@ -9,13 +9,7 @@ from hf_moebert.compress.recipe_file import parse_recipe
 from hf_moebert.compress.searching import STRUCTURES
 
 
-SIZES = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "vocab_size": 30,
-}
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 ALL = 2 * (4 * (16 * 16 + 16) + 2 * 16 * 32 + 32 + 16 + 2 * 32)  # weights of two layers, with two normalisations each
 
 
