@@ -38,7 +38,7 @@ PACKAGES = ("hf_moebert", "torch", "transformers", "onnxruntime")
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """What runs a model, and why.
+    """The engine that runs a model, and why.
 
     Attributes:
         engine: "torch", by `optimize_for_inference`, or "onnx", by `load_onnx`.
