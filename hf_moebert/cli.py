@@ -4,13 +4,11 @@ The package is not imported here, not even for a constant: that would import all
 once. Each command imports what it needs.
 """
 
-import gc
 import json
 import logging
 import os
 import sys
 import traceback
-from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,8 +19,6 @@ from typer.core import TyperGroup
 from hf_moebert_main import load_alone
 
 
-LIMITS: Any = load_alone("serving/limits.py").ServingLimits
-LIMIT_HELP = {field.name: field.metadata["help"] for field in fields(LIMITS)}
 LIBRARIES = ("datasets", "transformers")  # DATASETS_VERBOSITY and TRANSFORMERS_VERBOSITY show their logs
 LONGEST_MESSAGE = 2000  # characters; transformers lists hundreds of tensors where weights do not fit
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads torch computes with.")]
@@ -279,79 +275,6 @@ def export(
         typer.echo(f"{output / name}: {json.dumps(found)}")
 
 
-@app.command()
-def serve(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a merged multi-task model.")],
-    host: Annotated[str, typer.Option(help="Address to listen on; the default accepts this machine only.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 8000,
-    max_batch: Annotated[int, typer.Option(min=1, help=LIMIT_HELP["max_batch"])] = LIMITS.max_batch,
-    max_wait_ms: Annotated[float, typer.Option(min=0, help=LIMIT_HELP["max_wait_ms"])] = LIMITS.max_wait_ms,
-    queue_size: Annotated[int | None, typer.Option(min=1, help=LIMIT_HELP["queue_size"])] = LIMITS.queue_size,
-    max_body_bytes: Annotated[int, typer.Option(min=1, help=LIMIT_HELP["max_body_bytes"])] = LIMITS.max_body_bytes,
-    max_characters: Annotated[int, typer.Option(min=1, help=LIMIT_HELP["max_characters"])] = LIMITS.max_characters,
-    timeout_s: Annotated[float, typer.Option(min=0.001, help=LIMIT_HELP["timeout_s"])] = LIMITS.timeout_s,
-    max_header_bytes: Annotated[
-        int, typer.Option(min=1, help=LIMIT_HELP["max_header_bytes"])
-    ] = LIMITS.max_header_bytes,
-    header_timeout_s: Annotated[
-        float, typer.Option(min=0.001, help=LIMIT_HELP["header_timeout_s"])
-    ] = LIMITS.header_timeout_s,
-    keep_alive_s: Annotated[float, typer.Option(min=0.001, help=LIMIT_HELP["keep_alive_s"])] = LIMITS.keep_alive_s,
-    max_connections: Annotated[int, typer.Option(min=1, help=LIMIT_HELP["max_connections"])] = LIMITS.max_connections,
-    grace_s: Annotated[float, typer.Option(min=0.001, help=LIMIT_HELP["grace_s"])] = LIMITS.grace_s,
-    threads: Threads = None,
-    allow_updates: Annotated[
-        Path | None,
-        typer.Option(exists=True, file_okay=False, help="Let clients add tasks from folders in this directory."),
-    ] = None,
-) -> None:
-    """Answer texts over HTTP with all tasks of a model, until Ctrl-C or SIGTERM."""
-    try:
-        from hf_moebert.serving.app import build_app
-        from hf_moebert.serving.limits import ServingLimits
-        from hf_moebert.serving.server import run_server
-    except ImportError as error:
-        raise ValueError(f"`serve` needs more packages, {error}. Use `pip install hf_moebert[serve]`.") from error
-    _quiet_libraries()
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-    limits = ServingLimits(
-        max_batch=max_batch,
-        max_wait_ms=max_wait_ms,
-        queue_size=queue_size,
-        max_body_bytes=max_body_bytes,
-        max_characters=max_characters,
-        timeout_s=timeout_s,
-        max_header_bytes=max_header_bytes,
-        header_timeout_s=header_timeout_s,
-        keep_alive_s=keep_alive_s,
-        max_connections=max_connections,
-        grace_s=grace_s,
-    )
-    predictor = _load_tasks(model)
-    served = build_app(predictor, limits=limits, allow_updates=allow_updates)
-    names = ", ".join(predictor.describe_tasks())
-    run_server(served, host=host, port=port, announce=lambda url: typer.echo(f"Serving {names} of {model} on {url}"))
-    gc.freeze()  # the process ends: a last search of all that torch holds for cycles takes a second of a processor
-
-
-def _load_tasks(source: str) -> Any:
-    from transformers import AutoConfig, AutoModel, pipeline
-
-    from hf_moebert.checkpoints.remote_code import refuse_code
-
-    with refuse_code(source):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if not config.model_type.startswith("multitask_"):
-            raise ValueError(f"`model` must be a merged multi-task model, got {config.model_type!r} in {source!r}.")
-        model = AutoModel.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
-        return pipeline("multitask", model=model, tokenizer=source, trust_remote_code=False)
-
-
 def _load_examples(file: Path | None, name: str | None, config_name: str | None, split: str) -> Any:
     if file is None:
         from datasets import load_dataset
@@ -395,3 +318,4 @@ def _quiet_libraries() -> None:
 
 for _file in ("cli_compress.py", "cli_engines.py"):
     load_alone(_file).add_commands(app, read=_read_file, quiet=_quiet_libraries)
+load_alone("cli_serve.py").add_command(app, quiet=_quiet_libraries)

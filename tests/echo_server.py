@@ -19,10 +19,13 @@ class Echo:
         self.entered, self.open = threading.Event(), threading.Event()
         self.open.set()
 
+    def describe(self):
+        return {"kind": "multi-task", "tasks": self.describe_tasks()}
+
     def describe_tasks(self):
         return {name: {"kind": "echo"} for name in list(self.formats)}
 
-    def check(self, inputs, tasks):
+    def check(self, inputs, options):
         if not isinstance(inputs, str):
             raise ValueError("An input must be a text.")  # noqa: TRY004
 
@@ -34,7 +37,7 @@ class Echo:
             self.batches.append(len(requests))
         if any(text == "trap" for text, _ in requests):
             raise RuntimeError("secret /path")
-        asked = [(text, list(self.formats) if tasks is None else tasks) for text, tasks in requests]
+        asked = [(text, options.tasks or list(self.formats)) for text, options in requests]
         return [{"answers": {name: self.formats[name](text) for name in tasks}} for text, tasks in asked]
 
     def load_task(self, folder):

@@ -285,7 +285,7 @@ def call(monkeypatch, tmp_path):
 
         place, arguments = CALLED[command]
         monkeypatch.setattr(place, fail)
-        monkeypatch.setattr("hf_moebert.cli._load_tasks", lambda source: None)
+        monkeypatch.setattr("hf_moebert.serving.loading.load_predictor", lambda source, **options: None)
         if command in ("measure", "compress", "engine"):
             (tmp_path / "a.csv").write_text("text,label\na,b\n")
             arguments = [*arguments, tmp_path / "a.csv"]

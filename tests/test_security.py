@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from test_cli import COMMANDS, invoke, one_line
 from tiny_classifiers import EXAMPLES, save_classifier
 from tiny_tasks import make_task, save_merged
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from hf_moebert import MoEBertConfig, MoEBertForSequenceClassification
 from hf_moebert.checkpoints.folders import list_files
@@ -30,7 +30,7 @@ from hf_moebert.compress.verifying import write_golden
 from hf_moebert.measuring.comparison import measure
 from hf_moebert.reporting.hub import publish
 from hf_moebert.reporting.model_card import TEMPLATE
-from hf_moebert.serving import ServingLimits, build_app, run_server
+from hf_moebert.serving import ServingLimits, build_app, load_predictor, run_server
 
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +127,7 @@ def measure_on_the_command_line(root):
 
 
 def put(root):
-    predictor = pipeline("multitask", model=str(root / "merged"), trust_remote_code=False)
+    predictor = load_predictor(str(root / "merged"))
     with TestClient(build_app(predictor, allow_updates=root / "updates")) as client:
         answer = client.put("/tasks/other", json={"folder": "task"})
     if answer.status_code != 200:

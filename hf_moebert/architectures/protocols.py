@@ -4,6 +4,7 @@ Methods whose code travels with a checkpoint do not import them. They have the m
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -92,21 +93,45 @@ class OptimizedForInference(Protocol):
     make_linear: Callable[..., Any]
 
 
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How a client wants its inputs answered; what a model has no use for, it ignores.
+
+    Args:
+        tasks: Tasks of a multi-task model; `None` for all that can read the input.
+        truncate: Whether to cut a text that is longer than the model takes, instead of refusing it.
+        raw_scores: Whether to answer with logits, instead of what the problem makes of them.
+        normalize: Whether embeddings have the length 1; by default as the model's folder says.
+        prompt_name: Prompt of an embedder to put before a text; by default as its folder says.
+    """
+
+    tasks: tuple[str, ...] | None = None
+    truncate: bool = False
+    raw_scores: bool = False
+    normalize: bool | None = None
+    prompt_name: str | None = None
+
+
 @runtime_checkable
 class Predictor(Protocol):
-    """A model that `hf_moebert.serving` can serve.
+    """A model that `hf_moebert.serving` can serve. One thread at a time calls `answer`."""
 
-    One thread calls `answer`, `put_task` and `remove_task`, one at a time.
-    """
+    def describe(self) -> Mapping[str, Any]:
+        """Return the `kind` of the model, one of those that routes answer by, and what clients need to know of it."""
+
+    def check(self, inputs: Any, options: AnswerOptions) -> None:
+        """Raise a ValueError for an input that cannot be answered; must be quick."""
+
+    def answer(self, requests: Sequence[tuple[Any, AnswerOptions]]) -> Sequence[Any]:
+        """Answer inputs, each with its own options; an exception in the place of an answer is that input's alone."""
+
+
+@runtime_checkable
+class UpdatablePredictor(Predictor, Protocol):
+    """A predictor of several tasks, which come and go while it serves; one thread calls all that changes them."""
 
     def describe_tasks(self) -> Mapping[str, Mapping[str, Any]]:
         """Return a description of each task."""
-
-    def check(self, inputs: Any, tasks: Sequence[str] | None) -> None:
-        """Raise a ValueError for an input that cannot be answered; must be quick."""
-
-    def answer(self, requests: Sequence[tuple[Any, Sequence[str] | None]]) -> Sequence[Any]:
-        """Answer inputs, each with its own tasks."""
 
     def load_task(self, folder: Path) -> Any:
         """Load a task for `put_task`; may be slow."""

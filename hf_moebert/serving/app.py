@@ -1,9 +1,9 @@
-"""Application that answers texts by any `Predictor`."""
+"""Application that answers texts by any `Predictor`, or by several."""
 
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from functools import partial
@@ -11,24 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import ClientDisconnect
 
-from hf_moebert.architectures.protocols import Predictor
+from hf_moebert.architectures.protocols import AnswerOptions, Predictor, UpdatablePredictor
 
 from .batching import BatcherClosed, DynamicBatcher, QueueFull
+from .keys import KeyMiddleware
 from .limits import ServingLimits
 from .monitoring import Metrics, MonitoringMiddleware
-from .requests import (
-    BodyReader,
-    HeaderLimitMiddleware,
-    PredictRequest,
-    UpdateRequest,
-    count_characters,
-    folder_inside,
-    wait_for_departure,
-)
+from .requests import BodyReader, HeaderLimitMiddleware, count_characters, wait_for_departure
+from .routes import add_routes
 
 
 logger = logging.getLogger(__name__)
@@ -36,16 +28,27 @@ logger = logging.getLogger(__name__)
 PROBES: tuple[Any, ...] = ("a", {"question": "a", "context": "a"})  # inputs that some task can read
 
 
-class Service:
-    """Endpoints of a predictor, and the batcher behind them."""
+class Refusal(ValueError):
+    """An input cannot be answered, which its tokens alone tell."""
 
-    def __init__(self, predictor: Predictor, limits: ServingLimits, updates: Path | None) -> None:
-        self.predictor, self.limits = predictor, limits
+
+class Service:
+    """Models by name, and the batcher before them.
+
+    Args:
+        models: Predictors by name.
+        limits: Limits of the server.
+        updates: Directory of the folders that tasks may be loaded from.
+    """
+
+    def __init__(self, models: Mapping[str, Predictor], limits: ServingLimits, updates: Path | None) -> None:
+        self.models, self.limits = dict(models), limits
+        self.kinds = {name: str(predictor.describe()["kind"]) for name, predictor in models.items()}
         self.updates = None if updates is None else updates.resolve(strict=True)
         self.batcher = DynamicBatcher(self._run, limits)
         self.metrics = Metrics(lambda: self.batcher.depth)
         self.reader = BodyReader(limits)
-        self._updating = asyncio.Lock()
+        self.updating = asyncio.Lock()
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
@@ -58,66 +61,86 @@ class Service:
         self.batcher.stop()
         self.reader.close(linger)
 
-    async def predict(self, request: Request) -> Response:
-        """Answer POST /predict: one input or several, by some tasks or all."""
-        asked = await self.reader.read(request, PredictRequest)
-        inputs = asked.inputs if isinstance(asked.inputs, list) else [asked.inputs]
-        self._check(inputs, asked.tasks)
+    def pick(self, wanted: str | None, kinds: Sequence[str]) -> str:
+        """Return the model that a client named, or the only one that can answer.
+
+        Args:
+            wanted: Name of a model.
+            kinds: Kinds of models that can answer.
+
+        Raises:
+            HTTPException: With status 404 if there is none, 422 if it cannot answer or there are several.
+        """
+        able = [name for name, kind in self.kinds.items() if kind in kinds]
+        if wanted is not None and wanted not in self.models:
+            raise HTTPException(404, f"`model` must be among {list(self.models)}, got {wanted!r}.")
+        if wanted is not None and wanted not in able:
+            raise HTTPException(
+                422, f"`model` must be one for {' or '.join(kinds)}, got {wanted!r} for {self.kinds[wanted]}."
+            )
+        if not able:
+            raise HTTPException(404, f"No model here is one for {' or '.join(kinds)}, but {self.kinds}.")
+        if wanted is None and len(able) > 1:
+            raise HTTPException(422, f"`model` must be given: it may be one of {able}.")
+        return wanted or able[0]
+
+    async def ask(self, request: Request, model: str, inputs: list[Any], options: AnswerOptions) -> list[Any]:
+        """Answer the inputs of a request, in one batch with those of others.
+
+        Raises:
+            HTTPException: If they are refused, or there is no answer in time.
+            ClientDisconnect: If the client left.
+        """
+        self._check(model, inputs, options)
         with self.metrics.latency.time():
-            return JSONResponse({"results": await self._answer(request, inputs, asked.tasks)})
+            return await self._answer(request, model, inputs, options)
 
-    async def list_tasks(self) -> Response:
-        """Answer GET /tasks: a description of each task."""
-        return JSONResponse({"tasks": self.predictor.describe_tasks()})
+    def updatable(self) -> UpdatablePredictor:
+        """Return the multi-task model.
 
-    async def put_task(self, name: str, request: Request) -> Response:
-        """Answer PUT /tasks/{name}: load a task while others are answered, and put it between two batches."""
-        root = self._root()
-        asked = await self.reader.read(request, UpdateRequest)
-        folder = folder_inside(root, asked.folder)
-        async with self._updating:
-            task = await asyncio.to_thread(self._load, name, folder)
-            await self._between(partial(self.predictor.put_task, name, task))
-            return JSONResponse({"tasks": {name: self.predictor.describe_tasks()[name]}})
+        Raises:
+            HTTPException: With status 404 or 422 if there is none or there are several.
+        """
+        found = self.models[self.pick(None, ("multi-task",))]
+        assert isinstance(found, UpdatablePredictor)  # its kind says so
+        return found
 
-    async def delete_task(self, name: str) -> Response:
-        """Answer DELETE /tasks/{name}: requests accepted before are still answered."""
-        self._root()
-        async with self._updating:
-            self._check_known([name])
-            await self._between(partial(self.predictor.remove_task, name))
-        return Response(status_code=204)
+    async def update(self, name: str, folder: Path) -> dict[str, Any]:
+        """Load a task while others are answered, put it between two batches, and describe it."""
+        predictor = self.updatable()
+        async with self.updating:
+            task = await asyncio.to_thread(self._load, predictor, name, folder)
+            await self._between(partial(predictor.put_task, name, task))
+            return dict(predictor.describe_tasks()[name])
 
-    async def health(self) -> Response:
-        """Answer GET /health: 200 as long as requests are accepted."""
-        alive, stuck = self.batcher.alive, self.batcher.stuck
-        return JSONResponse({"status": "ok" if alive else "stuck" if stuck else "closing"}, 200 if alive else 503)
+    async def remove(self, name: str) -> None:
+        """Remove a task between two batches; requests accepted before are still answered."""
+        predictor = self.updatable()
+        async with self.updating:
+            check_known(predictor, [name])
+            await self._between(partial(predictor.remove_task, name))
 
-    async def show_metrics(self) -> Response:
-        """Answer GET /metrics in the text format of Prometheus."""
-        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    def _load(self, name: str, folder: Path) -> Any:
+    def _load(self, predictor: UpdatablePredictor, name: str, folder: Path) -> Any:
         try:
-            return self.predictor.load_task(folder)
+            return predictor.load_task(folder)
         except BaseException as error:  # a panic of Rust is no `Exception`
             logger.warning("The folder %r of task %r cannot be loaded.", str(folder), name, exc_info=True)
             raise HTTPException(
                 422, "`folder` must hold a model of one task. The log of the server says why."
             ) from error
 
-    def _run(self, requests: list[tuple[list[Any], list[str] | None]]) -> list[list[Any]]:
-        flat = [(one, tasks) for inputs, tasks in requests for one in inputs]
+    def _run(self, requests: list[tuple[str, list[Any], AnswerOptions]]) -> list[Any]:
+        flat = [(one, options) for _, inputs, options in requests for one in inputs]
         self.metrics.batches.observe(len(flat))
-        answers = iter(self.predictor.answer(flat))
-        return [[next(answers) for _ in inputs] for inputs, _ in requests]
+        answers = iter(self.models[requests[0][0]].answer(flat))  # a batch is of one model
+        return [_together([next(answers) for _ in inputs]) for _, inputs, _ in requests]
 
-    async def _answer(self, request: Request, inputs: list[Any], tasks: list[str] | None) -> list[Any]:
+    async def _answer(self, request: Request, model: str, inputs: list[Any], options: AnswerOptions) -> list[Any]:
         length = max(count_characters(one) for one in inputs)
         if self.batcher.stuck:
             raise HTTPException(503, "A batch takes too long. Ask another server.", {"Retry-After": "1"})
         try:
-            future = self.batcher.submit((inputs, tasks), size=len(inputs), length=length)
+            future = self.batcher.submit((model, inputs, options), size=len(inputs), length=length, group=model)
         except QueueFull as error:
             raise HTTPException(429, str(error), {"Retry-After": "1"}) from error
         except BatcherClosed as error:
@@ -128,8 +151,10 @@ class Service:
             raise
         except BatcherClosed as error:
             raise self._closing() from error
+        except Refusal as error:
+            raise HTTPException(422, str(error)) from error
         except Exception:
-            self._check(inputs, tasks)  # a task may have been removed meanwhile
+            self._check(model, inputs, options)  # a task may have been removed meanwhile
             raise
 
     async def _wait(self, request: Request, future: Future) -> Any:
@@ -162,84 +187,104 @@ class Service:
     def _closing(self) -> HTTPException:
         return HTTPException(503, "The server is closing. Ask another one.", {"Connection": "close"})
 
-    def _check(self, inputs: list[Any], tasks: list[str] | None) -> None:
+    def _check(self, model: str, inputs: list[Any], options: AnswerOptions) -> None:
         if not 1 <= len(inputs) <= self.limits.max_batch:
             raise HTTPException(422, f"`inputs` must be 1 to {self.limits.max_batch} inputs, got {len(inputs)}.")
-        self._check_known(tasks or [])
+        predictor = self.models[model]
+        if options.tasks is not None and isinstance(predictor, UpdatablePredictor):
+            check_known(predictor, options.tasks)
         for one in inputs:
             if (count := count_characters(one)) > self.limits.max_characters:
                 raise HTTPException(
                     422, f"An input must have at most {self.limits.max_characters} characters, got {count}. Split it."
                 )
             try:
-                self.predictor.check(one, tasks)
+                predictor.check(one, options)
             except ValueError as error:
                 raise HTTPException(422, str(error)) from error
 
-    def _check_known(self, tasks: list[str]) -> None:
-        known = list(self.predictor.describe_tasks()) if tasks else []
-        if unknown := [name for name in tasks if name not in known]:
-            raise HTTPException(404, f"`tasks` must be among {known}, got {unknown}.")
 
-    def _root(self) -> Path:
-        if self.updates is None:
-            raise HTTPException(403, "This server accepts no updates. Start it with `--allow-updates`.")
-        return self.updates
-
-
-def try_tasks(predictor: Predictor) -> None:
-    """Let each task answer a short input, if it reads one of the usual form.
+def check_known(predictor: UpdatablePredictor, tasks: Sequence[str]) -> None:
+    """Refuse tasks that a model does not have.
 
     Raises:
-        ValueError: If one fails, or answers with a number that is not finite; the message names the task.
+        HTTPException: With status 404 if there is one.
     """
-    for name in predictor.describe_tasks():
+    known = list(predictor.describe_tasks())
+    if unknown := [name for name in tasks if name not in known]:
+        raise HTTPException(404, f"`tasks` must be among {known}, got {unknown}.")
+
+
+def _together(answers: list[Any]) -> Any:
+    """Return the answers of a request, or the error of one of them: a ValueError is its client's fault."""
+    error = next((one for one in answers if isinstance(one, Exception)), None)
+    if error is None:
+        return answers
+    return Refusal(str(error)) if isinstance(error, ValueError) else error
+
+
+def try_model(name: str, predictor: Predictor) -> None:
+    """Let a model, and each of its tasks, answer a short input, if it reads one of the usual form.
+
+    Raises:
+        ValueError: If one fails, or answers with a number that is not finite; the message names it.
+    """
+    updatable = isinstance(predictor, UpdatablePredictor)
+    wishes = {task: AnswerOptions(tasks=(task,)) for task in predictor.describe_tasks()} if updatable else {}
+    for asked, options in (wishes or {name: AnswerOptions()}).items():
         for probe in PROBES:
             try:
-                predictor.check(probe, [name])
+                predictor.check(probe, options)
             except ValueError:
                 continue  # another form
             try:
-                json.dumps(predictor.answer([(probe, [name])]), allow_nan=False)
+                (answer,) = predictor.answer([(probe, options)])
+                if isinstance(answer, Exception):
+                    raise answer
+                json.dumps(answer, allow_nan=False, default=lambda array: array.tolist())
             except Exception as error:
-                raise ValueError(f"The task {name!r} must be able to answer {probe!r}, but: {error}") from error
+                kind = "task" if updatable else "model"
+                raise ValueError(f"The {kind} {asked!r} must be able to answer {probe!r}, but: {error}") from error
             break
 
 
 def build_app(
-    predictor: Predictor, *, limits: ServingLimits | None = None, allow_updates: Path | None = None
+    models: Predictor | Mapping[str, Predictor],
+    *,
+    limits: ServingLimits | None = None,
+    allow_updates: Path | None = None,
+    keys: Sequence[str] = (),
 ) -> FastAPI:
     """Build the application of a server.
 
     Args:
-        predictor: Predictor to serve; nothing else may change it meanwhile.
+        models: Predictors to serve, by name, or one; nothing else may change them meanwhile.
         limits: Limits of the server, by default `ServingLimits()`.
         allow_updates: Directory of the folders that PUT may name; `None` refuses PUT and DELETE.
+        keys: Clients must send one of them, as `Authorization: Bearer KEY`; without any, everybody is answered.
 
     Returns:
-        An application with POST /predict, GET, PUT and DELETE /tasks, GET /health and GET /metrics.
+        An application with the routes of the README.
 
     Raises:
         OSError: If the directory does not exist.
-        ValueError: If a task cannot answer a short text, or with numbers that are not finite.
+        ValueError: If a model cannot answer a short text, or with numbers that are not finite.
     """
-    try_tasks(predictor)
-    service = Service(predictor, limits or ServingLimits(), allow_updates)
+    named = models if isinstance(models, Mapping) else {"model": models}
+    for name, predictor in named.items():
+        try_model(name, predictor)
+    service = Service(named, limits or ServingLimits(), allow_updates)
     app = FastAPI(
         title="hf_moebert",
-        docs_url=None,
+        docs_url=None,  # it would load its scripts from elsewhere
         redoc_url=None,
-        openapi_url=None,
         lifespan=service.lifespan,
         redirect_slashes=False,  # a redirect would lead to the Host that the client names
     )
     app.state.service = service
+    if keys:
+        app.add_middleware(KeyMiddleware, keys=keys)
     app.add_middleware(HeaderLimitMiddleware, limit=service.limits.max_header_bytes)
     app.add_middleware(MonitoringMiddleware, metrics=service.metrics)
-    app.add_api_route("/predict", service.predict, methods=["POST"])
-    app.add_api_route("/tasks", service.list_tasks, methods=["GET", "HEAD"])
-    app.add_api_route("/tasks/{name}", service.put_task, methods=["PUT"])
-    app.add_api_route("/tasks/{name}", service.delete_task, methods=["DELETE"])
-    app.add_api_route("/health", service.health, methods=["GET", "HEAD"])
-    app.add_api_route("/metrics", service.show_metrics, methods=["GET", "HEAD"])
+    add_routes(app, service)
     return app

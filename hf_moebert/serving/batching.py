@@ -26,6 +26,7 @@ class _Waiting:
     request: Any
     size: int
     length: int
+    group: str = ""
     call: Callable[[], Any] | None = None
     future: Future = field(default_factory=Future)
     since: float = field(default_factory=time.monotonic)
@@ -36,15 +37,16 @@ class DynamicBatcher:
 
     The worker starts a batch once `max_batch` inputs wait, or once the oldest request has waited `max_wait_ms`. If
     more wait than fit, the oldest request is joined by those closest to it in length, so that padding is small and no
-    request starves. A batch that fails is run again request by request, so that only the faulty request fails. Calls
-    given to `between` keep their place in the queue: requests accepted before them are answered before them, requests
-    accepted after them are answered after them.
+    request starves. All requests of a batch are of one group. A batch that fails is run again request by request, so
+    that only the faulty request fails. Calls given to `between` keep their place in the queue: requests accepted
+    before them are answered before them, requests accepted after them are answered after them.
 
     Whatever a batch raises, a `BaseException` too, ends in the futures of its requests. Should the worker end for any
     other reason, `dead` is true, and all that waited fails.
 
     Args:
-        run: Answers a list of requests with a list of results, in order. Runs in the worker thread only.
+        run: Answers a list of requests of one group with a list of results, in order; an exception in the place of a
+            result is that request's alone. Runs in the worker thread only.
         limits: Limits, of which `max_batch`, `max_wait_ms`, `max_waiting` and `timeout_s` apply.
     """
 
@@ -85,7 +87,7 @@ class DynamicBatcher:
         started = self._started
         return started is not None and time.monotonic() - started > self._timeout
 
-    def submit(self, request: Any, *, size: int = 1, length: int = 0) -> Future:
+    def submit(self, request: Any, *, size: int = 1, length: int = 0, group: str = "") -> Future:
         """Queue a request; `asyncio.wrap_future` makes its future awaitable.
 
         Cancelling the future withdraws a request that waits, and gives its seats in the queue back at once.
@@ -94,6 +96,7 @@ class DynamicBatcher:
             request: Element of the list that `run` takes.
             size: Number of inputs; a request is never split between batches.
             length: Length of the longest input, in any unit.
+            group: What may share a batch: the name of a model.
 
         Returns:
             The future of its result.
@@ -108,7 +111,7 @@ class DynamicBatcher:
         with self._changed:
             if self._size + size > self.max_waiting:
                 raise QueueFull(f"The queue holds {self._size} of at most {self.max_waiting} inputs. Try again later.")
-            return self._append(_Waiting(request, size, length))
+            return self._append(_Waiting(request, size, length, group))
 
     def between(self, call: Callable[[], Any]) -> Future:
         """Queue a call that the worker makes between two batches.
@@ -120,7 +123,7 @@ class DynamicBatcher:
             BatcherClosed: After `close`.
         """
         with self._changed:
-            return self._append(_Waiting(None, 0, 0, call))
+            return self._append(_Waiting(None, 0, 0, call=call))
 
     def stop(self) -> None:
         """Accept no more requests; the worker answers those accepted, and ends."""
@@ -202,7 +205,7 @@ class DynamicBatcher:
         if first.call is not None:
             return [first]
         before = next((number for number, entry in enumerate(self._waiting) if entry.call), len(self._waiting))
-        candidates = list(self._waiting)[1:before]
+        candidates = [entry for entry in list(self._waiting)[1:before] if entry.group == first.group]
         if first.size + sum(entry.size for entry in candidates) > self.max_batch:
             candidates.sort(key=lambda entry: abs(entry.length - first.length))  # stable: of equal ones, the older
         batch, room = [first], self.max_batch - first.size
@@ -223,7 +226,10 @@ class DynamicBatcher:
                     self._answer([entry])
         else:
             for entry, result in zip(batch, results, strict=True):
-                entry.future.set_result(result)
+                if isinstance(result, Exception):
+                    entry.future.set_exception(_passable(result))
+                else:
+                    entry.future.set_result(result)
 
     def _results(self, batch: list[_Waiting]) -> list[Any]:
         if (call := batch[0].call) is not None:

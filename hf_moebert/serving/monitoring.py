@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import traceback
 import uuid
 from collections.abc import Callable
 
@@ -53,10 +54,25 @@ class MonitoringMiddleware:
             if not status:
                 closing = {"detail": "The server is closing. Ask another one."}
                 await JSONResponse(closing, 503, {"Connection": "close"})(scope, receive, send_and_note)
-        except BaseException:  # a `SystemExit` of a library would end the event loop
+        except BaseException as error:  # noqa: BLE001  # a `SystemExit` of a library would end the event loop
             error_id = uuid.uuid4().hex[:12]
-            logger.exception("Error %s while answering %s %r", error_id, scope["method"], scope["path"])
+            where = describe_error(error)
+            logger.error("Error %s while answering %s %r:\n%s", error_id, scope["method"], scope["path"], where)
             if not status:
                 detail = "Internal error. The log of the server has the details under this id."
                 await JSONResponse({"detail": detail, "id": error_id}, 500)(scope, receive, send_and_note)
         self.metrics.answers.labels(status).inc()
+
+
+def describe_error(error: BaseException) -> str:
+    """Return where an error was raised, and by which others, without messages, which may hold a client's text."""
+    parts: list[str] = []
+    seen: list[BaseException] = []
+    while error not in seen:
+        seen.append(error)
+        frames = traceback.extract_tb(error.__traceback__)
+        parts.insert(
+            0, "\n".join([*(f"{one.filename}:{one.lineno} in {one.name}" for one in frames), type(error).__name__])
+        )
+        error = error.__cause__ or error.__context__ or error
+    return "\n".join(parts)

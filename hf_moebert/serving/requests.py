@@ -1,22 +1,18 @@
-"""Requests: the size of their headers, the form and size of their bodies, and the folders that they may name."""
+"""Requests: the size of their headers and bodies, and the folders that they may name."""
 
 import asyncio
 from pathlib import Path, PurePath
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .limits import ServingLimits
 
 
-FAIL_FAST = Field(fail_fast=True)  # a message for each of a million wrong elements would waste time
 CLOSE = {"Connection": "close"}  # what follows on this connection may be the rest of a body
-Name = Annotated[str, StringConstraints(min_length=1, max_length=100)]
-Part = str | Annotated[list[str], FAIL_FAST]
-Input = str | Annotated[dict[Name, Part], Field(fail_fast=True, max_length=4)]
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -38,21 +34,6 @@ def _count_header_bytes(scope: Scope) -> int:
     """Count the bytes of target and headers as they were sent, but for blanks that may be left out."""
     target = len(scope.get("raw_path") or b"") + len(scope["query_string"])
     return target + sum(len(name) + len(value) + len(": \r\n") for name, value in scope["headers"])
-
-
-class PredictRequest(BaseModel):
-    """Body of POST /predict."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    inputs: Input | Annotated[list[Input], FAIL_FAST]
-    tasks: Annotated[list[Name], Field(fail_fast=True, min_length=1)] | None = None
-
-
-class UpdateRequest(BaseModel):
-    """Body of PUT /tasks/{name}."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    folder: str
 
 
 class BodyReader:

@@ -11,11 +11,13 @@ from hf_moebert.architectures.protocols import (
     PartlyActive,
     Predictor,
     SortedExperts,
+    UpdatablePredictor,
 )
 from hf_moebert.inference.optimized import OptimizedExperts
 from hf_moebert.inference.unpadding import Sentences
 from hf_moebert.methods import mixture_of_masks, moebert, mpoe
-from hf_moebert.methods.multitask.pipeline import MultiTaskPipeline
+from hf_moebert.serving.many_tasks import ManyTasks
+from hf_moebert.serving.predictors import TextPredictor
 
 
 TINY = {
@@ -68,4 +70,6 @@ def test_sentences_without_padding():
 
 
 def test_the_pipeline_of_many_tasks_can_be_served():
-    assert issubclass(MultiTaskPipeline, Predictor)
+    assert issubclass(TextPredictor, Predictor)
+    assert issubclass(ManyTasks, UpdatablePredictor)
+    assert not issubclass(TextPredictor, UpdatablePredictor)

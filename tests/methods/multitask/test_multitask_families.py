@@ -12,12 +12,11 @@ from tiny_tasks import make_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from hf_moebert.architectures.positions import count_positions
-from hf_moebert.cli import _load_tasks
 from hf_moebert.methods.multitask.modeling_multitask import MultiTaskModel
 from hf_moebert.methods.multitask.modeling_splitting import FAMILIES, join, take_branch, take_trunk
 from hf_moebert.methods.multitask.training import new_student
 from hf_moebert.methods.multitask.training_states import fingerprint_trunk
-from hf_moebert.serving import ServingLimits, build_app
+from hf_moebert.serving import ServingLimits, build_app, load_predictor
 
 
 DEPTH = 4
@@ -196,7 +195,7 @@ def test_they_are_served(tmp_path, family):
         with torch.no_grad():
             logits = model(**tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")).logits[0]
         wanted.append(logits.softmax(-1).max().item())
-    with TestClient(build_app(_load_tasks(str(tmp_path)), limits=ServingLimits(max_wait_ms=1))) as client:
+    with TestClient(build_app(load_predictor(str(tmp_path)), limits=ServingLimits(max_wait_ms=1))) as client:
         results = client.post("/predict", json={"inputs": texts}).json()["results"]
     scores = [result["answers"]["classes"]["score"] for result in results]
     torch.testing.assert_close(torch.tensor(scores), torch.tensor(wanted), atol=1e-5, rtol=1e-5)
