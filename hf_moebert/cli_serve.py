@@ -1,7 +1,10 @@
 """The command `serve`. `cli.py` loads this file alone; the command imports the package when it runs."""
 
 import gc
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +28,7 @@ def add_command(app: typer.Typer, *, quiet: Callable[[], None]) -> None:
 
     @app.command()
     def serve(
+        context: typer.Context,
         models: Annotated[
             list[str],
             typer.Argument(help="Folders or Hub ids of models of any task, or of ONNX exports; or NAME=FOLDER."),
@@ -61,7 +65,10 @@ def add_command(app: typer.Typer, *, quiet: Callable[[], None]) -> None:
             int, typer.Option(min=1, help=LIMIT_HELP["max_connections"])
         ] = LIMITS.max_connections,
         grace_s: Annotated[float, typer.Option(min=0.001, help=LIMIT_HELP["grace_s"])] = LIMITS.grace_s,
-        threads: Annotated[int | None, typer.Option(min=1, help="Threads torch computes with.")] = None,
+        threads: Annotated[int | None, typer.Option(min=1, help="Threads that a worker computes with.")] = None,
+        workers: Annotated[
+            int, typer.Option(min=1, help="Processes that answer; they share the memory of the weights.")
+        ] = 1,
         allow_updates: Annotated[
             Path | None,
             typer.Option(
@@ -70,28 +77,60 @@ def add_command(app: typer.Typer, *, quiet: Callable[[], None]) -> None:
         ] = None,
     ) -> None:
         """Answer texts over HTTP with models of any task, until Ctrl-C or SIGTERM."""
-        try:
-            from hf_moebert.serving.app import build_app
-            from hf_moebert.serving.keys import read_keys
-            from hf_moebert.serving.limits import ServingLimits
-            from hf_moebert.serving.loading import load_predictor
-            from hf_moebert.serving.server import run_server
-        except ImportError as error:
-            raise ValueError(f"`serve` needs more packages, {error}. Use `pip install hf_moebert[serve]`.") from error
-        quiet()
-        if threads is not None:
-            import torch
+        if workers > 1 and allow_updates is not None:
+            raise ValueError("`--workers` must be 1 with `--allow-updates`: an update would reach one worker alone.")
+        with sharing_metrics(workers):
+            try:
+                from hf_moebert.serving.app import build_app
+                from hf_moebert.serving.keys import read_keys
+                from hf_moebert.serving.limits import ServingLimits
+                from hf_moebert.serving.loading import load_predictor
+                from hf_moebert.serving.server import run_server
+                from hf_moebert.serving.workers import run_workers
+            except ImportError as error:
+                raise ValueError(
+                    f"`serve` needs more packages, {error}. Use `pip install hf_moebert[serve]`."
+                ) from error
+            quiet()
+            set_threads(1 if workers > 1 else threads)  # forks have no threads of their parent
+            limits = ServingLimits(**{name: context.params[name] for name in LIMIT_HELP})
+            keys = [] if api_key_file is None else read_keys(api_key_file)
+            options = {"engine": engine, "precision": precision, "pooling": pooling}
+            loaded = {name: load_predictor(source, **options) for name, source in name_models(models).items()}
+            said = ", ".join(f"{name} ({predictor.describe()['kind']})" for name, predictor in loaded.items())
 
-            torch.set_num_threads(threads)
-        given = locals()
-        limits = ServingLimits(**{field: given[field] for field in LIMIT_HELP})
-        keys = [] if api_key_file is None else read_keys(api_key_file)
-        options = {"engine": engine, "precision": precision, "pooling": pooling}
-        loaded = {label: load_predictor(source, **options) for label, source in name_models(models).items()}
-        served = build_app(loaded, limits=limits, allow_updates=allow_updates, keys=keys)
-        said = ", ".join(f"{label} ({predictor.describe()['kind']})" for label, predictor in loaded.items())
-        run_server(served, host=host, port=port, announce=lambda url: typer.echo(f"Serving {said} on {url}"))
+            def make_app() -> Any:
+                if workers > 1:
+                    set_threads(threads or max(1, (os.cpu_count() or 1) // workers))
+                return build_app(loaded, limits=limits, allow_updates=allow_updates, keys=keys)
+
+            place: dict[str, Any] = {"host": host, "port": port}
+            place["announce"] = lambda url: typer.echo(f"Serving {said} on {url}")
+            if workers > 1:
+                run_workers(make_app, workers=workers, limits=limits, **place)
+            else:
+                run_server(make_app(), **place)
         gc.freeze()  # the process ends: a last search of all that torch holds for cycles takes a second
+
+
+def set_threads(count: int | None) -> None:
+    """Set the threads that torch computes with."""
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
+
+
+@contextmanager
+def sharing_metrics(workers: int) -> Iterator[None]:
+    """Let prometheus_client, which is imported inside, keep the metrics of several workers in files."""
+    if workers == 1:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="hf_moebert-metrics-") as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
+        yield
 
 
 def name_models(models: list[str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from hf_moebert.serving import ServingLimits, build_app, run_server
 from hf_moebert.serving.server import LimitedServer
+from hf_moebert.serving.workers import run_workers
 
 
 class Echo:
@@ -69,6 +70,10 @@ def running(app):
 
 
 if __name__ == "__main__":
-    seconds, grace_s = map(float, sys.argv[1:] or (0.5, 20))
-    served = build_app(Echo(seconds), limits=ServingLimits(max_batch=2, grace_s=grace_s))
-    run_server(served, host="127.0.0.1", port=0, announce=lambda url: print(url, flush=True))
+    seconds, grace_s, workers = map(float, [*sys.argv[1:], *("0.5", "20", "1")[len(sys.argv) - 1 :]])
+    place = {"host": "127.0.0.1", "port": 0, "announce": lambda url: print(url, flush=True)}
+    limits = ServingLimits(max_batch=2, grace_s=grace_s)
+    if workers > 1:
+        run_workers(lambda: build_app(Echo(seconds), limits=limits), workers=int(workers), limits=limits, **place)
+    else:
+        run_server(build_app(Echo(seconds), limits=limits), **place)

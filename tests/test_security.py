@@ -423,7 +423,7 @@ def test_tokens_are_left_alone():
 # The server
 
 
-@holds("The server listens on 127.0.0.1 by default, and authenticates nobody.")
+@holds("The server listens on 127.0.0.1 by default, and authenticates nobody without `--api-key-file`.")
 def test_the_server_listens_on_this_machine():
     (host,) = [parameter for parameter in COMMANDS["serve"].params if parameter.name == "host"]
     assert host.default == "127.0.0.1"
@@ -443,6 +443,14 @@ def test_the_server_loads_tasks_from_its_directory_alone(root):
         with TestClient(build_app(Echo(), allow_updates=allowed)) as client:
             for folder in ("../classifier", str(root / "classifier"), "link", "linked", "."):
                 assert client.put("/tasks/new", json={"folder": folder}).status_code == status, folder
+
+
+@holds("No text of a request is in its log.")
+def test_the_server_logs_no_text(caplog):
+    with TestClient(build_app(Echo())) as client, caplog.at_level("DEBUG", logger="hf_moebert"):
+        assert client.post("/predict", json={"inputs": "trap"}).status_code == 500
+    assert "RuntimeError" in caplog.text
+    assert not re.search("trap|secret", caplog.text)
 
 
 @holds("It redirects nobody.")

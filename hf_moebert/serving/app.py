@@ -132,6 +132,7 @@ class Service:
     def _run(self, requests: list[tuple[str, list[Any], AnswerOptions]]) -> list[Any]:
         flat = [(one, options) for _, inputs, options in requests for one in inputs]
         self.metrics.batches.observe(len(flat))
+        self.metrics.note_depth()
         answers = iter(self.models[requests[0][0]].answer(flat))  # a batch is of one model
         return [_together([next(answers) for _ in inputs]) for _, inputs, _ in requests]
 
@@ -145,6 +146,7 @@ class Service:
             raise HTTPException(429, str(error), {"Retry-After": "1"}) from error
         except BatcherClosed as error:
             raise self._closing() from error
+        self.metrics.note_depth()
         try:
             return await self._wait(request, future)
         except (HTTPException, ClientDisconnect):

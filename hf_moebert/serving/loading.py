@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -76,7 +77,8 @@ def find_folder(source: str) -> Path:
 
 
 def _load_checkpoint(folder: Path, precision: Precision | None, pooling: str | None) -> Predictor:
-    model = keep_in_memory(load_model(folder).float())
+    loaded = load_model(folder)
+    model = keep_in_memory(loaded if loaded.dtype == torch.float32 else loaded.float())
     tokenizer = load_tokenizer(folder)
     if model.config.model_type.startswith("multitask_"):
         pipeline = MultiTaskPipeline(model=model, tokenizer=tokenizer, task="multitask", device="cpu")
@@ -87,14 +89,11 @@ def _load_checkpoint(folder: Path, precision: Precision | None, pooling: str | N
 
 
 def _load_export(folder: Path, precision: Precision | None, pooling: str | None) -> Predictor:
-    name = read_json(folder / MANIFEST, remedy="Export the model again.")["architecture"]
+    manifest = read_json(folder / MANIFEST, remedy="Export the model again.")
+    name, exported = manifest["architecture"], list(manifest["precisions"])
     check_kind(folder, name, pooling)
-    if "Crf" in name:
-        raise ValueError(
-            f"{str(folder)!r} holds the export of a {name}, whose CRF is not in the graph. Serve its checkpoint."
-        )
-    model: Any = load_onnx(folder, precision=precision)
-    alone = precision == "int8" or list(read_json(folder / MANIFEST, remedy="")["precisions"]) == ["int8"]
+    model = load_onnx(folder, precision=precision)
+    alone = (precision or exported[0]) == "int8"  # whose activations have one scale for all rows of a batch
     return _wrap(folder, model, name, load_tokenizer(folder), pooling, alone=alone)
 
 

@@ -2,30 +2,53 @@
 
 import asyncio
 import logging
+import os
 import traceback
 import uuid
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 logger = logging.getLogger(__name__)
+SHARED = "PROMETHEUS_MULTIPROC_DIR"  # where prometheus_client, when it is imported, finds the metrics of all workers
 
 
 class Metrics:
-    """Metrics of one app, which GET /metrics returns."""
+    """Metrics of one app, or of all workers of a server, which GET /metrics returns.
+
+    Args:
+        depth: Returns the number of waiting inputs.
+    """
 
     def __init__(self, depth: Callable[[], float]) -> None:
+        self._depth = depth
         self.registry = CollectorRegistry()
         self.answers = Counter("http_answers", "Answers by status.", ["status"], registry=self.registry)
         self.latency = Histogram("predict_seconds", "From body to answer.", registry=self.registry)
         self.batches = Histogram(
             "batch_inputs", "Inputs of a batch.", registry=self.registry, buckets=[2**k for k in range(9)]
         )
-        Gauge("queue_inputs", "Inputs that wait.", registry=self.registry).set_function(depth)
+        self._queue = Gauge("queue_inputs", "Inputs that wait.", registry=self.registry, multiprocess_mode="livesum")
+        self._shared = SHARED in os.environ
+
+    def note_depth(self) -> None:
+        """Note how many inputs wait, for other workers to read."""
+        if self._shared:
+            self._queue.set(self._depth())
+
+    def write(self) -> bytes:
+        """Write all metrics in the text format of Prometheus, of all workers together."""
+        if not self._shared:
+            self._queue.set(self._depth())
+            return generate_latest(self.registry)
+        together = CollectorRegistry()
+        MultiProcessCollector(together)
+        return generate_latest(together)
 
 
 class MonitoringMiddleware:

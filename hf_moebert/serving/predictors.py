@@ -13,11 +13,12 @@ from hf_moebert.architectures.functional_pooling import pool, unit_length
 from hf_moebert.architectures.pooling import EmbeddingForm
 from hf_moebert.architectures.positions import count_positions
 from hf_moebert.architectures.protocols import AnswerOptions
+from hf_moebert.data.buckets import run_by_length
 from hf_moebert.methods.multitask.functional_answers import PAIR, TEXT, read_input
-from hf_moebert.methods.multitask.pipeline import group_by_length
 
 
 MOST_ROWS = 32  # of a forward pass: a long text falls apart into many
+SHORTEST_WHERE_PADDING_IS_FREE = 1e-9  # a share of the longest: all go together
 NO_LIMIT = 10**9  # tokens; tokenizers that know no limit say 1e30
 
 
@@ -108,18 +109,9 @@ class TextPredictor(ABC):
         Returns:
             The result of each row.
         """
-        if self.alone:
-            groups = [[place] for place in range(len(rows))]
-        else:
-            shortest = 0.01 if skips_padding(self.model) else 0.75
-            groups = group_by_length(lengths, shortest)
-        found: list[Any] = [None] * len(rows)
-        for group in groups:
-            for start in range(0, len(group), MOST_ROWS):
-                part = group[start : start + MOST_ROWS]
-                for place, result in zip(part, call([rows[place] for place in part]), strict=True):
-                    found[place] = result
-        return found
+        most = 1 if self.alone else MOST_ROWS
+        shortest = SHORTEST_WHERE_PADDING_IS_FREE if skips_padding(self.model) else 0.75
+        return run_by_length(rows, lengths, call, batch_size=most, shortest=shortest)
 
 
 class RowPredictor(TextPredictor):

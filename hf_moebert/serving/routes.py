@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from hf_moebert.architectures.protocols import AnswerOptions
 
@@ -188,7 +188,7 @@ class Routes:
 
     async def show_metrics(self) -> Response:
         """Return the metrics in the text format of Prometheus."""
-        return Response(generate_latest(self.service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(self.service.metrics.write(), media_type=CONTENT_TYPE_LATEST)
 
 
 def add_routes(app: FastAPI, service: "Service") -> None:

@@ -161,13 +161,28 @@ def run_server(app: FastAPI, *, host: str, port: int, announce: Callable[[str], 
         ValueError: If the system allows fewer open files than `max_connections` need.
         RuntimeError: If the worker that runs the batches has ended by a fault.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     server = LimitedServer(app, ends_process=True)
-    _allow_connections(server.service.limits.max_connections)
-    with socket.create_server((host, port), family=family, backlog=BACKLOG) as listener:
+    with listen(host, port, server.service.limits) as listener:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn calls it again at the end
         with suppress(KeyboardInterrupt):
-            announce(f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}")
+            announce(address_of(listener, host))
             server.run(sockets=[listener])
     if server.worker_failed:
         raise RuntimeError("The worker that answers requests has ended by a fault. Start the server again.")
+
+
+def listen(host: str, port: int, limits: ServingLimits) -> socket.socket:
+    """Open the socket of a server.
+
+    Raises:
+        OSError: If the address is not available.
+        ValueError: If the system allows fewer open files than `max_connections` need.
+    """
+    _allow_connections(limits.max_connections)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=BACKLOG)
+
+
+def address_of(listener: socket.socket, host: str) -> str:
+    """Return the URL of a server."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
