@@ -36,12 +36,14 @@ from transformers import (
     TextClassificationPipeline,
 )
 
+from hf_moebert.architectures.protocols import AnswerOptions
 from hf_moebert.measuring.latency import SpeedUp, compare_times, environment
 from hf_moebert.methods.multitask.functional import layers_run
 from hf_moebert.methods.multitask.modeling_multitask import MultiTaskBertModel
 from hf_moebert.methods.multitask.pipeline import MultiTaskPipeline, group_by_length
 from hf_moebert.reporting.tables import markdown_table
 from hf_moebert.serving import DynamicBatcher, ServingLimits, build_app
+from hf_moebert.serving.many_tasks import ManyTasks
 from hf_moebert.serving.server import LimitedServer
 
 
@@ -110,15 +112,15 @@ class SeparateModels:
     def __init__(self, models: dict[str, BertForSequenceClassification], tokenizer: BertTokenizer) -> None:
         self.models, self.tokenizer = models, tokenizer
 
-    def describe_tasks(self) -> dict[str, dict[str, Any]]:
-        """Return an empty description of each task."""
-        return {name: {} for name in self.models}
+    def describe(self) -> dict[str, Any]:
+        """Return the kind of model that this stands in for."""
+        return {"kind": "multi-task"}
 
-    def check(self, inputs: Any, tasks: Sequence[str] | None) -> None:
+    def check(self, inputs: Any, options: AnswerOptions) -> None:
         """Refuse nothing: the requests are our own."""
 
     @torch.no_grad()
-    def answer(self, requests: Sequence[tuple[str, Sequence[str] | None]]) -> list[dict[str, Any]]:
+    def answer(self, requests: Sequence[tuple[str, AnswerOptions]]) -> list[dict[str, Any]]:
         """Run every model on the texts that ask for it, grouped by length as the merged model does."""
         lengths = [len(ids) for ids in self.tokenizer([text for text, _ in requests])["input_ids"]]
         results: dict[int, dict[str, Any]] = {}
@@ -126,11 +128,11 @@ class SeparateModels:
             results |= zip(group, self._answer([requests[place] for place in group]), strict=True)
         return [results[place] for place in range(len(requests))]
 
-    def _answer(self, requests: list[tuple[str, Sequence[str] | None]]) -> list[dict[str, Any]]:
+    def _answer(self, requests: list[tuple[str, AnswerOptions]]) -> list[dict[str, Any]]:
         encoded = self.tokenizer([text for text, _ in requests], padding=True, return_tensors="pt")
         results: list[dict[str, Any]] = [{"answers": {}} for _ in requests]
         for name, model in self.models.items():
-            rows = [row for row, (_, tasks) in enumerate(requests) if tasks is None or name in tasks]
+            rows = [row for row, (_, asked) in enumerate(requests) if asked.tasks is None or name in asked.tasks]
             if not rows:
                 continue
             index = slice(None) if len(rows) == len(requests) else torch.tensor(rows)
@@ -150,11 +152,11 @@ class PlainPipelines(SeparateModels):
             for name, model in models.items()
         }
 
-    def answer(self, requests: Sequence[tuple[str, Sequence[str] | None]]) -> list[dict[str, Any]]:
+    def answer(self, requests: Sequence[tuple[str, AnswerOptions]]) -> list[dict[str, Any]]:
         """Call them."""
         return [
-            {"answers": {name: self.pipelines[name](text)[0] for name in tasks or self.pipelines}}
-            for text, tasks in requests
+            {"answers": {name: self.pipelines[name](text)[0] for name in asked.tasks or self.pipelines}}
+            for text, asked in requests
         ]
 
 
@@ -178,7 +180,7 @@ def make_rivals(args: ServingArguments, models: dict[str, BertForSequenceClassif
     tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
     merged = MultiTaskBertModel.from_tasks(models)
     return {
-        "merged": MultiTaskPipeline(model=merged, tokenizer=tokenizer, task="multitask", device="cpu"),
+        "merged": ManyTasks(MultiTaskPipeline(model=merged, tokenizer=tokenizer, task="multitask", device="cpu")),
         "separate": SeparateModels(models, tokenizer),
         "pipelines": PlainPipelines(models, tokenizer),
     }
@@ -201,7 +203,8 @@ async def behind_batcher(predictor: Any, limits: ServingLimits) -> AsyncIterator
     with DynamicBatcher(predictor.answer, limits) as batcher:
 
         async def ask(request: Asked) -> dict[str, Any]:
-            return await asyncio.wrap_future(batcher.submit(request, length=len(request.text)))
+            asked = (request.text, AnswerOptions(tasks=tuple(request.tasks)))
+            return await asyncio.wrap_future(batcher.submit(asked, length=len(request.text)))
 
         yield ask
 

@@ -18,7 +18,7 @@ TRUNCATE = Field(default=False, description="Cut a text that is longer than the 
 
 
 class Body(BaseModel):
-    """What all bodies share: nothing unknown, nothing converted."""
+    """Base of all bodies, which hold nothing unknown and of which nothing is converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -105,7 +105,7 @@ class UpdateRequest(Body):
 
 
 class HubParameters(Body):
-    """What huggingface_hub's client may ask of a model beside its inputs."""
+    """Parameters that the client of huggingface_hub may send beside inputs."""
 
     top_k: int | None = Field(default=None, ge=1)
     function_to_apply: Literal["none"] | None = None

@@ -387,18 +387,23 @@ def test_a_port_in_use_is_an_error(echo):
         run_server(build_app(echo), host="127.0.0.1", port=taken.getsockname()[1], announce=print)
 
 
-def test_the_command_fails_with_one_line(monkeypatch, tiny_teacher):
+def test_the_command_fails_with_one_line(monkeypatch, tmp_path):
     def serve(*arguments):
         result = CliRunner().invoke(cli.app, ["serve", *map(str, arguments)])
         assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
         return result.stderr
 
-    assert "must hold a tokenizer" in serve(tiny_teacher)
-    assert "Invalid value for '--port'" in serve(tiny_teacher, "--port", 99999)
-    assert "must hold a tokenizer" in serve(
-        tiny_teacher, "--max-batch", 512
+    assert "must hold config.json" in serve(tmp_path)
+    assert "Invalid value for '--port'" in serve(tmp_path, "--port", 99999)
+    assert "must hold config.json" in serve(
+        tmp_path, "--max-batch", 512
     )  # no complaint of the queue, which is larger then
-    assert "Leave it out for 256, or lower `max_batch`" in serve(tiny_teacher, "--queue_size", 8)
-    assert "'no such folder' does not exist" in serve(tiny_teacher, "--allow_updates", "no such folder")
+    assert "Leave it out for 256, or lower `max_batch`" in serve(tmp_path, "--queue_size", 8)
+    assert "'no such folder' does not exist" in serve(tmp_path, "--allow_updates", "no such folder")
+    assert "Models must have different names" in serve(tmp_path, tmp_path)
+    assert "`--workers` must be 1 with `--allow-updates`" in serve(
+        tmp_path, "--workers", 2, "--allow-updates", tmp_path
+    )
+    assert "must hold keys of at least 16" in serve(tmp_path, "--api-key-file", __file__)
     monkeypatch.setitem(sys.modules, "hf_moebert.serving.app", None)
-    assert "pip install hf_moebert[serve]" in serve(tiny_teacher)
+    assert "pip install hf_moebert[serve]" in serve(tmp_path)
