@@ -97,15 +97,17 @@ def add_command(app: typer.Typer, *, quiet: Callable[[], None]) -> None:
             keys = [] if api_key_file is None else read_keys(api_key_file)
             options = {"engine": engine, "precision": precision, "pooling": pooling}
             loaded = {name: load_predictor(source, **options) for name, source in name_models(models).items()}
-            said = ", ".join(f"{name} ({predictor.describe()['kind']})" for name, predictor in loaded.items())
+
+            def announce(url: str) -> None:
+                kinds = [f"{name} ({predictor.describe()['kind']})" for name, predictor in loaded.items()]
+                typer.echo(f"Serving {', '.join(kinds)} on {url}")
 
             def make_app() -> Any:
                 if workers > 1:
                     set_threads(threads or max(1, (os.cpu_count() or 1) // workers))
                 return build_app(loaded, limits=limits, allow_updates=allow_updates, keys=keys)
 
-            place: dict[str, Any] = {"host": host, "port": port}
-            place["announce"] = lambda url: typer.echo(f"Serving {said} on {url}")
+            place: dict[str, Any] = {"host": host, "port": port, "announce": announce}
             if workers > 1:
                 run_workers(make_app, workers=workers, limits=limits, **place)
             else:

@@ -10,15 +10,16 @@ from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_moebert.architectures.functional_pooling import POOLINGS
+from hf_moebert.architectures.heads import has_head
 from hf_moebert.architectures.pooling import EmbeddingForm, read_embedding_form
 from hf_moebert.architectures.protocols import Predictor
-from hf_moebert.checkpoints.json_files import read_json
 from hf_moebert.checkpoints.loading import load_model
 from hf_moebert.checkpoints.remote_code import refuse_code
 from hf_moebert.inference.linears import PRECISIONS, Precision
-from hf_moebert.inference.onnx_runtime import MANIFEST, load_onnx
+from hf_moebert.inference.onnx_runtime import load_onnx
 from hf_moebert.inference.optimize import optimize_for_inference
 from hf_moebert.methods.multitask.pipeline import MultiTaskPipeline
+from hf_moebert.runtime.folders import MANIFEST, read_manifest
 
 from .many_tasks import ManyTasks
 from .predictors import Classifier, Embedder, TextPredictor
@@ -83,22 +84,30 @@ def _load_checkpoint(folder: Path, precision: Precision | None, pooling: str | N
     if model.config.model_type.startswith("multitask_"):
         pipeline = MultiTaskPipeline(model=model, tokenizer=tokenizer, task="multitask", device="cpu")
         return ManyTasks(pipeline, precision or "float32")
-    check_kind(folder, type(model).__name__, pooling)
+    name, form = type(model).__name__, None if has_head(model) else read_embedding_form(folder)
+    check_kind(folder, name, form, pooling)
     optimize_for_inference(model, precision=precision or "float32")
-    return _wrap(folder, model, type(model).__name__, tokenizer, pooling, alone=False)
+    return _wrap(model, name, tokenizer, form, pooling)
 
 
 def _load_export(folder: Path, precision: Precision | None, pooling: str | None) -> Predictor:
-    manifest = read_json(folder / MANIFEST, remedy="Export the model again.")
-    name, exported = manifest["architecture"], list(manifest["precisions"])
-    check_kind(folder, name, pooling)
+    manifest, chosen = read_manifest(folder, precision)
+    said = manifest["embedding"]
+    form = EmbeddingForm(**said) if said else None
+    check_kind(folder, manifest["architecture"], form, pooling)
     model = load_onnx(folder, precision=precision)
-    alone = (precision or exported[0]) == "int8"  # whose activations have one scale for all rows of a batch
-    return _wrap(folder, model, name, load_tokenizer(folder), pooling, alone=alone)
+    alone = chosen == "int8"  # whose activations have one scale for all rows of a batch
+    return _wrap(model, manifest["architecture"], load_tokenizer(folder), form, pooling, alone=alone)
 
 
-def check_kind(folder: Path, name: str, pooling: str | None) -> None:
+def check_kind(folder: Path, name: str, form: EmbeddingForm | None, pooling: str | None) -> None:
     """Refuse a model of another task, and an embedder that nobody said the pooling of.
+
+    Args:
+        folder: Its folder, for the message.
+        name: Its class.
+        form: How it makes embeddings, if the folder says so.
+        pooling: What the user says of it.
 
     Raises:
         ValueError: If it is one.
@@ -109,7 +118,6 @@ def check_kind(folder: Path, name: str, pooling: str | None) -> None:
             f"`model` must be an embedder, a multi-task model, or one for {', '.join(HEADS)}, got {name} in "
             f"{str(folder)!r}. Serve models of other tasks by `transformers serve` or a pipeline."
         )
-    form = None if head else read_embedding_form(folder)
     if not head and form is None and pooling is None:
         raise ValueError(
             f"{str(folder)!r} holds a {name} without head, and no modules.json that says how it makes embeddings. "
@@ -121,13 +129,17 @@ def check_kind(folder: Path, name: str, pooling: str | None) -> None:
 
 
 def _wrap(
-    folder: Path, model: Any, name: str, tokenizer: PreTrainedTokenizerBase, pooling: str | None, *, alone: bool
+    model: Any,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    form: EmbeddingForm | None,
+    pooling: str | None,
+    *,
+    alone: bool = False,
 ) -> Predictor:
-    head = name.partition("For")[2]
-    if head:
+    if head := name.partition("For")[2]:
         return HEADS[head](model, tokenizer, alone=alone)
-    form = read_embedding_form(folder) or EmbeddingForm(pooling=pooling or "mean")
-    return Embedder(model, tokenizer, form, alone=alone)
+    return Embedder(model, tokenizer, form or EmbeddingForm(pooling=pooling or "mean"), alone=alone)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

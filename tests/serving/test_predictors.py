@@ -6,12 +6,23 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from stacks import STAGES, make_dense
 from tiny_classifiers import save_classifier
 from tiny_tasks import KINDS, make_task, make_tokenizer
-from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertModel, pipeline
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    TokenClassificationPipeline,
+    pipeline,
+)
 
-from hf_moebert import EmbeddingForm, save_embedder
+from hf_moebert import EmbeddingForm, export_onnx, save_embedder, save_packed
 from hf_moebert.architectures.protocols import AnswerOptions, Predictor
+from hf_moebert.checkpoints.loading import load_model
+from hf_moebert.methods.masked_crf.pipeline import CrfTokenClassificationPipeline
 from hf_moebert.serving.loading import keep_in_memory, load_predictor, state_of
 
 
@@ -230,3 +241,46 @@ def test_descriptions_are_json(folders, embedder):
         said = load_predictor(str(folder)).describe()
         assert json.loads(json.dumps(said)) == said
         assert said["max_length"] in {12, 16}
+
+
+FORMS = ("units", "weights", "experts", "masks", "MPO", "packed", "CRF")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_this_package_is_served(form, tmp_path):
+    """By the same answers as the model itself gives in a pipeline."""
+    dense = make_dense()
+    if form == "packed":
+        save_packed(STAGES["weights"](dense), tmp_path)
+    else:
+        STAGES[form](dense).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    predictor = load_predictor(str(tmp_path))
+    cls = CrfTokenClassificationPipeline if form == "CRF" else TokenClassificationPipeline
+    pipe = cls(model=load_model(tmp_path), tokenizer=make_tokenizer(), task="token-classification", device="cpu")
+    wanted = [plain(pipe(text, aggregation_strategy="simple", stride=4)) for text in (*TEXTS, LONG)]
+    assert_same(answer(predictor, [*TEXTS, LONG]), wanted, 2e-5)
+
+
+def test_int8_answers_do_not_depend_on_the_others(folders):
+    predictor = load_predictor(str(folders / "sentiment"), precision="int8")
+    together = answer(predictor, TEXTS)
+    assert_same(together, [one for text in TEXTS for one in answer(predictor, [text])])
+    assert str(together) != str(answer(load_predictor(str(folders / "sentiment")), TEXTS))
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("name", ["sentiment", "slots", "embedder"])
+def test_an_export_is_served(folders, embedder, tmp_path, name):
+    folder = embedder if name == "embedder" else folders / name
+    export_onnx(load_model(folder), tmp_path / "graphs", tokenizer=AutoTokenizer.from_pretrained(folder))
+    found = answer(load_predictor(str(tmp_path / "graphs"), engine="onnx"), TEXTS[:3])
+    wanted = answer(load_predictor(str(folder)), TEXTS[:3])
+    if name == "embedder":
+        np.testing.assert_allclose([one.vector for one in found], [one.vector for one in wanted], atol=1e-5)
+    else:
+        assert_same(found, wanted, 1e-4)
+    with pytest.raises(ValueError, match="`precision` must be one that was exported"):
+        load_predictor(str(tmp_path / "graphs"), precision="int8")
+    with pytest.raises(ValueError, match="holds an export. Leave `--engine` out"):
+        load_predictor(str(tmp_path / "graphs"), engine="torch")
