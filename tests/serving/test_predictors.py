@@ -8,7 +8,7 @@ import pytest
 import torch
 from stacks import STAGES, make_dense
 from tiny_classifiers import save_classifier
-from tiny_tasks import KINDS, make_task, make_tokenizer
+from tiny_tasks import KINDS, make_task, make_tokenizer, save_merged
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hf_moebert import EmbeddingForm, export_onnx, save_embedder, save_packed
-from hf_moebert.architectures.protocols import AnswerOptions, Predictor
+from hf_moebert.architectures.protocols import AnswerOptions, OptimizedForInference, Predictor, UpdatablePredictor
 from hf_moebert.checkpoints.loading import load_model
 from hf_moebert.methods.masked_crf.pipeline import CrfTokenClassificationPipeline
 from hf_moebert.serving.loading import keep_in_memory, load_predictor, state_of
@@ -284,3 +284,17 @@ def test_an_export_is_served(folders, embedder, tmp_path, name):
         load_predictor(str(tmp_path / "graphs"), precision="int8")
     with pytest.raises(ValueError, match="holds an export. Leave `--engine` out"):
         load_predictor(str(tmp_path / "graphs"), engine="torch")
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_tasks_that_are_added_compute_in_the_precision_of_the_others(tmp_path, precision):
+    predictor = load_predictor(str(save_merged(tmp_path, ("sentiment", "names"))), precision=precision)
+    assert isinstance(predictor, UpdatablePredictor)
+    predictor.put_task("stars", make_task("stars"))
+    (found,) = answer(predictor, ["good film by ann"])
+    assert found["answers"].keys() == {"sentiment", "names", "stars"}
+    for branch in predictor.pipeline.model.branches.values():
+        optimised = any(isinstance(module, OptimizedForInference) for module in branch.modules())
+        assert optimised == (precision == "int8")
+    predictor.remove_task("names")
+    assert predictor.describe()["tasks"].keys() == {"sentiment", "stars"}

@@ -292,7 +292,7 @@ def test_no_path_redirects(path):
     with TestClient(build_app(Echo()), follow_redirects=False) as client:
         for method in ("GET", "POST", "PUT"):
             answer = client.request(method, path, headers={"Host": "evil.example"})
-            assert answer.status_code in {404, 405}
+            assert answer.status_code in ({200, 400, 405} if path.startswith("//") else {404, 405})  # that of "/"
             assert "location" not in answer.headers
 
 
