@@ -67,7 +67,7 @@ class LoadedModel:
 
 
 @dataclass(frozen=True)
-class Question:
+class Asked:
     """Models of one task by name, and the examples that all of them are asked about."""
 
     loaded: Mapping[str, LoadedModel]
@@ -132,35 +132,35 @@ class Answers:
     scores: Mapping[str, Score]
 
 
-def answer_by_logits(question: Question) -> Answers:
+def answer_by_logits(asked: Asked) -> Answers:
     """Compare classes, or numbers, `(examples,)`."""
-    config, columns = question.config, question.columns
+    config, columns = asked.config, asked.columns
     regression = config.num_labels == 1
-    label_names = _label_names(config, question.dataset, columns.label_column)
-    orders = {name: question.label_order(name) for name in question.loaded}
+    label_names = _label_names(config, asked.dataset, columns.label_column)
+    orders = {name: asked.label_order(name) for name in asked.loaded}
     predictions, references = {}, np.empty(0)
-    for name, entry in question.loaded.items():
-        encoded = encode_text(question.dataset, entry.tokenizer, label_names=label_names, **columns.of_text)
-        logits = question.predict(entry, encoded)[:, orders[name]]  # (examples, labels)
+    for name, entry in asked.loaded.items():
+        encoded = encode_text(asked.dataset, entry.tokenizer, label_names=label_names, **columns.of_text)
+        logits = asked.predict(entry, encoded)[:, orders[name]]  # (examples, labels)
         predictions[name] = logits[:, 0] if regression else logits.argmax(-1)  # (examples,)
         references = np.asarray(encoded["labels"])
     table = REGRESSION_SCORES if regression else CLASSIFICATION_SCORES
     usual = metrics_for_task("regression" if regression else config.problem_type or "")
-    return question.answer(predictions, references, table, usual)
+    return asked.answer(predictions, references, table, usual)
 
 
-def answer_by_label_sets(question: Question) -> Answers:
+def answer_by_label_sets(asked: Asked) -> Answers:
     """Compare the labels that apply, each on its own, `(examples, labels)`."""
-    config, columns, dataset = question.config, question.columns, question.dataset
+    config, columns, dataset = asked.config, asked.columns, asked.dataset
     names = [config.id2label[index] for index in range(config.num_labels)]
     references = read_label_sets(dataset, columns.label_column, names)  # (examples, labels)
-    orders = {name: question.label_order(name) for name in question.loaded}
+    orders = {name: asked.label_order(name) for name in asked.loaded}
     alone = dataset.remove_columns(columns.label_column).add_column(columns.label_column, [0.0] * len(dataset))
     predictions = {}
-    for name, entry in question.loaded.items():
-        logits = question.predict(entry, encode_text(alone, entry.tokenizer, **columns.of_text))
+    for name, entry in asked.loaded.items():
+        logits = asked.predict(entry, encode_text(alone, entry.tokenizer, **columns.of_text))
         predictions[name] = (logits[:, orders[name]] > 0).astype(np.int64)  # probabilities above a half
-    return question.answer(predictions, references, LABEL_SET_SCORES)
+    return asked.answer(predictions, references, LABEL_SET_SCORES)
 
 
 def read_label_sets(dataset: Dataset, column: str, names: Sequence[str]) -> np.ndarray:
@@ -180,22 +180,22 @@ def read_label_sets(dataset: Dataset, column: str, names: Sequence[str]) -> np.n
     return MultiLabelBinarizer(classes=list(names)).fit_transform(wanted)
 
 
-def answer_by_ranks(question: Question) -> Answers:
+def answer_by_ranks(asked: Asked) -> Answers:
     """Compare the scores of each group of documents, `(groups, scores)`."""
-    groups, predictions = find_groups(question.dataset, str(question.columns.group_column)), {}
-    for name, entry in question.loaded.items():
-        encoded = encode_text(question.dataset, entry.tokenizer, **question.columns.of_text)
-        logits = question.predict(entry, encoded)[:, 0]
+    groups, predictions = find_groups(asked.dataset, str(asked.columns.group_column)), {}
+    for name, entry in asked.loaded.items():
+        encoded = encode_text(asked.dataset, entry.tokenizer, **asked.columns.of_text)
+        logits = asked.predict(entry, encoded)[:, 0]
         predictions[name] = score_groups(logits, np.asarray(encoded["labels"]), groups)
-    return question.answer(predictions, np.zeros(len(groups)), RANKING_SCORES)
+    return asked.answer(predictions, np.zeros(len(groups)), RANKING_SCORES)
 
 
-def answer_by_embeddings(question: Question) -> Answers:
+def answer_by_embeddings(asked: Asked) -> Answers:
     """Compare the cosines of pairs with numbers, `(pairs, 2)`; or, without numbers, what each query finds.
 
     The last column is the mean cosine of the texts of a pair to those of the baseline.
     """
-    columns, dataset = question.columns, question.dataset
+    columns, dataset = asked.columns, asked.dataset
     names = (columns.text_column, str(columns.text_pair_column))
     for column in names:
         _refuse_empty(dataset, column)
@@ -204,18 +204,18 @@ def answer_by_embeddings(question: Question) -> Answers:
         dataset = dataset.add_column(columns.label_column, [0.0] * len(dataset))
     embeddings: dict[str, np.ndarray] = {}
     references = np.empty(0)
-    for name, entry in question.loaded.items():
+    for name, entry in asked.loaded.items():
         form, sides = entry.form or EmbeddingForm(), []
         for column in names:
             prompted = dataset.map(_add_before(form.prefix, column)) if form.prefix else dataset
             single = replace(columns, text_column=column, text_pair_column=None)
             encoded = encode_text(prompted, entry.tokenizer, **single.of_text)
             collate = DataCollatorWithPadding(entry.tokenizer)
-            options: dict[str, Any] = {"pooling": form.pooling, "batch_size": question.batch_size}
+            options: dict[str, Any] = {"pooling": form.pooling, "batch_size": asked.batch_size}
             sides.append(predict_embeddings(entry.model, encoded, data_collator=collate, **options))
             references = np.asarray(encoded["labels"], dtype=float)
         embeddings[name] = np.stack(sides)  # (2, pairs, hidden)
-    first = embeddings[question.baseline]
+    first = embeddings[asked.baseline]
     alike = {sides.shape for sides in embeddings.values()} == {first.shape}
     predictions = {}
     for name, both in embeddings.items():
@@ -226,7 +226,7 @@ def answer_by_embeddings(question: Question) -> Answers:
         to_baseline = [(both * first).sum(-1).mean(0)] if alike else []
         predictions[name] = np.stack([*found, *to_baseline], axis=1)  # (pairs, scores)
     table = EMBEDDING_SCORES if labelled else RETRIEVAL_SCORES
-    return question.answer(predictions, references, table if alike else dict(list(table.items())[:-1]))
+    return asked.answer(predictions, references, table if alike else dict(list(table.items())[:-1]))
 
 
 def _add_before(prefix: str, column: str) -> Callable[[dict[str, str]], dict[str, str]]:

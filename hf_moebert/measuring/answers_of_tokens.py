@@ -10,7 +10,7 @@ from transformers import DataCollatorForTokenClassification, DataCollatorWithPad
 from hf_moebert.data import encode_text, encode_tokens
 from hf_moebert.data.questions import encode_questions
 
-from .answers import Answers, Question, TextColumns
+from .answers import Answers, Asked, TextColumns
 from .metrics.seqeval.seqeval import (
     FOUND,
     PREFIXES,
@@ -46,25 +46,25 @@ TAG_FOUND = np.dtype([("lenient", FOUND), ("strict", FOUND), ("illegal", np.int6
 TAG_TRUTH = np.dtype([("lenient", np.int64), ("strict", np.int64)])
 
 
-def answer_by_tags(question: Question) -> Answers:
+def answer_by_tags(asked: Asked) -> Answers:
     """Compare the entities that are found, by sentences; words that were cut off count as no entity."""
-    config, dataset = question.config, question.dataset
+    config, dataset = asked.config, asked.dataset
     names = [config.id2label[index] for index in range(config.num_labels)]
-    tokens, tags = tag_columns(question.columns, dataset)
+    tokens, tags = tag_columns(asked.columns, dataset)
     scheme = find_scheme(names, getattr(config, "tag_scheme", "auto"))
     predicted, wanted = {}, [[names[tag] if isinstance(tag, int) else tag for tag in row] for row in dataset[tags]]
-    for name, entry in question.loaded.items():
-        order = question.label_order(name)
+    for name, entry in asked.loaded.items():
+        order = asked.label_order(name)
         encoded = encode_tokens(
             dataset,
             entry.tokenizer,
             tokens_column=tokens,
             tags_column=tags,
             tag_names=names,
-            max_length=question.columns.max_length,
+            max_length=asked.columns.max_length,
         )
         collate = DataCollatorForTokenClassification(entry.tokenizer)
-        found = predict_tags(entry.model, encoded, data_collator=collate, batch_size=question.batch_size)
+        found = predict_tags(entry.model, encoded, data_collator=collate, batch_size=asked.batch_size)
         theirs = {column: names[index] for index, column in enumerate(order)}
         predicted[name] = [
             [theirs[tag] for tag in row] + [OUTSIDE] * (len(gold) - len(row))
@@ -79,7 +79,7 @@ def answer_by_tags(question: Question) -> Answers:
             counts["illegal"] = [count_illegal([row], scheme) for row in rows]
         predictions[name] = counts
     lenient = {name: scores for name, scores in TAG_SCORES.items() if name not in NEED_SCHEME}
-    return question.answer(predictions, references, lenient if scheme is None else TAG_SCORES)
+    return asked.answer(predictions, references, lenient if scheme is None else TAG_SCORES)
 
 
 def find_scheme(names: Sequence[str], told: str = "auto") -> str | None:
@@ -102,19 +102,19 @@ def tag_columns(columns: TextColumns, dataset: Dataset) -> tuple[str, str]:
     )
 
 
-def answer_by_spans(question: Question) -> Answers:
+def answer_by_spans(asked: Asked) -> Answers:
     """Compare the answers to questions with all that are right, `(questions, 2)`: exact match and F1, in [0, 1]."""
     exact, f1 = (
         cache(lambda text, golds, part=part: best_over(part, text, golds)) for part in (exact_match, token_f1)
     )
     predictions = {}
-    golds = [tuple(answers["text"]) for answers in question.dataset["answers"]]
-    for name, entry in question.loaded.items():
-        encoded = encode_questions(question.dataset, entry.tokenizer, max_length=question.columns.max_length)
+    golds = [tuple(answers["text"]) for answers in asked.dataset["answers"]]
+    for name, entry in asked.loaded.items():
+        encoded = encode_questions(asked.dataset, entry.tokenizer, max_length=asked.columns.max_length)
         collate = DataCollatorWithPadding(entry.tokenizer)
-        texts = predict_answers(entry.model, encoded, data_collator=collate, batch_size=question.batch_size)
+        texts = predict_answers(entry.model, encoded, data_collator=collate, batch_size=asked.batch_size)
         predictions[name] = np.array([[exact(*pair), f1(*pair)] for pair in zip(texts, golds, strict=True)])
-    return question.answer(predictions, np.zeros(len(golds)), ANSWER_SCORES)
+    return asked.answer(predictions, np.zeros(len(golds)), ANSWER_SCORES)
 
 
 def _mean_of(column: int) -> Score:
@@ -124,22 +124,22 @@ def _mean_of(column: int) -> Score:
 ANSWER_SCORES: dict[str, dict[str, Score]] = {"f1": {"f1": _mean_of(1)}, "exact_match": {"exact match": _mean_of(0)}}
 
 
-def answer_by_next_tokens(question: Question) -> Answers:
+def answer_by_next_tokens(asked: Asked) -> Answers:
     """Compare how well each token is predicted from those before it, `(texts, 4)`."""
-    columns, dataset = question.columns, question.dataset
+    columns, dataset = asked.columns, asked.dataset
     predictions: dict[str, np.ndarray] = {}
     if columns.label_column in dataset.column_names:
         dataset = dataset.remove_columns(columns.label_column)
     dataset = dataset.add_column(columns.label_column, [0.0] * len(dataset))
-    for name, entry in question.loaded.items():
+    for name, entry in asked.loaded.items():
         encoded = encode_text(dataset, entry.tokenizer, **columns.of_text)
         if entry.tokenizer.pad_token is None:  # what pads is not looked at
             entry.tokenizer.pad_token = entry.tokenizer.eos_token
         collate = DataCollatorWithPadding(entry.tokenizer)
-        counts = predict_next_tokens(entry.model, encoded, data_collator=collate, batch_size=question.batch_size)
+        counts = predict_next_tokens(entry.model, encoded, data_collator=collate, batch_size=asked.batch_size)
         bytes_read = [len(entry.tokenizer.decode(ids[1:]).encode()) for ids in encoded["input_ids"]]
         predictions[name] = np.column_stack([counts, bytes_read])
-    return question.answer(predictions, np.zeros(len(dataset)), LANGUAGE_SCORES)
+    return asked.answer(predictions, np.zeros(len(dataset)), LANGUAGE_SCORES)
 
 
 def _share(part: int, whole: int) -> Score:

@@ -14,7 +14,7 @@ from hf_moebert.architectures.heads import has_head
 from .answers import (
     Answers,
     LoadedModel,
-    Question,
+    Asked,
     TextColumns,
     answer_by_embeddings,
     answer_by_label_sets,
@@ -43,7 +43,7 @@ from .scores import (
 Kind = Literal["classes", "labels", "numbers", "embeddings", "ranking", "tags", "answers", "language"]
 Quality = dict[str, dict]
 
-ANSWERS: dict[Kind, Callable[[Question], Answers]] = {
+ANSWERS: dict[Kind, Callable[[Asked], Answers]] = {
     "classes": answer_by_logits,
     "numbers": answer_by_logits,
     "labels": answer_by_label_sets,
@@ -143,8 +143,8 @@ def measure_quality(
             f"`models` must all have the task of {baseline!r}, {kinds[baseline]}, {other[0]!r} has "
             f"{kinds[other[0]]}. Compare models of one task."
         )
-    question = Question(loaded, dataset, baseline, metrics, columns, batch_size)
-    answers = ANSWERS[kinds[baseline]](question)
+    asked = Asked(loaded, dataset, baseline, metrics, columns, batch_size)
+    answers = ANSWERS[kinds[baseline]](asked)
     quality: Quality = {}
     for name, predictions in answers.predictions.items():
         scored = {
