@@ -20,7 +20,7 @@ from hf_moebert.methods import moebert
 from hf_moebert.methods.trimming import drop_layers
 
 from .recipe import Distil, DropLayers, Experts, Optimize, Prune, Recipe, Search, Stage
-from .searching import STRUCTURES, timing
+from .searching import structures_for, timing
 from .stages import shrink
 
 
@@ -62,7 +62,7 @@ def predict(model: PreTrainedModel, recipe: Recipe, *, examples: int) -> list[Pr
     """
     if isinstance(recipe.stages[0], Search):
         distil = cast(Distil, recipe.stages[1])
-        plans = {name: (*stages, distil) if stages else () for name, stages in STRUCTURES.items()}
+        plans = {name: (*stages, distil) if stages else () for name, stages in structures_for(recipe.target).items()}
     else:
         plans = {", ".join(stage.name for stage in recipe.stages): recipe.stages}
     target = recipe.target

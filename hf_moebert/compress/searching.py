@@ -35,13 +35,23 @@ STRUCTURES: dict[str, tuple[Stage, ...]] = {
     "pruned to 50 %, experts": (Prune(keep_ratio=0.5), Experts()),
 }
 
+MARGIN = 1.1  # what a latency table promises is missed by a little
+
+
+def structures_for(target: Target) -> dict[str, tuple[Stage, ...]]:
+    """Return what is tried: `STRUCTURES`, and units pruned to the speed-up that is asked for."""
+    if target.speedup is None:
+        return STRUCTURES
+    asked = round(MARGIN * target.speedup, 2)
+    return STRUCTURES | {f"pruned to {asked:g}x": (Prune(speed_up=asked),)}
+
 
 @dataclass(frozen=True)
 class Candidate:
     """A structure in one precision, and what it was measured to be worth.
 
     Attributes:
-        structure: Name in `STRUCTURES`.
+        structure: Name in `structures_for` the target.
         precision: What it is optimised for.
         steps: Steps it was trained for.
         difference: Of its score to that of the given model, on examples that choose; NaN if it was only timed.
@@ -150,12 +160,13 @@ class _Hunt:
         self.given, self.fingerprint, self.threads, self.rounds = given, fingerprint, threads, rounds
         self.budget, self.short, self.start = stage.budget, stage.short, time.monotonic()
         self.shop, self.distil = shop, cast(Distil, shop.recipe.stages[1])
+        self.structures = structures_for(shop.recipe.target)
         self.longest = 0.0  # seconds of a long run
 
     def make_all(self) -> dict[str, Path]:
         """Make every structure that the model can have; return their folders."""
         folders = {}
-        for name in STRUCTURES:
+        for name in self.structures:
             try:
                 folders[name] = self.train(name, share=0.0)
             except ValueError as error:  # the family has no such units, or its shape does not divide
@@ -164,7 +175,7 @@ class _Hunt:
 
     def steps(self, name: str, share: float) -> int:
         """Return for how many steps a structure is trained; what is not changed is not trained."""
-        if not STRUCTURES[name] or not share:
+        if not self.structures[name] or not share:
             return 0
         return max(FEWEST_STEPS, round(share * count_steps(self.distil, self.shop)))
 
@@ -172,7 +183,7 @@ class _Hunt:
         """Return the run of one structure that is trained for a share of the steps."""
         steps = self.steps(name, share)
         training = (replace(self.distil, steps=steps),) if steps else ()
-        stages = (*STRUCTURES[name], *training, Optimize(precision))
+        stages = (*self.structures[name], *training, Optimize(precision))
         return replace(self.shop, recipe=replace(self.shop.recipe, stages=stages))
 
     def train(self, name: str, *, share: float) -> Path:

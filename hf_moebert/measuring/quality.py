@@ -13,8 +13,8 @@ from hf_moebert.architectures.heads import has_head
 
 from .answers import (
     Answers,
-    LoadedModel,
     Asked,
+    LoadedModel,
     TextColumns,
     answer_by_embeddings,
     answer_by_label_sets,

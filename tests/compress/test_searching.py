@@ -3,7 +3,7 @@
 import math
 
 from hf_moebert.compress.recipe import Target
-from hf_moebert.compress.searching import Candidate, choose_fast, rank
+from hf_moebert.compress.searching import STRUCTURES, Candidate, choose_fast, rank, structures_for
 
 
 def candidate(structure, *, difference=math.nan, speedup=1.0, precision="float32", size=100):
@@ -12,6 +12,12 @@ def candidate(structure, *, difference=math.nan, speedup=1.0, precision="float32
 
 def names(candidates):
     return [c.structure for c in candidates]
+
+
+def test_units_are_pruned_to_the_speed_up_that_is_asked_for():
+    assert structures_for(Target(max_size=100)) == STRUCTURES
+    (name,) = structures_for(Target(speedup=2.0)).keys() - STRUCTURES.keys()
+    assert structures_for(Target(speedup=2.0))[name][0].speed_up == 2.2
 
 
 def test_only_what_is_fast_and_small_enough_is_trained():
