@@ -50,7 +50,10 @@ def find_class(config: PretrainedConfig, folder: str | PathLike[str]) -> type[Pr
     classes = _find_classes(config)
     name = (config.architectures or [None])[0]
     if name not in classes:
-        raise ValueError(f"`architectures` of {str(folder)!r} must be one of {sorted(classes)}, got {name!r}.")
+        raise ValueError(
+            f"`architectures` of {str(folder)!r} must be one of {sorted(classes)}, got {name!r}. Save the model by "
+            "`save_pretrained`, which writes the name of its class."
+        )
     return classes[name]
 
 

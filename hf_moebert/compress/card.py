@@ -1,9 +1,11 @@
 """The model card of a result, with the numbers of its report."""
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard
+from yaml import YAMLError
 
 from hf_moebert.reporting.model_card import write_model_card
 from hf_moebert.reporting.tables import measurement_rows
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from .door import CompressionResult
 
 
+LONGEST_NAME = 80  # characters, of the 96 that the Hub allows
 PIPELINES = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
@@ -43,12 +46,12 @@ def write_card(result: "CompressionResult", model: str, given: str, data: TextDa
     facts = read_card(Path(given))
     return write_model_card(
         result.model_folder,
-        repo_id=f"{Path(model).name}-compressed".strip("-."),
-        base_model=model if not Path(model).is_dir() else Path(model).name,
+        repo_id=f"{as_repo_name(Path(model).name)}-compressed",
+        base_model=model if not Path(model).is_dir() else Path(model).resolve().name,
         task=head or "feature-extraction",
         dataset="texts of the compression",
         split=JUDGED_BY[data.labelled],
-        language=facts.get("language") if isinstance(facts.get("language"), str) else None,
+        language=facts.get("language"),
         license=facts.get("license"),
         results={
             verdict.metric: measurement["models"][result.name]["scores"][verdict.metric]["value"],
@@ -59,9 +62,15 @@ def write_card(result: "CompressionResult", model: str, given: str, data: TextDa
     )
 
 
-def read_card(folder: Path) -> dict[str, Any]:
-    """Return what the card of a folder says of itself; nothing if there is none that can be read."""
+def as_repo_name(name: str) -> str:
+    """Return a name that a repository can have, whatever a folder is called."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:LONGEST_NAME] or "model"
+
+
+def read_card(folder: Path) -> dict[str, str]:
+    """Return the single facts that the card of a folder tells; nothing if there is none that can be read."""
     try:
-        return ModelCard.load(folder / "README.md").data.to_dict()
-    except (OSError, ValueError):
+        facts = ModelCard.load(folder / "README.md").data.to_dict()
+    except (OSError, ValueError, YAMLError):
         return {}
+    return {name: fact for name, fact in facts.items() if isinstance(fact, str)}
