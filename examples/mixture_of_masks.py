@@ -11,7 +11,8 @@ import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from hf_moebert import MaskSparsityCallback, MaskSparsityConfig, shrink
+from hf_moebert import DistillationConfig, DistillationTrainer, MaskSparsityCallback, MaskSparsityConfig, shrink
+from hf_moebert.architectures.importance import measure_importance
 from hf_moebert.methods.mixture_of_masks import from_dense
 
 
@@ -24,7 +25,7 @@ parser.add_argument("--num_experts", type=int, default=1, help="masks per block;
 parser.add_argument("--keep_ratio", type=float, default=0.5, help="share of the units that a token uses")
 parser.add_argument("--block_size", type=int, default=128, help="tokens of an example")
 parser.add_argument("--learning_rate", type=float, default=1e-4)
-parser.add_argument("--max_steps", type=int, default=300, help="steps to learn the masks, and as many to recover")
+parser.add_argument("--max_steps", type=int, default=300, help="the first of them learn masks")
 parser.add_argument("--output_dir", required=True)
 options = parser.parse_args()
 
@@ -40,13 +41,17 @@ blocks = tokens[: len(tokens) // options.block_size * options.block_size].view(-
 arguments = TrainingArguments(
     options.output_dir, max_steps=options.max_steps, learning_rate=options.learning_rate, save_strategy="no"
 )
-model = from_dense(AutoModelForCausalLM.from_pretrained(options.model_name_or_path), num_experts=options.num_experts)
+dense = AutoModelForCausalLM.from_pretrained(options.model_name_or_path)
+importance = measure_importance(dense, train, batch_size=4, max_examples=512)
+model = from_dense(dense, num_experts=options.num_experts, importance=importance)  # still the dense model
 sparsity = MaskSparsityCallback(MaskSparsityConfig(keep_ratio=options.keep_ratio))
 optimizers = (sparsity.make_optimizer(model, arguments), None)
-Trainer(model, arguments, train_dataset=train, callbacks=[sparsity], optimizers=optimizers).train()
+teaching = {"teacher": dense, "distillation": DistillationConfig(hidden_states=False)}
+DistillationTrainer(
+    model, arguments, train_dataset=train, callbacks=[sparsity], optimizers=optimizers, **teaching
+).train()
 
 small = shrink(model.fix_masks(options.keep_ratio))
-Trainer(small, arguments, train_dataset=train).train()  # recovers what the masks cost
 small.save_pretrained(options.output_dir)
 tokenizer.save_pretrained(options.output_dir)
 

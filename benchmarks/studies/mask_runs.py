@@ -1,7 +1,7 @@
 """The parts of a study of masks: runs, one-shot plans, equal training for all, which units are used, pictures."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,7 @@ import torch
 from datasets import Dataset
 from study import Run, StudyOptions
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, TrainingArguments, get_scheduler
+from transformers import PreTrainedModel
 
 from hf_moebert import measure_importance
 from hf_moebert.architectures.functional_routing import expert_load
@@ -28,25 +27,28 @@ from hf_moebert.methods.mixture_of_masks.modeling_surgery import find_feed_forwa
 from hf_moebert.reporting.pictures import plot_curves, plot_stacks
 
 
-LEARNED = ("masks", "guided", "single", "distilled-masks")
-ONE_SHOT = ("random", "clustered", "importance", "magnitude")
-UNROUTED = ("single", "magnitude")  # one expert
+LEARNED = ("masks", "guided", "single", "guided-single")
+ONE_SHOT = ("random", "clustered", "importance", "importance-single", "magnitude")
+UNROUTED = ("single", "guided-single", "importance-single", "magnitude")  # one expert
+GUIDED = ("guided", "guided-single")
+IMPORTANCE = ("importance", "importance-single")
 
 
 @dataclass
 class MaskOptions(StudyOptions):
     """Runs of the study."""
 
-    kinds: list[str] = field(default_factory=lambda: ["masks", *ONE_SHOT], metadata={"help": "Rows of the table."})
+    kinds: list[str] = field(
+        default_factory=lambda: ["guided-single", *ONE_SHOT], metadata={"help": "Rows of the table."}
+    )
     keep_ratios: list[float] = field(
-        default_factory=lambda: [0.75, 0.5], metadata={"help": "Shares of units that stay."}
+        default_factory=lambda: [0.5, 0.25, 0.1], metadata={"help": "Shares of units that stay."}
     )
     num_experts: int = field(default=4, metadata={"help": "Experts of each block."})
     group_size: int = field(default=1, metadata={"help": "Units that share a learned mask."})
     budget: str = field(default="global", metadata={"help": "See `from_dense`.", "choices": ("global", "layer")})
-    initial_score: float = field(default=3.0, metadata={"help": "See `from_dense`."})
     router_aux_loss_coef: float = field(default=0.01, metadata={"help": "See `from_dense`; of all splits."})
-    sparsify_share: float = field(default=0.6, metadata={"help": "Share of the steps in which masks are learned."})
+    taught: bool = field(default=False, metadata={"help": "Let the start teach all that go on from it."})
     importance_batches: int = field(default=32, metadata={"help": "Training batches that measure the importance."})
     pretrain_steps: int = field(default=0, metadata={"help": "Steps of the start; 0 leaves a named model as it is."})
     pretrain_rate: float = field(default=1e-3, metadata={"help": "Its learning rate."})
@@ -55,42 +57,23 @@ class MaskOptions(StudyOptions):
         """Refuse what does not exist before anything is trained."""
         if unknown := set(self.kinds) - {*LEARNED, *ONE_SHOT}:
             raise ValueError(f"`kinds` must be among {', '.join((*LEARNED, *ONE_SHOT))}, got {sorted(unknown)}.")
-        if not all(0 < share < 1 for share in (*self.keep_ratios, self.sparsify_share)):
-            raise ValueError(
-                f"`keep_ratios` and `sparsify_share` must be in (0, 1), got {self.keep_ratios} and "
-                f"{self.sparsify_share}. Use 0.5."
-            )
+        if not all(0 < share < 1 for share in self.keep_ratios):
+            raise ValueError(f"`keep_ratios` must be in (0, 1), got {self.keep_ratios}. Use 0.5.")
 
 
 @dataclass(frozen=True)
 class MaskRun(Run):
-    """One model of the study, or the first stage of one.
+    """One model of the study.
 
     Attributes:
         kind: What makes the masks; `dense` has none.
         keep_ratio: Share of the units that stay.
         steps: Optimiser steps.
-        first_step: How many the stage before has made.
-        sparsifies: Whether masks are learned in these steps.
     """
 
     kind: str = "dense"
     keep_ratio: float = 1.0
     steps: int = 0
-    first_step: int = 0
-    sparsifies: bool = False
-
-
-def plan_stages(kind: str, keep_ratio: float, *, steps: int, sparsify_steps: int) -> list[MaskRun]:
-    """Return the runs that lead from the start to one row of the table, which is the last of them."""
-    teacher = "start" if kind == "distilled-masks" else None
-    name = f"{kind}-{keep_ratio:g}"
-    whole = MaskRun(name, start="start", teacher=teacher, peer="dense", kind=kind, keep_ratio=keep_ratio)
-    if kind in ONE_SHOT:
-        return [replace(whole, steps=steps)]
-    first = replace(whole, name=f"{whole.name}-learning", steps=sparsify_steps, sparsifies=True)
-    rest = replace(whole, start=first.name, steps=steps - sparsify_steps, first_step=sparsify_steps)
-    return [first, rest]
 
 
 def plan_masks(
@@ -118,9 +101,7 @@ def plan_masks(
         Shape `(layers, experts, units)`, bool, on the CPU.
     """
     generator = torch.Generator().manual_seed(seed)
-    importance = (
-        measure_importance(model, examples, data_collator) if kind == "importance" else None
-    )  # (layers, units)
+    importance = measure_importance(model, examples, data_collator) if kind in IMPORTANCE else None  # (layers, units)
     masks = []
     for layer, network in enumerate(find_feed_forwards(model)):
         parts = [network.part(name) for name in ("gate", "up") if network.part(name) is not None]
@@ -137,12 +118,12 @@ def plan_masks(
     return torch.stack(masks)
 
 
-def read_rows(rows: Dataset, count: int, *, seed: list[int], skip: int = 0) -> Dataset:
-    """Return `count` rows after the first `skip` of a random order, in which all come before one comes again."""
+def read_rows(rows: Dataset, count: int, *, seed: list[int]) -> Dataset:
+    """Return `count` rows of a random order, in which all come before one comes again."""
     generator = np.random.default_rng(seed)
-    passes = -(-(skip + count) // len(rows))
+    passes = -(-count // len(rows))
     order = np.concatenate([generator.permutation(len(rows)) for _ in range(passes)])
-    return rows.select(order[skip : skip + count])
+    return rows.select(order[:count])
 
 
 def collate_for_both(collator: Callable[[list[dict]], dict], model: PreTrainedModel, rows: list[dict]) -> dict:
@@ -151,15 +132,6 @@ def collate_for_both(collator: Callable[[list[dict]], dict], model: PreTrainedMo
     if model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
     return batch
-
-
-def make_scheduler(
-    optimizer: torch.optim.Optimizer, args: TrainingArguments, *, first_step: int, total_steps: int
-) -> LambdaLR:
-    """Make the schedule of the arguments over all steps, for a stage that begins at one of them."""
-    warmup = args.get_warmup_steps(total_steps)
-    whole = get_scheduler(args.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
-    return LambdaLR(optimizer, [lambda step, of=of: of(first_step + step) for of in whole.lr_lambdas])
 
 
 @torch.no_grad()
@@ -197,7 +169,7 @@ def draw_learning(log: list[dict], units: list[dict[str, int]], folder: Path) ->
     """Draw how masks were learned, and what became of the units of each block.
 
     Args:
-        log: Of the stage that learned them.
+        log: Of the run that learned them.
         units: Of each masked block, how many are shared, specific and inactive.
         folder: Where the pictures are left.
 

@@ -11,17 +11,17 @@
 Every argument of `TrainingArguments` and `MaskSparsityConfig` may be given, but that `--keep_ratios` takes the place
 of `keep_ratio`; the others are below. All kinds start from one dense model, `start`, one for all seeds: the one that
 is named, or a small one that is first trained from scratch on the training text. `dense` goes on as it is. The others
-are made for each active share, and what is saved and scored is the compact model:
+are made for each active share, train for the same steps, and what is saved and scored is the compact model:
 
 - `masks`: masks are learned in the first part of the steps, then they are fixed, and the model recovers;
 - `guided`: the same, but the masks of unimportant units start nearer to closing;
-- `single`: as `masks`, with one mask for all tokens; `distilled-masks`: as `masks`, while the start
-  teaches;
+- `single`, `guided-single`: the same with one mask for all tokens;
 - `random`, `clustered`, `importance`: as many experts, split in one shot; the model recovers in all of the steps;
-- `magnitude`: one narrower network of the units with the largest weights, likewise.
+- `importance-single`, `magnitude`: one narrower network of the units that are most important, or have the largest
+  weights, likewise.
 
-All rows of a seed read the same blocks in the same order, with the same learning rate at each step. Finished runs are
-not repeated when the command is run again.
+With `--taught` the start also teaches all of them. All rows of a seed read the same blocks in the same order, with the
+same learning rate at each step. Finished runs are not repeated when the command is run again.
 """
 
 import copy
@@ -34,6 +34,7 @@ import numpy as np
 from labelled_text import make_smoke_task
 from language_task import LanguageArguments, LanguageTask, make_smoke_text
 from mask_runs import (
+    GUIDED,
     LEARNED,
     ONE_SHOT,
     UNROUTED,
@@ -41,10 +42,8 @@ from mask_runs import (
     MaskRun,
     collate_for_both,
     draw_learning,
-    make_scheduler,
     measure_use,
     plan_masks,
-    plan_stages,
     read_rows,
 )
 from study import Study, make_optimizer, mean_over_seeds, with_interval
@@ -59,7 +58,7 @@ from hf_moebert.reporting.pictures import plot_curves
 
 ABOUT = """\
 {start} All other rows go on from there for {steps} steps on the same blocks in the same order, with the same \
-learning rate at each step; of those with learned masks the first {sparsify} steps close the masks. What is scored is \
+learning rate at each step; of those with learned masks the first {learned} steps close the masks. What is scored is \
 the compact model. `active` counts the weights that one token meets if experts are equally busy, `units used` is the \
 measured share of the feed-forward units, `largest share` that of the tokens which go to the busiest of {experts} \
 experts; both are means over the blocks of the network. `perplexity over dense` is better the lower it is. All seeds \
@@ -75,24 +74,23 @@ class MaskStudy(Study):
     ) -> None:
         super().__init__(task, args, options, DistillationConfig(hidden_states=False))
         self.recipe, self.blocks = recipe, task.train_dataset
-        self.sparsify_steps = round(options.sparsify_share * args.max_steps)
-        if not 0 < self.sparsify_steps < args.max_steps:
-            raise SystemExit(f"--max_steps must leave steps for two stages, got {args.max_steps}.")
+        self.teacher = "start" if options.taught else None
         if task.arguments.from_scratch and not options.pretrain_steps:
             raise SystemExit("--pretrain_steps must be above 0 for a model from scratch. Use 2000.")
         self.first = MaskRun("start", steps=options.pretrain_steps)
-        self.dense = MaskRun("dense", start="start", peer="start", steps=args.max_steps)
+        self.dense = MaskRun("dense", start="start", teacher=self.teacher, peer="start", steps=args.max_steps)
 
     def folder(self, name: str, seed: int) -> Path:
         """Make one start for all seeds."""
         return self.output / name if name == "start" else super().folder(name, seed)
 
-    def plan(self, kind: str, keep_ratio: float) -> list[MaskRun]:
-        """Return the stages of one row."""
-        return plan_stages(kind, keep_ratio, steps=self.args.max_steps, sparsify_steps=self.sparsify_steps)
+    def plan(self, kind: str, keep_ratio: float) -> MaskRun:
+        """Return the run of one row."""
+        fields: dict[str, Any] = {"kind": kind, "keep_ratio": keep_ratio, "steps": self.args.max_steps}
+        return MaskRun(f"{kind}-{keep_ratio:g}", start="start", teacher=self.teacher, peer="dense", **fields)
 
     def arguments(self, run: MaskRun) -> TrainingArguments:
-        """Train each stage for its own steps, on blocks that lie in the order in which they are read."""
+        """Train each run for its own steps, on blocks that lie in the order in which they are read."""
         args = copy.deepcopy(self.args)
         args.max_steps, args.train_sampling_strategy = run.steps, "sequential"
         if run.name == "start":
@@ -104,24 +102,24 @@ class MaskStudy(Study):
     def settings(self, run: MaskRun) -> dict:
         """Add the run, the model, and all that decides how masks are made."""
         settings = super().settings(run) | asdict(self.task.arguments) | asdict(run)
+        settings["taught"] = self.options.taught
         names = ("lr_scheduler_type", "gradient_accumulation_steps", "warmup_steps", "weight_decay", "max_grad_norm")
         settings |= {name: getattr(self.args, name) for name in (*names, "adam_beta1", "adam_beta2")}
         settings |= {name: getattr(self.options, name) for name in ("pretrain_steps", "pretrain_rate")}
         if run.kind == "dense":
             return settings
         names = ("num_experts", "router_aux_loss_coef")
-        names += ("group_size", "budget", "initial_score") if run.kind in LEARNED else ()
-        names += ("importance_batches",) if run.kind in ("guided", *ONE_SHOT) else ()
+        names += ("group_size", "budget") if run.kind in LEARNED else ()
+        names += ("importance_batches",) if run.kind in (*GUIDED, *ONE_SHOT) else ()
         settings |= {name: getattr(self.options, name) for name in names}
-        return settings | (asdict(self.recipe) if run.kind in LEARNED else {"router_rate": self.recipe.router_rate})
+        recipe = asdict(self.recipe) if run.kind in LEARNED else {"router_rate": self.recipe.router_rate}
+        return recipe | settings  # the share is that of the run
 
     def start(self, run: MaskRun, seed: int) -> PreTrainedModel:
-        """Give a dense model masks, to be learned or from a one-shot split, or fix those that were learned."""
+        """Give a dense model masks, to be learned or from a one-shot split."""
         model, options = super().start(run, seed), self.options
         if run.kind == "dense":
             return model
-        if run.first_step:
-            return model.fix_masks(run.keep_ratio)
         unrouted = run.kind in UNROUTED
         form: dict[str, Any] = {
             "num_experts": 1 if unrouted else options.num_experts,
@@ -129,9 +127,9 @@ class MaskStudy(Study):
             "seed": seed,
         }
         model = model.to(self.args.device)
-        if run.sparsifies:
-            form |= {name: getattr(options, name) for name in ("group_size", "budget", "initial_score")}
-            if run.kind == "guided":
+        if run.kind in LEARNED:
+            form |= {name: getattr(options, name) for name in ("group_size", "budget")}
+            if run.kind in GUIDED:
                 form["importance"] = measure_importance(model, self.first_rows(seed), self.task.collator)
         else:
             shape = {"num_experts": form["num_experts"], "keep_ratio": run.keep_ratio}
@@ -145,27 +143,24 @@ class MaskStudy(Study):
         return list(read_rows(self.blocks, size * count, seed=[seed]))
 
     def extras(self, run: MaskRun, seed: int, model: PreTrainedModel, args: TrainingArguments) -> dict[str, Any]:
-        """Learn masks in the first stage; let all rows read the same blocks at the same learning rates."""
+        """Learn masks; let all rows read the same blocks at the same learning rates."""
         options: dict[str, Any] = {}
-        if run.sparsifies:
+        if run.kind in LEARNED:
             callback = MaskSparsityCallback(replace(self.recipe, keep_ratio=run.keep_ratio))
             optimizer, options["callbacks"] = callback.make_optimizer(model, args), [callback]
         else:
             optimizer = make_optimizer(model, args, part=".router.", rate=self.recipe.router_rate)
         if run.teacher is not None:
             options["data_collator"] = partial(collate_for_both, self.task.collator, model)
-        is_start = run.name == "start"
-        total = run.steps if is_start else self.args.max_steps
-        scheduler = make_scheduler(optimizer, args, first_step=run.first_step, total_steps=total)
-        size = args.train_batch_size * args.gradient_accumulation_steps
-        count, skip = max(run.steps, 1) * size, run.first_step * size
-        rows = read_rows(self.blocks, count, seed=[seed, 1] if is_start else [seed], skip=skip)
-        return options | {"optimizers": (optimizer, scheduler), "train_dataset": rows}
+        count = max(run.steps, 1) * args.train_batch_size * args.gradient_accumulation_steps
+        rows = read_rows(self.blocks, count, seed=[seed, 1] if run.name == "start" else [seed])
+        return options | {"optimizers": (optimizer, None), "train_dataset": rows}
 
     def save(self, trainer: Trainer, run: MaskRun, folder: Path) -> None:
-        """Save a model with fixed masks as small as it has become, any other as it is."""
-        is_fixed = not (run.kind == "dense" or run.sparsifies)
-        (shrink(trainer.model) if is_fixed else trainer.model).save_pretrained(folder)
+        """Save a model with masks as small as it has become, any other as it is."""
+        if run.kind in LEARNED:
+            trainer.model.fix_masks(run.keep_ratio)
+        (trainer.model if run.kind == "dense" else shrink(trainer.model)).save_pretrained(folder)
 
     def sizes(self, model: PreTrainedModel, run: MaskRun, seed: int) -> dict[str, int]:
         """Count all weights, those that one token meets, and the bytes on disk."""
@@ -175,8 +170,7 @@ class MaskStudy(Study):
 
     def findings(self, trainer: Trainer, run: MaskRun) -> dict[str, Any]:
         """Keep what was logged, and which units and experts are used."""
-        is_fixed = not (run.kind == "dense" or run.sparsifies)
-        use = measure_use(trainer.model, self.task.batches(trainer.model, 128)) if is_fixed else {}
+        use = {} if run.kind == "dense" else measure_use(trainer.model, self.task.batches(trainer.model, 128))
         return {"log": trainer.state.log_history, **use}
 
     def rows(self, runs: list[MaskRun], seeds: list[int]) -> list[dict[str, str]]:
@@ -227,7 +221,7 @@ class MaskStudy(Study):
             plot_curves(curves, drawn[-1][1], x="active share of the feed-forward units", y=metric)
         for run in runs:
             if run.kind in LEARNED:
-                log = self.result(run.start, seeds[0])["log"]
+                log = self.result(run.name, seeds[0])["log"]
                 units = self.result(run.name, seeds[0])["units"]
                 files = draw_learning(log, units, self.folder(run.name, seeds[0]))
                 drawn += [(f"{run.name}: {caption}", file) for caption, file in files.items()]
@@ -252,15 +246,14 @@ def main() -> None:
     study = MaskStudy(LanguageTask(arguments), args, options, recipe)
 
     plans = [study.plan(kind, ratio) for ratio in options.keep_ratios for kind in options.kinds]
-    study.make_all([study.first, study.dense, *(run for stages in plans for run in stages)], options.seeds)
-
-    runs = [study.first, study.dense, *(stages[-1] for stages in plans)]
+    runs = [study.first, study.dense, *plans]
+    study.make_all(runs, options.seeds)
     origin = "is trained from scratch" if arguments.from_scratch else "is a pre-trained model"
     more = f" (and trained for {options.pretrain_steps} steps)" if options.pretrain_steps else ""
     about = ABOUT.format(
         start=f"`start` {origin}{more}.",
         steps=args.max_steps,
-        sparsify=study.sparsify_steps,
+        learned=recipe.learn_steps(args.max_steps),
         experts=options.num_experts,
     )
     duels = study.duels(runs, options.seeds)

@@ -21,7 +21,7 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys, tiny_teacher, num_exper
     (tmp_path / "text.txt").write_text("good film\nbad book\n" * 40)
     folder = tmp_path / "out"
     options = ["--model_name_or_path", tmp_path / "dense", "--train_file", tmp_path / "text.txt"]
-    options += ["--num_experts", num_experts, "--block_size", 8, "--max_steps", 4, "--output_dir", folder]
+    options += ["--num_experts", num_experts, "--block_size", 8, "--max_steps", 6, "--output_dir", folder]
     monkeypatch.setattr("sys.argv", [str(SCRIPT), *map(str, options)])
     scope = runpy.run_path(str(SCRIPT), run_name="__main__")
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -33,7 +33,7 @@ from hf_moebert.runtime.chains import load_chain
 PRUNING = PlatonConfig(keep_ratio=0.4, initial_warmup=1, final_warmup=2, window=2)
 MOVING = replace(PRUNING, criterion="movement")
 SQUEEZING = MPOSqueezingConfig(metric="epoch", higher_is_better=False, cuts=3)  # gets worse whatever is learned
-MASKS = MaskSparsityConfig(keep_ratio=0.6, score_rate=0.5)
+MASKS = MaskSparsityConfig(keep_ratio=0.6, score_rate=0.5, ramp_share=0.5, learn_share=1.0)
 STOP, STEPS = 4, 6  # the step that is stored, and the last one
 DEPTH = 1  # layers below the stored states
 

@@ -51,7 +51,7 @@ class MoMFields:
 
     before_use: ClassVar[list[Callable[[type], None]]] = []  # called with the class of every configuration
 
-    num_experts: int = 4
+    num_experts: int = 1
     num_experts_per_tok: int = 1
     group_size: int = 1
     mask_stage: str = "learned"
@@ -109,7 +109,7 @@ class MoMFields:
     def validate_masks(self) -> None:
         """Refuse values that break a rule."""
         if not 1 <= self.num_experts <= 64:
-            raise ValueError(f"`num_experts` must be in [1, 64], got {self.num_experts}. Use 4, or leave it out.")
+            raise ValueError(f"`num_experts` must be in [1, 64], got {self.num_experts}. Leave it out for 1.")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
                 f"`num_experts_per_tok` (`top_k` of `from_dense`) must be in [1, {self.num_experts}], the number of "

@@ -15,10 +15,7 @@ from .configuration_mixture_of_masks import MoMFields, MoMT5Config
 from .modeling_compact import CompactFeedForward, copy_units, fill_units, split_units
 from .modeling_masked import MoMModel
 from .modeling_masks import (
-    HIGHEST_SCORE,
     IMPORTANCE_SPREAD,
-    INITIAL_SCORE,
-    LOWEST_SCORE,
     ROUTER_STD,
     MaskedFeedForward,
 )
@@ -33,13 +30,12 @@ logger = logging.get_logger(__name__)
 def from_dense(
     model: PreTrainedModel,
     *,
-    num_experts: int = 4,
+    num_experts: int = 1,
     top_k: int = 1,
     group_size: int = 1,
     budget: str = "global",
     router_aux_loss_coef: float = 0.01,
     layers: list[int] | None = None,
-    initial_score: float = INITIAL_SCORE,
     importance: Tensor | None = None,
     masks: Tensor | None = None,
     seed: int = 0,
@@ -54,12 +50,9 @@ def from_dense(
         budget: Whether the target sparsity holds for all blocks together (`global`) or for each (`layer`).
         router_aux_loss_coef: Weight of the balance loss of the routers.
         layers: Blocks that get masks, by default all; T5 counts its encoder and then its decoder.
-        initial_score: Initial score of the masks. From 2.4 on, all masks are 1 without noise. With noise, a mask of
-            score 3 is open with a probability of 0.990 and exactly 1 with 0.80; a mask of score 10 with 0.99999 and
-            0.9998, but it takes longer to close.
-        importance: Score of each unit, from `measure_importance`. The masks of the least important units start at
-            `initial_score` and those of the others above it, in order, so that the least important ones close first,
-            unless training overrules it. `(layers, units)`.
+        importance: Score of each unit, from `measure_importance`: where masks should start from. Those of the least
+            important units start nearest to closing and close first, unless training overrules it; by default all
+            start alike. `(layers, units)`.
         masks: Masks that are fixed from the start instead of learned, such as those of `functional_plans`. Bool,
             `(layers, experts, units)`.
         seed: Seed of scores and routers.
@@ -85,7 +78,7 @@ def from_dense(
     )
     cls = find_masked_class(model)
     _check_dense(model)
-    _check_scores(initial_score, importance, masks)
+    _check_given(importance, masks)
     config = cls.config_class.from_dense(
         model.config,
         num_experts=num_experts,
@@ -108,7 +101,7 @@ def from_dense(
         for name, part in dense.separated().items():
             copy_units(getattr(network, name), part)
         if network.masks.scores is not None:
-            network.masks.reset_parameters(initial_score, generator)
+            network.masks.reset_parameters(generator)
             network.masks.learned.add_(offset)
         if network.router is not None:
             network.router.weight.normal_(std=ROUTER_STD, generator=generator)
@@ -128,13 +121,7 @@ def _check_dense(model: PreTrainedModel) -> None:
         )
 
 
-def _check_scores(initial_score: float, importance: Tensor | None, masks: Tensor | None) -> None:
-    high = HIGHEST_SCORE - (0 if importance is None else IMPORTANCE_SPREAD)
-    if type(initial_score) not in (int, float) or not LOWEST_SCORE <= initial_score <= high:
-        raise ValueError(
-            f"`initial_score` must be in [{LOWEST_SCORE}, {high:g}], got {initial_score!r}: lower scores "
-            f"are not open, and higher ones have no gradient to close. Leave it out for {INITIAL_SCORE:g}."
-        )
+def _check_given(importance: Tensor | None, masks: Tensor | None) -> None:
     if importance is not None and masks is not None:
         raise ValueError("`importance` must be left out with `masks`, which are fixed already. Give one of them.")
     for name, value in (("importance", importance), ("masks", masks)):

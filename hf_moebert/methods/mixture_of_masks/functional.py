@@ -1,4 +1,4 @@
-"""The equations of learned masks on tensors: hard concrete draws, routing, the constraint, and classes of units.
+"""The equations of learned masks on tensors: hard concrete draws, routing, the budget, and classes of units.
 
 The paper (Liu et al. 2025, "Masks Can be Learned as an Alternative to Experts", ACL) publishes the idea: each expert
 is a mask on the activations of a feed-forward network, learned with an L0 penalty from all open to half open. Its
@@ -17,6 +17,7 @@ from .functional_routing import expert_load
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1  # of the hard concrete distribution, as in its paper
 SHIFT = TEMPERATURE * math.log(-LOW / HIGH)  # the score at which a mask is open with probability 1/2
 NOISE_MARGIN = 1e-6  # noise of 0 or 1 would have infinite logits
+SHARE_TOLERANCE, MOST_ROUNDS = 1e-6, 50  # of the search for a budget; halving alone needs fewer rounds
 
 
 def draw_masks(scores: Tensor, noise: Tensor) -> Tensor:
@@ -115,21 +116,33 @@ def active_share(open_masks: Tensor, index: Tensor, real: Tensor) -> Tensor:
     return (counts / counts.sum().clamp(min=1) * (1 - closed).mean(dim=1)).sum()
 
 
-def sparsity_penalty(sparsity: Tensor, target: float | Tensor, multipliers: Tensor) -> Tensor:
-    """Return the augmented Lagrangian of `sparsity = target`, to be maximised over the multipliers.
+def shift_to_share(scores: Tensor, share: float) -> Tensor:
+    """Return what to add to all scores, so that their masks are open with a given mean probability.
+
+    Newton's method, in a bracket that is halved where a step would leave it.
 
     Args:
-        sparsity: Expected share of unused units of each budget. Shape `(budgets,)`.
-        target: Sparsity to reach.
-        multipliers: Multipliers of the difference and of its square. Shape `(2, budgets)`.
+        scores: `log alpha` of each mask. Any shape.
+        share: Mean probability that a mask is not zero, in (0, 1).
 
     Returns:
-        Scalar, the sum over the budgets.
+        Scalar, float32; the mean probability is right up to 1e-6.
 
-    Source: Wang et al. 2020, https://arxiv.org/abs/1910.04732, section 3.3.
+    Source: Our own design; Louizos et al. 2018, https://arxiv.org/abs/1712.01312, eq. 12, for the probability.
     """
-    gap = sparsity - target
-    return (multipliers[0] * gap + multipliers[1] * gap.square()).sum()
+    scores = scores.float()
+    goal = math.log(share / (1 - share)) + SHIFT  # the score of a mask that is open with this probability
+    low, high = goal - scores.max(), goal - scores.min()  # at which too little is open, and too much
+    shift = torch.zeros((), device=scores.device).clamp(low, high)
+    for _ in range(MOST_ROUNDS):
+        probability = open_probability(scores + shift)
+        gap = probability.mean() - share
+        if gap.abs() <= SHARE_TOLERANCE:
+            break
+        low, high = (low, shift) if gap > 0 else (shift, high)
+        step = shift - gap / (probability * (1 - probability)).mean()
+        shift = step if low < step < high else (low + high) / 2
+    return shift
 
 
 def choose_masks(scores: Tensor, keep_ratio: float | None, *, by_layer: bool = False) -> Tensor:

@@ -4,19 +4,21 @@ import hashlib
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.utils import logging
 
 from .configuration_mixture_of_masks import MoMFields
 from .configuration_widths import as_dense
-from .functional import choose_masks, classify_units
+from .functional import choose_masks, classify_units, open_probability, shift_to_share
+from .modeling_balance import BalancedModel, add_balance
 from .modeling_compact import CompactExperts, CompactFeedForward
-from .modeling_constraint import ConstrainedModel, MaskBudget, add_constraint
 from .modeling_masks import (
+    HIGHEST_SCORE,
     INITIAL_SCORE,
     ROUTER_STD,
     SCORE_STD,
+    MaskBudget,
     MaskedFeedForward,
     MaskRouter,
     Masks,
@@ -28,18 +30,19 @@ from .modeling_surgery import find_feed_forwards
 logger = logging.get_logger(__name__)
 
 
-class MoMModel(ConstrainedModel):
+class MoMModel(BalancedModel):
     """Base of all models with masks; a subclass only adds the class of transformers that it extends."""
 
     config: MoMFields
     _tp_plan: dict[str, str] = {}  # nothing is sharded: see `base_model_tp_plan` of the configurations
     # Patterns of names; all that match become float32, also integers such as `masks.is_open` and `budget.clock`
-    _keep_in_fp32_modules_strict = {"masks.scores", "router.weight", "budget.multipliers", "budget.schedule"}
+    _keep_in_fp32_modules_strict = {"masks.scores", "router.weight", "budget.schedule"}
+    _keys_to_ignore_on_load_unexpected = [r"budget\.multipliers$"]  # in 0.1.0 they held the masks to their target
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if MoMModel in cls.__bases__:  # further subclasses inherit the wrapped method
-            cls.forward = add_constraint(cls.forward)
+            cls.forward = add_balance(cls.forward)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -65,7 +68,7 @@ class MoMModel(ConstrainedModel):
                 network.block = block
                 dense.replace_in(self, network)
         if config.mask_stage == "learned":
-            self.budget = MaskBudget(len(config.blocks) if config.mask_budget == "layer" else 1)
+            self.budget = MaskBudget()
 
     @torch.no_grad()
     def fix_masks(self, keep_ratio: float | None = None) -> Self:
@@ -89,14 +92,55 @@ class MoMModel(ConstrainedModel):
             )
         if not self.budget.clock:
             logger.warning("No training step of the masks was counted: they are fixed at their initial scores.")
-        networks = self.masked_networks().values()
-        scores = torch.stack([network.masks.learned for network in networks])  # (layers, experts, groups)
-        chosen = choose_masks(scores, keep_ratio, by_layer=self.config.mask_budget == "layer")
-        for network, is_open in zip(networks, chosen, strict=True):
+        for network, is_open in self._choose(keep_ratio):
             network.masks.fix(is_open)
         del self.budget
         self.config.mask_stage = "fixed"
         return self
+
+    @torch.no_grad()
+    def hold_masks(self, sparsity: float) -> None:
+        """Shift all scores of a budget together, in place, so that its masks are closed with this mean probability.
+
+        Their order and differences stay as they are: what closes is learned, how much is not.
+
+        Args:
+            sparsity: In (0, 1).
+        """
+        for scores in self._budgets():
+            shift = shift_to_share(torch.cat([of_block.flatten() for of_block in scores]), 1 - sparsity)
+            for of_block in scores:
+                of_block.add_(shift)
+
+    @torch.no_grad()
+    def measure_sparsity(self) -> Tensor:
+        """Return the mean probability of the masks of each budget to be closed, `(budgets,)`."""
+        closed = [torch.stack([1 - open_probability(x).mean() for x in scores]).mean() for scores in self._budgets()]
+        return torch.stack(closed)
+
+    @torch.no_grad()
+    def harden_masks(self, keep_ratio: float) -> None:
+        """Set the scores, in place, so that masks are the 0 and 1 of `fix_masks`, and gradients move them no more.
+
+        Args:
+            keep_ratio: As of `fix_masks`.
+        """
+        for network, is_open in self._choose(keep_ratio):
+            scores = network.masks.learned
+            scores.copy_(torch.where(is_open, HIGHEST_SCORE, -HIGHEST_SCORE))
+            network.masks.set_noise(None)
+
+    def _choose(self, keep_ratio: float | None) -> list[tuple[MaskedFeedForward, Tensor]]:
+        """Return each network with the masks that stay open, `(experts, groups)`."""
+        networks = self.masked_networks().values()
+        scores = torch.stack([network.masks.learned for network in networks])  # (layers, experts, groups)
+        chosen = choose_masks(scores, keep_ratio, by_layer=self.config.mask_budget == "layer")
+        return list(zip(networks, chosen, strict=True))
+
+    def _budgets(self) -> list[list[nn.Parameter]]:
+        """Return the scores of the blocks that share a target, by budget."""
+        scores = [network.masks.learned for network in self.masked_networks().values()]
+        return [[of_block] for of_block in scores] if self.config.mask_budget == "layer" else [scores]
 
     @torch.no_grad()
     def count_units(self) -> dict[str, dict[str, int]]:
@@ -141,9 +185,7 @@ class MoMModel(ConstrainedModel):
         elif isinstance(module, MaskRouter):
             init.normal_(module.weight, std=ROUTER_STD)
         elif isinstance(module, MaskBudget):
-            init.zeros_(module.multipliers)
             init.zeros_(module.clock)
-            init.zeros_(module.sparsity)
             init.zeros_(module.schedule)
         elif isinstance(module, CompactExperts):
             for parameter in module.parameters(recurse=False):

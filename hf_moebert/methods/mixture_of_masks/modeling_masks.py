@@ -14,8 +14,9 @@ from .modeling_surgery import FeedForward, matrix_of
 
 ROUTER_STD = 0.02
 IMPORTANCE_SPREAD = 10.0  # initial score of the most important unit, minus that of the least important one
-LOWEST_SCORE, HIGHEST_SCORE = 2.4, 14.0  # masks are open without noise, and float32 still has a gradient
 INITIAL_SCORE, SCORE_STD = 3.0, 0.01  # without noise, all masks are 1: the dense model
+HIGHEST_SCORE = 14.0  # a mask is 1 whatever the noise, and 0 at minus as much
+SCHEDULE_SIZE = 10  # numbers that describe how a run learns its masks: the fields of the recipe, its steps and seed
 
 
 class MaskRouter(nn.Linear):
@@ -52,9 +53,9 @@ class Masks(nn.Module):
         self.noise: Tensor | None = None  # of the current step; None outside of a run
 
     @torch.no_grad()
-    def reset_parameters(self, initial_score: float = INITIAL_SCORE, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw scores at which all masks are open."""
-        self.learned.normal_(initial_score, SCORE_STD, generator=generator)
+        self.learned.normal_(INITIAL_SCORE, SCORE_STD, generator=generator)
 
     @property
     def learned(self) -> nn.Parameter:
@@ -84,6 +85,20 @@ class Masks(nn.Module):
     def set_noise(self, noise: Tensor | None) -> None:
         """Set the noise of the current step, `(experts, groups)`; a method, because PEFT's wrappers forward calls."""
         self.noise = noise
+
+
+class MaskBudget(nn.Module):
+    """State of a run that learns masks.
+
+    It is part of every checkpoint, so that a resumed run continues as if it had never stopped.
+    """
+
+    in_run = False  # whether a callback draws noise
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock: Tensor = nn.Buffer(torch.zeros((), dtype=torch.int64))  # counted optimiser steps
+        self.schedule: Tensor = nn.Buffer(torch.zeros(SCHEDULE_SIZE, dtype=torch.float32))  # zeros before a run
 
 
 class RoutedFeedForward(nn.Module):

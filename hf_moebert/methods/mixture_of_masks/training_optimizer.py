@@ -1,4 +1,4 @@
-"""The optimizer that learns masks: minimised over weights and scores, maximised over the multipliers."""
+"""The optimizer that learns masks, whose scores have a rate of their own."""
 
 from typing import Any
 
@@ -9,16 +9,14 @@ from transformers.trainer_utils import unwrap_peft_model
 
 from hf_moebert.training.optimizers import make_adamw
 
-from .modeling_constraint import MaskBudget
 from .modeling_masked import MoMModel
+from .modeling_masks import MaskBudget
 from .recipe import MaskSparsityConfig
 
 
 SCORE_EPSILON = 1e-15  # scores far from closing have tiny gradients, to which Adam's usual 1e-8 is not negligible
-SCORE_BETAS = (0.5, 0.999)  # a longer memory of gradients makes the masks overshoot their target
-MULTIPLIER_EPSILON = 1e-2  # gradients of multipliers are distances from the target; smaller ones hardly count
-# Key of parameter groups without a schedule: the field of the recipe that holds their rate. It is in checkpoints.
-CONSTANT_RATE = "steady_rate"
+SCORE_BETAS = (0.5, 0.999)  # most of a mask's gradients are zero, and a long memory would carry on old ones
+SCORES = "of_scores"  # key of the group of the scores; it is in checkpoints
 
 
 def make_optimizer(
@@ -35,25 +33,22 @@ def make_optimizer(
     networks = masked.masked_networks().values()
     scores = [network.masks.learned for network in networks]
     routers = [network.router.weight for network in networks if network.router is not None]
-    multipliers = [masked.budget.multipliers]
-    own = {id(parameter) for parameter in [*scores, *routers, *multipliers]}
+    own = {id(parameter) for parameter in [*scores, *routers]}
     if recipe.freeze_backbone:
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in own)
     groups: list[dict[str, Any]] = [
         {"params": routers, "lr": recipe.router_rate},
-        {"params": scores, CONSTANT_RATE: "score_rate", "eps": SCORE_EPSILON, "betas": SCORE_BETAS},
-        {"params": multipliers, CONSTANT_RATE: "multiplier_rate", "eps": MULTIPLIER_EPSILON, "maximize": True},
+        {"params": scores, SCORES: True, "lr": recipe.score_rate, "eps": SCORE_EPSILON, "betas": SCORE_BETAS},
     ]
-    set_constant_rates(groups, recipe)
     return make_adamw(model, args, groups, rate=recipe.backbone_rate)
 
 
-def set_constant_rates(groups: list[dict[str, Any]], recipe: MaskSparsityConfig) -> None:
-    """Give scores and multipliers the rates of the recipe, whatever the schedule or the checkpoint says."""
+def set_score_rate(groups: list[dict[str, Any]], rate: float) -> None:
+    """Give the scores their rate, whatever the schedule or the checkpoint says."""
     for group in groups:
-        if CONSTANT_RATE in group:
-            group["lr"] = getattr(recipe, group[CONSTANT_RATE])
+        if SCORES in group:
+            group["lr"] = rate
 
 
 def find_learned(model: nn.Module) -> MoMModel:

@@ -70,9 +70,9 @@ def make_args(folder, **options):
 
 
 def make_trainer(folder, model, recipe=None, *, data=None, callbacks=(), trainer=Trainer, extra=None, **options):
-    """A Trainer with the callback and its optimizer; `options` are training arguments."""
+    """A Trainer with the callback and its optimizer, to learn masks to the end; `options` are training arguments."""
     args = make_args(folder, **options)
-    callback = MaskSparsityCallback(MaskSparsityConfig(**recipe or {}))
+    callback = MaskSparsityCallback(MaskSparsityConfig(**{"ramp_share": 0.5, "learn_share": 1.0} | (recipe or {})))
     data = make_data(model.config.model_type.removeprefix("mom_")) if data is None else data
     return trainer(
         model=model,

@@ -10,7 +10,7 @@ from hf_moebert.methods.mixture_of_masks.recipe import RAMPS
 
 
 def targets(steps, **recipe):
-    callback = MaskSparsityCallback(MaskSparsityConfig(**recipe))
+    callback = MaskSparsityCallback(MaskSparsityConfig(**{"ramp_share": 0.5, "learn_share": 1.0} | recipe))
     callback._ramp_steps = callback.config.ramp_steps(steps)
     return [callback.target_at(clock) for clock in range(steps + 1)]
 
@@ -39,14 +39,14 @@ def test_it_can_be_parsed_from_a_command_line():
     assert recipe == MaskSparsityConfig(keep_ratio=0.25, ramp="cubic", backbone_rate=1e-4, freeze_backbone=True)
 
 
-@pytest.mark.parametrize("name", ["keep_ratio", "ramp_share"])
+@pytest.mark.parametrize("name", ["keep_ratio", "ramp_share", "learn_share"])
 @pytest.mark.parametrize("value", [0, -0.1, 1.2, math.nan, math.inf, "50%", None, True])
 def test_shares_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"`{name}` must be a number in \(0, 1\], got .*Use 0.5"):
         MaskSparsityConfig(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["score_rate", "multiplier_rate", "router_rate", "backbone_rate"])
+@pytest.mark.parametrize("name", ["score_rate", "router_rate", "backbone_rate"])
 @pytest.mark.parametrize("value", [-1e-3, math.nan, math.inf, "fast", False])
 def test_rates_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"`{name}` must be a finite number >= 0, got "):
@@ -63,3 +63,5 @@ def test_the_rest_is_refused():
         MaskSparsityConfig(freeze_backbone=1)
     with pytest.raises(ValueError, match=r"`ramp_share` must leave at least one of the run's 3 steps .*got 0.1"):
         MaskSparsityConfig(ramp_share=0.1).ramp_steps(3)
+    with pytest.raises(ValueError, match=r"`learn_share` must be at least `ramp_share`, got 0.3 and 0.4: masks are"):
+        MaskSparsityConfig(ramp_share=0.4, learn_share=0.3)

@@ -17,7 +17,7 @@ from hf_moebert.methods.mixture_of_masks.functional import (
     mix_masks,
     open_probability,
     settle_masks,
-    sparsity_penalty,
+    shift_to_share,
 )
 
 
@@ -149,10 +149,20 @@ def test_padding_alone_does_not_look_like_sparsity(top_k):
     assert share == 1
 
 
-def test_the_penalty_is_the_augmented_lagrangian_of_all_budgets():
-    sparsity, multipliers = torch.tensor([0.2, 0.6]), torch.tensor([[1.0, 2], [3, 4]])
-    wanted = (1 * -0.3 + 3 * 0.09) + (2 * 0.1 + 4 * 0.01)
-    assert sparsity_penalty(sparsity, 0.5, multipliers).item() == pytest.approx(wanted)
+@pytest.mark.parametrize("spread", [0.0, 0.01, 3.0, 30.0])
+@pytest.mark.parametrize("share", [1e-3, 0.1, 0.5, 0.9, 0.999])
+def test_shifted_scores_are_open_with_the_share(share, spread):
+    scores = 3 + spread * torch.randn(4, 500, generator=seeded())
+    shift = shift_to_share(scores, share)
+    assert open_probability(scores + shift).mean() == pytest.approx(share, abs=2e-6)
+    assert shift_to_share(scores + shift, share).abs() < 1e-3  # there is nothing more to do
+
+
+def test_two_kinds_of_scores_are_shifted_where_no_step_alone_leads():
+    """Half far open, half far closed: between them the share hardly changes."""
+    scores = torch.tensor([-14.0, 14.0]).repeat(100)
+    for share in (0.3, 0.5, 0.7):
+        assert open_probability(scores + shift_to_share(scores, share)).mean() == pytest.approx(share, abs=2e-6)
 
 
 @pytest.mark.parametrize("by_layer", [False, True])
@@ -250,9 +260,6 @@ def test_gradients_of_the_share_and_of_the_mixture_are_right(top_k):
     weights = weights.double().detach().requires_grad_()
     assert torch.autograd.gradcheck(lambda m, w: mix_masks(m, index, w), (masks, weights))
     assert torch.autograd.gradcheck(lambda m: active_share(m, index, real), (masks,))
-    multipliers = torch.randn(2, 3, generator=generator, dtype=torch.float64).requires_grad_()
-    sparsity = torch.rand(3, generator=generator, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda s, m: sparsity_penalty(s, 0.3, m), (sparsity, multipliers))
 
 
 def test_gradients_of_scores_are_those_of_finite_differences():

@@ -23,7 +23,6 @@ from tiny_masks import (
 from hf_moebert.architectures.functional_routing import balance_loss
 from hf_moebert.methods.mixture_of_masks import from_dense
 from hf_moebert.methods.mixture_of_masks.functional import (
-    active_share,
     choose_experts,
     choose_masks,
     draw_masks,
@@ -135,41 +134,59 @@ def test_a_masked_network_is_the_gated_sum_of_its_experts(kind, options):
         assert_near(found, wanted)
 
 
-@pytest.mark.parametrize("budget", ["global", "layer"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_has_the_constraint_and_the_balance_over_real_tokens(kind, budget):
-    model = make_masked(kind, budget=budget, top_k=2, router_aux_loss_coef=0.5)
+def test_the_loss_has_the_balance_over_real_tokens(kind):
+    model = make_masked(kind, top_k=2, router_aux_loss_coef=0.5)
     batch = make_batch(kind, labels=True)
     seen = {}
     for name, network in model.masked_networks().items():
         network.router.register_forward_hook(lambda module, _, logits, name=name: seen.__setitem__(name, logits))
     stock = model(**batch).loss
-    with torch.no_grad():
-        model.budget.multipliers.copy_(torch.tensor([[0.7], [1.3]]).expand_as(model.budget.multipliers))
-    model.budget.target = 0.25
     output = model.train()(**batch)
-    shares, balances = [], []
+    balances = []
     for name, network in model.masked_networks().items():
         in_decoder = kind.startswith("t5") and network.block >= LAYERS
         mask = batch["labels"] != -100 if in_decoder else batch["attention_mask"].bool()
         logits = seen[name][mask]  # (real, experts)
         index, _ = choose_experts(logits, 2)
-        real = torch.ones(len(logits), dtype=torch.bool)
-        shares.append(active_share(open_probability(network.masks.scores), index, real))
-        balances.append(balance_loss(logits, index, real))
+        balances.append(balance_loss(logits, index, torch.ones(len(logits), dtype=torch.bool)))
         assert network.load.sum() == 2 * mask.sum()
-    sparsity = 1 - torch.stack(shares)
-    gap = (sparsity if budget == "layer" else sparsity.mean()) - 0.25
-    penalty = (0.7 * gap + 1.3 * gap.square()).sum()
     torch.testing.assert_close(output.aux_loss, torch.stack(balances).mean())
-    torch.testing.assert_close(output.sparsity_loss, penalty)
-    torch.testing.assert_close(output.loss, stock + penalty + 0.5 * output.aux_loss)
-    torch.testing.assert_close(model.budget.sparsity, (sparsity if budget == "layer" else sparsity.mean()[None]))
+    torch.testing.assert_close(output.loss, stock + 0.5 * output.aux_loss)
 
 
-def test_a_subclass_counts_the_constraint_once():
+@pytest.mark.parametrize("budget", ["global", "layer"])
+def test_budgets_are_held_together_or_each_by_itself(budget):
+    model = make_masked("t5", budget=budget)
+    before = torch.stack([network.masks.scores.detach().clone() for network in model.masked_networks().values()])
+    model.hold_masks(0.7)
+    after = torch.stack([network.masks.scores.detach() for network in model.masked_networks().values()])
+    closed = 1 - open_probability(after).mean(dim=(1, 2))  # (blocks,)
+    closed = closed if budget == "layer" else closed.mean()[None]
+    torch.testing.assert_close(closed, torch.full_like(closed, 0.7), rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.measure_sparsity(), closed)
+    shifts = (after - before).mean(dim=(1, 2), keepdim=True)  # (blocks, 1, 1)
+    torch.testing.assert_close(after - before, shifts.expand_as(after), rtol=0, atol=1e-4)
+    assert (shifts.max() - shifts.min() > 1e-2) == (budget == "layer")
+
+
+@pytest.mark.parametrize("budget", ["global", "layer"])
+def test_hardened_masks_are_those_that_will_be_fixed(budget):
+    model = make_masked("llama", budget=budget)
+    model.draw_noise(0)
+    wanted = copy.deepcopy(model).fix_masks(0.3)
+    model.harden_masks(0.3)
+    model.train()(**make_batch("llama", labels=True)).loss.backward()
+    for network, fixed in zip(model.networks().values(), wanted.networks().values(), strict=True):
+        assert torch.equal(network.masks(), fixed.masks())
+        assert not network.masks.scores.grad.any()
+    model.fix_masks()  # as many as are open
+    for network, fixed in zip(model.networks().values(), wanted.networks().values(), strict=True):
+        assert torch.equal(network.masks(), fixed.masks())
+
+
+def test_a_subclass_counts_the_balance_once():
     model, batch = make_masked("llama").train(), make_batch("llama", labels=True)
-    model.budget.multipliers.data.fill_(1.0)
     wanted = model(**batch).loss
     model.__class__ = type("Mine", (type(model),), {})
     assert model(**batch).loss == wanted
@@ -195,7 +212,7 @@ def test_noise_is_that_of_the_step_and_of_training_only():
 def test_seeds_decide_scores_and_routers_and_nothing_else_is_drawn():
     dense = make_dense("llama")
     before = torch.get_rng_state()
-    one, two, other = (from_dense(dense, seed=seed).state_dict() for seed in (1, 1, 2))
+    one, two, other = (from_dense(dense, num_experts=4, seed=seed).state_dict() for seed in (1, 1, 2))
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(one[name], two[name]) for name in one if "schedule" not in name)
     assert not torch.equal(one["model.layers.0.mlp.router.weight"], other["model.layers.0.mlp.router.weight"])
@@ -232,13 +249,11 @@ def test_fixing_keeps_the_exact_share_with_the_highest_scores(budget):
     assert torch.equal(opened, choose_masks(scores, 0.3, by_layer=budget == "layer"))
     assert opened.sum() == (2 * 4 * round(0.3 * UNITS) if budget == "layer" else 4 * round(0.3 * 2 * UNITS))
     assert model.config.mask_stage == "fixed"
-    assert model.train()(**make_batch("llama", labels=True)).keys().isdisjoint({"sparsity_loss"})
 
 
 def test_labels_and_gradients_reach_what_they_should():
     for options in ROUTES:
         model = make_masked("llama", **options).train()
-        model.budget.multipliers.data.fill_(1.0)
         model.draw_noise(0)
         model(**make_batch("llama", labels=True)).loss.backward()
         lost = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
@@ -256,19 +271,13 @@ def test_no_label_gives_no_loss_of_its_own_and_no_nan(kind):
     model, batch = make_masked(kind, router_aux_loss_coef=0).train(), make_batch(kind, labels=True)
     batch["labels"] = torch.full_like(batch["labels"], -100)
     output = model(**batch)
-    assert output.loss == output.sparsity_loss == 0  # the multipliers begin at 0
+    assert output.loss == 0
     output.loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     assert model.eval()(**batch).loss == 0
 
 
-def test_a_batch_of_padding_alone_is_not_sparse():
-    model, batch = make_masked("bert", scatter=False).train(), make_batch("bert", labels=True)
-    model(**batch | {"attention_mask": torch.zeros_like(batch["attention_mask"])})
-    assert model.budget.sparsity.item() < 0.02
-
-
-def test_every_form_of_a_mask_gives_the_same_constraint():
+def test_every_form_of_a_mask_gives_the_same_balance():
     model, batch = make_masked("llama", top_k=2).train(), make_batch("llama", labels=True)
     rows = batch["attention_mask"]
     causal = torch.ones(7, 7, dtype=torch.bool).tril() & rows.bool()[:, None, None]
@@ -289,7 +298,7 @@ def test_routers_and_masks_compute_in_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(**batch)
     assert set(seen) == {torch.float32}
-    assert output.loss.dtype == output.aux_loss.dtype == output.sparsity_loss.dtype == torch.float32
+    assert output.loss.dtype == output.aux_loss.dtype == torch.float32
     torch.testing.assert_close(output.loss, exact.loss, rtol=0.05, atol=0)
     output.loss.backward()
     assert all(n.masks.scores.grad.dtype == torch.float32 for n in model.networks().values())
@@ -303,7 +312,6 @@ def test_gradient_checkpointing_changes_nothing(kind):
     found = []
     for checkpointing in (False, True):
         model = make_masked(kind, top_k=2).train()
-        model.budget.multipliers.data.fill_(1.0)
         model.draw_noise(0)
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""The callback with the stock Trainer: identity, an oracle loop, the constraint, and everything a Trainer can do."""
+"""The callback with the stock Trainer: identity, an oracle loop, the budget, and everything a Trainer can do."""
 
 import copy
 import itertools
@@ -23,12 +23,11 @@ from mom_runs import (
 from transformers import Trainer
 
 from hf_moebert.methods.mixture_of_masks import MaskSparsityCallback
-from hf_moebert.methods.mixture_of_masks.functional import open_probability
-from hf_moebert.methods.mixture_of_masks.training_optimizer import CONSTANT_RATE
+from hf_moebert.methods.mixture_of_masks.training_optimizer import SCORES
 from hf_moebert.training.schedules import linear_ramp
 
 
-OURS = {"masks", "router", "budget"}  # modules that the stock models do not have
+OURS = {"masks", "router"}  # modules that the stock models do not have
 
 
 # Identity
@@ -51,8 +50,8 @@ def test_nothing_to_close_is_untouched_training(tmp_path, caplog_of_transformers
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_a_loop_by_hand(tmp_path, kind):
-    """The same in plain torch: what is set when, and which rate and sign each parameter has; bit for bit."""
-    trainer = make_trainer(tmp_path, make(kind, top_k=2), weight_decay=0.1)
+    """The same in plain torch: what is set when, and which rate each parameter has; bit for bit."""
+    trainer = make_trainer(tmp_path, make(kind, top_k=2), {"learn_share": 0.75}, weight_decay=0.1)
     model, batches = copy.deepcopy(trainer.model), []
     compute_loss = trainer.compute_loss
 
@@ -63,7 +62,7 @@ def test_as_a_loop_by_hand(tmp_path, kind):
     trainer.compute_loss = recording
     trainer.train()
 
-    kinds = {"scores": [], "router": [], "multipliers": [], "decayed": [], "other": []}
+    kinds = {"scores": [], "router": [], "decayed": [], "other": []}
     for name, parameter in model.named_parameters():
         last = name.split(".")[-1]
         kind_of = "router" if ".router." in name else last if last in kinds else None
@@ -73,83 +72,79 @@ def test_as_a_loop_by_hand(tmp_path, kind):
         torch.optim.AdamW(kinds["decayed"], **adam | {"weight_decay": 0.1}),
         torch.optim.AdamW(kinds["router"] + kinds["other"], **adam),
         torch.optim.AdamW(kinds["scores"], **adam | {"lr": 0.1}, betas=(0.5, 0.999), eps=1e-15),
-        torch.optim.AdamW(kinds["multipliers"], **adam | {"lr": 1.0}, eps=1e-2, maximize=True),
     ]
     model.train()
     for step, batch in enumerate(batches):
-        model.budget.target = 0.5 * min(step / 6, 1)
         model.budget.clock.fill_(step)
-        model.draw_noise(0)
+        if step < 9:
+            model.draw_noise(0)
         if kind == "llama":
             batch["num_items_in_batch"] = (batch["labels"][:, 1:] != -100).sum()
         model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizers[2].param_groups[0]["lr"] = 0.1 if step < 9 else 0.0
         for optimizer in optimizers:
             if optimizer in optimizers[:2]:
                 optimizer.param_groups[0]["lr"] = 1e-3 * (12 - step) / 12
             optimizer.step()
             optimizer.zero_grad()
+        if step < 8:
+            model.hold_masks(0.5 * min((step + 1) / 6, 1))
+        elif step == 8:
+            model.harden_masks(0.5)
     ours, theirs = dict(trainer.model.named_parameters()), dict(model.named_parameters())
     assert len(batches) == 12
     assert_same(ours, theirs)
 
 
-# The constraint
+# The budget
 
 
 @pytest.mark.parametrize(("budget", "ramp"), [("global", "linear"), ("layer", "cubic")])
-def test_a_loss_that_does_not_care_leaves_the_masks_to_their_target(tmp_path, budget, ramp):
-    model = without_opinion(make(num_experts=4, budget=budget))
-    recipe = {"freeze_backbone": True, "ramp": ramp, "keep_ratio": 0.4}
-    trainer = make_trainer(tmp_path, model, recipe, max_steps=200, logging_steps=5)
+@pytest.mark.parametrize("steps", [30, 60, 100])
+def test_masks_follow_the_ramp_however_short_the_run(tmp_path, steps, budget, ramp):
+    """Exactly, until they are fixed at the share itself."""
+    model = make(num_experts=1, budget=budget)
+    trainer = make_trainer(tmp_path, model, {"ramp": ramp, "keep_ratio": 0.5}, max_steps=steps)
     trainer.train()
-    assert model.budget.sparsity.tolist() == pytest.approx([0.6] * len(model.budget.sparsity), abs=0.01)
-    assert logged(trainer, "mom_sparsity")[-10:] == pytest.approx([0.6] * 10, abs=0.02)
-    targets = logged(trainer, "mom_target")
-    assert targets == pytest.approx([callback_of(trainer).target_at(step) for step in range(4, 200, 5)])
+    targets = [callback_of(trainer).target_at(step) for step in range(1, steps + 1)]
     assert targets == sorted(targets)
+    assert targets[steps // 2 :] == [0.5] * (steps - steps // 2)
+    assert logged(trainer, "mom_target") == targets
+    assert logged(trainer, "mom_sparsity") == pytest.approx(targets, abs=1e-4)
+    assert logged(trainer, "mom_active")[-1] == pytest.approx(0.5)
+    settled = torch.stack([network.masks.settled() for network in model.masked_networks().values()])
+    assert ((settled == 0) | (settled == 1)).all()
 
 
-def test_the_first_multiplier_pulls_to_the_target(tmp_path):
-    """Maximised over, it goes the way of sparsity minus target: down while too much is open, so that closing pays."""
-    seen = []
-    spy = Spy(
-        "on_step_end", lambda state, model, **_: seen.append(model.budget.multipliers.detach().flatten().tolist())
-    )
-    open_model = without_opinion(make())
-    make_trainer(tmp_path, open_model, {"freeze_backbone": True}, callbacks=[spy], max_steps=10).train()
-    assert seen[0][0] > 0  # the target is 0 at first, and not all is open: a little too sparse
-    assert seen[-1][0] < seen[2][0]
-    assert all(after > before for (_, before), (_, after) in itertools.pairwise(seen))
-
-    closed = without_opinion(make())
-    for network in closed.masked_networks().values():
-        network.masks.scores.data -= 8
-    before = open_probability(scores_of(closed)).mean()
-    trainer = make_trainer(tmp_path, closed, {"freeze_backbone": True, "keep_ratio": 0.9}, max_steps=10)
-    trainer.train()
-    assert closed.budget.multipliers[0, 0] > 1  # too sparse
-    assert open_probability(scores_of(closed)).mean() > before
-
-
-def slope(scores):
-    """Of the probability to be open: with it, a loss falls for each mask that opens."""
-    probability = open_probability(scores.detach())
-    return probability * (1 - probability)
-
-
-def test_each_layer_is_held_to_its_target(tmp_path):
-    """Against a loss that would rather have the masks of one of them open."""
+def test_the_loss_decides_which_masks_close(tmp_path):
+    """One that would rather have those of the second block open."""
     found = {}
     for budget in ("global", "layer"):
         model = without_opinion(make(num_experts=1, budget=budget))
         pulled = model.model.layers[1].mlp.masks.scores
-        pulled.register_hook(lambda gradient, pulled=pulled: gradient - 0.05 * slope(pulled))
-        make_trainer(tmp_path, model, {"freeze_backbone": True}, max_steps=150, logging_steps=150).train()
-        found[budget] = open_probability(scores_of(model)).mean(dim=(1, 2)).tolist()
+        pulled.register_hook(lambda gradient: gradient - 0.05)
+        make_trainer(tmp_path, model, {"freeze_backbone": True}, max_steps=30, logging_steps=30).train()
+        found[budget] = [
+            float(network.masks.settled().detach().mean()) for network in model.masked_networks().values()
+        ]
     assert sum(found["global"]) / 2 == pytest.approx(0.5, abs=0.02)
     assert found["global"][1] - found["global"][0] > 0.5
-    assert found["layer"] == pytest.approx([0.5, 0.5], abs=0.02)
+    assert found["layer"] == [0.5, 0.5]
+
+
+def test_masks_are_fixed_early_and_the_rest_recovers(tmp_path):
+    model, seen = make(num_experts=2), []
+    spy = Spy("on_step_end", lambda state, **_: seen.append((scores_of(model).clone(), model.lm_head.weight.clone())))
+    trainer = make_trainer(tmp_path, model, {"ramp_share": 0.25, "learn_share": 0.5}, callbacks=[spy])
+    trainer.train()
+    for (scores, weight), (later, moved) in itertools.pairwise(seen[5:]):  # the sixth step is the last to learn masks
+        assert torch.equal(scores, later)
+        assert not torch.equal(weight, moved)
+    assert not torch.equal(seen[4][0], seen[5][0])
+    opened = [network.masks.settled() for network in model.masked_networks().values()]
+    model.fix_masks(0.5)
+    assert all(torch.equal(n.masks(), x) for n, x in zip(model.masked_networks().values(), opened, strict=True))
 
 
 # Rates
@@ -169,10 +164,9 @@ def rates_of(trainer):
 
 
 def test_only_the_rates_of_weights_and_routers_fall(tmp_path):
-    recipe = {"score_rate": 0.07, "multiplier_rate": 0.3, "router_rate": 0.02, "backbone_rate": 0.004}
-    decayed, other, routers, scores, multipliers = rates_of(make_trainer(tmp_path, make(), recipe))
-    assert scores == (0.07,) * 12
-    assert multipliers == (0.3,) * 12
+    recipe = {"score_rate": 0.07, "router_rate": 0.02, "backbone_rate": 0.004, "learn_share": 0.75}
+    decayed, other, routers, scores = rates_of(make_trainer(tmp_path, make(), recipe))
+    assert scores == (0.07,) * 9 + (0.0,) * 3
     assert routers == pytest.approx([0.02 * (12 - step) / 12 for step in range(12)])
     assert decayed == other == pytest.approx([0.004 * (12 - step) / 12 for step in range(12)])
 
@@ -183,12 +177,12 @@ def test_groups_are_those_of_the_trainer_but_for_ours(tmp_path, kind):
     ours = {id(p) for name, p in model.named_parameters() if name.split(".")[-2] in OURS}
     groups = MaskSparsityCallback().make_optimizer(model, args).param_groups
     stock = Trainer(model, args).create_optimizer().param_groups
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0, 0.0, 0.0]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0, 0.0]
     for mine, theirs in zip(groups, stock, strict=False):
         assert [id(p) for p in mine["params"]] == [id(p) for p in theirs["params"] if id(p) not in ours]
         assert mine["lr"] == theirs["lr"] == 0.01
     assert {id(p) for group in groups[2:] for p in group["params"]} == ours
-    assert [group.get(CONSTANT_RATE) for group in groups[2:]] == [None, "score_rate", "multiplier_rate"]
+    assert [SCORES in group for group in groups] == [False, False, False, True]
 
 
 def test_a_frozen_backbone_stays_as_it_is(tmp_path):
@@ -197,7 +191,7 @@ def test_a_frozen_backbone_stays_as_it_is(tmp_path):
     trainer = make_trainer(tmp_path, model, {"freeze_backbone": True}, weight_decay=0.1)
     trainer.train()
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert {name.split(".")[-2] for name in moved} == OURS
+    assert {name.split(".")[-2] for name in moved} == OURS | {"budget"}
     assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == OURS
 
 
@@ -206,7 +200,7 @@ def test_a_frozen_backbone_stays_as_it_is(tmp_path):
 
 def plain_descent(trainer):
     """The same groups without moments, in which differences of rounding stay what they are."""
-    kept = ("params", "lr", "weight_decay", "maximize", CONSTANT_RATE)
+    kept = ("params", "lr", "weight_decay", SCORES)
     groups = [{key: group[key] for key in kept if key in group} for group in trainer.optimizer.param_groups]
     trainer.optimizer = torch.optim.SGD(groups)
     return trainer
@@ -231,7 +225,7 @@ def test_accumulation_changes_nothing(tmp_path, kind, num_experts, padded):
             make_trainer(
                 tmp_path,
                 make(kind, num_experts=num_experts, router_aux_loss_coef=0.0),
-                {"score_rate": 50.0, "multiplier_rate": 10.0, "router_rate": 0.1},
+                {"score_rate": 50.0, "router_rate": 0.1},
                 data=make_data(kind, count=36, padded=padded),
                 max_steps=6,
                 learning_rate=0.05,
@@ -278,12 +272,12 @@ def test_train_twice_starts_anew(tmp_path):
     trainer.train()
     assert int(trainer.model.budget.clock) == 12
     targets = [entry["mom_target"] for entry in trainer.state.log_history if "loss" in entry]
-    assert targets == [0.5 * linear_ramp(step, begin=0, end=6) for step in range(12)]
-    assert float(trainer.model.budget.multipliers.detach().abs().max()) <= 12  # at most its rate in each step
+    assert targets == [0.5 * linear_ramp(step, begin=0, end=6) for step in range(1, 13)]
 
 
 def test_two_callbacks_do_what_one_does(tmp_path):
-    one, two = make_trainer(tmp_path, make()), make_trainer(tmp_path, make(), callbacks=[MaskSparsityCallback()])
+    one = make_trainer(tmp_path, make())
+    two = make_trainer(tmp_path, make(), callbacks=[MaskSparsityCallback(callback_of(one).config)])
     one.train()
     two.train()
     assert_same(gather_state(two), gather_state(one))
@@ -303,4 +297,4 @@ def test_a_smaller_batch_after_running_out_of_memory_starts_anew(tmp_path):
     assert trainer._train_batch_size < 8
     assert int(trainer.model.budget.clock) == 12
     targets = [entry["mom_target"] for entry in trainer.state.log_history if "loss" in entry]
-    assert targets[-12:] == [0.5 * linear_ramp(step, begin=0, end=6) for step in range(12)]
+    assert targets[-12:] == [0.5 * linear_ramp(step, begin=0, end=6) for step in range(1, 13)]

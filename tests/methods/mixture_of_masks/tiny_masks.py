@@ -63,9 +63,7 @@ def make_dense(kind):
 
 def make_masked(kind, *, scatter=True, dense=None, **options):
     """A model whose scores and routers differ, as after training; with `scatter=False`, as `from_dense` leaves it."""
-    model = from_dense(make_dense(kind) if dense is None else dense, **options)
-    if hasattr(model, "budget"):
-        model.budget.target = 0.0  # as the callback does
+    model = from_dense(make_dense(kind) if dense is None else dense, **{"num_experts": 4} | options)
     return scatter_masks(model) if scatter else model
 
 

@@ -1,4 +1,4 @@
-"""The training loss of models with masks: the constraint on the sparsity, and the balance of the routers."""
+"""The training loss of models with masks: that of the base class, and the balance of the routers."""
 
 import functools
 import inspect
@@ -11,11 +11,6 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_mixture_of_masks import MoMFields
-from .functional import (
-    active_share,
-    open_probability,
-    sparsity_penalty,
-)
 from .functional_routing import balance_loss, expert_load, real_tokens
 from .modeling_masks import MaskedFeedForward, RoutedFeedForward
 from .modeling_routing import Routing, recording
@@ -23,49 +18,28 @@ from .modeling_strict import StrictModel
 
 
 logger = logging.get_logger(__name__)
-SCHEDULE_SIZE = 10  # numbers that describe how a run learns its masks: the fields of the recipe, its steps and seed
 
 
-class MaskBudget(nn.Module):
-    """State of the constraint that holds the masks to their target sparsity while they are learned.
-
-    It is part of every checkpoint, so that a resumed run continues as if it had never stopped.
-
-    Args:
-        num_budgets: One for all blocks together, or one for each block.
-    """
-
-    target: float | None = None  # sparsity requested for the current step; None outside of a run
-
-    def __init__(self, num_budgets: int) -> None:
-        super().__init__()
-        # Of the gap and its square; to be maximised
-        self.multipliers = nn.Parameter(torch.zeros(2, num_budgets, dtype=torch.float32))
-        self.clock: Tensor = nn.Buffer(torch.zeros((), dtype=torch.int64))  # counted optimiser steps
-        self.schedule: Tensor = nn.Buffer(torch.zeros(SCHEDULE_SIZE, dtype=torch.float32))  # zeros before a run
-        self.sparsity: Tensor = nn.Buffer(torch.zeros(num_budgets), persistent=False)  # expected in the last forward
-
-
-def add_constraint(forward: Callable) -> Callable:
-    """Wrap the forward of a base class, so that its training loss includes the constraint and the balance loss."""
+def add_balance(forward: Callable) -> Callable:
+    """Wrap the forward of a base class, so that its training loss includes the balance loss of the routers."""
     names = list(inspect.signature(forward).parameters)[1:]
 
     @can_return_tuple
     @functools.wraps(forward)
-    def wrapped(self: "ConstrainedModel", *args: Any, **kwargs: Any) -> Any:
+    def wrapped(self: "BalancedModel", *args: Any, **kwargs: Any) -> Any:
         inputs = dict(zip(names, args, strict=False)) | kwargs
         inputs.pop("return_dict", None)
         if not self.training:
             return self._replace_empty_loss(forward(self, **inputs, return_dict=True), inputs)
         with recording() as records:
             outputs = forward(self, **inputs, return_dict=True)
-        return self._constrain(self._replace_empty_loss(outputs, inputs), records, inputs)
+        return self._balance(self._replace_empty_loss(outputs, inputs), records, inputs)
 
     return wrapped
 
 
-class ConstrainedModel(StrictModel):
-    """A model whose training loss holds its masks to a target sparsity."""
+class BalancedModel(StrictModel):
+    """A model with masks whose training loss balances its routers."""
 
     config: MoMFields
     _predicts_next = True  # whether labels are the inputs, and compared with the prediction of the token before
@@ -88,20 +62,26 @@ class ConstrainedModel(StrictModel):
             )
         return networks
 
-    def _constrain(self, outputs: Any, records: list[Routing], inputs: dict[str, Any]) -> Any:
-        """Add the balance loss of the routers and the constraint on the masks to the loss."""
+    def _balance(self, outputs: Any, records: list[Routing], inputs: dict[str, Any]) -> Any:
+        """Add the balance loss of the routers to the loss, and count the tokens of their experts."""
+        self._warn_if_idle()
         real = [self._real_tokens(record, inputs) for record in records]
         self._count_load(records, real)
-        terms = self._balance_terms(records, real) | self._sparsity_terms(records, real)
-        if outputs.get("loss") is not None:
-            weights = {"aux_loss": self.config.router_aux_loss_coef, "sparsity_loss": 1.0}
-            share = self._share_of_step(inputs)
-            outputs["loss"] = outputs["loss"] + share * sum(weights[name] * value for name, value in terms.items())
-        elif terms:
-            logger.warning_once("Without `labels` the constraint on the masks is in no loss: add `sparsity_loss`.")
-        for name, value in terms.items():
-            outputs[name] = value
+        if not records or not self.config.router_aux_loss_coef:
+            return outputs
+        self._check_checkpointing(records[-1])
+        outputs["aux_loss"] = self._balance_loss(records, real)
+        if outputs.get("loss") is None:
+            logger.warning_once("Without `labels` the balance of the routers is in no loss: add `aux_loss`.")
+            return outputs
+        weight = self._share_of_step(inputs) * self.config.router_aux_loss_coef
+        outputs["loss"] = outputs["loss"] + weight * outputs["aux_loss"]
         return outputs
+
+    def _warn_if_idle(self) -> None:
+        """Warn if masks that could be learned are not, because no callback draws their noise."""
+        if self.config.mask_stage == "learned" and not self.budget.in_run:
+            logger.warning_once("No run of masks has begun, so they are not learned: add `MaskSparsityCallback`.")
 
     def _count_load(self, records: list[Routing], real: list[Tensor]) -> None:
         """Add the tokens of each expert to the load of its network."""
@@ -109,39 +89,12 @@ class ConstrainedModel(StrictModel):
             counts = expert_load(record.chosen, of_record, record.logits.shape[-1])
             record.network.load = counts if record.network.load is None else record.network.load + counts
 
-    def _balance_terms(self, records: list[Routing], real: list[Tensor]) -> dict[str, Tensor]:
-        """Return the mean balance loss of the routers as `aux_loss`, if there is any."""
-        if not records or not self.config.router_aux_loss_coef:
-            return {}
-        self._check_checkpointing(records[-1])
+    def _balance_loss(self, records: list[Routing], real: list[Tensor]) -> Tensor:
+        """Return the mean balance loss of the routers."""
         losses = [
             balance_loss(x.logits.flatten(0, -2), x.chosen, place) for x, place in zip(records, real, strict=True)
         ]
-        return {"aux_loss": torch.stack(losses).mean()}
-
-    def _sparsity_terms(self, records: list[Routing], real: list[Tensor]) -> dict[str, Tensor]:
-        """Return the constraint as `sparsity_loss`, while masks are learned towards a target."""
-        if self.config.mask_stage != "learned":
-            return {}
-        if self.budget.target is None:
-            logger.warning_once("No target is set, so masks are not learned: add `MaskSparsityCallback`.")
-            return {}
-        sparsity = 1 - self._active_shares(records, real)  # (networks,)
-        sparsity = sparsity if self.config.mask_budget == "layer" else sparsity.mean(dim=0, keepdim=True)
-        self.budget.sparsity = sparsity.detach()
-        return {"sparsity_loss": sparsity_penalty(sparsity, self.budget.target, self.budget.multipliers)}
-
-    def _active_shares(self, records: list[Routing], real: list[Tensor]) -> Tensor:
-        """Return the expected share of the units of each network that a token uses, `(networks,)`."""
-        routed = {
-            id(record.network): (record.chosen, of_record) for record, of_record in zip(records, real, strict=True)
-        }
-        shares = []
-        for network in self.masked_networks().values():
-            probability = open_probability(network.masks.learned)  # (experts, groups)
-            known = routed.get(id(network))  # None if the network did not run, or has no router
-            shares.append(probability.mean() if known is None else active_share(probability, *known))
-        return torch.stack(shares)
+        return torch.stack(losses).mean()
 
     def _real_tokens(self, record: Routing, inputs: dict[str, Any]) -> Tensor:
         """Mark the tokens seen by a router that are not padding, `(tokens,)`."""
@@ -159,7 +112,7 @@ class ConstrainedModel(StrictModel):
         return mask
 
     def _share_of_step(self, inputs: dict[str, Any]) -> Tensor | float:
-        """Return this batch's share of the labels of an accumulated step, so that terms count once in a step."""
+        """Return this batch's share of the labels of an accumulated step, in which the balance counts once."""
         total, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
         if total is None or labels is None:
             return 1.0
