@@ -88,7 +88,8 @@ def stand_in(model: PreTrainedModel, stages: Sequence[Stage]) -> PreTrainedModel
             keep = stage.keep if isinstance(stage.keep, list) else None
             form = drop_layers(form, keep or max(1, round(cast(float, stage.keep) * form.config.num_hidden_layers)))
         elif isinstance(stage, Prune) and stage.granularity == "structured":
-            form = narrow_evenly(form, stage.keep_ratio or 1 / cast(float, stage.speed_up), stage.multiple_of)
+            ratio, kinds = stage.keep_ratio or 1 / cast(float, stage.speed_up), ("neurons", "heads")
+            form = narrow_evenly(form, ratio, stage.multiple_of, kinds[: 1 if stage.method == "masks" else 2])
         elif isinstance(stage, Experts):
             widths = [network.num_units for network in find_feed_forwards(form)]
             options: dict[str, Any] = {"num_experts": stage.num_experts, "routing": stage.routing}
@@ -100,10 +101,10 @@ def stand_in(model: PreTrainedModel, stages: Sequence[Stage]) -> PreTrainedModel
 
 
 @torch.no_grad()
-def narrow_evenly(model: PreTrainedModel, ratio: float, multiple_of: int) -> PreTrainedModel:
-    """Remove the last units of every layer, so that this share of them stays."""
+def narrow_evenly(model: PreTrainedModel, ratio: float, multiple_of: int, kinds: Sequence[str]) -> PreTrainedModel:
+    """Remove the last units of these kinds of every layer, so that this share of them stays."""
     model = copy.deepcopy(model)
-    for group in find_unit_groups(model):
+    for group in (group for group in find_unit_groups(model) if group.kind in kinds):
         kept = max(1, round(ratio * group.num_units))
         matrix_of(group.writer)[:, kept * group.unit_size :] = 0
     return shrink(model, multiple_of=multiple_of)

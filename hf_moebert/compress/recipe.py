@@ -12,6 +12,7 @@ from hf_moebert.methods.platon import PlatonConfig
 
 
 FORMAT_VERSION = 1
+METHODS = ("one-shot", "platon", "masks")  # of pruning
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ class Prune:
     name: ClassVar[str] = "prune"
     method: str = HfArg(
         default="one-shot",
-        help='"one-shot": at once, without labels; "platon": bit by bit during the `distil` that follows.',
+        help='"one-shot": at once, without labels; "platon": bit by bit during the `distil` that follows; "masks":'
+        " learned in its first part, feed-forward units alone.",
     )
     granularity: str = HfArg(default="structured", help='"structured", or with platon "unstructured" or "2:4".')
     keep_ratio: float | None = HfArg(default=None, help="Share of the weights that stays, in (0, 1).")
@@ -105,7 +107,7 @@ class Prune:
     uniform: bool = HfArg(default=False, help="One width for all layers: a stock model, which loads without us.")
 
     def __post_init__(self) -> None:
-        _check(self.method in ("one-shot", "platon"), "method", "one-shot or platon", self.method, "Use one-shot")
+        _check(self.method in METHODS, "method", " or ".join(METHODS), self.method, "Use one-shot")
         if (self.keep_ratio is None) == (self.speed_up is None):
             raise ValueError(
                 "`prune` must have exactly one of `keep_ratio` and `speed_up`, got "
@@ -119,8 +121,18 @@ class Prune:
             self.platon()
         elif self.granularity != "structured":
             raise ValueError(
-                f"`granularity` must be structured for the method one-shot, got {self.granularity!r}. Use platon."
+                f"`granularity` must be structured for the method {self.method}, got {self.granularity!r}. Use platon."
             )
+        elif self.method == "masks" and (self.keep_ratio is None or self.uniform):
+            raise ValueError(
+                "`prune` by masks must have a `keep_ratio`, and no `uniform`, got "
+                f"{self.keep_ratio} and {self.uniform}. Use one-shot for a time or one width."
+            )
+
+    @property
+    def acts_while_training(self) -> bool:
+        """Return whether it acts during the `distil` that follows."""
+        return self.method != "one-shot"
 
     def platon(self, **timing: Any) -> PlatonConfig:
         """Return the recipe of the callback."""
@@ -264,11 +276,16 @@ class Recipe:
         if changing != sorted(changing, key=ORDER.index):
             works = ", ".join(sorted(changing, key=ORDER.index))
             raise ValueError(f"`stages` must be in the order {works}, got {', '.join(changing)}. Swap them.")
-        for stage in (stage for stage in self.stages if isinstance(stage, Prune) and stage.method == "platon"):
+        for stage in (stage for stage in self.stages if isinstance(stage, Prune) and stage.acts_while_training):
             if "distil" not in names[names.index("prune") + 1 :][:1]:
                 raise ValueError(
-                    f"`distil` must follow `prune` by platon, which prunes while it trains, got {', '.join(names)}. "
-                    "Put distil behind it, or use the method one-shot."
+                    f"`distil` must follow `prune` by {stage.method}, which prunes while it trains, got "
+                    f"{', '.join(names)}. Put distil behind it, or use the method one-shot."
+                )
+            if stage.method == "masks" and "experts" in names:
+                raise ValueError(
+                    f"`prune` by masks must not be followed by experts, got {', '.join(names)}: both change the same "
+                    "networks. Use one-shot."
                 )
             if stage.granularity != "structured" and {"experts", "optimize"} & set(names):
                 raise ValueError(

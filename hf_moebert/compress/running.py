@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard, cast
 
 import numpy as np
+from torch import Tensor
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
@@ -32,8 +33,9 @@ from hf_moebert.checkpoints.manifests import find_fault, write_manifest
 from hf_moebert.checkpoints.packing import save_packed
 from hf_moebert.checkpoints.resuming import last_complete_checkpoint
 from hf_moebert.measuring.unit_latency import LatencyTable, measure_unit_latency
-from hf_moebert.methods import moebert
+from hf_moebert.methods import mixture_of_masks, moebert
 from hf_moebert.methods.distillation import DistillationConfig, DistillationTrainer
+from hf_moebert.methods.mixture_of_masks import MaskSparsityCallback, MaskSparsityConfig
 from hf_moebert.methods.platon import PlatonPruningCallback, prune_structured
 from hf_moebert.methods.trimming import choose_layers, drop_layers, trim_vocabulary
 
@@ -155,7 +157,7 @@ class Workshop:
 
 def is_pending(stage: Stage) -> TypeGuard[Prune]:
     """Return whether a stage acts while the next one trains."""
-    return isinstance(stage, Prune) and stage.method == "platon"
+    return isinstance(stage, Prune) and stage.acts_while_training
 
 
 def digest(settings: Mapping[str, Any]) -> str:
@@ -225,14 +227,7 @@ def _(stage: Prune, model: PreTrainedModel, workshop: Workshop, **_: Any) -> Pre
 @apply.register
 def _(stage: Experts, model: PreTrainedModel, workshop: Workshop, **_: Any) -> PreTrainedModel:
     data, seed = workshop.data, workshop.recipe.seed
-    importance = measure_importance(
-        model,
-        data.train,
-        data.collator,
-        max_examples=stage.importance_examples,
-        seed=seed,
-        labels="labels" in data.train.column_names,
-    )
+    importance = importance_of(model, workshop, examples=stage.importance_examples)
     options: dict[str, Any] = {"num_experts": stage.num_experts, "routing": stage.routing, "seed": seed}
     widths = [network.num_units for network in find_feed_forwards(model)]
     if narrow := [layer for layer, width in enumerate(widths) if width < stage.num_experts]:  # so few after pruning
@@ -244,27 +239,47 @@ def _(stage: Experts, model: PreTrainedModel, workshop: Workshop, **_: Any) -> P
     return moebert.from_dense(model, importance, **options)
 
 
+def importance_of(model: PreTrainedModel, workshop: Workshop, *, examples: int) -> Tensor:
+    """Measure the importance of the neurons, by labels where there are some."""
+    data = workshop.data
+    options: dict[str, Any] = {"max_examples": examples, "seed": workshop.recipe.seed, "labels": data.learns_labels}
+    return measure_importance(model, data.train, data.collator, **options)
+
+
 @apply.register
 def _(stage: Distil, model: PreTrainedModel, workshop: Workshop, *, pending: Stage, training: Path) -> PreTrainedModel:
-    callbacks = list(workshop.callbacks)
-    if is_pending(pending):
+    args, callbacks, optimizers = training_arguments(stage, workshop, training), list(workshop.callbacks), (None, None)
+    if is_pending(pending) and pending.method == "masks":
+        importance = importance_of(model, workshop, examples=Experts().importance_examples)
+        model = mixture_of_masks.from_dense(model, importance=importance, group_size=pending.multiple_of)
+        masks = MaskSparsityCallback(MaskSparsityConfig(keep_ratio=pending.keep_ratio or 1))
+        callbacks, optimizers = [*callbacks, masks], (masks.make_optimizer(model, args), None)
+    elif is_pending(pending):
         latency = None if pending.speed_up is None else workshop.unit_latency()
         callbacks.append(PlatonPruningCallback(pending.platon(**windows(stage, workshop)), latency=latency))
     trainer = DistillationTrainer(
         model=model,
-        args=training_arguments(stage, workshop, training),
+        args=args,
         teacher=workshop.teacher,
         distillation=follow(stage, workshop),
         train_dataset=workshop.data.train,
         data_collator=workshop.data.collator,
         processing_class=workshop.tokenizer,
         callbacks=callbacks,
+        optimizers=optimizers,
     )
     trainer.remove_callback(PrinterCallback)  # one line a stage, and the losses in `trainer_state.json`
     trainer.train(resume_from_checkpoint=find_checkpoint(training))
-    if is_pending(pending) and pending.granularity == "structured":
-        return shrink(trainer.model, multiple_of=pending.multiple_of, uniform=pending.uniform)
-    return trainer.model
+    return without_pruned(trainer.model, pending)
+
+
+def without_pruned(model: Any, pending: Stage) -> PreTrainedModel:
+    """Return a trained model without the units that were pruned while it trained."""
+    if not is_pending(pending) or pending.granularity != "structured":
+        return model
+    if pending.method == "masks":
+        return shrink(model.fix_masks(pending.keep_ratio))
+    return shrink(model, multiple_of=pending.multiple_of, uniform=pending.uniform)
 
 
 def count_steps(stage: Distil, workshop: Workshop) -> int:

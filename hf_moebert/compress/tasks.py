@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_moebert.architectures.heads import has_head
 from hf_moebert.architectures.pooling import EmbeddingForm, read_embedding_form
@@ -22,6 +22,7 @@ from .kinds import CAUSAL, kind_of
 HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", *CAUSAL)
 WORSE_IF_LARGER = ("illegal segments", "perplexity", "perplexity by byte")
 HELD_OUT = 0.2  # share of the given examples that no stage sees, where there are none for the verdict
+LABELS = ("labels", "start_positions", "end_positions")  # columns of encoded examples
 FEWEST = 20  # examples to train on or to judge by
 LARGEST_SELECTION = 1000  # examples that choose between recipes
 
@@ -57,9 +58,15 @@ class TextData:
     group_column: str | None = None
 
     @property
+    def learns_labels(self) -> bool:
+        """Return whether examples to learn from have labels, or the collator makes them of the texts."""
+        made = isinstance(self.collator, DataCollatorForLanguageModeling)
+        return made or not {"labels", "start_positions"}.isdisjoint(self.train.column_names)
+
+    @property
     def texts(self) -> Dataset:
         """Return the examples that stages learn from, without labels."""
-        return self.train.select_columns([name for name in self.train.column_names if name != "labels"])
+        return self.train.select_columns([name for name in self.train.column_names if name not in LABELS])
 
 
 def check_task(model: PreTrainedModel) -> None:

@@ -22,6 +22,9 @@ def test_the_command_line_changes_options():
     assert (by_speed.stages[0].keep_ratio, by_speed.stages[0].speed_up) == (None, 2.0)
 
 
+MASKED = {"prune": {"keep_ratio": 0.5, "method": "masks"}}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -56,6 +59,11 @@ def test_the_command_line_changes_options():
             },
             "must be followed by distil and pack alone",
         ),
+        ({"stages": [MASKED, "distil", "experts"]}, "`prune` by masks must not be followed by experts"),
+        ({"stages": [{"prune": {"speed_up": 2.0, "method": "masks"}}, "distil"]}, "must have a `keep_ratio`, and no"),
+        ({"stages": ["trim_vocabulary", "distil"]}, "`trim_vocabulary` must follow distil"),
+        ({"stages": [{"trim_vocabulary": {"coverage": 0}}]}, r"`coverage` must be in \(0, 1\], got 0"),
+        ({"stages": ["distil"], "target": {"tokens": "all"}}, "`tokens` must be a whole number above 0, or real"),
     ],
 )
 def test_what_cannot_be_is_refused(content, message):
