@@ -95,7 +95,7 @@ def add_command(app: typer.Typer, *, quiet: Callable[[], None]) -> None:
             set_threads(1 if workers > 1 else threads)  # forks have no threads of their parent
             limits = ServingLimits(**{name: context.params[name] for name in LIMIT_HELP})
             keys = [] if api_key_file is None else read_keys(api_key_file)
-            options = {"engine": engine, "precision": precision, "pooling": pooling}
+            options: dict[str, Any] = {"engine": engine, "precision": precision, "pooling": pooling}
             loaded = {name: load_predictor(source, **options) for name, source in name_models(models).items()}
 
             def announce(url: str) -> None:

@@ -231,9 +231,10 @@ def try_model(name: str, predictor: Predictor) -> None:
     Raises:
         ValueError: If one fails, or answers with a number that is not finite; the message names it.
     """
-    updatable = isinstance(predictor, UpdatablePredictor)
-    wishes = {task: AnswerOptions(tasks=(task,)) for task in predictor.describe_tasks()} if updatable else {}
-    for asked, options in (wishes or {name: AnswerOptions()}).items():
+    kind, wishes = "model", {name: AnswerOptions()}
+    if isinstance(predictor, UpdatablePredictor):
+        kind, wishes = "task", {task: AnswerOptions(tasks=(task,)) for task in predictor.describe_tasks()}
+    for asked, options in wishes.items():
         for probe in PROBES:
             try:
                 predictor.check(probe, options)
@@ -245,7 +246,6 @@ def try_model(name: str, predictor: Predictor) -> None:
                     raise answer
                 json.dumps(answer, allow_nan=False, default=lambda array: array.tolist())
             except Exception as error:
-                kind = "task" if updatable else "model"
                 raise ValueError(f"The {kind} {asked!r} must be able to answer {probe!r}, but: {error}") from error
             break
 

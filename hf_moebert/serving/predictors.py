@@ -140,7 +140,7 @@ class RowPredictor(TextPredictor):
         answers: list[Any] = list(rows)  # errors stay
         kept = [rows[place] for place in places]
         lengths = [len(row["input_ids"]) for row in kept]
-        found = self.run(kept, lengths, lambda part: self.compute(self.pad(part).data).numpy())
+        found = self.run(kept, lengths, lambda part: list(self.compute(self.pad(part).data).numpy()))
         for place, numbers, length in zip(places, found, lengths, strict=True):
             options = requests[place][1]
             answers[place] = self.read_row(numbers, length, options) if np.isfinite(numbers).all() else not_finite()

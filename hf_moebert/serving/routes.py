@@ -84,7 +84,7 @@ class Routes:
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
         found = await self.service.ask(request, model, texts, AnswerOptions())
         vectors = cut([one.vector for one in found], asked.dimensions, None)
-        write: Callable[[Any], Any] = encode_base64 if asked.encoding_format == "base64" else np.ndarray.tolist
+        write: Callable[[Any], Any] = encode_base64 if asked.encoding_format == "base64" else list_numbers
         data = [
             {"object": "embedding", "index": index, "embedding": write(vector)} for index, vector in enumerate(vectors)
         ]
@@ -300,6 +300,11 @@ def cut(vectors: list[np.ndarray], dimensions: int | None, normalize: bool | Non
     if normalize is False:
         return parts
     return [part / max(float(np.linalg.norm(part)), 1e-12) for part in parts]
+
+
+def list_numbers(vector: np.ndarray) -> list[float]:
+    """Write a vector as JSON holds it."""
+    return vector.tolist()
 
 
 def encode_base64(vector: np.ndarray) -> str:

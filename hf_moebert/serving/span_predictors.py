@@ -132,10 +132,10 @@ class QuestionAnswerer(TextPredictor):
         """Return the likeliest answer of all windows."""
         if not all(logits.isfinite().all() for logits in found):
             return not_finite()
-        answers = [
-            read_answer(*logits, Example(context, QUESTION, None, context_spans(window), truncated=False))
-            for logits, window in zip(found, windows, strict=True)
-        ]
+        answers = []
+        for (starts, ends), window in zip(found, windows, strict=True):
+            example = Example(context, QUESTION, None, context_spans(window), truncated=False)
+            answers.append(read_answer(starts, ends, example))
         return max(answers, key=lambda answer: answer["score"])
 
 
