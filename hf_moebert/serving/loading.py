@@ -13,11 +13,13 @@ from hf_moebert.architectures.functional_pooling import POOLINGS
 from hf_moebert.architectures.heads import has_head
 from hf_moebert.architectures.pooling import EmbeddingForm, read_embedding_form
 from hf_moebert.architectures.protocols import Predictor
+from hf_moebert.checkpoints.json_files import read_json
 from hf_moebert.checkpoints.loading import load_model
 from hf_moebert.checkpoints.remote_code import refuse_code
 from hf_moebert.inference.linears import PRECISIONS, Precision
 from hf_moebert.inference.onnx_runtime import load_onnx
 from hf_moebert.inference.optimize import optimize_for_inference
+from hf_moebert.measuring.engines import ENGINE_FILE, GRAPHS, describe
 from hf_moebert.methods.multitask.pipeline import MultiTaskPipeline
 from hf_moebert.runtime.folders import MANIFEST, read_manifest
 
@@ -45,9 +47,9 @@ def load_predictor(
 
     Args:
         source: Folder or Hub id of a checkpoint of transformers or of this package, or folder of an ONNX export.
-        engine: "torch" or "onnx"; by default that of the folder.
-        precision: "float32", "int8" or "bfloat16", as `optimize_for_inference` takes it; by default float32. Of an
-            ONNX export one that it holds.
+        engine: "torch" or "onnx"; by default what `hf-moebert engine` chose, or that of the folder.
+        precision: "float32", "int8" or "bfloat16", as `optimize_for_inference` takes it; by default what was chosen
+            with the engine, or float32. Of an ONNX export one that it holds.
         pooling: `mean`, `cls` or `last`, for an embedder whose folder does not say it.
 
     Raises:
@@ -64,10 +66,26 @@ def load_predictor(
     folder = find_folder(source)
     with refusing_changes(folder):
         exported = (folder / MANIFEST).is_file()
-        if exported != (engine == "onnx") and engine is not None:
-            has = "an export. Leave `--engine` out" if exported else "a checkpoint. Use `hf-moebert export`"
+        if not exported and engine is None and precision is None:
+            engine, precision = read_choice(folder)
+        graphs = folder if exported else folder / GRAPHS
+        if (engine == "torch") if exported else (engine == "onnx" and not graphs.is_dir()):
+            has = "an export. Leave `--engine` out" if exported else "no graphs. Use `hf-moebert export` or `engine`"
             raise ValueError(f"`engine` {engine!r} must fit the folder, but {source!r} holds {has}.")
-        return (_load_export if exported else _load_checkpoint)(folder, precision, pooling)
+        if exported or engine == "onnx":
+            return _load_export(graphs, precision, pooling)
+        return _load_checkpoint(folder, precision, pooling)
+
+
+def read_choice(folder: Path) -> tuple[Engine | None, Precision | None]:
+    """Return engine and precision that `hf-moebert engine` chose, if it did, and all but the texts is as it was."""
+    if not (folder / ENGINE_FILE).is_file():
+        return None, None
+    kept = read_json(folder / ENGINE_FILE, remedy="Run `hf-moebert engine` again, or delete it.")
+    conditions = describe(folder, (), 0, 0)
+    if any(kept["conditions"][name] != conditions[name] for name in ("cpu", "threads", "versions", "weights")):
+        return None, None
+    return kept["choice"]["engine"], kept["choice"]["precision"]
 
 
 def find_folder(source: str) -> Path:

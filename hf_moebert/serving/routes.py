@@ -193,7 +193,7 @@ class Routes:
 
 def add_routes(app: FastAPI, service: "Service") -> None:
     """Add the endpoints of a service to an application, and describe their bodies for OpenAPI."""
-    routes, get = Routes(service), ["GET", "HEAD"]
+    routes = Routes(service)
     for path, endpoint, body in (
         ("/predict", routes.predict, PredictRequest),
         ("/embed", routes.embed, EmbedRequest),
@@ -203,16 +203,17 @@ def add_routes(app: FastAPI, service: "Service") -> None:
         ("/", routes.ask_as_hub, HubRequest),
     ):
         app.add_api_route(path, endpoint, methods=["POST"], openapi_extra=describe_body(body))
-    app.add_api_route("/tasks", routes.list_tasks, methods=get)
     app.add_api_route("/tasks/{name}", routes.put_task, methods=["PUT"], openapi_extra=describe_body(UpdateRequest))
     app.add_api_route("/tasks/{name}", routes.delete_task, methods=["DELETE"], status_code=204)
     for path, answer in (
+        ("/tasks", routes.list_tasks),
         ("/info", routes.info),
         ("/v1/models", routes.list_models),
         ("/health", routes.health),
         ("/metrics", routes.show_metrics),
     ):
-        app.add_api_route(path, answer, methods=get, operation_id=answer.__name__)
+        app.add_api_route(path, answer, methods=["GET"])
+        app.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
     for path, file in (("/", "page.html"), ("/docs", "docs.html")):
         app.add_api_route(path, page(file), methods=["GET"], include_in_schema=False)
 

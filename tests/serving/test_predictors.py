@@ -21,7 +21,10 @@ from transformers import (
 
 from hf_moebert import EmbeddingForm, export_onnx, save_embedder, save_packed
 from hf_moebert.architectures.protocols import AnswerOptions, OptimizedForInference, Predictor, UpdatablePredictor
+from hf_moebert.checkpoints.json_files import save_json
 from hf_moebert.checkpoints.loading import load_model
+from hf_moebert.inference.onnx_runtime import OnnxModel
+from hf_moebert.measuring.engines import describe
 from hf_moebert.methods.masked_crf.pipeline import CrfTokenClassificationPipeline
 from hf_moebert.serving.loading import keep_in_memory, load_predictor, state_of
 
@@ -221,7 +224,7 @@ def test_what_cannot_be_served_is_refused(folders, tmp_path, embedder):
         (tmp_path / "body", {"pooling": "max"}, "`pooling` must be one of"),
         (embedder, {"pooling": "cls"}, "holds an embedder of the pooling 'mean'"),
         (folders / "sentiment", {"pooling": "cls"}, "a BertForSequenceClassification, which has a head"),
-        (folders / "sentiment", {"engine": "onnx"}, "holds a checkpoint. Use `hf-moebert export`"),
+        (folders / "sentiment", {"engine": "onnx"}, "holds no graphs. Use `hf-moebert export` or `engine`"),
         (folders / "sentiment", {"engine": "jax"}, "`engine` must be one of torch, onnx"),
         (folders / "sentiment", {"precision": "int4"}, "`precision` must be one of float32, bfloat16, int8"),
     ):
@@ -298,3 +301,18 @@ def test_tasks_that_are_added_compute_in_the_precision_of_the_others(tmp_path, p
         assert optimised == (precision == "int8")
     predictor.remove_task("names")
     assert predictor.describe()["tasks"].keys() == {"sentiment", "stars"}
+
+
+@pytest.mark.process
+def test_the_engine_that_was_chosen_is_taken(folders, tmp_path):
+    """As long as all is as it was when it was measured."""
+    folder = tmp_path / "model"
+    shutil.copytree(folders / "sentiment", folder)
+    export_onnx(load_model(folder), folder / "onnx", tokenizer=AutoTokenizer.from_pretrained(folder))
+    assert not isinstance(load_predictor(str(folder)).model, OnnxModel)
+    assert isinstance(load_predictor(str(folder), engine="onnx").model, OnnxModel)
+    conditions = describe(folder, (), 8, 0.01)
+    choice = {"engine": "onnx", "precision": "float32"}
+    for changed, chosen in (({}, True), ({"threads": 99}, False), ({"weights": {}}, False)):
+        save_json(folder / "engine.json", {"conditions": conditions | changed, "choice": choice})
+        assert isinstance(load_predictor(str(folder)).model, OnnxModel) == chosen

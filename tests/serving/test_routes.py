@@ -180,6 +180,7 @@ def test_a_text_too_long_is_cut_on_request(client):
     assert len(post(client, "/embed", inputs=[LONG], truncate=True)) == 1
 
 
+@pytest.mark.filterwarnings("error")
 def test_info_and_open_api(client, models):
     found = client.get("/info").json()
     assert found["model_id"] == "sentiment"
