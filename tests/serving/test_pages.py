@@ -42,5 +42,5 @@ def test_a_browser_shows_tagged_words(tmp_path):
         shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     answer = shown.partition('<section id="answer"')[2].partition("</section>")[0]
     assert ">Ann<small>PER</small></mark> &lt;b&gt;Lee&lt;/b&gt;</p>" in answer
-    assert '<p class="text">é𝄞 <mark style="--hue:' in answer
+    assert '<p class="text">é𝄞 <mark title="0.900"' in answer
     assert '<option value="names">names (tagging)</option>' in shown
