@@ -1,4 +1,4 @@
-from .app import Predictor as Predictor, build_app as build_app
+from .app import AnswerOptions as AnswerOptions, Predictor as Predictor, build_app as build_app
 from .batching import DynamicBatcher as DynamicBatcher
 from .limits import ServingLimits as ServingLimits
 from .loading import load_predictor as load_predictor
