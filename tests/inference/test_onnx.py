@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporter
 @pytest.mark.process
 def test_a_crf_on_narrowed_layers_gives_its_emissions(tmp_path):
     names = dict(enumerate(["O", "B-a", "I-a"]))
-    sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "vocab_size": 30}
+    sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32, "vocab_size": 30}
     labels = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
     torch.manual_seed(0)
     tagger = DistilBertForTokenClassification(DistilBertConfig(**sizes, **labels)).eval()
