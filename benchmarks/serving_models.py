@@ -74,7 +74,7 @@ def serve_plainly(folder: str, precision: str, threads: int, said: Connection) -
 
     @app.post("/predict")
     def predict(body: dict[str, str]) -> list[dict[str, Any]]:
-        return pipe(body["inputs"])
+        return pipe(body["inputs"])[0]
 
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     said.send(f"http://127.0.0.1:{listener.getsockname()[1]}")
@@ -150,7 +150,7 @@ def main(args: ModelServingArguments) -> None:
     torch.set_num_threads(args.threads)
     texts = read_texts(args)
     alone = pipeline("text-classification", model=args.model_name_or_path, device="cpu", top_k=None)
-    wanted = {text: alone(text) for text in set(texts)}
+    wanted = {text: alone(text)[0] for text in set(texts)}
     facts = {"command": " ".join(["python", *sys.argv])} | environment() | {"cores": str(len(os.sched_getaffinity(0)))}
     print(markdown_table([{"what": key, "value": str(value)} for key, value in facts.items()]))
     rows, raw = [], {}

@@ -19,10 +19,8 @@ import numpy as np
 import pytest
 from echo_server import Echo, running
 from fastapi.testclient import TestClient
-from typer.testing import CliRunner
 
 import hf_moebert
-from hf_moebert import cli
 from hf_moebert.serving import ServingLimits, build_app, run_server
 
 
@@ -385,25 +383,3 @@ def test_a_missing_directory_of_updates_is_refused(echo):
 def test_a_port_in_use_is_an_error(echo):
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
         run_server(build_app(echo), host="127.0.0.1", port=taken.getsockname()[1], announce=print)
-
-
-def test_the_command_fails_with_one_line(monkeypatch, tmp_path):
-    def serve(*arguments):
-        result = CliRunner().invoke(cli.app, ["serve", *map(str, arguments)])
-        assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-        return result.stderr
-
-    assert "must hold config.json" in serve(tmp_path)
-    assert "Invalid value for '--port'" in serve(tmp_path, "--port", 99999)
-    assert "must hold config.json" in serve(
-        tmp_path, "--max-batch", 512
-    )  # no complaint of the queue, which is larger then
-    assert "Leave it out for 256, or lower `max_batch`" in serve(tmp_path, "--queue_size", 8)
-    assert "'no such folder' does not exist" in serve(tmp_path, "--allow_updates", "no such folder")
-    assert "Models must have different names" in serve(tmp_path, tmp_path)
-    assert "`--workers` must be 1 with `--allow-updates`" in serve(
-        tmp_path, "--workers", 2, "--allow-updates", tmp_path
-    )
-    assert "must hold keys of at least 16" in serve(tmp_path, "--api-key-file", __file__)
-    monkeypatch.setitem(sys.modules, "hf_moebert.serving.app", None)
-    assert "pip install hf_moebert[serve]" in serve(tmp_path)

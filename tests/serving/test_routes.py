@@ -12,7 +12,6 @@ from huggingface_hub import InferenceClient
 from test_predictors import LONG, embedder, folders  # noqa: F401  # fixtures
 
 from hf_moebert.architectures.protocols import AnswerOptions
-from hf_moebert.cli_serve import name_models
 from hf_moebert.serving import ServingLimits, build_app, load_predictor
 from hf_moebert.serving.keys import read_keys
 
@@ -246,10 +245,3 @@ def test_no_text_of_a_request_is_in_a_log(models, monkeypatch, caplog):
         assert client.post("/predict", json={"inputs": {"secret": "secret"}}).status_code == 422
     assert "test_routes.py" in caplog.text
     assert "secret" not in caplog.text
-
-
-def test_models_are_named_by_their_folders():
-    assert name_models(["a/b", "c=d/b", "e"]) == {"b": "a/b", "c": "d/b", "e": "e"}
-    assert name_models(["./x=1/b"]) == {"b": "./x=1/b"}
-    with pytest.raises(ValueError, match=r"Models must have different names, got \['b'\] twice"):
-        name_models(["a/b", "c/b"])
