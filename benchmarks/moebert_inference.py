@@ -75,6 +75,8 @@ class InferenceArguments:
     text_column: str = field(default="text", metadata={"help": "Where they are in it."})
     tokenizer: str | None = field(default=None, metadata={"help": "Hub id or folder of a BERT tokenizer for them."})
     batches: int = field(default=4, metadata={"help": "Batches of real sentences, which are timed together."})
+    layers: int = field(default=12, metadata={"help": "Layers of each model: fewer are exported sooner."})
+    only: str = field(default="", metadata={"help": "Time those alone whose name holds it, such as onnx."})
     smoke: bool = field(default=False, metadata={"help": "Tiny models, to try the benchmark itself."})
     seed: int = field(default=0, metadata={"help": "Of weights, ids, lengths, and bootstrap."})
     output: Path | None = field(default=None, metadata={"help": "JSON file for everything measured."})
@@ -84,8 +86,8 @@ class InferenceArguments:
             raise ValueError("`texts` and `tokenizer` must be given together.")
 
     def sizes(self) -> dict[str, int]:
-        """Return the sizes that differ from BERT-base's: none, but in a smoke test."""
-        return {"num_hidden_layers": 1, "hidden_size": 96} if self.smoke else {}
+        """Return the sizes that may differ from BERT-base's."""
+        return {"num_hidden_layers": 1, "hidden_size": 96} if self.smoke else {"num_hidden_layers": self.layers}
 
 
 def random_batch(batch: int, seq: int, seed: int) -> Batch:
@@ -218,6 +220,7 @@ def measure(case: str, models: dict[str, PreTrainedModel], folder: Path, args: I
     batches, threads = make_batches(case, args), torch.get_num_threads()
     clock = "cpu" if threads == 1 else "wall"
     calls = make_calls(models, batches, folder, args)
+    calls = {name: call for name, call in calls.items() if args.only in name}
     times = time_rounds(calls, rounds=args.rounds, clock=clock)
     ratios = {name: compare_times(times, baseline=name, clock=clock, seed=args.seed) for name in times}
     differences = {name: largest_difference(model, models[stock_of(name)], batches) for name, model in models.items()}
