@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedModel
 from transformers.utils import is_onnx_available, is_onnxscript_available
 
+from hf_moebert.architectures.counting import count_active
 from hf_moebert.architectures.functional_numpy import digest
 from hf_moebert.architectures.heads import has_head
 from hf_moebert.architectures.pooling import EmbeddingForm, read_embedding_form
@@ -87,6 +88,7 @@ def export_onnx(
             write_companions(model, draft, tokenizer, form)
             names = [model.config.id2label[number] for number in range(model.config.num_labels)]
             manifest |= {"kind": kind_of(model), "labels": names if has_head(model) else []}
+            manifest["sizes"] = count_sizes(model)
             manifest["embedding"] = None if form is None else asdict(form)
             manifest["files"] = describe_files(draft)
             save_json(draft / MANIFEST, manifest)
@@ -218,6 +220,12 @@ def write_forms(
         "max_length": max_length,
         "precisions": forms,
     }
+
+
+def count_sizes(model: PreTrainedModel) -> dict[str, int]:
+    """Return the sizes that `OnnxModel` tells of the model that was exported."""
+    ids = model.get_input_embeddings().num_embeddings if model.main_input_name == "input_ids" else 0
+    return {"parameters": model.num_parameters(), "active_parameters": count_active(model), "vocabulary": ids}
 
 
 def write_companions(model: PreTrainedModel, draft: Path, tokenizer: Any, form: EmbeddingForm | None) -> None:

@@ -1,9 +1,11 @@
 """A model that `export_onnx` wrote, in ONNX Runtime, where a transformers model fits."""
 
 import re
+from collections.abc import Mapping
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,14 +20,21 @@ from hf_moebert.runtime.verifying import check_golden
 class OnnxModel(nn.Module):
     """An exported model with the configuration, the arguments and the outputs of the model it was.
 
-    It computes on the CPU, without gradients, and holds no parameters.
+    It computes on the CPU, without gradients, and holds no parameters. That of `load_onnx` is of a subclass named like
+    the model's class, by which pipelines know what it can do.
 
     Args:
         exported: What `transformers.exporters.ExportedModel.from_pretrained` returned.
         max_length: Tokens that a text may have, or None if there is no limit.
+
+    Attributes:
+        kind: What it answers, as `hf_moebert.runtime.TextModel.kind`.
+        sizes: Of the model that was exported: "parameters", "active_parameters" for one token, and the "vocabulary".
     """
 
     base_model_prefix = ""
+    kind = "other"
+    sizes: Mapping[str, int] = MappingProxyType({})
     dtype = torch.float32
     device = torch.device("cpu")
     generation_config = None
@@ -36,6 +45,11 @@ class OnnxModel(nn.Module):
         self.input_names = list(next(iter(exported.components.values())).metadata.kwargs)
         self.main_input_name = self.input_names[0]
         self.eval()
+
+    @property
+    def base_model(self) -> "OnnxModel | None":
+        """Return the model itself if it has no head, otherwise None: the body cannot be run alone."""
+        return self if self.kind == "embedding" else None
 
     def can_generate(self) -> bool:
         """Return that it writes no texts."""
@@ -166,8 +180,11 @@ def load_onnx(folder: str | PathLike[str], *, precision: str | None = None, thre
     model = OnnxModel(graph, manifest["max_length"])
     if precision == "int8":
         check_golden(folder, precision, model.run)
-    if (Path(folder) / CHAIN_FILE).is_file():
-        return OnnxTagger(graph, manifest["max_length"], load_chain(folder))
+    chain = [load_chain(folder)] if (Path(folder) / CHAIN_FILE).is_file() else []
+    base = OnnxTagger if chain else OnnxModel
+    named = type(manifest["architecture"], (base,), {"__doc__": base.__doc__})
+    model = named(graph, manifest["max_length"], *chain)
+    model.kind, model.sizes = manifest["kind"], manifest["sizes"]
     return model
 
 

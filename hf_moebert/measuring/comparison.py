@@ -29,7 +29,9 @@ from hf_moebert.architectures.positions import count_positions
 from hf_moebert.checkpoints.loading import find_class
 from hf_moebert.checkpoints.remote_code import refuse_code
 from hf_moebert.inference.linears import Precision, check_precision
+from hf_moebert.inference.onnx_runtime import OnnxModel, load_onnx
 from hf_moebert.inference.optimize import optimize_for_inference
+from hf_moebert.runtime.folders import MANIFEST
 
 from .answers import LoadedModel, TextColumns, encode_rows
 from .footprint import measure_footprint
@@ -86,7 +88,7 @@ def measure(
     measured by the cosines of pairs of texts, or, where these have no numbers, by which documents queries find.
 
     Args:
-        models: Local folder or Hub id of each model, by a name of your choice.
+        models: Local folder or Hub id of each model, by a name of your choice; or the folder of an export.
         dataset: Texts and labels, not yet tokenized.
         baseline: The name in `models` that the others are compared with.
         optimized: Precisions in which every model is measured once more, after `optimize_for_inference`, under the
@@ -180,8 +182,9 @@ def _list_variants(models: Mapping[str, str], optimized: Sequence[str]) -> dict[
     variants: dict[str, tuple[str, str | None]] = {name: (name, None) for name in models}
     for precision in optimized:
         check_precision(cast(Precision, precision))
-    for name in models:
-        variants |= {f"{name}, {precision}": (name, precision) for precision in optimized}
+    for name, source in models.items():
+        if not (Path(source) / MANIFEST).is_file():  # an export has the precision that it was made with
+            variants |= {f"{name}, {precision}": (name, precision) for precision in optimized}
     if clash := sorted(name for name in models if variants[name] != (name, None)):
         raise ValueError(f"`models` must not have the names of optimised ones, got {clash}. Name them differently.")
     return variants
@@ -198,6 +201,8 @@ def _threads(number: int | None) -> Iterator[None]:
 
 
 def _load(source: str, max_length: int, dtype: str | None, pooling: str | None) -> LoadedModel:
+    if (Path(source) / MANIFEST).is_file():
+        return _load_export(source, max_length, pooling)
     try:
         with refuse_code(source):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -222,7 +227,7 @@ def _load(source: str, max_length: int, dtype: str | None, pooling: str | None) 
             f"`models` must be fine-tuned, {source!r} lacks {missing}. Fine-tune it first: random weights measure "
             "nothing."
         )
-    _check_tokenizer(source, tokenizer, model.get_input_embeddings().num_embeddings)
+    _check_tokenizer(source, tokenizer, count_ids(model))
     positions = count_positions(model)
     if positions is not None and max_length > positions:
         raise ValueError(f"`max_length` must be at most the {positions} positions of {source!r}, got {max_length}.")
@@ -230,12 +235,24 @@ def _load(source: str, max_length: int, dtype: str | None, pooling: str | None) 
     return LoadedModel(model.eval(), tokenizer, folder, form)
 
 
+def _load_export(source: str, max_length: int, pooling: str | None) -> LoadedModel:
+    """Load what `export_onnx` wrote, in the first precision of the folder."""
+    model: Any = load_onnx(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    _check_tokenizer(source, tokenizer, count_ids(model))
+    if model.max_length is not None and max_length > model.max_length:
+        raise ValueError(f"`max_length` must be at most {model.max_length} for {source!r}, got {max_length}.")
+    return LoadedModel(model, tokenizer, source, _choose_form(source, pooling) if model.kind == "embedding" else None)
+
+
 def _find_form(source: str, config: PretrainedConfig, pooling: str | None) -> EmbeddingForm | None:
     """Return how a model without head makes embeddings; None for one with a head."""
     bodies = MODEL_MAPPING.get(type(config), ())
     names = {body.__name__ for body in (bodies if isinstance(bodies, tuple) else (bodies,))}
-    if not names & set(config.architectures or ()):
-        return None
+    return _choose_form(source, pooling) if names & set(config.architectures or ()) else None
+
+
+def _choose_form(source: str, pooling: str | None) -> EmbeddingForm:
     form = read_embedding_form(source)
     if pooling not in (None, *POOLINGS) or (pooling is None and form is None):
         raise ValueError(
@@ -243,6 +260,11 @@ def _find_form(source: str, config: PretrainedConfig, pooling: str | None) -> Em
             f"got {pooling!r}. Most embedders use mean; a classifier has to be fine-tuned first."
         )
     return form if pooling is None else replace(form or EmbeddingForm(), pooling=pooling)
+
+
+def count_ids(model: Any) -> int:
+    """Return how many ids a model knows."""
+    return model.sizes["vocabulary"] if isinstance(model, OnnxModel) else model.get_input_embeddings().num_embeddings
 
 
 def _check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
@@ -271,7 +293,7 @@ def _forward_passes(
 
 def _passes_of_ids(loaded: Mapping[str, LoadedModel], latency: Latency, seed: int) -> dict[str, list[Batch]]:
     """Draw one batch of ids for all models."""
-    vocabulary = min(entry.model.get_input_embeddings().num_embeddings for entry in loaded.values())
+    vocabulary = min(count_ids(entry.model) for entry in loaded.values())
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(vocabulary, (latency.batch, latency.seq or 1), generator=generator)  # (batch, seq)
     mask = torch.ones_like(input_ids)  # (batch, seq)

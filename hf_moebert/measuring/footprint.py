@@ -12,11 +12,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
+from hf_moebert.architectures.counting import count_active
 from hf_moebert.architectures.inputs import complete_inputs
 from hf_moebert.architectures.positions import count_positions
-from hf_moebert.architectures.protocols import PartlyActive
 from hf_moebert.architectures.units import find_unit_groups
 from hf_moebert.checkpoints.packing import packed_bytes
+from hf_moebert.inference.onnx_runtime import OnnxModel
 from hf_moebert.inference.optimized import OptimizedModule
 
 
@@ -27,9 +28,9 @@ class Footprint:
     Attributes:
         total: Distinct parameters; a tied parameter counts once.
         active: Parameters used for one token.
-        nonzero: Parameters that differ from zero, None for a model on the meta device.
+        nonzero: Parameters that differ from zero, None for a model on the meta device or an export.
         pruned: Parameters of the matrices with zeros enough to be packed, none of them in a dense or narrower model;
-            None for a model on the meta device.
+            None for a model on the meta device or an export.
         pruned_nonzero: Those of them that differ from zero.
         bytes_on_disk: Size of the safetensors files, None when no folder was given.
         flops_per_token: Floating point operations (two per multiply-add) of the forward pass for each token, None
@@ -60,6 +61,9 @@ def measure_footprint(model: nn.Module, *, seq_len: int = 128, folder: str | Pat
         ValueError: If `seq_len` does not fit the model, if the model is optimised for inference, or if `folder` holds
             no safetensors file.
     """
+    if isinstance(model, OnnxModel):  # its manifest knows what it was made of
+        size = None if folder is None else sum(path.stat().st_size for path in Path(folder).glob("*/model.onnx*"))
+        return Footprint(model.sizes["parameters"], model.sizes["active_parameters"], None, None, None, size, None)
     if any(isinstance(module, OptimizedModule) for module in model.modules()):
         raise ValueError(
             "`model` must not be optimised for inference, whose operators cannot be counted. Measure it before, or "
@@ -74,7 +78,7 @@ def measure_footprint(model: nn.Module, *, seq_len: int = 128, folder: str | Pat
     pruned = [] if on_meta else find_pruned_matrices(model)
     return Footprint(
         total=sum(parameter.numel() for parameter in parameters),
-        active=_count_active(model),
+        active=count_active(model),
         nonzero=None if on_meta else _count_nonzero(parameters),
         pruned=None if on_meta else sum(matrix.numel() for matrix in pruned),
         pruned_nonzero=None if on_meta else _count_nonzero(pruned),
@@ -153,16 +157,6 @@ def find_pruned_matrices(model: nn.Module) -> list[nn.Parameter]:
 
 def _count_nonzero(parameters: Iterable[nn.Parameter]) -> int:
     return sum(int(torch.count_nonzero(parameter)) for parameter in parameters)
-
-
-def _count_active(model: nn.Module) -> int:
-    fractions: dict[nn.Parameter, float] = {}
-    for module in model.modules():
-        fraction = module.active_fraction if isinstance(module, PartlyActive) else 1.0
-        for parameter in module.parameters(recurse=False):
-            # A parameter tied to two modules is used as often as the busier one uses it.
-            fractions[parameter] = max(fraction, fractions.get(parameter, 0.0))
-    return round(sum(parameter.numel() * fraction for parameter, fraction in fractions.items()))
 
 
 def count_bytes(folder: Path) -> int:

@@ -200,7 +200,7 @@ def _predict(
     inputs = dataset.remove_columns([name for name in unread if name in dataset.column_names])
     longest_first = np.argsort([-len(ids) for ids in inputs["input_ids"]], kind="stable")
     batches = np.split(longest_first, range(batch_size, len(inputs), batch_size))
-    device = next(model.parameters()).device
+    device = next(model.parameters(), torch.empty(0)).device  # an export has none, and runs on the CPU
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     takes_words = "word_mask" in inspect.signature(model.forward).parameters  # a CRF decodes words alone

@@ -7,7 +7,6 @@ from typing import Literal
 import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel
-from transformers.utils.generic import find_labels
 
 from hf_moebert.architectures.heads import has_head
 
@@ -97,7 +96,7 @@ def _kind_of_head(model: PreTrainedModel) -> Kind:
         return "answers"
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "language"
-    if not find_labels(type(model)) or not name.endswith("ForSequenceClassification"):
+    if not name.endswith("ForSequenceClassification"):
         raise ValueError(
             f"`models` must classify texts or tokens, answer questions, predict the next token or embed texts, got a "
             f"{name}. Score it yourself."

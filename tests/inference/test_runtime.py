@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.numpy import load_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from tiny_exports import PRECISIONS, TEXTS, make
@@ -27,6 +28,7 @@ from hf_moebert import load_onnx, save_embedder
 from hf_moebert.checkpoints.json_files import save_json
 from hf_moebert.compress.verifying import verify
 from hf_moebert.inference.onnx_export import kind_of
+from hf_moebert.measuring.comparison import Latency, TextColumns, measure
 from hf_moebert.runtime import TextModel, folders, load, verifying
 from hf_moebert.runtime.verifying import GOLDEN_FILE
 
@@ -100,6 +102,35 @@ def test_int8_is_near_and_independent_alone(embedder):
     wanted = exact.embed(TEXTS)
     assert ((rough.embed(TEXTS) * wanted).sum(1) > 0.9).all()
     np.testing.assert_array_equal(rough.embed(TEXTS, batch_size=1)[::-1], rough.embed(TEXTS[::-1], batch_size=1))
+
+
+@pytest.mark.usefixtures("few_resamples")
+def test_an_export_is_measured_beside_its_original(exported, embedder, tmp_path):
+    model, tokenizer, graphs, _ = exported
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    rows = Dataset.from_dict({"text": [*TEXTS, "a film"] * 2, "label": ["LABEL_0", "LABEL_1"] * 4})
+    quick = {"latency": Latency(seq=4, rounds=2), "columns": TextColumns(max_length=8)}
+    sources = {"dense": str(tmp_path / "dense"), "onnx": str(graphs)}
+    result = measure(sources, rows, baseline="dense", optimized=["float32"], **quick)["models"]
+    assert list(result) == ["dense", "onnx", "dense, float32"]
+    assert result["onnx"]["scores"]["accuracy"] == result["dense"]["scores"]["accuracy"]
+    assert result["onnx"]["footprint"]["total"] == result["dense"]["footprint"]["total"]
+    assert result["onnx"]["footprint"]["bytes_on_disk"] > 1000
+    pairs = Dataset.from_dict({"text": TEXTS, "other": TEXTS[::-1], "label": [0.1, 0.9, 0.1]})
+    columns = TextColumns(text_pair_column="other", max_length=8)
+    alone = measure({"onnx": str(embedder[3])}, pairs, baseline="onnx", **quick | {"columns": columns})["models"]
+    assert alone["onnx"]["scores"]
+    assert all(np.isfinite(one["value"]) for one in alone["onnx"]["scores"].values())
+
+
+def test_features_are_those_of_the_pipeline(embedder):
+    model, tokenizer, _, folder = embedder
+    options = {"tokenizer": tokenizer, "device": "cpu", "return_tensors": True}
+    wanted = pipeline("feature-extraction", model=model, **options)(TEXTS)
+    found = pipeline("feature-extraction", model=load_onnx(folder), **options)(TEXTS)
+    for got, one in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, one, atol=1e-5, rtol=0)
 
 
 def test_kinds_are_told_by_class_and_problem():

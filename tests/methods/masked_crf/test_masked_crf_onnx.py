@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from tiny_crf import labels_of, make, make_tokenizer
+from tiny_crf import labels_of, make, make_dense, make_tokenizer
 from transformers import pipeline
 
 from hf_moebert import export_onnx, load_onnx
 from hf_moebert.inference.onnx_export import write_chain
+from hf_moebert.inference.onnx_runtime import OnnxModel
 from hf_moebert.runtime import TextModel, load
 from hf_moebert.runtime.chains import load_chain
 from hf_moebert.runtime.folders import read_manifest
@@ -86,6 +87,19 @@ def test_the_pipeline_takes_it(exported):
         assert got == one
     with pytest.raises(ValueError, match='`word_mask` must mark .* "token-classification" knows no CRF'):
         pipeline("token-classification", model=load_onnx(folder), tokenizer=make_tokenizer(), device="cpu")(texts)
+
+
+def test_the_pipeline_of_dense_taggers_takes_a_graph_without_crf(exported):
+    model, tagger = exported[0], load_onnx(exported[1])
+    dense = make_dense("bert", labels_of("IOBES")).eval()
+    dense.load_state_dict(model.state_dict(), strict=False)
+    options = {"tokenizer": make_tokenizer(), "device": "cpu", "ignore_labels": []}
+    text = "new yorkers in london"
+    wanted = pipeline("token-classification", model=dense, **options)(text)
+    found = pipeline("token-classification", model=OnnxModel(tagger.exported, tagger.max_length), **options)(text)
+    for got, one in zip(found, wanted, strict=True):
+        assert got.pop("score") == pytest.approx(one.pop("score"), abs=1e-5)
+        assert got == one
 
 
 @torch.no_grad()
