@@ -18,6 +18,7 @@ from .texts import Text, TextReader
 from .verifying import check_golden, run_first
 
 
+SHORTEST = 0.9  # of a batch, as a share of its longest text: less padding is worth more here than larger batches
 CLASSIFIERS = ("classification", "multi-label", "regression", "reranking")
 VERBS = {**dict.fromkeys(CLASSIFIERS, "classify"), "tagging": "tag", "embedding": "embed"}
 
@@ -201,7 +202,8 @@ class TextModel:
             inputs = self.reader.batch([rows[place] for place in places])
             return read(self.run(**inputs)[0], inputs["attention_mask"], places)
 
-        return run_by_length(range(len(rows)), [len(row) for row in rows], call, batch_size=batch_size)
+        lengths = [len(row) for row in rows]
+        return run_by_length(range(len(rows)), lengths, call, batch_size=batch_size, shortest=SHORTEST)
 
     def _check(self, verb: str, *kinds: str) -> None:
         if self.kind not in kinds:
