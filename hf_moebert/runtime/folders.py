@@ -58,8 +58,8 @@ def make_options(threads: int) -> Any:
     """Return the options of a session that computes with some threads; one computes in the thread that calls.
 
     Residuals are not fused with norms: the fusion takes the bias of the product before it, whose int8 form then rounds
-    and adds in two more passes. Without it layers of BERT-base's shape take 12 to 15% less time in int8, and 4 to 5% less
-    in float32 (one thread, 1x32 to 8x128).
+    and adds in two more passes. Without it layers of BERT-base's shape take 12 to 15% less time in int8, and 4 to 5%
+    less in float32 (one thread, 1x32 to 8x128).
     """
     import onnxruntime
 
