@@ -1,7 +1,9 @@
 """Several processes that serve one application on one socket, and share the pages of its weights."""
 
+import ctypes
 import gc
 import os
+import platform
 import signal
 import socket
 import sys
@@ -15,6 +17,10 @@ from fastapi import FastAPI
 
 from .limits import ServingLimits
 from .server import LimitedServer, address_of, listen
+
+
+M_MMAP_THRESHOLD = -3  # of <malloc.h>
+LARGE_BUFFER = 2**20  # bytes
 
 
 def run_workers(
@@ -49,6 +55,7 @@ def run_workers(
     listener = listen(host, port, limits)
     url = address_of(listener, host)
     gc.collect()
+    return_buffers()
     gc.freeze()  # or a search for cycles in a worker would copy the pages of all objects
     ready, alive = os.pipe(), os.pipe()
     with Signals() as signals:
@@ -65,6 +72,14 @@ def run_workers(
         sys.exit(1)  # as a server of one process, if something that it runs does not end
     if any(codes):
         raise RuntimeError(f"A worker ended by itself, with the exit codes {codes}. Start the server again.")
+
+
+def return_buffers() -> None:
+    """Let the C library of Linux return large buffers when they are freed: each worker would keep its own."""
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, LARGE_BUFFER)
+        library.malloc_trim(0)
 
 
 class Signals:
