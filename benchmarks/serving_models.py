@@ -33,6 +33,7 @@ from hf_moebert.measuring.latency import compare_times, environment
 from hf_moebert.reporting.tables import markdown_table
 
 
+KEEP_ALIVE = 600  # seconds: connections outlive the turns of the others
 TOLERANCE = 1e-4  # of a score in float32: batches are padded otherwise than single texts
 
 
@@ -57,7 +58,8 @@ def serve_here(folder: str, precision: str, threads: int, said: Connection) -> N
     from hf_moebert.serving import ServingLimits, build_app, load_predictor, run_server
 
     torch.set_num_threads(threads)
-    app = build_app(load_predictor(folder, precision=precision), limits=ServingLimits(queue_size=1024))  # type: ignore[arg-type]
+    limits = ServingLimits(queue_size=1024, keep_alive_s=KEEP_ALIVE)
+    app = build_app(load_predictor(folder, precision=precision), limits=limits)  # type: ignore[arg-type]
     run_server(app, host="127.0.0.1", port=0, announce=said.send)
 
 
@@ -78,7 +80,7 @@ def serve_plainly(folder: str, precision: str, threads: int, said: Connection) -
 
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     said.send(f"http://127.0.0.1:{listener.getsockname()[1]}")
-    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_keep_alive=KEEP_ALIVE)).run(sockets=[listener])
 
 
 @contextmanager
@@ -163,6 +165,7 @@ def main(args: ModelServingArguments) -> None:
         for clients in args.clients:
             found, shares = asyncio.run(take_turns(args, urls, texts, wanted, clients))
             raw[clients] = found
+            print(f"{clients} clients are done", file=sys.stderr, flush=True)
             for name in args.precisions:
                 row = {"clients": str(clients), "this server in": name, "same label": f"{shares[name]:.3f}"}
                 for measure, times in found.items():
