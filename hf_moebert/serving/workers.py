@@ -5,13 +5,12 @@ import gc
 import os
 import platform
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 from fastapi import FastAPI
 
@@ -114,9 +113,7 @@ class Signals:
         self.stop()
 
 
-def _fork(
-    make_app: Callable[[], FastAPI], listener: socket.socket, ready: tuple[int, int], alive: tuple[int, int]
-) -> int:
+def _fork(make_app: Callable[[], FastAPI], listener: Any, ready: tuple[int, int], alive: tuple[int, int]) -> int:
     """Start a worker, and return its process id."""
     sys.stdout.flush()
     sys.stderr.flush()
