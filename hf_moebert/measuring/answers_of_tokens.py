@@ -42,6 +42,7 @@ TAG_SCORES: dict[str, dict[str, Score]] = {
     "illegal": {"illegal segments": lambda predictions, references: float(predictions["illegal"].sum())},
 }
 NEED_SCHEME = ("strict_f1", "illegal")
+USUAL_TAG_SCORES = ("f1", "strict_f1", "illegal")
 TAG_FOUND = np.dtype([("lenient", FOUND), ("strict", FOUND), ("illegal", np.int64)])
 TAG_TRUTH = np.dtype([("lenient", np.int64), ("strict", np.int64)])
 
@@ -78,8 +79,8 @@ def answer_by_tags(asked: Asked) -> Answers:
             counts["strict"], references["strict"] = count_spans(rows, wanted, True, scheme=scheme)
             counts["illegal"] = [count_illegal([row], scheme) for row in rows]
         predictions[name] = counts
-    lenient = {name: scores for name, scores in TAG_SCORES.items() if name not in NEED_SCHEME}
-    return asked.answer(predictions, references, lenient if scheme is None else TAG_SCORES)
+    table = {name: scores for name, scores in TAG_SCORES.items() if scheme is not None or name not in NEED_SCHEME}
+    return asked.answer(predictions, references, table, [name for name in USUAL_TAG_SCORES if name in table])
 
 
 def find_scheme(names: Sequence[str], told: str = "auto") -> str | None:
