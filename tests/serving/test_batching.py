@@ -69,6 +69,27 @@ def test_what_waits_meanwhile_is_one_batch(gate):
     assert batcher.depth == 0
 
 
+def test_a_batch_is_of_one_group(gate):
+    batcher, _ = blocked(gate)
+    for number in range(1, 7):
+        batcher.submit(number, group="odd" if number % 2 else "even")
+    gate.open.set()
+    batcher.close()
+    assert gate.batches == [[0], [1, 3, 5], [2, 4, 6]]
+
+
+def test_an_error_in_the_place_of_a_result_is_that_requests_alone(gate):
+    gate.answer = lambda request: ValueError("one") if request == 1 else request
+    batcher, first = blocked(gate)
+    futures = [batcher.submit(number) for number in range(1, 4)]
+    gate.open.set()
+    batcher.close()
+    assert gate.batches == [[0], [1, 2, 3]]  # nothing runs twice
+    assert [future.result(0) for future in (first, *futures[1:])] == [0, 2, 3]
+    with pytest.raises(ValueError, match="one"):
+        futures[0].result(0)
+
+
 def test_the_oldest_is_joined_by_its_likes(gate):
     batcher, _ = blocked(gate, max_batch=3)
     for length in (10, 90, 12, 80, 11, 85):
