@@ -35,11 +35,12 @@ class _Waiting:
 class DynamicBatcher:
     """A worker thread that answers requests in batches, the oldest first.
 
-    The worker starts a batch once `max_batch` inputs wait, or once the oldest request has waited `max_wait_ms`. If
-    more wait than fit, the oldest request is joined by those closest to it in length, so that padding is small and no
-    request starves. All requests of a batch are of one group. A batch that fails is run again request by request, so
-    that only the faulty request fails. Calls given to `between` keep their place in the queue: requests accepted
-    before them are answered before them, requests accepted after them are answered after them.
+    The worker starts a batch once `max_batch` inputs wait, or once the oldest request has waited `max_wait_ms`; at
+    once if the last request was alone, for it has nobody to wait for. If more wait than fit, the oldest request is
+    joined by those closest to it in length, so that padding is small and no request starves. All requests of a batch
+    are of one group. A batch that fails is run again request by request, so that only the faulty request fails. Calls
+    given to `between` keep their place in the queue: requests accepted before them are answered before them, requests
+    accepted after them are answered after them.
 
     Whatever a batch raises, a `BaseException` too, ends in the futures of its requests. Should the worker end for any
     other reason, `dead` is true, and all that waited fails.
@@ -60,6 +61,7 @@ class DynamicBatcher:
         self._waiting: deque[_Waiting] = deque()
         self._size = 0  # waiting inputs
         self._calls = 0  # waiting calls
+        self._alone = False  # whether the last batch was of one request, and nothing waited behind it
         self._started: float | None = None  # of the batch that runs
         self._closed = False
         self._changed = threading.Condition()
@@ -190,13 +192,14 @@ class DynamicBatcher:
             for entry in batch:
                 self._waiting.remove(entry)
                 self._count(entry, -1)
+            self._alone = len(batch) == 1 and not self._waiting
             return batch
 
     def _patience(self) -> float | None:
         """Return the seconds until the next batch starts, `None` while nothing waits."""
         if not self._waiting:
             return None
-        if self._calls or self._size >= self.max_batch:
+        if self._calls or self._alone or self._size >= self.max_batch:
             return 0
         return max(0, self._waiting[0].since + self._max_wait - time.monotonic())
 

@@ -58,6 +58,15 @@ def test_a_batch_starts_full_or_when_the_oldest_waited_long_enough(gate):
     assert gate.batches == [[0, 1, 2], [5]]
 
 
+def test_who_is_alone_waits_for_nobody(gate):
+    gate.open.set()
+    with make_batcher(gate, max_wait_ms=60_000) as batcher:
+        batcher.between(lambda: None).result(10)
+        for number in range(3):
+            assert batcher.submit(number).result(10) == 2 * number
+    assert gate.batches == [[0], [1], [2]]
+
+
 def test_what_waits_meanwhile_is_one_batch(gate):
     batcher, first = blocked(gate)
     futures = [batcher.submit(number) for number in range(1, 5)]
