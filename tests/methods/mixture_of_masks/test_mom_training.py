@@ -100,8 +100,9 @@ def test_as_a_loop_by_hand(tmp_path, kind):
 # The budget
 
 
-@pytest.mark.parametrize(("budget", "ramp"), [("global", "linear"), ("layer", "cubic")])
-@pytest.mark.parametrize("steps", [30, 60, 100])
+@pytest.mark.parametrize(
+    ("steps", "budget", "ramp"), [(30, "global", "linear"), (60, "layer", "linear"), (100, "global", "cubic")]
+)
 def test_masks_follow_the_ramp_however_short_the_run(tmp_path, steps, budget, ramp):
     """Exactly, until they are fixed at the share itself."""
     model = make(num_experts=1, budget=budget)
