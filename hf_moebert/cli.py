@@ -257,7 +257,7 @@ def export(
     text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
     max_texts: Annotated[int, typer.Option(min=1, help="Compare on the first texts only.")] = 200,
 ) -> None:
-    """Write a model for ONNX Runtime, checked against torch; `hf_moebert.load_onnx` runs it."""
+    """Write a model for ONNX Runtime, checked against torch; `hf_moebert.runtime` runs it without torch."""
     from transformers import AutoTokenizer
 
     from hf_moebert.checkpoints.loading import load_model
