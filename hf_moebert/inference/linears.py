@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 
 Precision = Literal["float32", "bfloat16", "int8"]
-PRECISIONS = ("float32", "bfloat16", "int8")
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
 Activation = Callable[[Tensor], Tensor]
 
 # Any of these is needed, by the names of `torch.cpu.get_capabilities`: emulation would take longer than float32

@@ -144,13 +144,27 @@ def trace(model: PreTrainedModel, inputs: Batch) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of exporters, about themselves
-            return OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True))
+            exported = OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True))
+            for component in exported.components.values():
+                fold_weights(component.program)
+            return exported
     except Exception as error:  # of torch, onnxscript and transformers, of any kind
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"`model` must be one that transformers can export, {type(model).__name__} is not: {reason}. Use "
             "`optimize_for_inference`."
         ) from error
+
+
+def fold_weights(program: Any) -> None:
+    """Make one constant of each weight that a graph picks from a stack, such as those of experts, however large.
+
+    The exporter folds small ones alone, and the quantiser would leave the products of others in float32.
+    """
+    from onnxscript import optimizer
+
+    optimizer.fold_constants(program, input_size_limit=2**40, output_size_limit=2**40)
+    optimizer.remove_unused_nodes(program)
 
 
 def quantize_graph(exported: Any, inputs: Batch) -> Any:

@@ -259,7 +259,8 @@ def _choose_form(source: str, pooling: str | None) -> EmbeddingForm:
             f"`pooling` must be one of {', '.join(POOLINGS)} for {source!r}, which has no head and no {MODULES_FILE}, "
             f"got {pooling!r}. Most embedders use mean; a classifier has to be fine-tuned first."
         )
-    return form if pooling is None else replace(form or EmbeddingForm(), pooling=pooling)
+    form = form or EmbeddingForm()
+    return form if pooling is None else replace(form, pooling=pooling)
 
 
 def count_ids(model: Any) -> int:

@@ -188,8 +188,7 @@ def make_engines(model: PreTrainedModel, folder: Path, tokenizer: Any) -> tuple[
     engines: dict[str, Any] = {}
     left_out = {}
     shared = {id(parameter): parameter for parameter in model.parameters()}
-    precisions: tuple[Precision, ...] = PRECISIONS
-    for precision in precisions:
+    for precision in PRECISIONS:
         if reason := None if precision == "float32" else unsupported_reason(precision, precision == "int8"):
             left_out[f"torch {precision}"] = reason
         else:

@@ -4,6 +4,8 @@ import json
 import shutil
 
 import numpy as np
+import onnx
+import onnx_ir
 import pytest
 import torch
 from tiny_exports import PRECISIONS, TEXTS
@@ -45,6 +47,20 @@ def test_a_crf_on_narrowed_layers_gives_its_emissions(tmp_path):
     with torch.no_grad():
         wanted = model(input_ids=ids, attention_mask=mask, word_mask=mask == 1)
     assert torch.allclose(found.logits, wanted.logits, atol=1e-5)
+
+
+def test_weights_of_any_size_that_are_picked_from_a_stack_become_constants():
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    stack = onnx.numpy_helper.from_array(np.ones((2, 1024, 768), np.float32), "stack")
+    second = onnx.numpy_helper.from_array(np.array(1), "second")
+    nodes = [helper.make_node("Gather", ["stack", "second"], ["picked"], axis=0)]
+    nodes.append(helper.make_node("MatMul", ["x", "picked"], ["y"]))
+    sides = [helper.make_tensor_value_info(*side) for side in (("x", kind, (3, 1024)), ("y", kind, (3, 768)))]
+    graph = helper.make_graph(nodes, "graph", sides[:1], sides[1:], [stack, second])
+    program = onnx_ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]))
+    onnx_export.fold_weights(program)
+    assert [node.op_type for node in program.graph] == ["MatMul"]
+    assert [tuple(value.shape) for value in program.graph.initializers.values()] == [(1024, 768)]
 
 
 @pytest.mark.process
