@@ -24,6 +24,8 @@ from .predictors import TextPredictor, not_finite, too_long
 
 OVERLAP = 4  # a window shares one part of so many with the next
 STRATEGY = AggregationStrategy.SIMPLE
+# Inputs of models, and what the library of tokenizers calls them
+PARTS = (("input_ids", "ids"), ("token_type_ids", "type_ids"), ("attention_mask", "attention_mask"))
 
 
 class Tagger(TextPredictor):
@@ -118,15 +120,12 @@ class QuestionAnswerer(TextPredictor):
 
     def compute(self, windows: list[Any]) -> list[Any]:
         """Return logits of each window, `(2, seq)`: of starts and ends."""
-        rows = [{name: getattr(window, ENCODED[name]) for name in self.inputs} for window in windows]
+        names = (*self.tokenizer.model_input_names, "attention_mask")
+        parts = [(name, part) for name, part in PARTS if name in names]
+        rows = [{name: getattr(window, part) for name, part in parts} for window in windows]
         batch = self.tokenizer.pad(rows, return_tensors="pt", verbose=False)
         outputs = self.model(**batch)
         return list(torch.stack([outputs.start_logits, outputs.end_logits], 1).float().cpu())
-
-    @property
-    def inputs(self) -> list[str]:
-        """Return the names of the model's inputs."""
-        return [name for name in ENCODED if name in (*self.tokenizer.model_input_names, "attention_mask")]
 
     def read_windows(self, found: list[Any], windows: list[Any], context: str) -> Any:
         """Return the likeliest answer of all windows."""
@@ -137,9 +136,6 @@ class QuestionAnswerer(TextPredictor):
             example = Example(context, QUESTION, None, context_spans(window), truncated=False)
             answers.append(read_answer(starts, ends, example))
         return max(answers, key=lambda answer: answer["score"])
-
-
-ENCODED = {"input_ids": "ids", "token_type_ids": "type_ids", "attention_mask": "attention_mask"}
 
 
 def pick_row(value: Any, row: int) -> Any:
