@@ -22,6 +22,12 @@ HEADS = [
     for auto in classes_to_mask(type(transformers.AutoConfig.for_model(family, **CONFIGS[family])))
 ]
 FIRST = dict(reversed(HEADS))  # one head of each family
+BY_FAMILY = {family: [auto for name, auto in HEADS if name == family] for family in FAMILIES}
+SAVED = [  # every head of one family, and one of each of the others, in turns
+    (family, auto)
+    for place, (family, autos) in enumerate(BY_FAMILY.items())
+    for auto in (autos if family == "bert" else [autos[place % len(autos)]])
+]
 
 
 def build(family, auto):
@@ -44,7 +50,7 @@ def answer(model):
 
 
 @pytest.mark.parametrize(("family", "auto"), HEADS)
-def test_every_head_takes_masks_and_comes_back(tmp_path, family, auto):
+def test_every_head_takes_masks_and_loses_them(family, auto):
     dense = build(family, auto)
     masked = from_dense(dense, num_experts=2)
     torch.testing.assert_close(answer(masked), answer(dense), atol=1e-5, rtol=1e-5)
@@ -52,6 +58,11 @@ def test_every_head_takes_masks_and_comes_back(tmp_path, family, auto):
     fixed = scatter_masks(masked).fix_masks(0.5)
     wanted, small = answer(fixed), shrink(fixed)
     torch.testing.assert_close(answer(small), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "auto"), SAVED)
+def test_every_family_is_saved_and_loaded(tmp_path, family, auto):
+    small = shrink(scatter_masks(from_dense(build(family, auto), num_experts=2)).fix_masks(0.5))
     small.save_pretrained(tmp_path)
     loaded = getattr(transformers, auto).from_pretrained(tmp_path)
     assert type(loaded) is type(small)
