@@ -176,6 +176,7 @@ class Distil:
     warmup: float = HfArg(default=0.06, help="Share of the steps in which the learning rate rises.")
     weight: float = HfArg(default=1.0, help="Weight of the teacher's part of the loss.")
     hidden_states: bool = HfArg(default=True, help="Whether the student follows the hidden states, too.")
+    dropout: bool = HfArg(default=True, help="Whether the model is trained with the dropout of its configuration.")
 
     def __post_init__(self) -> None:
         _check(

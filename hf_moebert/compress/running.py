@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import singledispatch
 from pathlib import Path
@@ -38,6 +39,7 @@ from hf_moebert.methods.distillation import DistillationConfig, DistillationTrai
 from hf_moebert.methods.mixture_of_masks import MaskSparsityCallback, MaskSparsityConfig
 from hf_moebert.methods.platon import PlatonPruningCallback, prune_structured
 from hf_moebert.methods.trimming import choose_layers, drop_layers, trim_vocabulary
+from hf_moebert.training.dropout import without_dropout
 
 from .recipe import Distil, DropLayers, Experts, Optimize, Pack, Prune, Recipe, Stage, TrimVocabulary
 from .stages import shrink
@@ -269,7 +271,8 @@ def _(stage: Distil, model: PreTrainedModel, workshop: Workshop, *, pending: Sta
         optimizers=optimizers,
     )
     trainer.remove_callback(PrinterCallback)  # one line a stage, and the losses in `trainer_state.json`
-    trainer.train(resume_from_checkpoint=find_checkpoint(training))
+    with nullcontext() if stage.dropout else without_dropout(trainer.model):
+        trainer.train(resume_from_checkpoint=find_checkpoint(training))
     return without_pruned(trainer.model, pending)
 
 
