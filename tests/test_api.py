@@ -70,5 +70,9 @@ def test_the_page_on_pypi_has_no_links_that_lead_nowhere(monkeypatch):
     page, links = metadata["long_description"], r"\]\((?!https?://|#)"
     assert re.findall(links, (ROOT / "README.md").read_text())
     assert not re.findall(links, page)
-    for words in ("PLATON, whole units", "`moebert`: feed-forward networks", "[Zuo et al. 2022](https://arxiv.org/"):
+    for words in (
+        "PLATON, single weights",
+        "`moebert`: feed-forward networks",
+        "[Zuo et al. 2022](https://arxiv.org/",
+    ):
         assert words in page

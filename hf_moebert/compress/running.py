@@ -250,7 +250,8 @@ def importance_of(model: PreTrainedModel, workshop: Workshop, *, examples: int) 
 
 @apply.register
 def _(stage: Distil, model: PreTrainedModel, workshop: Workshop, *, pending: Stage, training: Path) -> PreTrainedModel:
-    args, callbacks, optimizers = training_arguments(stage, workshop, training), list(workshop.callbacks), (None, None)
+    args, callbacks = training_arguments(stage, workshop, training), list(workshop.callbacks)
+    optimizers: tuple[Any, Any] = (None, None)
     if is_pending(pending) and pending.method == "masks":
         importance = importance_of(model, workshop, examples=Experts().importance_examples)
         model = mixture_of_masks.from_dense(model, importance=importance, group_size=pending.multiple_of)
