@@ -14,7 +14,8 @@ from hf_moebert.data.words import find_words
 
 logger = logging.getLogger(__name__)
 TOKENIZER_FILE = "tokenizer.json"
-FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}  # of an `Encoding`
+# Attributes of an `Encoding`
+FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}  # nosec B105
 Text = str | tuple[str, str]
 
 
