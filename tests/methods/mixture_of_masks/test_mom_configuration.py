@@ -97,11 +97,11 @@ WRONG = [
     ({"num_experts": 65}, r"`num_experts` must be in \[1, 64\], got 65"),
     (
         {"num_experts_per_tok": 0},
-        r"`num_experts_per_tok` .* must be in \[1, 4\], the number of experts, got 0",
+        r"`num_experts_per_tok` .* must be in \[1, 1\], the number of experts, got 0",
     ),
     (
         {"num_experts_per_tok": 5},
-        r"`num_experts_per_tok` .* must be in \[1, 4\], the number of experts, got 5",
+        r"`num_experts_per_tok` .* must be in \[1, 1\], the number of experts, got 5",
     ),
     ({"group_size": 0}, "`group_size` must be at least 1, got 0"),
     ({"mask_stage": "soft"}, "`mask_stage` must be one of learned, fixed, compact, got 'soft'"),

@@ -25,6 +25,7 @@ from hf_moebert.methods.multitask.functional_answers import Example, read_answer
 from hf_moebert.methods.multitask.modeling_multitask import MultiTaskBertModel
 from hf_moebert.methods.multitask.pipeline import MultiTaskPipeline, group_by_length
 from hf_moebert.serving.app import ServingLimits, build_app
+from hf_moebert.serving.many_tasks import ManyTasks
 
 
 TEXT = "anna lee in rome. a good film"
@@ -328,7 +329,7 @@ def client(tmp_path):
     config = json.loads((tmp_path / "sentiment-0/config.json").read_text())
     (tmp_path / "no-task/config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
     tasks = {name: make_task(name) for name in KINDS if name != "sentiment"}
-    app = build_app(make_pipeline(tasks), limits=ServingLimits(max_wait_ms=1), allow_updates=tmp_path)
+    app = build_app(ManyTasks(make_pipeline(tasks)), limits=ServingLimits(max_wait_ms=1), allow_updates=tmp_path)
     with TestClient(app) as client:
         yield client
 
@@ -364,14 +365,14 @@ def test_a_server_does_not_start_with_a_task_that_is_not_finite(name, value):
     with torch.no_grad():
         broken.model.branches[name].base_model.encoder.layer[-1].output.dense.weight.fill_(value)
     with pytest.raises(ValueError, match=rf"The task '{name}' must be able to answer .*, but: .* must compute finite"):
-        build_app(broken)
+        build_app(ManyTasks(broken))
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_task_that_is_not_finite_on_some_inputs_answers_them_with_an_error(name):
     """One word makes what the branch computes infinite: its request fails alone, whatever is in the batch."""
     tasks = make_pipeline({other: make_task(other) for other in ("sentiment", name)})
-    app = build_app(tasks, limits=ServingLimits(max_wait_ms=50))
+    app = build_app(ManyTasks(tasks), limits=ServingLimits(max_wait_ms=50))
     words = tasks.model.trunk.embeddings.word_embeddings.weight
     with torch.no_grad():
         words[tasks.tokenizer.convert_tokens_to_ids("film")] = math.nan
