@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard
 from yaml import YAMLError
@@ -10,11 +9,8 @@ from yaml import YAMLError
 from hf_moebert.reporting.model_card import write_model_card
 from hf_moebert.reporting.tables import measurement_rows
 
+from .result import CompressionResult
 from .tasks import TextData
-
-
-if TYPE_CHECKING:
-    from .door import CompressionResult
 
 
 LONGEST_NAME = 80  # characters, of the 96 that the Hub allows
@@ -31,7 +27,7 @@ JUDGED_BY = {
 }
 
 
-def write_card(result: "CompressionResult", model: str, given: str, data: TextData) -> Path:
+def write_card(result: CompressionResult, model: str, given: str, data: TextData) -> Path:
     """Write the README.md of the result.
 
     Args:

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import yaml
 from datasets import Dataset
 from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
 from hf_moebert.checkpoints.json_files import save_json
 from hf_moebert.checkpoints.loading import load_model
@@ -30,14 +29,14 @@ from hf_moebert.reporting.compression import write_compression_report
 from .card import write_card
 from .recipe import EXPORTS, Recipe, Search
 from .recipe_file import read_recipe
+from .result import COMPRESSED, GIVEN, CompressionResult, result_name
 from .running import Workshop
 from .searching import search, timing
 from .tasks import TextData, check_lengths, check_task, find_metrics, prepare
-from .verdict import Verdict, judge
+from .verdict import judge
 from .verifying import EXAMPLES, write_golden
 
 
-GIVEN, COMPRESSED = "given", "compressed"
 PACKAGES = ("hf_moebert", "torch", "transformers")
 
 EXPORTED_TEXTS = 200  # on which int8 is compared with float32
@@ -45,41 +44,6 @@ EXPORTED_TEXTS = 200  # on which int8 is compared with float32
 
 class ExportError(ValueError):
     """The result is there, but not its form for another engine."""
-
-
-@dataclass(frozen=True)
-class CompressionResult:
-    """Everything that a compression leaves.
-
-    Attributes:
-        folder: The folder of the run.
-        recipe: What was done.
-        stages: What each stage was told and took.
-        measurement: Size, speed and scores of the given model and of the result; see `measuring.comparison.measure`.
-        verdict: Which targets are met.
-        candidates: What a search tried, one row each.
-    """
-
-    folder: Path
-    recipe: Recipe
-    stages: list[dict[str, Any]]
-    measurement: dict[str, Any]
-    verdict: Verdict
-    candidates: list[dict[str, str]]
-
-    @property
-    def model_folder(self) -> Path:
-        """The compressed model, which an Auto class loads after `import hf_moebert`."""
-        return self.folder / "model"
-
-    @property
-    def name(self) -> str:
-        """The name of the result in its measurement."""
-        return result_name(self.recipe)
-
-    def load(self) -> PreTrainedModel:
-        """Load the compressed model."""
-        return load_model(self.model_folder)
 
 
 def compress(
@@ -194,11 +158,6 @@ def publish(stage: Path, folder: Path) -> None:
     shutil.copytree(stage, draft, ignore=shutil.ignore_patterns("stage.json", "checkpoint_manifest.json"))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(draft, folder)
-
-
-def result_name(recipe: Recipe) -> str:
-    """Return the name of the result in its measurement."""
-    return COMPRESSED if recipe.precision is None else f"{COMPRESSED}, {recipe.precision}"
 
 
 def measure_result(run: Workshop, given: str, folder: Path, *, threads: int | None, rounds: int) -> dict[str, Any]:
