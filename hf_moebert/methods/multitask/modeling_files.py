@@ -55,8 +55,14 @@ def hash_branch(tensors: Mapping[str, Tensor], config: Any) -> str:
         tensors: Tensors of one branch, by their names in the whole model.
         config: Configuration with the fingerprints of the trunk.
     """
-    task = config.tasks[next(iter(tensors)).split(".")[1]]
-    return chain_hashes([tensors], start=config.trunk_sha256[task["frozen_layers"]])[0]
+    depth = _task_of(tensors, config).get("frozen_layers", 0)
+    return chain_hashes([tensors], start=config.trunk_sha256[depth])[0]
+
+
+def _task_of(tensors: Mapping[str, Tensor], config: Any) -> dict[str, Any]:
+    """Return the task of a branch, nothing if none of its tensors has the name of one: a file may hold anything."""
+    names = (name.split(".")[1] for name in tensors if name.startswith("branches."))
+    return config.tasks.get(next(names, None), {})
 
 
 def write_folder(folder: Path, state: Mapping[str, Tensor], config: Any) -> None:
@@ -221,7 +227,7 @@ def _read_trunk(file: Any, name: str) -> Tensor:
 def _check_branch(tensors: Mapping[str, Tensor], config: Any, what: str) -> None:
     """Refuse a branch other than the one that config.json describes."""
     found = hash_branch(tensors, config)
-    expected = config.tasks[next(iter(tensors)).split(".")[1]].get("sha256")
+    expected = _task_of(tensors, config).get("sha256")
     if found != expected:
         raise ValueError(
             f"{what} must be the branch that config.json describes, of SHA-256 {expected}, got {found}. It was "
