@@ -87,12 +87,12 @@ def add_commands(app: typer.Typer, *, read: Callable[..., Any], quiet: Callable[
         if budget is not None:
             changes.append(f"search.budget={parse_amount(budget, TIMES, '--budget', '30m')}")
         wanted = read_recipe(recipe, changes=changes, **target)
-        if dry_run:
-            typer.echo(yaml.safe_dump(wanted.as_dict(), sort_keys=False).rstrip())
-            for line in foretell(model, wanted, len(read(data, argument="--data")), threads):
-                typer.echo(f"# {line}")
-            return
         try:
+            if dry_run:
+                typer.echo(yaml.safe_dump(wanted.as_dict(), sort_keys=False).rstrip())
+                for line in foretell(model, wanted, len(read(data, argument="--data")), threads):
+                    typer.echo(f"# {line}")
+                return
             result = run(
                 model,
                 wanted,
@@ -161,10 +161,12 @@ def foretell(model: str, recipe: Any, examples: int, threads: int | None) -> lis
 
     from hf_moebert.checkpoints.loading import load_model
     from hf_moebert.compress.predicting import predict
+    from hf_moebert.compress.tasks import check_task
 
     if threads is not None:
         torch.set_num_threads(threads)
     given, lines = load_model(model if Path(model).is_dir() else snapshot_download(model)).eval(), []
+    check_task(given)
     for found in predict(given, recipe, examples=examples):
         trained = found.training_seconds and f", about {found.training_seconds / 60:.1f} minutes of training"
         size = f"{found.parameters:,} of {given.num_parameters():,} parameters"

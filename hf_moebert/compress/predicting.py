@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -16,10 +16,10 @@ from hf_moebert.architectures.units import find_unit_groups
 from hf_moebert.inference.linears import Precision
 from hf_moebert.inference.optimize import optimize_for_inference
 from hf_moebert.measuring.latency import compare_latency
-from hf_moebert.methods import moebert
 from hf_moebert.methods.trimming import drop_layers
 
 from .recipe import Distil, DropLayers, Experts, Optimize, Prune, Recipe, Search, Stage
+from .running import cut_into_experts
 from .searching import structures_for, timing
 from .stages import shrink
 
@@ -47,7 +47,7 @@ class Prediction:
 
 
 def predict(model: PreTrainedModel, recipe: Recipe, *, examples: int) -> list[Prediction]:
-    """Predict what a recipe would make of a model; of a search, what each structure is.
+    """Predict what a recipe would make of a model; of a search, what each structure is that the model can have.
 
     Which units go depends on texts, but not how many: so copies of the right sizes are made, and run. Stages of which
     that is not known (`trim_vocabulary`, zeros of single weights) are left out. Our own design.
@@ -58,7 +58,7 @@ def predict(model: PreTrainedModel, recipe: Recipe, *, examples: int) -> list[Pr
         examples: Texts to learn from.
 
     Raises:
-        ValueError: If a stage cannot be done to the model.
+        ValueError: If a stage of the recipe cannot be done to the model.
     """
     if isinstance(recipe.stages[0], Search):
         distil = cast(Distil, recipe.stages[1])
@@ -69,7 +69,12 @@ def predict(model: PreTrainedModel, recipe: Recipe, *, examples: int) -> list[Pr
     tokens = target.tokens if isinstance(target.tokens, int) else USUAL_TOKENS
     calls, facts = {GIVEN: forward(model, target.batch, tokens)}, {}
     for name, stages in plans.items():
-        form = stand_in(model, stages)
+        try:
+            form = stand_in(model, stages)
+        except ValueError:
+            if len(plans) == 1:
+                raise
+            continue  # a search leaves out what the family cannot have
         trained = (stage for stage in stages if isinstance(stage, Distil))
         facts[name] = form.num_parameters(), sum(training_time(model, form, stage, examples) for stage in trained)
         precision = next((stage.precision for stage in stages if isinstance(stage, Optimize)), None)
@@ -85,18 +90,15 @@ def stand_in(model: PreTrainedModel, stages: Sequence[Stage]) -> PreTrainedModel
     form = copy.deepcopy(model).eval()
     for stage in stages:
         if isinstance(stage, DropLayers):
-            keep = stage.keep if isinstance(stage.keep, list) else None
-            form = drop_layers(form, keep or max(1, round(cast(float, stage.keep) * form.config.num_hidden_layers)))
+            form = drop_layers(form, stage.count_layers(form.config.num_hidden_layers))
         elif isinstance(stage, Prune) and stage.granularity == "structured":
             ratio, kinds = stage.keep_ratio or 1 / cast(float, stage.speed_up), ("neurons", "heads")
             form = narrow_evenly(form, ratio, stage.multiple_of, kinds[: 1 if stage.method == "masks" else 2])
         elif isinstance(stage, Experts):
             widths = [network.num_units for network in find_feed_forwards(form)]
-            options: dict[str, Any] = {"num_experts": stage.num_experts, "routing": stage.routing}
-            options |= {} if stage.expert_size is None else {"expert_size": stage.expert_size}
-            if stage.routing == "hash-balanced":
-                options["token_counts"] = torch.ones(form.config.vocab_size, dtype=torch.long)
-            form = moebert.from_dense(form, torch.ones(len(widths), max(widths)), **options)
+            balanced = stage.routing == "hash-balanced"
+            counts = torch.ones(form.config.vocab_size, dtype=torch.long) if balanced else None
+            form = cut_into_experts(stage, form, torch.ones(len(widths), max(widths)), counts)
     return form
 
 
@@ -134,5 +136,4 @@ def training_time(teacher: PreTrainedModel, student: PreTrainedModel, stage: Dis
         outputs = student(**inputs)
         (outputs.logits if "logits" in outputs else outputs.last_hidden_state).float().square().mean().backward()
         times.append(time.perf_counter() - start)
-    steps = stage.steps or max(1, round(stage.epochs * examples / stage.batch_size))
-    return steps * times[-1]
+    return stage.count_steps(examples) * times[-1]

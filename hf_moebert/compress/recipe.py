@@ -83,6 +83,10 @@ class DropLayers:
         _check(is_share or is_list, "keep", "a share in (0, 1), or a list of indices", self.keep, "Use 0.5")
         _check(self.by in ("position", "importance"), "by", "position or importance", self.by, "Use position")
 
+    def count_layers(self, depth: int) -> int:
+        """Return how many of so many layers stay."""
+        return len(self.keep) if isinstance(self.keep, list) else max(1, round(self.keep * depth))
+
 
 @dataclass(frozen=True)
 class Prune:
@@ -193,6 +197,10 @@ class Distil:
             _is_number(self.warmup, above=-1e-9) and self.warmup < 1, "warmup", "in [0, 1)", self.warmup, "Use 0.06"
         )
         self.distillation()
+
+    def count_steps(self, examples: int) -> int:
+        """Return how many steps so many examples make."""
+        return self.steps or max(1, round(self.epochs * examples / self.batch_size))
 
     def distillation(self, **layers: Any) -> DistillationConfig:
         """Return the recipe of the Trainer."""

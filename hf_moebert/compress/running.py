@@ -202,7 +202,7 @@ def kept_layers(stage: DropLayers, model: PreTrainedModel, workshop: Workshop) -
     """Return the indices of the layers that stay; the same for the same model and texts."""
     if isinstance(stage.keep, list):
         return stage.keep
-    count = max(1, round(stage.keep * model.config.num_hidden_layers))
+    count = stage.count_layers(model.config.num_hidden_layers)
     by = cast(Literal["position", "importance"], stage.by)
     return choose_layers(model, count, workshop.data.texts, workshop.data.collator, by=by)
 
@@ -230,14 +230,23 @@ def _(stage: Prune, model: PreTrainedModel, workshop: Workshop, **_: Any) -> Pre
 def _(stage: Experts, model: PreTrainedModel, workshop: Workshop, **_: Any) -> PreTrainedModel:
     data, seed = workshop.data, workshop.recipe.seed
     importance = importance_of(model, workshop, examples=stage.importance_examples)
-    options: dict[str, Any] = {"num_experts": stage.num_experts, "routing": stage.routing, "seed": seed}
-    widths = [network.num_units for network in find_feed_forwards(model)]
-    if narrow := [layer for layer, width in enumerate(widths) if width < stage.num_experts]:  # so few after pruning
-        options["layers"] = [layer for layer in range(len(widths)) if layer not in narrow]
-    if stage.expert_size is not None:
-        options["expert_size"] = stage.expert_size
+    counts = None
     if stage.routing == "hash-balanced":
-        options["token_counts"] = moebert.count_tokens(data.train, model.config.vocab_size)
+        counts = moebert.count_tokens(data.train, model.config.vocab_size)
+    return cut_into_experts(stage, model, importance, counts, seed=seed)
+
+
+def cut_into_experts(
+    stage: Experts, model: PreTrainedModel, importance: Tensor, token_counts: Tensor | None, *, seed: int = 0
+) -> PreTrainedModel:
+    """Return a mixture of experts; layers that pruning left fewer neurons than experts stay as they are."""
+    options: dict[str, Any] = {"num_experts": stage.num_experts, "routing": stage.routing, "seed": seed}
+    optional: dict[str, Any] = {"expert_size": stage.expert_size, "token_counts": token_counts}
+    widths = [network.num_units for network in find_feed_forwards(model)]
+    wide = [layer for layer, width in enumerate(widths) if width >= stage.num_experts]
+    if len(wide) < len(widths):
+        optional["layers"] = wide
+    options |= {name: value for name, value in optional.items() if value is not None}
     return moebert.from_dense(model, importance, **options)
 
 
@@ -286,21 +295,14 @@ def without_pruned(model: Any, pending: Stage) -> PreTrainedModel:
     return shrink(model, multiple_of=pending.multiple_of, uniform=pending.uniform)
 
 
-def count_steps(stage: Distil, workshop: Workshop) -> int:
-    """Return how many steps a training run has."""
-    if stage.steps is not None:
-        return stage.steps
-    return max(1, round(stage.epochs * len(workshop.data.train) / stage.batch_size))
-
-
 def windows(stage: Distil, workshop: Workshop) -> dict[str, Any]:
     """Let PLATON choose often enough for a short run: at least some ten times."""
-    return {"window": max(1, min(100, count_steps(stage, workshop) // 30))}
+    return {"window": max(1, min(100, stage.count_steps(len(workshop.data.train)) // 30))}
 
 
 def training_arguments(stage: Distil, workshop: Workshop, folder: Path) -> TrainingArguments:
     """Return the arguments of a training run that can go on after a crash."""
-    steps = count_steps(stage, workshop)
+    steps = stage.count_steps(len(workshop.data.train))
     fields: dict[str, Any] = {
         "max_steps": steps,
         "learning_rate": stage.learning_rate,

@@ -14,7 +14,7 @@ from hf_moebert.inference.linears import Precision, unsupported_reason
 from hf_moebert.measuring.comparison import Latency, measure
 
 from .recipe import Distil, DropLayers, Experts, Optimize, Prune, Search, Stage, Target
-from .running import Workshop, count_steps
+from .running import Workshop
 from .tasks import FEWEST, find_metrics
 
 
@@ -177,7 +177,7 @@ class _Hunt:
         """Return for how many steps a structure is trained; what is not changed is not trained."""
         if not self.structures[name] or not share:
             return 0
-        return max(FEWEST_STEPS, round(share * count_steps(self.distil, self.shop)))
+        return max(FEWEST_STEPS, round(share * self.distil.count_steps(len(self.shop.data.train))))
 
     def shop_of(self, name: str, precision: str, share: float = 1.0) -> Workshop:
         """Return the run of one structure that is trained for a share of the steps."""

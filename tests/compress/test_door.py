@@ -293,7 +293,6 @@ def test_the_vocabulary_is_trimmed_to_the_texts(tmp_path):
 def test_texts_themselves_can_be_timed(given, tmp_path):
     recipe = recipe_of([{"optimize": {"precision": "float32"}}], tokens="real")
     result = run(given, tmp_path / "run", recipe)
-    assert result.verdict.speedup > 0
     assert result.measurement["settings"]["latency_seq"] is None
 
 

@@ -183,6 +183,27 @@ def test_latency_refuses_an_empty_batch():
         Latency(batch=0)
 
 
+def test_the_texts_themselves_are_timed(classifiers, examples, monkeypatch):  # noqa: F811
+    """Each timed pass reads the first texts, in their order, padded to the longest of their batch."""
+    source = str(classifiers / "large")
+    tokenizer, seen = AutoTokenizer.from_pretrained(source), []
+    original = BertForSequenceClassification.forward
+
+    def watch(self, input_ids=None, **inputs):
+        if "attention_mask" in inputs:  # not of the count of operations
+            seen.append((input_ids, inputs["attention_mask"]))
+        return original(self, input_ids, **inputs)
+
+    monkeypatch.setattr(BertForSequenceClassification, "forward", watch)
+    latency = Latency(batch=3, seq=None, rounds=2)
+    measure({"a": source}, examples, baseline="a", columns=TextColumns(max_length=8), latency=latency)
+    texts = [row["text"] for row in EXAMPLES]
+    for batch, start in zip(seen[:3], (0, 3, 6), strict=True):
+        wanted = tokenizer(texts[start : start + 3], padding=True, return_tensors="pt")
+        assert torch.equal(batch[0], wanted["input_ids"])
+        assert torch.equal(batch[1], wanted["attention_mask"])
+
+
 # Embedders and rerankers
 
 
