@@ -16,7 +16,7 @@ from hf_moebert.measuring.answers import TextColumns
 from hf_moebert.measuring.quality import SCORES, find_kind
 from hf_moebert.measuring.ranking import find_groups
 
-from .kinds import CAUSAL, kind_of
+from .task_kinds import CAUSAL, task_of
 
 
 HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", *CAUSAL)
@@ -153,7 +153,7 @@ def prepare(
     for name, texts in (("data", data), ("eval_data", evaluation)):
         if len(texts) < FEWEST:
             raise ValueError(f"`{name}` must hold at least {FEWEST} texts, got {len(texts)}. Collect more.")
-    task = kind_of(model, tokenizer, columns)
+    task = task_of(model, tokenizer, columns)
     return TextData(
         train=task.encode(data),
         collator=task.collator,

@@ -29,7 +29,7 @@ CAUSAL = ("ForCausalLM", "LMHeadModel")
 GROUP = "group"  # column of encoded rows of a reranker: the number of the query
 
 
-class Kind:
+class Task:
     """A task, and its examples.
 
     Args:
@@ -69,7 +69,7 @@ class Kind:
         return [text for name in names if name in texts.column_names for text in texts[name][:]]
 
 
-class Labelling(Kind):
+class Labelling(Task):
     """Texts, or pairs of them, with a class or a number each."""
 
     @property
@@ -146,7 +146,7 @@ class Ranking(Labelling):
         return texts.add_column(self.columns.label_column, labels.tolist())
 
 
-class Tagging(Kind):
+class Tagging(Task):
     """Lists of words, with a tag each; texts are divided into theirs."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, columns: TextColumns) -> None:
@@ -191,7 +191,7 @@ class Tagging(Kind):
         return encode_tokens(divided, self.tokenizer, tag_names=self.names, max_length=self.columns.max_length)
 
 
-class Answering(Kind):
+class Answering(Task):
     """Questions with a context that holds the answer, in the columns of SQuAD."""
 
     def is_labelled(self, texts: Dataset) -> bool:
@@ -219,7 +219,7 @@ class Answering(Kind):
         return [*texts["question"][:], *texts["context"][:]]
 
 
-class Language(Kind):
+class Language(Task):
     """Texts whose tokens a causal language model predicts, each from those before it: they are their own labels."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, columns: TextColumns) -> None:
@@ -242,7 +242,7 @@ class Language(Kind):
         return texts
 
 
-class Embedding(Kind):
+class Embedding(Task):
     """Texts alone, or pairs of them with a number that says how alike they are."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, columns: TextColumns) -> None:
@@ -282,7 +282,7 @@ class Embedding(Kind):
         return predict_embeddings(self.model, encoded, data_collator=self.collator, pooling=self.form.pooling)
 
 
-def kind_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, columns: TextColumns) -> Kind:
+def task_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, columns: TextColumns) -> Task:
     """Return the task of a model."""
     if not has_head(model):
         return Embedding(model, tokenizer, columns)
