@@ -24,7 +24,6 @@ from pruning import PruningStudy
 from smoke import make_smoke_texts
 from study import Run, StudyOptions
 from tasks import TextArguments, TextTask
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
@@ -104,11 +103,10 @@ class OneShotStudy(PruningStudy):
         if run.rule == "random":
             zero_random_units(model, run.keep_ratio)
         else:
-            recipe = PlatonConfig(granularity="structured", criterion="magnitude", keep_ratio=run.keep_ratio)
+            recipe = PlatonConfig(granularity="structured", criterion=run.rule, keep_ratio=run.keep_ratio)
             pruner = Pruner(model, recipe, total_steps=100)
             if run.rule == "importance":
-                scores = measure_importance(model, pruner, DataLoader(texts, 32, collate_fn=self.task.collator))
-                pruner.statistics.score = lambda name, part: scores[name].flatten()[part]
+                measure_importance(model, pruner, DataLoader(texts, 32, collate_fn=self.task.collator))
             pruner.selector.update_masks_(pruner.keep, run.keep_ratio)
             pruner.apply_masks()
         return shrink(model, multiple_of=8)
@@ -136,15 +134,13 @@ class OneShotStudy(PruningStudy):
         return []
 
 
-def measure_importance(model: PreTrainedModel, pruner: Pruner, batches: Any) -> dict[str, Tensor]:
-    """Average |weight x gradient| of the task loss over batches, for each pruned parameter."""
-    scores: dict[str, Any] = dict.fromkeys(pruner.parameters, 0.0)
-    for batch in batches:
+def measure_importance(model: PreTrainedModel, pruner: Pruner, batches: Any) -> None:
+    """Average |weight x gradient| of the task loss over batches."""
+    for position, batch in enumerate(batches):
         model.zero_grad()
         model(**batch).loss.backward()
-        for name, parameter in pruner.parameters.items():
-            scores[name] = scores[name] + (parameter * parameter.grad).detach().abs()
-    return scores
+        pruner.statistics.observe(position)
+    pruner.statistics.tensors["importance"] = pruner.statistics.tensors["window"]
 
 
 @torch.no_grad()

@@ -35,30 +35,48 @@ def sensitivity(weight: Tensor, gradient: Tensor, out: Tensor | None = None) -> 
     return torch.mul(weight.float(), gradient.float(), out=out).abs_()
 
 
-def update_window_(window: Tensor, weight: Tensor, gradient: Tensor, position: int) -> None:
+def sum_sensitivity(weight: Tensor, gradient: Tensor | None, dim: int) -> Tensor:
+    """Sum the sensitivities of a matrix over its rows or columns, without a second matrix of them.
+
+    Args:
+        weight: Shape `(rows, columns)`.
+        gradient: Of the loss; without it, sizes of weights are summed. Same shape.
+        dim: The dimension that stays.
+
+    Returns:
+        Float32. Shape `(rows,)` for 0, `(columns,)` for 1.
+    """
+    rows, columns = weight.shape
+    total = torch.zeros(weight.shape[dim], device=weight.device)
+    scratch = _scratch(weight)
+    height = max(1, len(scratch) // columns)
+    for top in range(0, rows, height):
+        some = slice(top, min(top + height, rows))
+        values = scratch[: (some.stop - top) * columns].view(-1, columns)  # (height, columns)
+        if gradient is None:
+            torch.abs(weight[some].float(), out=values)
+        else:
+            sensitivity(weight[some], gradient[some], out=values)
+        if dim == 0:
+            total[some] = values.sum(1)
+        else:
+            total += values.sum(0)
+    return total
+
+
+def update_window_(window: Tensor, s: Tensor, position: int) -> None:
     """Add one step to the running mean of the sensitivity: `window = (window * position + s) / (position + 1)`.
 
     Args:
         window: Float32 mean so far. Shape `(n,)`.
-        weight: Shape `(n,)`.
-        gradient: Shape `(n,)`.
+        s: Sensitivity of the step. Shape `(n,)`.
         position: Number of steps in the mean so far.
     """
-    scratch = _scratch(window)
-    for part in chunks(window.numel(), window.device):
-        s = sensitivity(weight[part], gradient[part], out=scratch[: part.stop - part.start])
-        window[part].lerp_(s, 1 / (position + 1))
+    window.lerp_(s, 1 / (position + 1))
 
 
 def close_window_(
-    window: Tensor,
-    importance: Tensor,
-    uncertainty: Tensor | None,
-    weight: Tensor,
-    gradient: Tensor,
-    *,
-    beta1: float,
-    beta2: float,
+    window: Tensor, importance: Tensor, uncertainty: Tensor | None, s: Tensor, *, beta1: float, beta2: float
 ) -> None:
     """Update the averages with the mean of a window, and begin a new window with the current step.
 
@@ -68,21 +86,16 @@ def close_window_(
         window: Float32 mean of the past window; becomes the sensitivity of the current step. Shape `(n,)`.
         importance: Average of the sensitivity. Shape `(n,)`.
         uncertainty: Average of its uncertainty, if that is to be known. Shape `(n,)`.
-        weight: Shape `(n,)`.
-        gradient: Shape `(n,)`.
+        s: Sensitivity of the current step. Shape `(n,)`.
         beta1: Decay of `importance`.
         beta2: Decay of `uncertainty`.
 
     Source: Zhang et al. 2022; AdaLoRA, eqs. 10 to 12. The window is that of the paper's code.
     """
-    scratch = _scratch(window)
-    for part in chunks(window.numel(), window.device):
-        mean, smooth = window[part], importance[part]
-        smooth.lerp_(mean, 1 - beta1)
-        if uncertainty is not None:
-            distance = torch.sub(mean, smooth, out=scratch[: part.stop - part.start]).abs_()
-            uncertainty[part].lerp_(distance, 1 - beta2)
-        sensitivity(weight[part], gradient[part], out=mean)
+    importance.lerp_(window, 1 - beta1)
+    if uncertainty is not None:
+        uncertainty.lerp_((window - importance).abs_(), 1 - beta2)
+    window.copy_(s)
 
 
 def update_movement_(movement: Tensor, weight: Tensor, gradient: Tensor) -> None:
@@ -130,5 +143,6 @@ def fingerprint(weight: Tensor) -> int:
 
 
 def _scratch(like: Tensor) -> Tensor:
+    row = like.shape[1]  # of which at least one has to fit
     size = next(chunks(like.numel(), like.device), slice(0, 0))
-    return torch.empty(size.stop - size.start, device=like.device)
+    return torch.empty(max(size.stop - size.start, row), device=like.device)

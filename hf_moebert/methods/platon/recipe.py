@@ -73,7 +73,8 @@ class PlatonConfig:
         default="platon",
         help="What is kept: the weights of largest sensitivity times uncertainty (`platon`), of largest sensitivity"
         " alone (`importance`), those that gradient descent pushes away from zero (`movement`, whose mask holds in"
-        " every step and lets a weight return with its old value), or the largest (`magnitude`).",
+        " every step and lets a weight return with its old value), or the largest (`magnitude`). Of whole units, their"
+        " weights' mean sensitivity and its uncertainty count; `movement` is not for them.",
     )
     modules: list[str] | None = HfArg(
         default=None,
@@ -112,6 +113,11 @@ class PlatonConfig:
         if self.granularity == "2:4" and self.reference_parity:
             raise ValueError(
                 "`reference_parity` must be False with granularity '2:4', got True. It leaves one weight too many."
+            )
+        if self.granularity == "structured" and self.criterion == "movement":
+            raise ValueError(
+                "`criterion` must be platon, importance or magnitude with granularity 'structured', got 'movement'. It"
+                " ranks single weights, whose old values it keeps."
             )
         for name, default in (
             ("reference_parity", False),

@@ -9,9 +9,8 @@ from hf_moebert.architectures.protocols import UnitCosts
 
 from .conversion_plan import Budget, plan_widths, time_budget
 from .functional_selection import Selection
-from .modeling_units import UnitGroup
 from .training_selection import UnitSelector
-from .training_statistics import Statistics
+from .training_statistics import UnitStatistics
 
 
 MULTIPLE_OF = 8  # neurons of each layer
@@ -23,17 +22,16 @@ class TimedUnitSelector(UnitSelector):
     The knapsack of scores over the costs of a latency table is solved exactly: our own design.
 
     Args:
-        statistics: Running statistics of the units' weights.
-        groups: Units of the model.
+        statistics: Running statistics of the units.
         latency: What they cost, from `measure_unit_latency`.
 
     Raises:
         ValueError: If the table is not of this model, or `speed_up` cannot be reached.
     """
 
-    def __init__(self, statistics: Statistics, groups: list[UnitGroup], latency: UnitCosts) -> None:
+    def __init__(self, statistics: UnitStatistics, latency: UnitCosts) -> None:
         self.latency = latency
-        super().__init__(statistics, groups)
+        super().__init__(statistics)
 
     def _check_floor(self) -> None:
         speed_up, min_keep = self.config.speed_up, self.config.min_keep
@@ -41,10 +39,10 @@ class TimedUnitSelector(UnitSelector):
 
     def update_masks_(self, masks: Mapping[str, Tensor], ratio: float) -> Selection:
         """Mark the best units that take at most this share of the time."""
-        scored = [self._score_units(index) for index in range(len(self.groups))]
-        ranked = [score.sort(descending=True, stable=True) for score, _ in scored]
+        ranked = [score.sort(descending=True, stable=True) for score in self.statistics.score_units()]
         values = [
-            (score.double() * numel[0]).cumsum(0).cpu() for (score, _), (_, numel) in zip(ranked, scored, strict=True)
+            (score.double() * numel).cumsum(0).cpu()
+            for (score, _), numel in zip(ranked, self.unit_sizes(), strict=True)
         ]
         budget = Budget(self.costs, ratio - self.latency.smallest)
         widths = plan_widths(self.groups, values, budget, multiple_of=MULTIPLE_OF, min_keep=self.config.min_keep)

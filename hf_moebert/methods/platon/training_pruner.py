@@ -19,13 +19,13 @@ from .conversion import refuse_other_forms
 from .functional import apply_mask_, checksum, fingerprint
 from .functional_selection import ALONE
 from .modeling_shrunk import refuse_unshrinkable
-from .modeling_units import find_unit_groups
+from .modeling_units import UnitGroup, find_unit_groups
 from .recipe import PlatonConfig
 from .training_latency import TimedUnitSelector
 from .training_parameters import find_grouped, find_prunable
 from .training_selection import UnitSelector, WeightSelector
 from .training_state import NUMBERS, STATE_FILE, read_state
-from .training_statistics import Statistics
+from .training_statistics import Statistics, UnitStatistics
 
 
 logger = logging.get_logger(__name__)
@@ -72,11 +72,7 @@ class Pruner:
                 refuse_unshrinkable(getattr(model, "_orig_mod", model))  # before training, not after
             self.parameters = find_grouped(model, groups) if groups else find_prunable(model, config)
         _check_placement(self.parameters)
-        self.statistics = Statistics(self.parameters, config)
-        if latency is not None:
-            self.selector: Any = TimedUnitSelector(self.statistics, groups, latency)
-        else:
-            self.selector = UnitSelector(self.statistics, groups) if groups else WeightSelector(self.statistics)
+        self.statistics, self.selector = _make_statistics(self.parameters, config, groups, latency)
         self.keep = {
             name: torch.ones_like(self.statistics.weight(name), dtype=torch.bool) for name in self.selector.sizes
         }
@@ -207,6 +203,16 @@ class Pruner:
         tensors = {f"{kind}.{n}": t for kind, named in self.statistics.tensors.items() for n, t in named.items()}
         return tensors | {f"keep.{name}": keep for name, keep in self.keep.items()}
 
+    def _part(self, key: str) -> slice:
+        """Return which elements of a tensor of a checkpoint are in this process."""
+        kind, _, name = key.partition(".")
+        return self.statistics.parts[name] if kind == "keep" else self.statistics.part(name)
+
+    def _length(self, key: str) -> int:
+        """Return how many elements a tensor of a checkpoint has in all processes."""
+        kind, _, name = key.partition(".")
+        return self.parameters[name].numel() if kind == "keep" else self.statistics.sizes[name]
+
     def collect(self, step: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return everything that a resumed run needs; where parameters are sharded, all processes call this at once.
 
@@ -224,9 +230,10 @@ class Pruner:
             "numbers": {key: getattr(self, key) for key in NUMBERS},
         }
         tensors, processes = self._tensors(), self.statistics.processes
-        for name, tensor in tensors.items() if processes is not ALONE else ():
-            whole = processes.join(tensor)  # one at a time, and not to stay on the accelerator
-            tensors[name] = whole.cpu() if processes.rank == 0 else tensor
+        for key, tensor in tensors.items() if processes is not ALONE else ():
+            if key.startswith("keep.") or not self.statistics.replicated:
+                whole = processes.join(tensor)  # one at a time, and not to stay on the accelerator
+                tensors[key] = whole.cpu() if processes.rank == 0 else tensor
         return state, tensors
 
     def load(self, folder: Path, step: int, *, allow_changes: bool = False) -> None:
@@ -256,9 +263,7 @@ class Pruner:
                 " allow_changes=True to the callback."
             )
         own = self._tensors()
-        names = {key: key.partition(".")[2] for key in own}  # of the parameters
-        shapes = {key: (self.parameters[name].numel(),) for key, name in names.items()}
-        reshaped = [key for key in own.keys() & tensors.keys() if tensors[key].shape != shapes[key]]
+        reshaped = [key for key in own.keys() & tensors.keys() if tensors[key].shape != (self._length(key),)]
         if mismatched := sorted(own.keys() ^ tensors.keys()) + reshaped:
             raise ValueError(
                 f"{file} must hold the statistics of this model and criterion, but these are missing, extra or of"
@@ -270,9 +275,20 @@ class Pruner:
                 " Pass the folder of that checkpoint as `resume_from`."
             )
         for key, tensor in own.items():
-            tensor.copy_(tensors[key][self.statistics.parts[names[key]]])
+            tensor.copy_(tensors[key][self._part(key)])
         for key, value in state["numbers"].items():
             setattr(self, key, value)
+
+
+def _make_statistics(
+    parameters: dict[str, nn.Parameter], config: PlatonConfig, groups: list[UnitGroup], latency: UnitCosts | None
+) -> tuple[Statistics, Any]:
+    """Make the statistics of single weights or of whole units, and what selects by them."""
+    if not groups:
+        weights = Statistics(parameters, config)
+        return weights, WeightSelector(weights)
+    units = UnitStatistics(parameters, config, groups)
+    return units, UnitSelector(units) if latency is None else TimedUnitSelector(units, latency)
 
 
 def _check_placement(parameters: dict[str, nn.Parameter]) -> None:

@@ -12,7 +12,7 @@ from .functional import chunks
 from .functional_selection import Selection, balance_factors, best_two_of_four, count_zeros, keep_largest_
 from .modeling_surgery import output_dim
 from .modeling_units import UnitGroup
-from .training_statistics import Statistics
+from .training_statistics import Statistics, UnitStatistics
 
 
 @dataclass
@@ -127,12 +127,9 @@ class UnitSelector:
         ValueError: If `keep_ratio` is less than the share of the units that stay in any case.
     """
 
-    def __init__(self, statistics: Statistics, groups: list[UnitGroup]) -> None:
-        self.statistics, self.config, self.groups = statistics, statistics.config, groups
-        self.names: dict[Tensor, str] = {parameter: name for name, parameter in statistics.parameters.items()}
-        self.columns = [self.names[group.writer.weight] for group in groups]
-        numels = [group.writer.weight.numel() + sum(p.numel() for p in group.reader_parameters) for group in groups]
-        self.sizes = dict(zip(self.columns, numels, strict=True))
+    def __init__(self, statistics: UnitStatistics) -> None:
+        self.statistics, self.config, self.groups = statistics, statistics.config, statistics.groups
+        self.sizes = dict(zip(statistics.columns, statistics.numels, strict=True))
         self._check_floor()
 
     def _check_floor(self) -> None:
@@ -150,12 +147,12 @@ class UnitSelector:
 
     def update_masks_(self, masks: Mapping[str, Tensor], ratio: float) -> Selection:
         """Mark the units that are kept, as many as come closest to this ratio of the weights."""
-        scores, sizes = zip(*(self._score_units(index) for index in range(len(self.groups))), strict=True)
+        scores, sizes = self.statistics.score_units(), self.unit_sizes()
         for group, score in zip(self.groups, scores, strict=True):  # every layer keeps its best units
             score[score.argsort(descending=True, stable=True)[: fewest_units(group, self.config.min_keep)]] = math.inf
         order = torch.cat(scores).argsort(stable=True)  # (units,)
         ordered = torch.cat(scores)[order]  # (units,)
-        numel = torch.cat(sizes)  # (units,)
+        numel = torch.cat([torch.full_like(s, n, dtype=torch.float64) for s, n in zip(scores, sizes, strict=True)])
         removed = torch.cat([torch.zeros(1, device=order.device), numel[order].cumsum(0)])  # (units + 1,)
         removed[1:][ordered.isinf()] = math.inf
         count = int((removed - (1 - ratio) * float(numel.sum())).abs().argmin())
@@ -164,32 +161,9 @@ class UnitSelector:
         revived = self._write_masks_(masks, keep.split([len(score) for score in scores]))
         return Selection(float(ordered[count]), revived, emptied=0)
 
-    def _score_units(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return the mean score of each unit of a group, and the number of its weights. Shapes `(units,)`."""
-        group = self.groups[index]
-        total = torch.zeros(group.num_units, device=group.writer.weight.device)
-        numel = 0
-        for reader in group.readers:
-            for parameter in reader.parameters(recurse=False):
-                scores = self._score_parameter(self.names[parameter]).movedim(output_dim(reader, parameter), 0)
-                scores = scores.reshape(group.blocks, group.num_units, -1)  # (blocks, units, weights)
-                total += scores.sum((0, 2))
-                numel += scores.shape[0] * scores.shape[2]
-        scores = self._columns_by_unit(group, self._score_parameter(self.columns[index]))  # (out, units, unit_size)
-        total += scores.sum((0, 2))
-        numel += scores.shape[0] * scores.shape[2]
-        total = self.statistics.processes.add(total)
-        return total / numel, torch.full_like(total, numel, dtype=torch.float64)
-
-    def _score_parameter(self, name: str) -> Tensor:
-        """Return the scores of a parameter in its shape: zero where it lies in another process."""
-        parameter, here = self.statistics.parameters[name], self.statistics.parts[name]
-        scores = self.statistics.score(name, slice(0, self.statistics.numel(name)))
-        if len(scores) < parameter.numel():
-            whole = torch.zeros(parameter.numel(), device=scores.device)
-            whole[here] = scores
-            scores = whole
-        return scores.view(parameter.shape)
+    def unit_sizes(self) -> list[int]:
+        """Return the number of weights of a unit of each group."""
+        return [size // group.num_units for group, size in zip(self.groups, self.sizes.values(), strict=True)]
 
     def _columns_by_unit(self, group: UnitGroup, values: Tensor) -> Tensor:
         """View one value for each weight of a writer as `(out, units, unit_size)`."""
@@ -199,7 +173,7 @@ class UnitSelector:
     def _write_masks_(self, masks: Mapping[str, Tensor], kept: Sequence[Tensor]) -> int:
         """Write the kept units of each group to the mask of its writer; return the number of revived weights."""
         revived = []
-        for group, name, units in zip(self.groups, self.columns, kept, strict=True):
+        for group, name, units in zip(self.groups, self.sizes, kept, strict=True):
             whole = torch.empty(self.statistics.parameters[name].shape, dtype=torch.bool, device=units.device)
             columns = self._columns_by_unit(group, whole)  # (out, units, unit_size)
             columns.copy_(units[None, :, None].expand_as(columns))
@@ -207,5 +181,4 @@ class UnitSelector:
             revived.append(torch.count_nonzero(mask & ~masks[name]) * group.num_units / whole.numel())
             masks[name].copy_(mask)
         units_by_group = self.statistics.processes.add(torch.stack(revived)).tolist()
-        sizes = [size // group.num_units for group, size in zip(self.groups, self.sizes.values(), strict=True)]
-        return sum(round(units) * size for units, size in zip(units_by_group, sizes, strict=True))
+        return sum(round(units) * size for units, size in zip(units_by_group, self.unit_sizes(), strict=True))

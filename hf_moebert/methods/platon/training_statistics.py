@@ -1,6 +1,6 @@
-"""The running statistics of the pruned parameters, and the scores computed from them."""
+"""The running statistics of the pruned parameters, or of their units, and the scores computed from them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -9,12 +9,14 @@ from torch.distributed.tensor import DTensor
 
 from hf_moebert.training.sharding import join_processes, local_part, local_values
 
-from .functional import chunks, close_window_, update_movement_, update_window_
+from .functional import chunks, close_window_, sensitivity, sum_sensitivity, update_movement_, update_window_
 from .functional_selection import ALONE, Processes
+from .modeling_surgery import output_dim
+from .modeling_units import UnitGroup
 from .recipe import PlatonConfig
 
 
-# Statistics of each criterion: one flat float32 tensor of each kind for every pruned parameter.
+# Statistics of each criterion: one flat float32 tensor of each kind for every pruned parameter, or group of units.
 STATISTICS = {
     "platon": ("window", "importance", "uncertainty"),
     "importance": ("window", "importance"),
@@ -36,20 +38,35 @@ class Statistics:
         parts: Which elements of each parameter are here, by its name. Below, `numel` is their number.
         processes: The processes that hold the parameters together.
         tensors: By kind and name of the parameter. Shapes `(numel,)`.
+        sizes: Elements of each statistic in all processes, by its name.
+        replicated: True if every process has them all.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: PlatonConfig) -> None:
+    replicated = False
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], config: PlatonConfig, sizes: Mapping[str, int] | None = None
+    ) -> None:
         self.parameters, self.config = parameters, config
         self.parts = {name: local_part(parameter) for name, parameter in parameters.items()}
         self.processes = find_processes(parameters.values())
+        self.device = next(iter(parameters.values())).device
+        self.sizes = sizes or {name: parameter.numel() for name, parameter in parameters.items()}
         self.tensors = {
-            kind: {name: torch.zeros(self.numel(name), device=p.device) for name, p in parameters.items()}
+            kind: {name: torch.zeros(self.length(name), device=self.device) for name in self.sizes}
             for kind in STATISTICS[config.criterion]
         }
         for name, value in self.tensors.get("value", {}).items():
             value.copy_(self.weight(name))
-        device = next(iter(parameters.values())).device
-        self._scratch = torch.empty(next(chunks(1 << 30, device)).stop, device=device)
+        self._scratch = torch.empty(next(chunks(1 << 30, self.device)).stop, device=self.device)
+
+    def part(self, name: str) -> slice:
+        """Return which elements of a statistic are here."""
+        return self.parts[name]
+
+    def length(self, name: str) -> int:
+        """Return how many elements of a statistic are here."""
+        return self.part(name).stop - self.part(name).start
 
     def numel(self, name: str) -> int:
         """Return how many elements of a parameter are here."""
@@ -59,6 +76,12 @@ class Statistics:
         """View the elements of a parameter that are here. Shape `(numel,)`."""
         return local_values(self.parameters[name]).view(-1)
 
+    def gradient(self, name: str) -> Tensor:
+        """Return the gradients of the elements that are here. Shape `(numel,)`."""
+        gradient = self.parameters[name].grad
+        # A parameter that was not used, such as an expert without tokens, did not change the loss.
+        return torch.zeros_like(self.weight(name)) if gradient is None else local_values(gradient).reshape(-1)
+
     @property
     def has_windows(self) -> bool:
         """True if gradients are averaged over windows, any of which can be left out."""
@@ -66,23 +89,26 @@ class Statistics:
 
     def observe(self, position: int) -> bool:
         """Take in the gradients of a step at this position of its window; return whether there was any gradient."""
-        seen = False
-        for name, parameter in self.parameters.items():
-            weight = self.weight(name)
-            seen |= parameter.grad is not None
-            # A parameter that was not used, such as an expert without tokens, did not change the loss.
-            gradient = torch.zeros_like(weight) if parameter.grad is None else local_values(parameter.grad).reshape(-1)
+        for name in self.parameters if self.tensors else ():
+            weight, gradient = self.weight(name), self.gradient(name)
             of_parameter = [tensors[name] for tensors in self.tensors.values()]
             if self.config.criterion == "movement":
                 movement, value = of_parameter  # the value behind the mask, through which the gradient passes
                 update_movement_(movement, value, gradient)
-            elif self.has_windows and position:
-                update_window_(of_parameter[0], weight, gradient, position)
-            elif self.has_windows:
-                window, importance, *others = of_parameter
-                betas = {"beta1": self.config.beta1, "beta2": self.config.beta2}
-                close_window_(window, importance, next(iter(others), None), weight, gradient, **betas)
-        return seen
+                continue
+            for part in chunks(len(weight), self.device):
+                s = sensitivity(weight[part], gradient[part], out=self._scratch[: part.stop - part.start])
+                self._update_(position, s, [tensor[part] for tensor in of_parameter])
+        return any(parameter.grad is not None for parameter in self.parameters.values())
+
+    def _update_(self, position: int, s: Tensor, statistics: Sequence[Tensor]) -> None:
+        """Take in sensitivities at this position of the window. Shapes `(n,)`."""
+        window, importance, *others = statistics
+        if position:
+            update_window_(window, s, position)
+        else:
+            betas = {"beta1": self.config.beta1, "beta2": self.config.beta2}
+            close_window_(window, importance, next(iter(others), None), s, **betas)
 
     def is_finite(self) -> bool:
         """Check whether all gradients of the window were finite; without windows, those of the run, or the weights."""
@@ -131,3 +157,76 @@ class Statistics:
         factors = [self.tensors[kind][name][part] for kind in ("importance", "uncertainty")]
         length = len(factors[0])
         return torch.mul(*factors, out=self._scratch[:length] if length <= len(self._scratch) else None)
+
+
+class UnitStatistics(Statistics):
+    """The running statistics of whole neurons and heads, each by the mean of its weights: our own design.
+
+    The average of a mean is the mean of averages, so that importance is what that of single weights would give, for a
+    thousandth of the memory and half of the time; the uncertainty is that of the whole unit. Every process has the
+    statistics of all units.
+
+    Attributes:
+        groups: The units.
+        columns: Name of each group's writer, by which its statistics and masks go.
+        numels: Weights of each group.
+        tensors: By kind and name of the writer. Shapes `(units,)`.
+    """
+
+    replicated = True
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], config: PlatonConfig, groups: Sequence[UnitGroup]
+    ) -> None:
+        self.groups = groups
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
+        self.columns = [self.names[group.writer.weight] for group in groups]
+        self.numels = [g.writer.weight.numel() + sum(p.numel() for p in g.reader_parameters) for g in groups]
+        units = {name: group.num_units for name, group in zip(self.columns, groups, strict=True)}
+        super().__init__(parameters, config, units)
+
+    def part(self, name: str) -> slice:
+        """Return all units."""
+        return slice(0, self.sizes[name])
+
+    def observe(self, position: int) -> bool:
+        """Take in the gradients of a step at this position of its window; return whether there was any gradient."""
+        for name, s in zip(self.columns, self._average(gradients=True), strict=True) if self.tensors else ():
+            self._update_(position, s, [tensors[name] for tensors in self.tensors.values()])
+        return any(parameter.grad is not None for parameter in self.parameters.values())
+
+    def score_units(self) -> list[Tensor]:
+        """Score the units of each group. Shapes `(units,)`."""
+        if self.config.criterion == "magnitude":
+            return self._average(gradients=False)
+        return [self.score(name, self.part(name)).clone() for name in self.columns]
+
+    def _average(self, *, gradients: bool) -> list[Tensor]:
+        """Average the sensitivities, or the sizes, of the weights of each unit. Shapes `(units,)`."""
+        sums = [self._sum_over_units(group, gradients) for group in self.groups]
+        whole = self.processes.add(torch.cat(sums)).split([len(total) for total in sums])
+        return [total * (len(total) / numel) for total, numel in zip(whole, self.numels, strict=True)]
+
+    def _sum_over_units(self, group: UnitGroup, gradients: bool) -> Tensor:
+        """Sum over what is here of the weights of each unit. Shape `(units,)`."""
+        total = torch.zeros(group.num_units, device=self.device)
+        for reader in group.readers:
+            for parameter in reader.parameters(recurse=False):
+                rows = self._sum_parameter(parameter, output_dim(reader, parameter), gradients)
+                total += rows.view(group.blocks, group.num_units, -1).sum((0, 2))
+        weight = group.writer.weight
+        columns = self._sum_parameter(weight, 1 - output_dim(group.writer, weight), gradients)
+        return total + columns.view(group.num_units, -1).sum(1)
+
+    def _sum_parameter(self, parameter: nn.Parameter, dim: int, gradients: bool) -> Tensor:
+        """Sum all but one dimension of a parameter; zero where it lies in another process. Shape `(size,)`."""
+        name, width = self.names[parameter], parameter.shape[1] if parameter.dim() > 1 else 1
+        weight = self.weight(name).view(-1, width)  # (rows here, columns)
+        gradient = self.gradient(name).view(-1, width) if gradients else None
+        here = sum_sensitivity(weight, gradient, dim)
+        if dim or len(here) == len(parameter):
+            return here
+        rows = torch.zeros(len(parameter), device=self.device)
+        first = self.parts[name].start // width
+        rows[first : first + len(here)] = here
+        return rows

@@ -62,6 +62,10 @@ def test_command_line():
         ({"final_warmup": 0}, r"`final_warmup` must be above 0"),
         ({"granularity": "blocks"}, r"`granularity` must be one of unstructured, 2:4, structured, got 'blocks'"),
         ({"criterion": "random"}, r"`criterion` must be one of platon, importance, movement, magnitude"),
+        (
+            {"criterion": "movement", "granularity": "structured"},
+            r"`criterion` must be platon, importance or magnitude with granularity 'structured', got 'movement'",
+        ),
         ({"sensitivity_at": "after"}, r"`sensitivity_at` must be one of pre_step, post_step"),
         ({"granularity": "2:4"}, r"`keep_ratio` must be 0.5 with granularity '2:4', got 0.1"),
         ({"min_keep": 0.2}, r"`min_keep` must be in \[0, 0.1\], got 0.2"),

@@ -15,6 +15,7 @@ from hf_moebert.methods.platon.functional import (
     checksum,
     close_window_,
     sensitivity,
+    sum_sensitivity,
     update_movement_,
     update_window_,
 )
@@ -62,11 +63,11 @@ def test_golden_trace():
     window, importance, uncertainty = (torch.zeros(4) for _ in range(3))
     seen = {}
     for t, s in enumerate(steps, start=1):
-        weight, gradient = -torch.tensor(s, dtype=torch.float32), torch.ones(4)
+        s = torch.tensor(s, dtype=torch.float32)
         if t % 2:
-            update_window_(window, weight, gradient, 1)
+            update_window_(window, s, 1)
         else:
-            close_window_(window, importance, uncertainty, weight, gradient, beta1=0.85, beta2=0.95)
+            close_window_(window, importance, uncertainty, s, beta1=0.85, beta2=0.95)
         seen[t] = [x.clone() for x in (window, importance, uncertainty, importance * uncertainty)]
     expected = {
         1: [(0.5, 1, 1.5, 2)],
@@ -101,7 +102,7 @@ def test_a_window_is_the_mean_of_its_steps():
     weights, gradients = torch.randn(2, 7, 50, generator=generator).unbind()
     window = sensitivity(weights[0], gradients[0])
     for position in range(1, 7):
-        update_window_(window, weights[position], gradients[position], position)
+        update_window_(window, sensitivity(weights[position], gradients[position]), position)
     torch.testing.assert_close(window, (weights * gradients).abs().mean(0))
 
 
@@ -112,10 +113,11 @@ def test_scaled_gradients_scale_the_averages_alike():
     def run(scale):
         state = [torch.zeros(40) for _ in range(3)]
         for t in range(1, 8):
+            s = sensitivity(weights[t], gradients[t] * scale)
             if t % 3:
-                update_window_(state[0], weights[t], gradients[t] * scale, t % 3)
+                update_window_(state[0], s, t % 3)
             else:
-                close_window_(*state, weights[t], gradients[t] * scale, beta1=0.85, beta2=0.9)
+                close_window_(*state, s, beta1=0.85, beta2=0.9)
         return state
 
     for one, two in zip(run(1.0), run(4.0), strict=True):
@@ -123,11 +125,10 @@ def test_scaled_gradients_scale_the_averages_alike():
 
 
 def test_importance_alone_is_that_beside_an_uncertainty():
-    weight, gradient = torch.randn(2, 40).unbind()
-    window, importance = torch.rand(2, 40).unbind()
+    window, importance, s = torch.rand(3, 40).unbind()
     alone, beside = ([window.clone(), importance.clone(), *others] for others in ([None], [torch.zeros(40)]))
     for state in (alone, beside):
-        close_window_(*state, weight, gradient, beta1=0.85, beta2=0.9)
+        close_window_(*state, s, beta1=0.85, beta2=0.9)
     assert all(torch.equal(*pair) for pair in zip(alone[:2], beside[:2], strict=True))
 
 
@@ -135,9 +136,16 @@ def test_half_precision_is_multiplied_in_single_precision():
     weight, gradient = torch.full((5,), 1.0078125), torch.full((5,), 1.0078125)  # bf16 would drop their last bit
     exact = weight * gradient
     assert torch.equal(sensitivity(weight.bfloat16(), gradient.bfloat16()), exact)
-    window = torch.zeros(5)
-    close_window_(window, window.clone(), window.clone(), weight.bfloat16(), gradient.bfloat16(), beta1=0.5, beta2=0.5)
-    assert torch.equal(window, exact)
+    assert torch.equal(sum_sensitivity(weight.bfloat16()[:, None], gradient.bfloat16()[:, None], 0), exact)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (3, 40), (0, 4)])
+def test_sensitivities_are_summed_over_rows_and_columns(shape):
+    weight, gradient = torch.randn(2, *shape).unbind()
+    for dim in (0, 1):
+        expected = (weight * gradient).abs().sum(1 - dim)
+        torch.testing.assert_close(sum_sensitivity(weight, gradient, dim), expected)
+        torch.testing.assert_close(sum_sensitivity(weight, None, dim), weight.abs().sum(1 - dim))
 
 
 def test_movement_grows_where_descent_moves_away_from_zero():

@@ -18,6 +18,7 @@ from hf_moebert import (
     shrink,
 )
 from hf_moebert.measuring.unit_latency import LatencyTable
+from hf_moebert.methods.platon.modeling_surgery import matrix_of, output_dim
 from hf_moebert.methods.platon.modeling_units import find_unit_groups
 from hf_moebert.methods.platon.training_parameters import find_prunable
 from hf_moebert.methods.platon.training_pruner import Pruner
@@ -31,10 +32,8 @@ STRUCTURED = ["bert", "roberta", "distilbert", "vit"]
     ("family", "criterion"),
     [
         *((family, "platon") for family in STRUCTURED),
-        ("bert", "movement"),
-        ("vit", "movement"),
         ("bert", "magnitude"),
-        ("bert", "importance"),
+        ("vit", "importance"),
     ],
 )
 def test_what_is_pruned_whole_shrinks(prune, tmp_path, family, criterion):
@@ -80,7 +79,7 @@ TABLE = LatencyTable(  # a third of the time is left without units
 )
 
 
-@pytest.mark.parametrize("criterion", ["platon", "movement", "magnitude"])
+@pytest.mark.parametrize("criterion", ["platon", "importance", "magnitude"])
 @pytest.mark.parametrize("family", STRUCTURED)
 def test_removed_units_have_gradients(prune, family, criterion):
     model = build(family)
@@ -102,6 +101,41 @@ def test_removed_units_have_gradients(prune, family, criterion):
         reached += int((weight.grad.flatten()[~keep] != 0).sum())
     assert removed
     assert reached > 0.95 * removed
+
+
+@pytest.mark.parametrize("family", [*STRUCTURED, "gpt2", "llama"])
+def test_a_unit_counts_by_the_mean_of_its_weights(family):
+    """Of readers and their biases, and of the writer; averages of means are means of averages."""
+    model = build(family)
+    config = PlatonConfig(granularity="structured", criterion="importance", keep_ratio=0.5, window=2)
+    statistics = Pruner(model, config, 20).statistics
+    averages = {name: torch.zeros_like(parameter) for name, parameter in statistics.parameters.items()}
+    windows = {name: torch.zeros_like(parameter) for name, parameter in statistics.parameters.items()}
+    for step in range(1, 7):
+        for parameter in statistics.parameters.values():
+            parameter.grad = torch.randn_like(parameter)
+        assert statistics.observe(step % 2)
+        for name, parameter in statistics.parameters.items():
+            s = (parameter * parameter.grad).abs().detach()
+            if step % 2:
+                windows[name] = (windows[name] + s) / 2
+            else:
+                averages[name] = 0.85 * averages[name] + 0.15 * windows[name]
+                windows[name] = s
+    smaller = copy.deepcopy(model)
+    smaller.load_state_dict(smaller.state_dict() | averages)  # the averages in the places of the weights
+    for group, found in zip(find_unit_groups(smaller), statistics.score_units(), strict=True):
+        for unit in range(group.num_units):
+            values = [p.movedim(output_dim(r, p), 0) for r in group.readers for p in r.parameters(recurse=False)]
+            values = [v.reshape(group.blocks, group.num_units, -1)[:, unit].flatten() for v in values]
+            values.append(matrix_of(group.writer).unflatten(1, (group.num_units, -1))[:, unit].flatten())
+            torch.testing.assert_close(found[unit], torch.cat(values).mean().detach())
+
+
+def test_the_state_of_units_is_three_numbers_for_each(tiny_bert, prune):
+    statistics = pruner_of(prune(tiny_bert(), UNITS)).statistics
+    stored = sum(t.numel() for tensors in statistics.tensors.values() for t in tensors.values())
+    assert stored == 3 * sum(group.num_units for group in statistics.groups)
 
 
 def test_removed_units_come_back(tiny_bert, prune):
