@@ -218,7 +218,7 @@ class UnitStatistics(Statistics):
         columns = self._sum_parameter(weight, 1 - output_dim(group.writer, weight), gradients)
         return total + columns.view(group.num_units, -1).sum(1)
 
-    def _sum_parameter(self, parameter: nn.Parameter, dim: int, gradients: bool) -> Tensor:
+    def _sum_parameter(self, parameter: Tensor, dim: int, gradients: bool) -> Tensor:
         """Sum all but one dimension of a parameter; zero where it lies in another process. Shape `(size,)`."""
         name, width = self.names[parameter], parameter.shape[1] if parameter.dim() > 1 else 1
         weight = self.weight(name).view(-1, width)  # (rows here, columns)
