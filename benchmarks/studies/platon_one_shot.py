@@ -50,6 +50,9 @@ class OneShotOptions(StudyOptions):
     shapes: list[str] = field(
         default_factory=lambda: ["1x128", "8x32"], metadata={"help": "Batches, texts x tokens, for which they are."}
     )
+    precision: str | None = field(
+        default=None, metadata={"help": "That of `optimize_for_inference` in which they run; by default stock torch."}
+    )
     max_examples: int = field(default=512, metadata={"help": "Training texts that the rules may read."})
 
 
@@ -71,6 +74,7 @@ class OneShotStudy(PruningStudy):
         if run.rule is None:
             return super(PruningStudy, self).settings(run)
         asked = {name: getattr(run, name) for name in ("rule", "keep_ratio", "speed_up", "shape")}
+        asked |= {"precision": self.options.precision if run.speed_up else None}
         asked = {name: value for name, value in asked.items() if value is not None}
         return asked | {"max_examples": self.options.max_examples}
 
@@ -96,8 +100,8 @@ class OneShotStudy(PruningStudy):
             asked = {"keep_ratio": run.keep_ratio, "uniform": run.rule == "one-shot-uniform"}
             if run.speed_up is not None:
                 batch, seq = map(int, run.shape.split("x"))
-                file = self.output / f"latency-{run.shape}.json"
-                table = measure_unit_latency(model, batch_size=batch, seq_len=seq, file=file)
+                how = {"precision": self.options.precision, "file": self.output / f"latency-{run.shape}.json"}
+                table = measure_unit_latency(model, batch_size=batch, seq_len=seq, **how)
                 asked = {"speed_up": run.speed_up, "latency": table}
             return prune_structured(model, texts, self.task.collator, **asked)
         if run.rule == "random":
@@ -118,7 +122,7 @@ class OneShotStudy(PruningStudy):
             ids = torch.arange(math.prod(map(int, shape.split("x")))).view(-1, int(shape.split("x")[1]))
             ids %= self.task.tokenizer.vocab_size
             of_shape = [run for run in runs if run.rule is None or run.shape == shape]
-            rows += self.speed_rows(of_shape, seed, {"input_ids": ids})
+            rows += self.speed_rows(of_shape, seed, {"input_ids": ids}, precision=self.options.precision)
         return rows
 
     def save(self, trainer: Trainer, run: OneShotRun, folder: Path) -> None:

@@ -11,7 +11,7 @@ from study import Run, Study, StudyOptions
 from timing import Batch, timing_rows
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from hf_moebert import PlatonConfig, PlatonPruningCallback, save_packed, shrink
+from hf_moebert import PlatonConfig, PlatonPruningCallback, optimize_for_inference, save_packed, shrink
 from hf_moebert.reporting.pictures import plot_pruning, plot_sparsity
 
 
@@ -87,9 +87,14 @@ class PruningStudy(Study):
         plot_sparsity(trainer.state.log_history, folder / "sparsity.png")
         plot_pruning(trainer.state.log_history, folder / "pruning.png")
 
-    def speed_rows(self, runs: Sequence[Run], seed: int, inputs: Batch) -> list[dict[str, str]]:
-        """Time models on one batch against the first of them."""
-        calls = {run.name: torch.no_grad()(partial(self.load(run.name, seed), **inputs)) for run in runs}
+    def speed_rows(
+        self, runs: Sequence[Run], seed: int, inputs: Batch, *, precision: str | None = None
+    ) -> list[dict[str, str]]:
+        """Time models on one batch against the first of them, in stock torch or optimised to a precision."""
+        models = {run.name: self.load(run.name, seed) for run in runs}
+        if precision is not None:
+            models = {name: optimize_for_inference(model, precision=precision) for name, model in models.items()}
+        calls = {name: torch.no_grad()(partial(model, **inputs)) for name, model in models.items()}
         return timing_rows(calls, f"speed-up over {runs[0].name}")
 
     def pictures(self, runs: Sequence[PrunedRun], seeds: Sequence[int]) -> list[tuple[str, Path]]:
