@@ -25,12 +25,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from low_rank import cut_to_low_rank, restore
 from peft import LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from smoke import make_smoke_texts
 from study import Run, Study, StudyOptions
 from tasks import TextArguments, TextTask
-from transformers import EvalPrediction, HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
+from transformers import EvalPrediction, HfArgumentParser, PreTrainedModel, TrainingArguments
 
 from hf_moebert import MPOConfig, MPOSqueezingCallback, MPOSqueezingConfig, compress_mpo
 from hf_moebert.measuring.footprint import count_bytes
@@ -78,7 +77,24 @@ class Method(Run):
     learning_rate: float = 0.0
 
 
-class MPOPStudy(Study):
+class AdaptedStudy(Study):
+    """Runs of which some train an adapter, and some a part of the weights."""
+
+    def sizes(self, model: PreTrainedModel | PeftModel, run: Run, seed: int) -> dict[str, int]:
+        """Count what was trained, and what has to be stored to run the model, the encoder of an adapter included."""
+        stored = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return {"trained": trained, "stored": stored, "bytes": count_bytes(self.folder(run.name, seed))}
+
+    def load(self, name: str, seed: int) -> PreTrainedModel | PeftModel:
+        """Load what a run saved; an adapter is put on the encoder again."""
+        folder = self.folder(name, seed)
+        if (folder / "adapter_config.json").exists():
+            return PeftModel.from_pretrained(self.task.new_model(), folder)
+        return super().load(name, seed)
+
+
+class MPOPStudy(AdaptedStudy):
     """Runs that differ in which tensors stand for a matrix, and which of them are trained."""
 
     def __init__(
@@ -119,7 +135,7 @@ class MPOPStudy(Study):
             "mpop": lambda: compress_mpo(model),
             "mpop-half": lambda: compress_mpo(model, keep_ratio=half),
             "mpop-half-all": lambda: compress_mpo(model, keep_ratio=half, train_centre=True),
-            "svd-half": lambda: cut_to_low_rank(model, keep_ratio=half),
+            "svd-half": lambda: compress_mpo(model, num_cores=2, keep_ratio=half),
         }
         return forms[run.kind]() if run.kind in forms else model
 
@@ -134,18 +150,6 @@ class MPOPStudy(Study):
         callback = MPOSqueezingCallback(self.squeezing)
         return {"callbacks": [callback], "eval_dataset": self.task.held_out, "compute_metrics": metrics}
 
-    def save(self, trainer: Trainer, run: Method, folder: Path) -> None:
-        """Save what was trained; the baseline that stock classes cannot load is multiplied out, in a copy."""
-        model = trainer.model
-        (restore(copy.deepcopy(model)) if run.kind == "svd-half" else model).save_pretrained(folder)
-
-    def sizes(self, model: PreTrainedModel | PeftModel, run: Method, seed: int) -> dict[str, int]:
-        """Count what was trained, and what has to be stored to run the model, the encoder of an adapter included."""
-        stored = sum(p.numel() for p in model.parameters())
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        size = count_bytes(self.folder(run.name, seed)) if run.kind != "svd-half" else 4 * stored
-        return {"trained": trained, "stored": stored, "bytes": size}
-
     def choose_rate(self, kind: str, start: str | None) -> Method:
         """Return the run of a method with its best learning rate at the first seed."""
         rates = [self.options.squeezing_rate] if kind == "squeezed" else self.options.learning_rates
@@ -154,13 +158,6 @@ class MPOPStudy(Study):
         if self.options.stage == "report":
             self.refuse_missing(runs, [seed])
         return self.choose(runs, seed, lambda run: self.task.score_held_out(self.load(run.name, seed)))
-
-    def load(self, name: str, seed: int) -> PreTrainedModel | PeftModel:
-        """Load what a run saved; an adapter is put on the encoder again."""
-        folder = self.folder(name, seed)
-        if (folder / "adapter_config.json").exists():
-            return PeftModel.from_pretrained(self.task.new_model(), folder)
-        return super().load(name, seed)
 
 
 def draw_matrices(model: PreTrainedModel, folder: Path) -> None:

@@ -373,6 +373,36 @@ def test_mpop_text_classification(tmp_path, run_study):
     assert "svd-half" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize("kind", ["classifier", "embedder"])
+def test_mpo_healing(kind, tmp_path, run_study):
+    students = ["factors-0.5", "mixture-0.25", *(["full", "lora", "lokr"] if kind == "classifier" else [])]
+    command = ("mpo_healing", "--smoke", "--output_dir", tmp_path, "--seeds", "0", "1", "--students")
+    embedder = ["--embedder"] if kind == "embedder" else []
+    output = run_study(*command, *students, *embedder)
+    rows = [line.strip("| ").split(" | ") for line in output.splitlines() if line.startswith("| ")]
+    table = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+    cut = ["factors-0.5, cut", "factors-0.5", "mixture-0.25, cut", "mixture-0.25"]
+    assert list(table) == ["dense", *cut, *students[2:]]
+    results = {
+        name: [json.loads((tmp_path / f"seed-{n}/{name}/result.json").read_text()) for n in (0, 1)] for name in table
+    }
+    sizes = {name: result[0]["sizes"] for name, result in results.items()}
+    assert sizes["mixture-0.25"]["stored"] < sizes["factors-0.5"]["stored"] < sizes["dense"]["stored"]
+    matrices = load_model(tmp_path / "seed-0/mixture-0.25").config.quantization_config.matrices
+    assert {len(shape["bonds"]) for path, shape in matrices.items() if "word_embeddings" in path} == {4}
+    assert {len(shape["bonds"]) for path, shape in matrices.items() if "word_embeddings" not in path} == {1}
+    for name in ("factors-0.5", "mixture-0.25"):
+        start, healed = (load_model(tmp_path / f"seed-1/{folder}").state_dict() for folder in (f"{name}, cut", name))
+        assert any(not torch.equal(tensor, healed[key]) for key, tensor in start.items())
+    if kind == "classifier":
+        assert sizes["lora"]["trained"] < sizes["lora"]["stored"] > sizes["dense"]["stored"]
+        assert "cosine to dense" not in rows[0]
+    else:
+        assert table["dense"]["cosine to dense"] == "1.0000"
+        assert results["factors-0.5, cut"][0]["predictions"] == results["factors-0.5, cut"][1]["predictions"]
+
+
 def test_masked_crf_ner(tmp_path, run_study):
     command = ("masked_crf_ner", "--smoke", "--output_dir", tmp_path, "--seeds", "0", "1")
     output = run_study(*command, "--learning_rates", "3e-3")

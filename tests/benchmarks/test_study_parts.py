@@ -1,12 +1,9 @@
 """The parts of the studies: what they read, plan, train by and score."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from low_rank import cut_to_low_rank, restore
 from mask_runs import MaskOptions, plan_masks, read_rows
 from masked_crf_ner import Method, TaggingOptions, TaggingStudy
 from mixture_of_masks_generation import MaskStudy
@@ -136,23 +133,6 @@ def test_one_shot_splits_read_the_matrices_that_they_should():
     assert important[:, [1, 6]].tolist() == [[1, 1], [1, 1]]
     assert important.sum(dim=1).tolist() == [12, 12]
     assert plan("random", 4, 0.5).sum(dim=-1).tolist() == [[4] * 4] * 2
-
-
-def test_factors_multiplied_out_give_what_was_trained():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-    dense = BertForSequenceClassification(BertConfig(**sizes, vocab_size=50, max_position_embeddings=9)).eval()
-    ids = torch.arange(9).unsqueeze(0)
-    with torch.no_grad():
-        expected = dense(ids).logits
-        exact = cut_to_low_rank(copy.deepcopy(dense), keep_ratio=10)
-        torch.testing.assert_close(exact(ids).logits, expected, rtol=1e-4, atol=1e-5)
-        half = cut_to_low_rank(copy.deepcopy(dense), keep_ratio=0.5)
-        kept = sum(p.numel() for p in half.parameters()) / sum(p.numel() for p in dense.parameters())
-        assert 0.4 < kept < 0.7  # other embeddings and the head stay
-        logits = half(ids).logits
-        torch.testing.assert_close(restore(half)(ids).logits, logits, rtol=1e-4, atol=1e-5)
-        assert sum(p.numel() for p in half.parameters()) == sum(p.numel() for p in dense.parameters())
 
 
 def test_masked_crf_ner_on_any_encoder(tmp_path):
