@@ -157,15 +157,15 @@ def add_commands(app: typer.Typer, *, read: Callable[..., Any], quiet: Callable[
 def foretell(model: str, recipe: Any, examples: int, threads: int | None) -> list[str]:
     """Return one line for everything that a recipe would make: size, speed and training time."""
     import torch
-    from huggingface_hub import snapshot_download
 
+    from hf_moebert.checkpoints.hub import find_folder
     from hf_moebert.checkpoints.loading import load_model
     from hf_moebert.compress.predicting import predict
     from hf_moebert.compress.tasks import check_task
 
     if threads is not None:
         torch.set_num_threads(threads)
-    given, lines = load_model(model if Path(model).is_dir() else snapshot_download(model)).eval(), []
+    given, lines = load_model(find_folder(model)).eval(), []
     check_task(given)
     for found in predict(given, recipe, examples=examples):
         trained = found.training_seconds and f", about {found.training_seconds / 60:.1f} minutes of training"

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset
-from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoTokenizer, TrainerCallback
 
+from hf_moebert.checkpoints.hub import find_folder
 from hf_moebert.checkpoints.json_files import save_json
 from hf_moebert.checkpoints.loading import load_model
 from hf_moebert.checkpoints.locks import lock_folder
@@ -94,7 +94,7 @@ def compress(
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     columns, output = columns or TextColumns(), Path(output_dir)
     refuse_other_run(output, resume=resume)
-    given = str(model) if Path(model).is_dir() else snapshot_download(str(model))
+    given = str(find_folder(model))
     with refuse_code(given):
         tokenizer = AutoTokenizer.from_pretrained(given, trust_remote_code=False)
     teacher = load_model(given).eval()

@@ -11,7 +11,6 @@ from typing import Any, Literal, cast
 
 import torch
 from datasets import Dataset
-from huggingface_hub import snapshot_download
 from transformers import (
     MODEL_MAPPING,
     AutoConfig,
@@ -26,6 +25,7 @@ from hf_moebert.architectures.functional_pooling import POOLINGS
 from hf_moebert.architectures.inputs import complete_inputs
 from hf_moebert.architectures.pooling import MODULES_FILE, EmbeddingForm, read_embedding_form
 from hf_moebert.architectures.positions import count_positions
+from hf_moebert.checkpoints.hub import find_folder
 from hf_moebert.checkpoints.loading import find_class
 from hf_moebert.checkpoints.remote_code import refuse_code
 from hf_moebert.inference.linears import Precision, check_precision
@@ -231,8 +231,7 @@ def _load(source: str, max_length: int, dtype: str | None, pooling: str | None) 
     positions = count_positions(model)
     if positions is not None and max_length > positions:
         raise ValueError(f"`max_length` must be at most the {positions} positions of {source!r}, got {max_length}.")
-    folder = source if Path(source).is_dir() else snapshot_download(source, allow_patterns="*.safetensors")
-    return LoadedModel(model.eval(), tokenizer, folder, form)
+    return LoadedModel(model.eval(), tokenizer, str(find_folder(source)), form)
 
 
 def _load_export(source: str, max_length: int, pooling: str | None) -> LoadedModel:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_moebert.architectures.functional_pooling import POOLINGS
 from hf_moebert.architectures.heads import has_head
 from hf_moebert.architectures.pooling import EmbeddingForm, read_embedding_form
 from hf_moebert.architectures.protocols import Predictor
+from hf_moebert.checkpoints.hub import find_folder
 from hf_moebert.checkpoints.json_files import read_json
 from hf_moebert.checkpoints.loading import load_model
 from hf_moebert.checkpoints.remote_code import refuse_code
@@ -35,7 +35,6 @@ HEADS: dict[str, type[TextPredictor]] = {
     "TokenClassification": Tagger,
     "QuestionAnswering": QuestionAnswerer,
 }
-FILES = ["*.json", "*.txt", "*.model", "*.spm", "*.bpe", "*.codes", "*.safetensors", "*.onnx", "*.onnx.data"]
 
 
 def load_predictor(
@@ -63,7 +62,7 @@ def load_predictor(
         raise ValueError(f"`precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
     if pooling not in (None, *POOLINGS):
         raise ValueError(f"`pooling` must be one of {', '.join(POOLINGS)}, got {pooling!r}. Most embedders use mean.")
-    folder = find_folder(source)
+    folder = find_folder(source, exports=True)
     with refusing_changes(folder):
         exported = (folder / MANIFEST).is_file()
         if not exported and engine is None and precision is None:
@@ -86,13 +85,6 @@ def read_choice(folder: Path) -> tuple[Engine | None, Precision | None]:
     if any(kept["conditions"][name] != conditions[name] for name in ("cpu", "threads", "versions", "weights")):
         return None, None
     return kept["choice"]["engine"], kept["choice"]["precision"]
-
-
-def find_folder(source: str) -> Path:
-    """Return a folder as it is, or one with the files of a repository on the Hub, but for pickles and code."""
-    if Path(source).exists():
-        return Path(source)
-    return Path(snapshot_download(source, allow_patterns=FILES))
 
 
 def _load_checkpoint(folder: Path, precision: Precision | None, pooling: str | None) -> Predictor:
