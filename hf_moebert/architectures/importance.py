@@ -8,8 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import extract_model_from_parallel, parse_flag_from_env, reduce
+from accelerate.utils import extract_model_from_parallel, reduce
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
@@ -24,6 +23,7 @@ from .functional_routing import real_tokens
 from .heads import has_head, warn_of_untrained_head
 from .pooling import find_pooling
 from .positions import count_learned_positions
+from .processes import find_processes
 from .stacks import refuse_forms
 from .surgery import FeedForward, find_feed_forwards
 from .unlabelled_losses import unlabelled_losses
@@ -100,8 +100,7 @@ def measure_importance(
     if model.dtype not in (torch.float32, torch.float64):
         model = copy.deepcopy(model).float()
     networks = find_feed_forwards(model)
-    # as an `Accelerator` would, or the processes of `accelerate launch --cpu` never meet
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    state = find_processes()
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:max_examples]
     mine = order[state.process_index :: state.num_processes].tolist()
     batches = load_batches(model, Subset(dataset, mine), data_collator, batch_size)

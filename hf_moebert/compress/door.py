@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoTokenizer, TrainerCallback
 
+from hf_moebert.architectures.processes import find_processes
 from hf_moebert.checkpoints.hub import find_folder
 from hf_moebert.checkpoints.json_files import save_json
 from hf_moebert.checkpoints.loading import load_model
@@ -27,9 +31,9 @@ from hf_moebert.measuring.comparison import measure
 from hf_moebert.reporting.compression import write_compression_report
 
 from .card import write_card
-from .recipe import EXPORTS, Recipe, Search
+from .recipe import EXPORTS, Distil, Recipe, Search
 from .recipe_file import read_recipe
-from .result import COMPRESSED, GIVEN, CompressionResult, result_name
+from .result import COMPRESSED, GIVEN, REPORT_FILE, CompressionResult, read_result, result_name
 from .running import Workshop
 from .searching import search, timing
 from .tasks import TextData, check_lengths, check_task, find_metrics, prepare
@@ -38,8 +42,8 @@ from .verifying import EXAMPLES, write_golden
 
 
 PACKAGES = ("hf_moebert", "torch", "transformers")
-
 EXPORTED_TEXTS = 200  # on which int8 is compared with float32
+LONGEST = timedelta(days=7)  # that processes wait for the one that measures
 
 
 class ExportError(ValueError):
@@ -65,7 +69,8 @@ def compress(
 
     The given model is the teacher of all training. Without labels its predictions are what the verdict compares with.
     Each stage leaves its model in `stages`; a run that was interrupted goes on with `resume` where it stopped, also
-    within a training run, and ends with the same bytes.
+    within a training run, and ends with the same bytes. Under a launcher of torch or accelerate all processes train
+    together, each a part of every batch, and the first one writes.
 
     Args:
         model: Folder or Hub id of a classifier of texts or of their words, a regression or reranker, or an embedder in
@@ -88,12 +93,15 @@ def compress(
     Raises:
         UnsupportedModelError: If the model's task is not known here.
         ExportError: If the result, which is there, cannot be exported as the recipe says.
-        ValueError: If recipe, model and data do not fit each other, or the folder holds another run.
+        ValueError: If recipe, model, data and processes do not fit each other, or the folder holds another run.
         OSError: If the folder cannot be written to, or the model cannot be read.
     """
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
-    columns, output = columns or TextColumns(), Path(output_dir)
-    refuse_other_run(output, resume=resume)
+    columns, output, processes = columns or TextColumns(), Path(output_dir), find_processes(timeout=LONGEST)
+    refuse_uneven_parts(recipe, processes.num_processes)
+    is_first = processes.is_main_process  # it alone writes, judges and reports
+    if is_first:
+        refuse_other_run(output, resume=resume)
     given = str(find_folder(model))
     with refuse_code(given):
         tokenizer = AutoTokenizer.from_pretrained(given, trust_remote_code=False)
@@ -102,32 +110,84 @@ def compress(
     tokens = recipe.target.tokens if isinstance(recipe.target.tokens, int) else 1
     check_lengths(teacher, tokens=tokens, max_length=columns.max_length)
     find_metrics(teacher, recipe.target.metric, columns)
-    with lock_folder(output):
+    with lock_folder(output) if is_first else nullcontext():
         if threads is not None:
             torch.set_num_threads(threads)
         selects = isinstance(recipe.stages[0], Search)
         prepared = prepare(teacher, tokenizer, data, eval_data, columns=columns, selects=selects, seed=recipe.seed)
+        tell = tell if is_first else lambda line: None
         run = Workshop(teacher, tokenizer, prepared, recipe, output / "stages", training or {}, tuple(callbacks), tell)
         mark = fingerprint(given, prepared)
         candidates: list[dict[str, str]] = []
         if selects:
             run, candidates = search(run, given, mark, threads=threads, rounds=rounds)
         last, stages = run.run(given, mark)
-        publish(last, output / "model")
-        tell("measuring")
-        write_golden(output, output / "model", first_texts(prepared, output / "model"), run.recipe.precision)
-        measurement = measure_result(run, given, output / "model", threads=threads, rounds=rounds)
-        verdict = judge(measurement, result_name(run.recipe), run.recipe.target)
-        result = CompressionResult(output, run.recipe, stages, measurement, verdict, candidates)
-        write_card(result, str(model), given, prepared)
-        write_lock(result, given, prepared)
-        report = describe(result, prepared)
-        write_compression_report(output, report)
-        save_json(output / "report.json", report)
-        if recipe.export:
-            tell("exporting")
-            export(result, prepared)
-        return result
+        if is_first:
+            publish(last, output / "model")
+            conclude(run, str(model), given, stages, candidates, threads=threads, rounds=rounds)
+        processes.wait_for_everyone()
+        return read_result(output)
+
+
+def conclude(
+    run: Workshop,
+    model: str,
+    given: str,
+    stages: list[dict[str, Any]],
+    candidates: list[dict[str, str]],
+    *,
+    threads: int | None,
+    rounds: int,
+) -> None:
+    """Measure and judge a published model, and write all that proves what it is worth; then export it.
+
+    Args:
+        run: What was run.
+        model: The given model as it was named.
+        given: Its folder.
+        stages: What each stage was told and took.
+        candidates: What a search tried.
+        threads: Threads that are timed.
+        rounds: Timed passes.
+
+    Raises:
+        ExportError: If the result cannot be exported as the recipe says.
+    """
+    output, recipe = run.folder.parent, run.recipe
+    run.tell("measuring")
+    write_golden(output, output / "model", first_texts(run.data, output / "model"), recipe.precision)
+    measurement = measure_result(run, given, output / "model", threads=threads, rounds=rounds)
+    verdict = judge(measurement, result_name(recipe), recipe.target)
+    result = CompressionResult(output, recipe, stages, measurement, verdict, candidates)
+    write_card(result, model, given, run.data)
+    write_lock(result, given, run.data)
+    report = describe(result, run.data)
+    write_compression_report(output, report)
+    save_json(output / REPORT_FILE, report)
+    if recipe.export:
+        run.tell("exporting")
+        export(result, run.data)
+
+
+def refuse_uneven_parts(recipe: Recipe, num_processes: int) -> None:
+    """Refuse what several processes cannot do together.
+
+    Raises:
+        ValueError: If a batch cannot be divided among them, or the recipe chooses by what it measures.
+    """
+    if num_processes == 1:
+        return
+    if isinstance(recipe.stages[0], Search):
+        raise ValueError(
+            f"`search` must run in one process, got {num_processes}. Search there, and train what it chose, which is "
+            "in recipe.lock.yaml, with them."
+        )
+    for stage in recipe.stages:
+        if isinstance(stage, Distil) and stage.batch_size % num_processes:
+            raise ValueError(
+                f"`batch_size` must be a multiple of the {num_processes} processes, got {stage.batch_size}. Use "
+                f"{num_processes * math.ceil(stage.batch_size / num_processes)}."
+            )
 
 
 def refuse_other_run(output: Path, *, resume: bool) -> None:

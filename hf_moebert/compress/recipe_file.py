@@ -14,6 +14,8 @@ from .recipe import FORMAT_VERSION, STAGES, Recipe, Stage, Target
 
 
 LARGEST_FILE = 100_000  # bytes of a recipe
+PARTS = ("version", "target", "stages", "export", "seed")
+LOCKED = ("model", "data", "versions")  # what `recipe.lock.yaml` adds, for readers
 SHIPPED = Path(__file__).parent / "recipes"
 
 
@@ -64,7 +66,7 @@ def parse_recipe(content: Any) -> Recipe:
         raise ValueError(
             f"`recipe` must be a mapping with `stages`, got {type(content).__name__}. See the shipped ones."
         )
-    _check_names(content, ("version", "target", "stages", "export", "seed"), "recipe")
+    _check_names([name for name in content if name not in LOCKED], PARTS, "recipe")
     if content.get("version", FORMAT_VERSION) != FORMAT_VERSION:
         raise ValueError(f"`version` must be {FORMAT_VERSION}, got {content['version']!r}. Update hf_moebert.")
     if not isinstance(content["stages"], list):

@@ -1,18 +1,22 @@
 """The outcome of a compression."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_moebert.checkpoints.json_files import read_json
 from hf_moebert.checkpoints.loading import load_model
 
 from .recipe import Recipe
+from .recipe_file import parse_recipe
 from .verdict import Verdict
 
 
 GIVEN, COMPRESSED = "given", "compressed"  # names of the models in a measurement
+REPORT_FILE = "report.json"
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,23 @@ class CompressionResult:
     def load(self) -> PreTrainedModel:
         """Load the compressed model."""
         return load_model(self.model_folder)
+
+
+def read_result(folder: str | os.PathLike[str]) -> CompressionResult:
+    """Read the result of a run that has ended.
+
+    Args:
+        folder: Folder of the run.
+
+    Raises:
+        ValueError: If its report is damaged.
+        OSError: If there is none.
+    """
+    facts = read_json(Path(folder) / REPORT_FILE, remedy="Resume the run.")
+    parts = {name: facts[name] for name in ("stages", "measurement", "candidates")}
+    return CompressionResult(
+        Path(folder), parse_recipe(facts["recipe"]), verdict=Verdict(**facts["verdict"]), **parts
+    )
 
 
 def result_name(recipe: Recipe) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard, cast
 
 import numpy as np
+from accelerate import PartialState
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -40,6 +41,7 @@ from hf_moebert.methods.mixture_of_masks import MaskSparsityCallback, MaskSparsi
 from hf_moebert.methods.platon import PlatonPruningCallback, prune_structured
 from hf_moebert.methods.trimming import choose_layers, drop_layers, trim_vocabulary
 from hf_moebert.training.dropout import without_dropout
+from hf_moebert.training.sharding import refuse_sharded
 
 from .recipe import Distil, DropLayers, Experts, Optimize, Pack, Prune, Recipe, Stage, TrimVocabulary
 from .stages import shrink
@@ -78,10 +80,11 @@ class Workshop:
     def unit_latency(self) -> LatencyTable:
         """Measure once what a layer of the given model costs with fewer units, on this machine."""
         target, file = self.recipe.target, self.folder / "unit_latency.json"
-        if isinstance(target.tokens, int):
-            return measure_unit_latency(self.teacher, batch_size=target.batch, seq_len=target.tokens, file=file)
-        lengths = [len(ids) for ids in self.data.train["input_ids"]]
-        return measure_unit_latency(self.teacher, batch_size=target.batch, seq_len=round(np.mean(lengths)), file=file)
+        length = target.tokens
+        if not isinstance(length, int):
+            length = round(np.mean([len(ids) for ids in self.data.train["input_ids"]]))
+        with PartialState().main_process_first():  # the others read its file
+            return measure_unit_latency(self.teacher, batch_size=target.batch, seq_len=length, file=file)
 
     def run(self, given: str, fingerprint: str) -> tuple[Path, list[dict[str, Any]]]:
         """Run all stages, or those that a broken run has not finished.
@@ -123,38 +126,61 @@ class Workshop:
     def work(
         self, stage: Stage, model_folder: Path, folder: Path, settings: dict[str, Any], *, pending: Stage
     ) -> dict[str, Any]:
-        """Do one stage: load, change, save in a draft, which gets its name when it is whole."""
-        start, draft = time.monotonic(), folder.with_suffix(".draft")
-        shutil.rmtree(draft, ignore_errors=True)
+        """Do one stage: load, change, save in a draft, which gets its name when it is whole.
+
+        Of several processes each does all of it, for scores and steps are shared; the first one saves.
+        """
+        start, training = time.monotonic(), folder.with_suffix(".training")
         model = load_model(model_folder)  # as a resumed run does, so that both go on with the same numbers
         set_seed(self.recipe.seed)
-        training = folder.with_suffix(".training")
         tokenizer = self.tokenizer
         if (model_folder / STAGE_FILE).is_file():  # an earlier stage may have trimmed it
             tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=False)
         if isinstance(stage, TrimVocabulary):
             model, tokenizer = trim_vocabulary(model, tokenizer, self.data.texts_read, coverage=stage.coverage)
         else:
-            model = apply(stage, model, self, pending=pending, training=training)
-        model.eval()
-        self.save(model, tokenizer, draft, packed=isinstance(stage, Pack))
+            model = self.change(stage, model, pending=pending, training=training)
         took = {"seconds": round(time.monotonic() - start, 1), "parameters": model.num_parameters()}
-        save_json(draft / STAGE_FILE, {"settings": settings, "took": took})
+        processes = PartialState()
+        processes.wait_for_everyone()  # nobody trains any more
+        if processes.is_main_process:
+            facts = {"settings": settings, "took": took}
+            self.save(model.eval(), tokenizer, folder, facts, packed=isinstance(stage, Pack))
+            shutil.rmtree(training, ignore_errors=True)
+        processes.wait_for_everyone()  # the next stage begins with what was saved
+        return took
+
+    def change(self, stage: Stage, model: PreTrainedModel, *, pending: Stage, training: Path) -> PreTrainedModel:
+        """Return what a stage makes of a model; a training run that saved nothing leaves no folder."""
+        try:
+            return apply(stage, model, self, pending=pending, training=training)
+        finally:
+            if PartialState().is_main_process and not any(training.glob("checkpoint-*")):
+                shutil.rmtree(training, ignore_errors=True)
+
+    def save(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        facts: dict[str, Any],
+        *,
+        packed: bool,
+    ) -> None:
+        """Save a model as what was given, whole or not at all: an embedder as a folder of sentence-transformers."""
+        draft = folder.with_suffix(".draft")
+        shutil.rmtree(draft, ignore_errors=True)
+        if self.data.form is not None:
+            save_embedder(model, tokenizer, draft, self.data.form)
+        elif packed:
+            save_packed(model, draft)
+        else:
+            model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        save_json(draft / STAGE_FILE, facts)
         write_manifest(draft)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(draft, folder)
-        shutil.rmtree(training, ignore_errors=True)
-        return took
-
-    def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, packed: bool) -> None:
-        """Save a model as what was given: an embedder as a folder of sentence-transformers."""
-        if self.data.form is not None:
-            save_embedder(model, tokenizer, folder, self.data.form)
-        elif packed:
-            save_packed(model, folder)
-        else:
-            model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
 
 
 def is_pending(stage: Stage) -> TypeGuard[Prune]:
@@ -280,6 +306,7 @@ def _(stage: Distil, model: PreTrainedModel, workshop: Workshop, *, pending: Sta
         callbacks=callbacks,
         optimizers=optimizers,
     )
+    refuse_sharded(trainer.model, "A stage must save a whole model")
     trainer.remove_callback(PrinterCallback)  # one line a stage, and the losses in `trainer_state.json`
     with nullcontext() if stage.dropout else without_dropout(trainer.model):
         trainer.train(resume_from_checkpoint=find_checkpoint(training))
@@ -317,6 +344,8 @@ def training_arguments(stage: Distil, workshop: Workshop, folder: Path) -> Train
         "report_to": "none",
         "disable_tqdm": True,
     }
+    if PartialState().num_processes > 1:  # each step reads what it would in one process, in parts
+        fields["accelerator_config"] = {"split_batches": True}
     return TrainingArguments(output_dir=str(folder), **fields | dict(workshop.training))
 
 
