@@ -72,6 +72,7 @@ def add_commands(app: typer.Typer, *, read: Callable[..., Any], quiet: Callable[
         """
         import yaml
 
+        from hf_moebert.architectures.processes import find_processes
         from hf_moebert.compress.door import ExportError, compress as run
         from hf_moebert.compress.recipe_file import read_recipe
         from hf_moebert.compress.tasks import UnsupportedModelError
@@ -107,6 +108,8 @@ def add_commands(app: typer.Typer, *, read: Callable[..., Any], quiet: Callable[
         except (UnsupportedModelError, ExportError) as error:
             typer.echo(f"hf-moebert: {error}", err=True)
             raise typer.Exit(NOT_EXPORTED if isinstance(error, ExportError) else UNSUPPORTED) from error
+        if not find_processes().is_main_process:
+            raise typer.Exit(result.verdict.exit_code)
         if as_json:
             typer.echo(json.dumps(result.verdict.as_dict()))
         else:

@@ -178,9 +178,9 @@ def refuse_uneven_parts(recipe: Recipe, num_processes: int) -> None:
     if num_processes == 1:
         return
     if isinstance(recipe.stages[0], Search):
-        raise ValueError(
-            f"`search` must run in one process, got {num_processes}. Search there, and train what it chose, which is "
-            "in recipe.lock.yaml, with them."
+        raise ValueError(  # noqa: TRY004
+            f"`search` must run in one process, got {num_processes}. Search there, and train what it chose, in "
+            "recipe.lock.yaml, with them."
         )
     for stage in recipe.stages:
         if isinstance(stage, Distil) and stage.batch_size % num_processes:

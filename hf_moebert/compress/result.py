@@ -66,9 +66,7 @@ def read_result(folder: str | os.PathLike[str]) -> CompressionResult:
     """
     facts = read_json(Path(folder) / REPORT_FILE, remedy="Resume the run.")
     parts = {name: facts[name] for name in ("stages", "measurement", "candidates")}
-    return CompressionResult(
-        Path(folder), parse_recipe(facts["recipe"]), verdict=Verdict(**facts["verdict"]), **parts
-    )
+    return CompressionResult(Path(folder), parse_recipe(facts["recipe"]), verdict=Verdict(**facts["verdict"]), **parts)
 
 
 def result_name(recipe: Recipe) -> str:

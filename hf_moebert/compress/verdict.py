@@ -23,7 +23,7 @@ class Verdict:
         difference: Its difference to the given model with the bounds of its 95 % interval, `value`, `low`, `high`.
         speedup: Median time of the given model over that of the result.
         size: Bytes of the result's weights on disk.
-        examples: Examples that were scored.
+        examples: Examples that were scored; of a ranking, its queries.
         examples_needed: About how many would decide, if they are too few; `None` if they are not.
     """
 
@@ -65,17 +65,18 @@ def judge(measurement: Mapping[str, Any], name: str, target: Target) -> Verdict:
     metric = target.metric or next(iter(model["scores"]))
     if metric not in model["scores"]:
         raise ValueError(f"`metric` must be one of {', '.join(model['scores'])}, got {metric!r}.")
-    difference, examples = model["differences"][metric], measurement["settings"]["examples"]
+    difference, examples = model["differences"][metric], model["scored"]
+    unit = "queries" if measurement["settings"]["group_column"] else "examples"
     speedup, size = model["speed_up"]["median"], model["footprint"]["bytes_on_disk"]
     interval = f"{difference['value']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
-    reasons = [f"{metric} {interval} on {examples:,} examples, allowed -{target.max_drop:g}"]
+    reasons = [f"{metric} {interval} on {examples:,} {unit}, allowed -{target.max_drop:g}"]
     needed = None
     outcome = MET
     if difference["low"] < -target.max_drop - 1e-12:
         needed = examples_to_decide(difference, examples, target.max_drop)
         outcome = DROPPED if needed is None else UNDECIDED
         if needed is not None:
-            reasons[0] += f"; about {needed:,} examples would decide"
+            reasons[0] += f"; about {needed:,} {unit} would decide"
     fast = target.speedup is None or speedup >= target.speedup
     small = target.max_size is None or size <= target.max_size
     if target.speedup is not None:

@@ -131,7 +131,7 @@ def measure_quality(
     batch_size: int,
     seed: int,
 ) -> Quality:
-    """Return "scores" of every model, and "differences" to the baseline, by name.
+    """Return "scores" of every model, "differences" to the baseline, and how many examples or queries were "scored".
 
     Raises:
         ValueError: If models differ in their task or labels, or the data set does not fit it.
@@ -156,5 +156,5 @@ def measure_quality(
             )
             for key, function in (answers.scores.items() if name != baseline else ())
         }
-        quality[name] = {"scores": scored, "differences": differences or None}
+        quality[name] = {"scores": scored, "differences": differences or None, "scored": len(predictions)}
     return quality

@@ -27,7 +27,7 @@ from hf_moebert.architectures.pooling import EmbeddingForm, read_embedding_form
 from hf_moebert.checkpoints.embedders import save_embedder
 from hf_moebert.compress import searching
 from hf_moebert.compress.door import compress
-from hf_moebert.compress.recipe_file import parse_recipe
+from hf_moebert.compress.recipe_file import parse_recipe, read_recipe
 from hf_moebert.compress.tasks import UnsupportedModelError
 from hf_moebert.compress.verifying import verify
 from hf_moebert.measuring.comparison import TextColumns
@@ -107,7 +107,7 @@ def test_a_stack_leaves_a_model_and_its_proof(finished, given):
     ]["value"]  # fmt: skip
     lock = yaml.safe_load((finished.folder / "recipe.lock.yaml").read_text())
     assert [next(iter(stage)) for stage in lock["stages"]] == ["prune", "experts", "distil", "optimize"]
-    assert parse_recipe({key: lock[key] for key in ("version", "target", "stages", "seed")}) == finished.recipe
+    assert read_recipe(finished.folder / "recipe.lock.yaml") == finished.recipe
     assert {path.name for path in finished.folder.iterdir()} == {
         "model", "stages", "report.json", "report.md", "report.html",
         "recipe.lock.yaml", "verify.safetensors", "_training.lock",
@@ -222,7 +222,8 @@ def test_a_reranker_is_judged_by_the_order_of_its_documents(tmp_path, labelled):
     mixed = Dataset.from_list(rows).shuffle(seed=0)
     result = run(tmp_path / "given", tmp_path / "run", [*STACK[:1], STACK[2]], mixed, columns=columns)
     assert result.verdict.metric == "ndcg@10"
-    assert result.verdict.examples == 44  # whole groups, of a fifth of the rows
+    assert result.verdict.examples == 11  # queries of four documents, a fifth of the rows
+    assert "on 11 queries, allowed" in result.verdict.reasons[0]
     if not labelled:
         assert result.measurement["models"]["given"]["scores"]["mrr@10"]["value"] == 1
 

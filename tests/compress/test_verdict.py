@@ -6,15 +6,16 @@ from hf_moebert.compress.recipe import Target
 from hf_moebert.compress.verdict import examples_to_decide, judge
 
 
-def measured(value, low, *, speedup=3.0, size=100, examples=400):
+def measured(value, low, *, speedup=3.0, size=100, groups=None):
     difference = {"value": value, "low": low, "high": 2 * value - low}
     model = {
         "scores": {"accuracy": {"value": 0.9, "low": 0.8, "high": 1.0}},
         "differences": {"accuracy": difference},
         "speed_up": {"median": speedup},
         "footprint": {"bytes_on_disk": size},
+        "scored": 400,
     }
-    return {"models": {"small": model}, "settings": {"examples": examples}}
+    return {"models": {"small": model}, "settings": {"group_column": groups}}
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,8 @@ def test_more_examples_are_asked_for_where_they_would_decide():
     verdict = judge(measured(-0.005, -0.025), "small", Target(max_drop=0.01))
     assert verdict.examples_needed == 400 * 16
     assert "about 6,400 examples would decide" in verdict.reasons[0]
+    asked = judge(measured(-0.005, -0.025, groups="query"), "small", Target(max_drop=0.01))
+    assert "on 400 queries, allowed -0.01; about 6,400 queries would decide" in asked.reasons[0]
     assert examples_to_decide({"value": -0.02, "low": -0.03}, 400, 0.01) is None
 
 

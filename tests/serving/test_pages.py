@@ -1,16 +1,14 @@
 """The page on which a person tries a text, in a browser that reaches this machine alone."""
 
-import shutil
-import subprocess
 from urllib.parse import quote
 
 import pytest
+from browser import needs_browser, show
 from echo_server import running
 
 from hf_moebert.serving import build_app
 
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 TEXT = "é𝄞 Ann <b>Lee</b>"  # offsets count characters, not units of UTF-16
 
 
@@ -32,14 +30,10 @@ class Names:
 
 
 @pytest.mark.process
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@needs_browser
 def test_a_browser_shows_tagged_words(tmp_path):
     with running(build_app({"names": Names()})) as url:
-        alone = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
-        options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", alone]
-        page = f"{url}/#model=names&text={quote(TEXT)}"
-        command = [BROWSER, *options, "--virtual-time-budget=20000", "--dump-dom", page]
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        shown = show(f"{url}/#model=names&text={quote(TEXT)}", tmp_path)
     answer = shown.partition('<section id="answer"')[2].partition("</section>")[0]
     assert ">Ann<small>PER</small></mark> &lt;b&gt;Lee&lt;/b&gt;</p>" in answer
     assert '<p class="text">é𝄞 <mark title="0.900"' in answer
