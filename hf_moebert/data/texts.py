@@ -117,7 +117,10 @@ def _encode_labels(dataset: Dataset, column: str, names: Sequence[str] | None) -
             raise ValueError(f"The column '{column}' must hold finite numbers, some are missing. Drop such rows.")
         return values
     if kind == "string" and names is None:
-        raise ValueError("`label_names` must be given for labels that are texts, got None. Use `label_names_of`.")
+        raise ValueError(
+            f"`label_names` must be given for labels that are texts, such as {values[0]!r:.40}, got None. Use "
+            "`label_names_of`; for a model of one score, give numbers."
+        )
 
     table = _label_table(kind, dataset.features[column], names, values)
     if unknown := set(values) - table.keys():

@@ -1,17 +1,21 @@
 """The commands of the door as a user types them, and what they end with."""
 
+import errno
 import json
+import os
 import re
+import signal
 
 import pytest
 import yaml
 from datasets import Dataset
-from test_door import texts
+from door_runs import texts
 from tiny_classifiers import save_classifier
 from transformers import BertConfig, BertForMaskedLM
 from typer.testing import CliRunner
 
 from hf_moebert import cli
+from hf_moebert.compress import door
 from hf_moebert.compress.recipe_file import parse_recipe, read_recipe, shipped_recipes
 from hf_moebert.inference.onnx_runtime import load_onnx
 
@@ -115,3 +119,24 @@ def test_a_result_is_exported(place, tmp_path):
     pytest.importorskip("onnxruntime")
     assert compress(place, tmp_path / "run", "--export", "onnx").exit_code == 0
     assert load_onnx(tmp_path / "run/onnx").config.num_labels == 2
+
+
+def stop_by(error):
+    def stop(*args, **kwargs):
+        raise error
+
+    return stop
+
+
+def test_an_interrupted_command_ends_with_130_and_goes_on(place, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(door, "measure", stop_by(KeyboardInterrupt()))
+        assert compress(place, tmp_path / "run").exit_code == 128 + signal.SIGINT
+    assert compress(place, tmp_path / "run").exit_code == 2  # not by chance over what is there
+    assert compress(place, tmp_path / "run", "--resume").exit_code == 0
+
+
+def test_a_full_disk_is_one_line(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(door, "write_golden", stop_by(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    result = compress(place, tmp_path / "run")
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (2, "hf-moebert: [Errno 28] No space left on device")

@@ -1,6 +1,5 @@
 """The door from end to end on a tiny classifier: what it leaves, how it goes on after a crash, what it refuses."""
 
-import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -9,6 +8,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from door_runs import COLUMNS, SENTENCES, STACK, TAGGED, StopAt, Stopped, recipe_of, run, save_tagger, texts, weights
 from huggingface_hub import ModelCard
 from tiny_classifiers import WORDS, save_classifier
 from transformers import (
@@ -17,78 +17,17 @@ from transformers import (
     AutoTokenizer,
     BertForMaskedLM,
     BertForQuestionAnswering,
-    BertForTokenClassification,
     LlamaConfig,
     LlamaForCausalLM,
-    TrainerCallback,
 )
 
 from hf_moebert.architectures.pooling import EmbeddingForm, read_embedding_form
 from hf_moebert.checkpoints.embedders import save_embedder
 from hf_moebert.compress import searching
-from hf_moebert.compress.door import compress
-from hf_moebert.compress.recipe_file import parse_recipe, read_recipe
+from hf_moebert.compress.recipe_file import read_recipe
 from hf_moebert.compress.tasks import UnsupportedModelError
 from hf_moebert.compress.verifying import verify
 from hf_moebert.measuring.comparison import TextColumns
-
-
-COLUMNS = TextColumns(max_length=12)
-SENTENCES = [" ".join(words) for words in itertools.product(WORDS, repeat=3)]  # 216 of them
-STACK = [
-    {"prune": {"keep_ratio": 0.5, "multiple_of": 1}},
-    {"experts": {"num_experts": 2, "routing": "gate-sentence", "importance_examples": 40}},
-    {"distil": {"steps": 4, "batch_size": 8}},
-    {"optimize": {"precision": "float32"}},
-]
-
-
-class Stopped(Exception):
-    """What a power failure would be."""
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Stopped
-
-
-def recipe_of(stages, **target):
-    return parse_recipe({"stages": stages, "target": {"max_drop": 1.0, "tokens": 8} | target})
-
-
-def run(model, output, stages, data=None, **options):
-    options = {"columns": COLUMNS, "rounds": 2, "training": {"use_cpu": True}} | options
-    recipe = stages if not isinstance(stages, list) else recipe_of(stages)
-    return compress(model, recipe, data=texts() if data is None else data, output_dir=output, **options)
-
-
-def texts(labelled=True):
-    rows = [
-        {"text": text} | ({"label": ("negative", "positive")["good" in text]} if labelled else {})
-        for text in SENTENCES
-    ]
-    return Dataset.from_list(rows)
-
-
-@pytest.fixture(scope="module")
-def given(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("given") / "model"
-    save_classifier(folder, layers=2)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def finished(given, tmp_path_factory):
-    output = tmp_path_factory.mktemp("finished") / "run"
-    return run(given, output, STACK)
-
-
-def weights(folder):
-    return (folder / "model.safetensors").read_bytes()
 
 
 def test_a_stack_leaves_a_model_and_its_proof(finished, given):
@@ -184,20 +123,6 @@ def test_a_regression_is_compressed(tmp_path):
     data = Dataset.from_list([{"text": text, "label": float(text.count("good"))} for text in SENTENCES])
     result = run(tmp_path / "given", tmp_path / "run", STACK[:1], data)
     assert result.verdict.metric == "pearson"
-
-
-def save_tagger(folder, given):
-    """Save a random tagger of the size of the classifier."""
-    named = {"id2label": dict(enumerate(TAGS)), "label2id": {tag: index for index, tag in enumerate(TAGS)}}
-    torch.manual_seed(0)
-    tagger = BertForTokenClassification(AutoConfig.from_pretrained(given, **named))
-    torch.nn.init.normal_(tagger.classifier.bias)  # a trained head
-    tagger.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(given).save_pretrained(folder)
-
-
-TAGS = ("O", "B-thing", "I-thing")
-TAGGED = [{"tokens": text.split(), "tags": [TAGS[word == "film"] for word in text.split()]} for text in SENTENCES]
 
 
 @pytest.mark.parametrize("columns", [("tokens", "tags"), ("tokens",), ("text",)])
@@ -364,12 +289,6 @@ def test_what_could_not_be_measured_is_refused_before_any_work(given, tmp_path, 
 def test_another_score_may_count(given, tmp_path):
     result = run(given, tmp_path / "run", recipe_of(STACK[3:], metric="f1"))
     assert result.verdict.metric == "f1"
-
-
-def test_labels_of_another_task_are_refused(given, tmp_path):
-    data = Dataset.from_list([{"text": text, "label": "spam"} for text in SENTENCES])
-    with pytest.raises(ValueError, match=r"must be in \['negative', 'positive'\], got \['spam'\]"):
-        run(given, tmp_path / "run", STACK, data)
 
 
 def test_other_tasks_are_refused_by_their_name(given, tmp_path):

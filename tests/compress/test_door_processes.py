@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from accelerate import PartialState
+from door_runs import STACK, run
 from safetensors.torch import load_file
-from test_door import STACK, run
 from tiny_classifiers import save_classifier
 from torch.testing import assert_close
 from two_processes import run_in_two
