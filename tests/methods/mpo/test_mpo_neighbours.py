@@ -4,17 +4,23 @@ import copy
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from datasets import ClassLabel, Dataset
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_mpo import MODELS, logits, make
-from transformers import AutoModel
+from tiny_mpo import IDS, MODELS, logits, make
+from transformers import AutoModel, BertTokenizer
 
-from hf_moebert import compress_mpo, to_dense
+from hf_moebert import compress_mpo, optimize_for_inference, revert_optimizations, to_dense
+from hf_moebert.inference.linears import unsupported_reason
+from hf_moebert.inference.optimized import OptimizedFactors
+from hf_moebert.measuring.comparison import Latency, measure
 from hf_moebert.methods.mpo import MPOConfig
+from hf_moebert.methods.mpo.modeling_mpo import MPOConv1D, MPOLinear
 
 
 LAYERS = {"bert": "encoder", "gpt2": "h", "llama-tied": "layers"}
 LINEAR = {"bert": "query", "gpt2": "c_attn", "llama-tied": "q_proj"}
+FORMS = {"chains": {}, "two": {"num_cores": 2}, "mixture": {"num_cores": 2, "table_cores": 5}}
 FAMILIES = pytest.mark.parametrize("name", LAYERS)
 
 
@@ -81,6 +87,63 @@ def test_a_dense_vocabulary_grows(name):
         assert logits(name, form).isfinite().all()
 
 
+# Inference
+
+
+@FAMILIES
+@pytest.mark.parametrize("targets", ["all", "one"])
+def test_two_factors_are_optimised(name, targets):
+    model = compress_mpo(
+        make(name), num_cores=2, keep_ratio=0.7, target_modules=[LINEAR[name]] if targets == "one" else None
+    )
+    expected, before = logits(name, model), {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    plain = optimize_for_inference(copy.deepcopy(model))
+    factored = [module for module in plain.modules() if isinstance(module, OptimizedFactors)]
+    assert len(factored) == sum(isinstance(module, MPOLinear | MPOConv1D) for module in model.modules())
+    torch.testing.assert_close(logits(name, plain), expected, atol=1e-6, rtol=1e-4)
+    if unsupported_reason("int8", True) is None:
+        small = optimize_for_inference(copy.deepcopy(model), precision="int8")
+        difference = (logits(name, small) - expected).norm() / expected.norm()
+        assert 0 < difference < 0.05
+        assert all(torch.equal(before[key], tensor) for key, tensor in small.state_dict().items())
+        assert torch.equal(logits(name, revert_optimizations(small)), expected)
+    with torch.no_grad():
+        factored[-1].cores[0].mul_(2)  # as training would
+    changed = logits(name, plain)
+    assert not torch.allclose(changed, expected)
+    torch.testing.assert_close(logits(name, revert_optimizations(plain)), changed, atol=1e-6, rtol=1e-4)
+
+
+def test_two_factors_leave_padding_out():
+    model = compress_mpo(make("bert"), num_cores=2, keep_ratio=0.7)
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    with torch.no_grad():
+        expected = model(IDS, mask).logits
+        torch.testing.assert_close(optimize_for_inference(model)(IDS, mask).logits, expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_compressed_model_is_measured(form, tmp_path):
+    dense = make("bert")
+    model = compress_mpo(dense, keep_ratio=0.7, **FORMS[form])
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(94))]
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(words)})
+    for name, saved in (("dense", dense), ("small", model)):
+        saved.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    examples = Dataset.from_dict({"text": ["1 2", "3"] * 4, "label": [0, 1] * 4}).cast_column(
+        "label", ClassLabel(names=["LABEL_0", "LABEL_1"])
+    )
+    sources = {name: str(tmp_path / name) for name in ("dense", "small")}
+    found = measure(sources, examples, baseline="dense", latency=Latency(seq=8, rounds=2))["models"]
+    counted = {name: found[name]["footprint"] for name in found}
+    assert counted["small"]["total"] == model.num_parameters() < counted["dense"]["total"]
+    assert counted["small"]["bytes_on_disk"] > 0
+    assert found["small"]["scores"].keys() == found["dense"]["scores"].keys()
+    fewer = counted["small"]["flops_per_token"] < counted["dense"]["flops_per_token"]
+    assert fewer == (form != "chains")
+
+
 # PEFT
 
 
@@ -92,6 +155,35 @@ def test_methods_of_peft_for_dense_layers_refuse_chains(name, config):
         fields["feedforward_modules"] = []
     with pytest.raises(ValueError, match=r"^Target module MPO\w+\([\d, ]+bonds=\([\d, ]+\)\) is not supported\."):
         get_peft_model(compress_mpo(make(name)), config(**fields))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's
+@pytest.mark.parametrize("form", FORMS)
+def test_an_adapter_lives_on_the_dense_model(form, tmp_path):
+    model = compress_mpo(make("bert"), keep_ratio=0.7, **FORMS[form])
+    base = to_dense(model)
+    base.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = logits("bert", adapted)
+    assert not torch.allclose(expected, logits("bert", model))
+    auto, _ = MODELS["bert"]
+    loaded = PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    assert torch.equal(logits("bert", loaded), expected)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(logits("bert", merged), expected, atol=1e-6, rtol=1e-4)
+    again = compress_mpo(merged, keep_ratio=0.7, **FORMS[form])
+    assert again.num_parameters() < merged.num_parameters()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_of_all_linear_layers_takes_those_that_are_dense():
+    model = compress_mpo(make("bert"), target_modules=["query", "word_embeddings"])
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    names = {
+        name.rpartition(".lora_A")[0].rpartition(".")[2] for name, _ in adapted.named_parameters() if "lora" in name
+    }
+    assert names - {""} == {"key", "value", "dense", "classifier"}
 
 
 @FAMILIES
