@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-POOLINGS = ("mean", "cls", "last")
+from .embedding_form import POOLINGS
 
 
 def pool(states: Tensor, mask: Tensor | None, pooling: str) -> Tensor:

@@ -1,7 +1,6 @@
 """The form of embeddings: what the folder of a sentence-transformers model says of them."""
 
 import json
-from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from .functional_pooling import POOLINGS
+from .embedding_form import POOLINGS, EmbeddingForm
 
 
 MODULES_FILE, PROMPTS_FILE = "modules.json", "config_sentence_transformers.json"
@@ -17,30 +16,6 @@ LENGTH_FILE = "sentence_bert_config.json"
 # The names of sentence-transformers: those of a field of 6.0, and the flags of older folders
 POOLING_MODES = {"mean": "mean", "cls": "cls", "last": "lasttoken"}
 POOLING_FLAGS = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
-
-
-@dataclass(frozen=True)
-class EmbeddingForm:
-    """How texts become embeddings, as a folder of sentence-transformers says it.
-
-    Args:
-        pooling: `mean`, `cls` or `last`.
-        normalize: Whether embeddings have the length 1.
-        prompts: What is put before a text, by name.
-        default_prompt: Name of the prompt for texts of no stated kind, if there is one.
-        max_length: Tokens after which a text is cut, if the folder says so.
-    """
-
-    pooling: str = "mean"
-    normalize: bool = False
-    prompts: dict[str, str] = field(default_factory=dict)
-    default_prompt: str | None = None
-    max_length: int | None = None
-
-    @property
-    def prefix(self) -> str:
-        """Return what is put before a text of no stated kind."""
-        return self.prompts[self.default_prompt] if self.default_prompt else ""
 
 
 def read_embedding_form(source: str | PathLike[str]) -> EmbeddingForm | None:

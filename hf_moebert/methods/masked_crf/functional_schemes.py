@@ -5,7 +5,8 @@ import itertools
 import re
 from collections.abc import Sequence
 
-from .functional_tags import PREFIXES, SCHEMES, Legality, legal_moves, may_follow, plain_tags, split_tag
+from .functional_segments import plain_tags, split_tag
+from .functional_tags import PREFIXES, SCHEMES, Legality, legal_moves, may_follow
 
 
 LETTERS = set("BIESLUM")

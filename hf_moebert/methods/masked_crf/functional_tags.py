@@ -5,12 +5,13 @@ among them, such as "[PAD]", are outside of segments.
 """
 
 import itertools
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .functional_segments import Segment, find_segments, plain_tags, split_tag
 
 
 # Prefixes of a segment's first, inner and last tag, and of the tag of a segment of one word
@@ -33,7 +34,6 @@ PREFIXES = {
     "BMES": "BMESO",
 }
 ALIASES = {"BIO": "IOB2", "BIO2": "IOB2", "BIOES": "IOBES", "BILUO": "BILOU", "BMESO": "BMES", "BMEOS": "BMES"}
-SPECIAL = re.compile(r"\[.+\]|<.+>|X")  # "[PAD]", "</s>", and "X", as some data sets tag later pieces of words
 CHOICES = ("auto", *SCHEMES, *ALIASES, "none")
 MASKS = ("training", "decoding", "off")
 POLICIES = ("error", "ignore", "repair", "soft")
@@ -46,14 +46,6 @@ class Legality(NamedTuple):
     moves: Tensor
     start: Tensor
     end: Tensor
-
-
-class Segment(NamedTuple):
-    """A segment: its type, the index of its first word, and the index after its last."""
-
-    type: str
-    start: int
-    stop: int
 
 
 def check_options(tag_scheme: str, mask_transitions: str, illegal_labels: str, illegal_score: float) -> None:
@@ -71,17 +63,6 @@ def check_options(tag_scheme: str, mask_transitions: str, illegal_labels: str, i
             raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
     if not -1e6 <= illegal_score < 0:
         raise ValueError(f"`illegal_score` must be in [-1e6, 0), got {illegal_score}. Use -100.")
-
-
-def split_tag(tag: str) -> tuple[str, str]:
-    """Split a tag at its first dash into prefix and type; the type of "O" and of a bare prefix is empty."""
-    prefix, _, kind = tag.partition("-")
-    return prefix, kind
-
-
-def plain_tags(tags: Sequence[str], scheme: str) -> list[str]:
-    """Return tags with "O" in place of special labels, such as "[PAD]", "</s>" and "X"; under "none" as they are."""
-    return [*tags] if scheme == "none" else ["O" if SPECIAL.fullmatch(tag) else tag for tag in tags]
 
 
 def name_scheme(scheme: str) -> str:
@@ -221,25 +202,6 @@ def are_legal(tags: Tensor, lengths: Tensor, legality: Legality) -> Tensor:
     moves = (legality.moves[tags[:-1], tags[1:]] | absent).all(0)  # (batch,)
     last = tags.gather(0, (lengths - 1).clamp(min=0)[None])[0]  # (batch,)
     return (legality.start[tags[0]] & moves & legality.end[last]) | (lengths == 0)
-
-
-def find_segments(tags: Sequence[str]) -> list[Segment]:
-    """Read segments off tags of any scheme, even if they break its rules, as the CoNLL evaluation does.
-
-    A segment continues while its type stays the same, up to the next "B", "S" or "U", or through an "E" or "L";
-    "M" is read as "I".
-    """
-    segments: list[Segment] = []
-    start, current, before = 0, "", "O"  # prefix and type of the word before
-    for word, tag in enumerate([*tags, "O"]):
-        prefix, kind = split_tag(tag)
-        goes_on = before in ("B", "I", "M") and prefix in ("I", "E", "L", "M") and kind == current
-        if not goes_on:
-            if before != "O":
-                segments.append(Segment(current, start, word))
-            start, current = word, kind
-        before = prefix
-    return segments
 
 
 def write_segments(segments: Sequence[Segment], words: int, scheme: str) -> list[str]:

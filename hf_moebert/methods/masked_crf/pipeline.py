@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -11,14 +11,13 @@ from transformers import BatchEncoding, TokenClassificationPipeline
 from transformers.pipelines.token_classification import AggregationStrategy
 from transformers.utils import logging
 
-from .functional_tags import SCHEMES, Segment, find_segments, plain_tags, split_tag
+from .functional_segments import PIECE_PREFIXES, choose_windows, find_runs, plain_tags, read_window, split_tag, type_of
+from .functional_tags import SCHEMES
 from .modeling_words import find_words, has_sure_words, keep_words
 
 
 logger = logging.get_logger(__name__)
 
-# Prefixes of the first, the inner and the last piece of a word, by the prefix of the word; BMES writes "M" for "I"
-PIECE_PREFIXES = {"B": "BII", "I": "III", "M": "III", "E": "IIE", "L": "IIL", "S": "BIE", "U": "BIL"}
 UNSURE = (
     "The words of a text are what blanks separate, and each Chinese character: 'London.' is one word, and so are "
     "letters of a script without blanks. Set `word_boundaries` to 'tokenizer' to divide them as the tokenizer does, "
@@ -100,17 +99,11 @@ class CrfTokenClassificationPipeline(TokenClassificationPipeline):
         windows = encoded.pop("offset_mapping").tolist()  # (windows, seq, 2)
         begins: dict[int, int] = {}  # word: its first character; a window may start inside a word
         for window, places in enumerate(windows):
-            words = encoded.word_ids(window)
-            spans = [
-                (start, end) if word is None else _trim(text, start, end, inside[word] if inside else (0, len(text)))
-                for (start, end), word in zip(places, words, strict=True)
-            ]
-            words = _drop_blanks(words, spans)
-            first_pieces = _find_starts(words, [start for start, _ in spans], begins)
+            words, spans, first_pieces = read_window(encoded.word_ids(window), places, text, inside, begins)
             yield {
                 **{name: value[window][None] for name, value in encoded.items()},
                 "word_mask": torch.tensor([first_pieces]),  # (1, seq)
-                "words": torch.tensor([[0 if word is None else word + 1 for word in words]]),  # (1, seq), 0: none
+                "words": torch.tensor([words]),  # (1, seq), 0: none
                 "offsets": torch.tensor([spans]),  # (1, seq, 2)
                 "is_last": window == len(windows) - 1,
             }
@@ -169,17 +162,14 @@ class CrfTokenClassificationPipeline(TokenClassificationPipeline):
                 for tag, piece in zip(self._spell(word.tag, len(word.pieces)), word.pieces, strict=True)
             ]
             return [token for token in tokens if token["entity"] not in ignored]
-        groups = [self._describe(words[run.start : run.stop]) for run in _find_runs([word.tag for word in words])]
+        groups = [self._describe(words[run.start : run.stop]) for run in find_runs([word.tag for word in words])]
         return [group for group in groups if group["entity_group"] not in ignored]
 
     def _read_words(self, windows: list[dict[str, Any]]) -> list[Word]:
         """Collect the words of all windows of a text, each from where it is farthest from an edge."""
-        found: dict[int, tuple[tuple[int, int], dict[str, Any], list[int]]] = {}  # word: margin, window and positions
-        for window in windows:
-            for word, (margin, positions) in _find_words(window["words"][0].tolist()).items():
-                if window["word_mask"][0, positions[0]] and (word not in found or margin > found[word][0]):
-                    found[word] = (margin, window, positions)
-        chosen = [found[word][1:] for word in sorted(found)]
+        words = [window["words"][0].tolist() for window in windows]
+        firsts = [window["word_mask"][0].tolist() for window in windows]
+        chosen = [(windows[number], positions) for number, positions in choose_windows(words, firsts)]
         if not chosen:
             return []
         tags, marginals = self._read_tags(chosen, together=len(windows) > 1)
@@ -212,7 +202,7 @@ class CrfTokenClassificationPipeline(TokenClassificationPipeline):
     def _describe(self, words: list[Word]) -> dict[str, Any]:
         pieces = [piece for word in words for piece in word.pieces]
         return {
-            "entity_group": _type_of(words[0].tag),
+            "entity_group": type_of(words[0].tag),
             "score": min(word.score for word in words),
             "word": self.tokenizer.convert_tokens_to_string([piece["word"] for piece in pieces]),
             "start": pieces[0]["start"],
@@ -238,56 +228,3 @@ def _joins_words(encoded: BatchEncoding, text: str) -> bool:
         if any(len(text[start:end].split()) > 1 for start, end in spans.values()):
             return True
     return False
-
-
-def _trim(text: str, start: int, end: int, word: tuple[int, int]) -> tuple[int, int]:
-    """Return the characters of a token in the text, without the blanks that some tokenizers count with it.
-
-    An unknown token in place of a word is longer than the word may be.
-    """
-    piece = text[word[0] + start : min(word[0] + end, word[1])]
-    start += word[0] + len(piece) - len(piece.lstrip())
-    return start, start + len(piece.strip())
-
-
-def _drop_blanks(words: list[int | None], spans: list[tuple[int, int]]) -> list[int | None]:
-    """Return the word of each token, None for those of words that are nothing but blanks."""
-    seen = {word for word, (start, end) in zip(words, spans, strict=True) if start < end}
-    return [word if word in seen else None for word in words]
-
-
-def _find_starts(words: list[int | None], characters: list[int], begins: dict[int, int]) -> list[bool]:
-    """Return which tokens of a window begin a word; `begins` remembers words from window to window."""
-    starts, before = [], None
-    for word, character in zip(words, characters, strict=True):
-        starts.append(word is not None and word != before and begins.setdefault(word, character) == character)
-        before = word
-    return starts
-
-
-def _find_words(words: list[int]) -> dict[int, tuple[tuple[int, int], list[int]]]:
-    """Find the positions of each word of a window, its distance to the window's nearer edge, and its length."""
-    positions = [position for position, word in enumerate(words) if word]
-    found = {}
-    for word, group in groupby(positions, key=words.__getitem__):
-        places = list(group)
-        distance = min(places[0] - positions[0], positions[-1] - places[-1])
-        found[word] = ((distance, len(places)), places)  # a window may hold the first pieces of a word alone
-    return found
-
-
-def _find_runs(tags: list[str]) -> list[Segment]:
-    """Find the segments, and runs of "O" between them."""
-    runs, done = [], 0
-    for segment in [*find_segments(tags), Segment("O", len(tags), len(tags) + 1)]:
-        if done < segment.start:
-            runs.append(Segment("O", done, segment.start))
-        runs.append(segment)
-        done = segment.stop
-    return runs[:-1]
-
-
-def _type_of(tag: str) -> str:
-    """Return the type of a tag; a tag without a type, such as a part of speech, is its own type."""
-    prefix, kind = split_tag(tag)
-    return kind if kind and prefix in PIECE_PREFIXES else tag

@@ -19,18 +19,9 @@ from transformers.pipelines.base import pad_collate_fn
 from hf_moebert.checkpoints.remote_code import refuse_code
 from hf_moebert.data.buckets import group_by_length
 
-from .functional_answers import (
-    QUESTION,
-    READERS,
-    TOKENS,
-    Example,
-    context_spans,
-    read_answer,
-    read_classes,
-    read_entities,
-    read_input,
-    word_spans,
-)
+from .functional_answers import Example, read_answer, read_classes, read_entities
+from .functional_inputs import QUESTION, READERS, TOKENS, read_input
+from .functional_spans import context_spans, word_spans
 
 
 LOADERS = {

@@ -8,7 +8,8 @@ from hypothesis import given, settings, strategies as st
 
 from hf_moebert.measuring.metrics.seqeval.seqeval import find_spans
 from hf_moebert.methods.masked_crf import MaskedCRF
-from hf_moebert.methods.masked_crf.functional_tags import PREFIXES, count_breaks, find_segments, plain_tags
+from hf_moebert.methods.masked_crf.functional_segments import find_segments, plain_tags
+from hf_moebert.methods.masked_crf.functional_tags import PREFIXES, count_breaks
 
 
 IOB2 = ["O", "B-X", "I-X", "B-Y", "I-Y"]

@@ -18,7 +18,8 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hf_moebert.methods.masked_crf import CrfTokenClassificationPipeline, pipeline as crf_pipeline
-from hf_moebert.methods.masked_crf.functional_tags import count_breaks, find_segments
+from hf_moebert.methods.masked_crf.functional_segments import find_segments
+from hf_moebert.methods.masked_crf.functional_tags import count_breaks
 
 
 STRATEGIES = ("simple", "first", "average", "max")

@@ -11,18 +11,16 @@ from tiny_crf import make_dense
 
 from hf_moebert.methods.masked_crf import MaskedCRF, from_dense, modeling_crf
 from hf_moebert.methods.masked_crf.functional_schemes import fitting_schemes, infer_scheme
+from hf_moebert.methods.masked_crf.functional_segments import Segment, find_segments, plain_tags
 from hf_moebert.methods.masked_crf.functional_tags import (
     ALIASES,
     MAX_TAGS,
     POLICIES,
     PREFIXES,
     SCHEMES,
-    Segment,
     convert_tags,
     count_breaks,
-    find_segments,
     legal_moves,
-    plain_tags,
     repair_tags,
     write_segments,
 )

@@ -21,7 +21,9 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from hf_moebert.methods.multitask.functional_answers import Example, read_answer, read_entities, read_input, word_spans
+from hf_moebert.methods.multitask.functional_answers import Example, read_answer, read_entities
+from hf_moebert.methods.multitask.functional_inputs import read_input
+from hf_moebert.methods.multitask.functional_spans import word_spans
 from hf_moebert.methods.multitask.modeling_multitask import MultiTaskBertModel
 from hf_moebert.methods.multitask.pipeline import MultiTaskPipeline, group_by_length
 from hf_moebert.serving.app import ServingLimits, build_app
