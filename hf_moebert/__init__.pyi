@@ -1,7 +1,7 @@
 __version__: str
 
-from .architectures.importance import measure_importance as measure_importance
 from .architectures.embedding_form import EmbeddingForm as EmbeddingForm
+from .architectures.importance import measure_importance as measure_importance
 from .checkpoints.callbacks import CheckpointManifestCallback as CheckpointManifestCallback
 from .checkpoints.embedders import save_embedder as save_embedder
 from .checkpoints.packing import save_packed as save_packed

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -305,6 +306,8 @@ def _print_table(table: Any) -> None:
 
 def _quiet_libraries() -> None:
     """Keep the progress of libraries to terminals, and to them what they report before they raise it as an error."""
+    if find_spec("torch") is None:  # nor are they there: exports are served without them
+        return
     from datasets import disable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,10 +93,16 @@ def add_command(app: typer.Typer, *, quiet: Callable[[], None]) -> None:
                     f"`serve` needs more packages, {error}. Use `pip install hf_moebert[serve]`."
                 ) from error
             quiet()
-            set_threads(1 if workers > 1 else threads)  # forks have no threads of their parent
+            before = 1 if workers > 1 else threads  # forks have no threads of their parent
+            set_threads(before)
             limits = ServingLimits(**{name: context.params[name] for name in LIMIT_HELP})
             keys = [] if api_key_file is None else read_keys(api_key_file)
-            options: dict[str, Any] = {"engine": engine, "precision": precision, "pooling": pooling}
+            options: dict[str, Any] = {
+                "engine": engine,
+                "precision": precision,
+                "pooling": pooling,
+                "threads": before or 0,
+            }
             loaded = {name: load_predictor(source, **options) for name, source in name_models(models).items()}
 
             def announce(url: str) -> None:
@@ -116,8 +123,8 @@ def add_command(app: typer.Typer, *, quiet: Callable[[], None]) -> None:
 
 
 def set_threads(count: int | None) -> None:
-    """Set the threads that torch computes with."""
-    if count is not None:
+    """Set the threads that torch computes with, if it is there."""
+    if count is not None and find_spec("torch"):
         import torch
 
         torch.set_num_threads(count)

@@ -65,3 +65,18 @@ def has_head(model: PreTrainedModel) -> bool:
         model: Any model, without adapters around it.
     """
     return model.base_model is not model or bool(find_labels(type(model)))
+
+
+def kind_of(model: PreTrainedModel) -> str:
+    """Return the kind of a model, by which the runtime and the server know what it can answer."""
+    if not has_head(model):
+        return "embedding"
+    names = [cls.__name__ for cls in type(model).__mro__]
+    for head, kind in (("TokenClassification", "tagging"), ("QuestionAnswering", "question-answering")):
+        if any(name.endswith(f"For{head}") for name in names):
+            return kind
+    if not any(name.endswith("ForSequenceClassification") for name in names):
+        return "other"
+    known = {"multi_label_classification": "multi-label", "regression": "regression"}
+    usual = "reranking" if model.config.num_labels == 1 else "classification"
+    return known.get(model.config.problem_type, usual)

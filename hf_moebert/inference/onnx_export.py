@@ -18,7 +18,7 @@ from transformers.utils import is_onnx_available, is_onnxscript_available
 
 from hf_moebert.architectures.counting import count_active
 from hf_moebert.architectures.functional_numpy import digest
-from hf_moebert.architectures.heads import has_head
+from hf_moebert.architectures.heads import has_head, kind_of
 from hf_moebert.architectures.pooling import EmbeddingForm, read_embedding_form
 from hf_moebert.architectures.positions import count_positions
 from hf_moebert.architectures.protocols import OptimizedForInference
@@ -180,20 +180,6 @@ def quantize_graph(exported: Any, inputs: Batch) -> Any:
     return ExportedModel(
         {name: ExportedComponent(program, component.metadata)}, exported.export_format, exported.config
     )
-
-
-def kind_of(model: PreTrainedModel) -> str:
-    """Return the kind of a model, by which `hf_moebert.runtime` knows what it can answer."""
-    if not has_head(model):
-        return "embedding"
-    names = [cls.__name__ for cls in type(model).__mro__]
-    if any(name.endswith("ForTokenClassification") for name in names):
-        return "tagging"
-    if not any(name.endswith("ForSequenceClassification") for name in names):
-        return "other"
-    known = {"multi_label_classification": "multi-label", "regression": "regression"}
-    usual = "reranking" if model.config.num_labels == 1 else "classification"
-    return known.get(model.config.problem_type, usual)
 
 
 def write_forms(

@@ -26,11 +26,11 @@ from hf_moebert.inference.linears import PRECISIONS, Precision, unsupported_reas
 from hf_moebert.inference.onnx_export import export_onnx
 from hf_moebert.inference.onnx_runtime import load_onnx
 from hf_moebert.inference.optimize import optimize_for_inference
+from hf_moebert.runtime.folders import ENGINE_FILE, GRAPHS
 
 from .latency import environment, time_rounds
 
 
-ENGINE_FILE, GRAPHS = "engine.json", "onnx"  # beside the weights
 REFERENCE = "torch float32"
 REMEDY = "Delete it: it is measured again."
 PACKAGES = ("hf_moebert", "torch", "transformers", "onnxruntime")

@@ -10,6 +10,7 @@ from hf_moebert.checkpoints.manifests import find_changed_file
 
 
 MANIFEST = "onnx_manifest.json"
+ENGINE_FILE, GRAPHS = "engine.json", "onnx"  # beside the weights of a checkpoint
 FORMAT_VERSION = "2"
 PRECISIONS = ("float32", "int8")
 AGAIN = "Export the model again."

@@ -14,7 +14,7 @@ from hf_moebert.data.buckets import run_by_length
 from .answers import pool, rank_labels, score_labels, softmax, unit_length
 from .chains import CHAIN_FILE, Chain, load_chain
 from .folders import open_session, read_manifest
-from .texts import Text, TextReader
+from .texts import Text, read_texts
 from .verifying import check_golden, run_first
 
 
@@ -40,7 +40,7 @@ def load(folder: str | PathLike[str], *, precision: str | None = None, threads: 
     session = open_session(folder, precision, threads=threads)
     if precision == "int8":
         check_golden(folder, precision, partial(run_first, session))
-    return TextModel(session, Path(folder), manifest)
+    return TextModel(session, Path(folder), manifest, precision)
 
 
 class TextModel:
@@ -53,6 +53,7 @@ class TextModel:
         session: Session of ONNX Runtime.
         folder: Folder of the export.
         manifest: What it says of itself.
+        precision: That of the session.
 
     Attributes:
         kind: "classification", "multi-label", "regression", "reranking" (one score for a text or pair), "tagging",
@@ -61,11 +62,12 @@ class TextModel:
         max_length: Tokens after which a text is cut, or None.
     """
 
-    def __init__(self, session: Any, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, session: Any, folder: Path, manifest: dict[str, Any], precision: str) -> None:
         self.session, self.kind, self.form = session, manifest["kind"], manifest["embedding"] or {}
+        self.precision, self.architecture = precision, manifest["architecture"]
         self.labels: list[str] = manifest["labels"]
         limits = [limit for limit in (manifest["max_length"], self.form.get("max_length")) if limit]
-        self.reader = TextReader(folder, manifest["inputs"], min(limits, default=None))
+        self.reader = read_texts(folder, manifest["inputs"], min(limits, default=None))
         self.max_length = self.reader.max_length
         self.chain: Chain | None = load_chain(folder) if (folder / CHAIN_FILE).is_file() else None
 
@@ -159,7 +161,9 @@ class TextModel:
         firsts = [_first_pieces(row.word_ids) for row in rows]
 
         def read(logits: np.ndarray, mask: np.ndarray, places: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-            return self._read_tags(logits, [list(firsts[place].values()) for place in places])
+            shifts = [self.reader.places(rows[place], logits.shape[1]).start or 0 for place in places]
+            words = zip(shifts, places, strict=True)
+            return self._read_tags(logits, [[shift + one for one in firsts[place].values()] for shift, place in words])
 
         tagged = self._run(rows, read, batch_size)
         return [

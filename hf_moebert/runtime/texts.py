@@ -30,29 +30,32 @@ class TextReader:
     """Tokenizes texts, pairs of texts and words, and pads rows to a batch.
 
     Args:
-        folder: Folder that `export_onnx` wrote.
-        inputs: Names of the inputs of its graph.
+        tokenizer: From texts to rows of tokens; rows are padded where they meet, in batches.
+        inputs: Names of the inputs of the model.
         max_length: Tokens after which a text is cut, or None if there is no limit.
+        pad_id: Id of padding.
+        unknown: The token of what the tokenizer does not know.
+        left: Whether padding comes first, as some models need it.
 
     Raises:
-        ValueError: If the folder holds no tokenizer of this kind, or a model of something else than texts.
+        ValueError: If the model reads something else than texts.
     """
 
-    def __init__(self, folder: Path, inputs: Sequence[str], max_length: int | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        inputs: Sequence[str],
+        max_length: int | None,
+        *,
+        pad_id: int,
+        unknown: str | None,
+        left: bool = False,
+    ) -> None:
         if foreign := sorted(set(inputs) - FIELDS.keys()):
             raise ValueError(f"`folder` must hold a model of texts, got one that reads {foreign}. Use `load_onnx`.")
-        if not (folder / TOKENIZER_FILE).is_file():
-            raise ValueError(
-                f"`folder` must hold {TOKENIZER_FILE} to read texts, got {str(folder)!r}. Export the model with its "
-                "tokenizer."
-            )
-        self.tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-        said = _read(folder / "tokenizer_config.json")
-        limits = [limit for limit in (max_length, said.get("model_max_length")) if limit and limit < 10**9]
-        self.inputs, self.max_length = list(inputs), int(min(limits)) if limits else None
-        self.pad_id = _read(folder / "config.json").get("pad_token_id") or 0
-        self.unknown = _content(said.get("unk_token"))
-        self.tokenizer.no_padding()  # rows are padded where they meet, in batches
+        self.tokenizer, self.inputs, self.max_length = tokenizer, list(inputs), max_length
+        self.pad_id, self.unknown, self.left = pad_id, unknown, left
+        self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         if self.max_length is not None:
             self.tokenizer.enable_truncation(self.max_length)
@@ -87,10 +90,10 @@ class TextReader:
         _check_list(texts)
         found = [_words_of(text, place) for place, text in enumerate(texts)]
         whole = self.tokenizer.encode_batch([one.words for one in found], is_pretokenized=True)
-        kept = [self._keep(one.words, row) for one, row in zip(found, whole, strict=True)]
+        kept = [self.keep(one.words, row) for one, row in zip(found, whole, strict=True)]
         return self._check(self.tokenizer.encode_batch(kept, is_pretokenized=True)), found
 
-    def _keep(self, words: list[str], row: Encoding) -> list[str]:
+    def keep(self, words: list[str], row: Encoding) -> list[str]:
         """Put the unknown token in place of words that the tokenizer dropped, such as a lone control character."""
         seen = set(row.word_ids).union(*(part.word_ids for part in row.overflowing))
         return [word if number in seen else self.unknown or word for number, word in enumerate(words)]
@@ -102,8 +105,12 @@ class TextReader:
         for name in self.inputs:
             made[name] = np.full((len(rows), longest), self.pad_id if name == "input_ids" else 0, np.int64)
             for number, row in enumerate(rows):
-                made[name][number, : len(row)] = getattr(row, FIELDS[name])
+                made[name][number, self.places(row, longest)] = getattr(row, FIELDS[name])
         return made
+
+    def places(self, row: Encoding, longest: int) -> slice:
+        """Return where the tokens of a row are in a batch of so many columns."""
+        return slice(longest - len(row), None) if self.left else slice(len(row))
 
     def _check(self, rows: list[Encoding]) -> list[Encoding]:
         empty = next((place for place, row in enumerate(rows) if not len(row)), None)
@@ -112,6 +119,34 @@ class TextReader:
         if cut := sum(bool(row.overflowing) for row in rows):
             logger.warning("%d of %d texts had more than %d tokens, and were cut.", cut, len(rows), self.max_length)
         return rows
+
+
+def read_texts(folder: Path, inputs: Sequence[str], max_length: int | None) -> TextReader:
+    """Return the reader of a folder.
+
+    Args:
+        folder: Folder that `export_onnx` wrote.
+        inputs: Names of the inputs of its graph.
+        max_length: Tokens after which a text is cut, if the tokenizer does not cut it before.
+
+    Raises:
+        ValueError: If the folder holds no tokenizer of this kind, or a model of something else than texts.
+    """
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise ValueError(
+            f"`folder` must hold {TOKENIZER_FILE} to read texts, got {str(folder)!r}. Export the model with its "
+            "tokenizer."
+        )
+    said = _read(folder / "tokenizer_config.json")
+    limits = [limit for limit in (max_length, said.get("model_max_length")) if limit and limit < 10**9]
+    return TextReader(
+        Tokenizer.from_file(str(folder / TOKENIZER_FILE)),
+        inputs,
+        int(min(limits)) if limits else None,
+        pad_id=_read(folder / "config.json").get("pad_token_id") or 0,
+        unknown=_content(said.get("unk_token")),
+        left=said.get("padding_side") == "left",
+    )
 
 
 def _check_list(texts: Any) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import new_process
 import numpy as np
 import pytest
 import torch
@@ -23,10 +24,11 @@ from hf_moebert import EmbeddingForm, export_onnx, save_embedder, save_packed
 from hf_moebert.architectures.protocols import AnswerOptions, OptimizedForInference, Predictor, UpdatablePredictor
 from hf_moebert.checkpoints.json_files import save_json
 from hf_moebert.checkpoints.loading import load_model
-from hf_moebert.inference.onnx_runtime import OnnxModel
 from hf_moebert.measuring.engines import describe
 from hf_moebert.methods.masked_crf.pipeline import CrfTokenClassificationPipeline
-from hf_moebert.serving.loading import keep_in_memory, load_predictor, state_of
+from hf_moebert.runtime import TextModel
+from hf_moebert.serving.checkpoints import keep_in_memory
+from hf_moebert.serving.loading import load_predictor, state_of
 
 
 TEXTS = ["good film by ann lee", "bad", "is rome a good book ? not in ann ##a lee .", "", "film " * 12]
@@ -125,7 +127,7 @@ def test_questions_are_answered_in_the_likeliest_place(folders):
     (found,) = answer(predictor, [{"question": "what ?", "context": LONG}])
     assert LONG[found["start"] : found["end"]] == found["answer"]
     (found,) = answer(predictor, [{"question": "what is " * 9, "context": LONG}])
-    assert "at most 12 tokens, got 20" in str(found)
+    assert "at most 12 tokens, got 21" in str(found)
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +178,8 @@ def test_numbers_that_are_not_finite_are_an_error_of_their_text_alone(folders):
         predictor = load_predictor(str(folders / name))
         inputs = QUESTIONS[:2] if name == "answers" else TEXTS[:2]
         with torch.no_grad():
-            word = predictor.tokenizer.convert_tokens_to_ids("bad")
-            predictor.model.get_input_embeddings().weight[word] = torch.nan
+            word = predictor.rows.tokenizer.token_to_id("bad")
+            predictor.engine.model.get_input_embeddings().weight[word] = torch.nan
         fine, broken = answer(predictor, inputs)
         assert isinstance(broken, RuntimeError)
         assert not isinstance(fine, Exception)
@@ -201,7 +203,7 @@ def test_a_folder_that_changes_while_it_is_loaded_is_refused(folders, tmp_path, 
         (tmp_path / "model" / "config.json").touch()
         return keep_in_memory(model)
 
-    monkeypatch.setattr("hf_moebert.serving.loading.keep_in_memory", write)
+    monkeypatch.setattr("hf_moebert.serving.checkpoints.keep_in_memory", write)
     with pytest.raises(ValueError, match="changed while it was loaded"):
         load_predictor(str(tmp_path / "model"))
     assert state_of(tmp_path / "model").keys() >= {"config.json", "model.safetensors"}
@@ -219,7 +221,7 @@ def test_what_cannot_be_served_is_refused(folders, tmp_path, embedder):
         model.save_pretrained(tmp_path / name)
         make_tokenizer().save_pretrained(tmp_path / name)
     for source, options, message in (
-        (tmp_path / "writer", {}, "must be an embedder, a multi-task model, or one for .*, got BertForMaskedLM"),
+        (tmp_path / "writer", {}, "must be one for .*, embedding or multi-task, got BertForMaskedLM"),
         (tmp_path / "body", {}, "no modules.json that says how it makes embeddings. Give `--pooling mean`"),
         (tmp_path / "body", {"pooling": "max"}, "`pooling` must be one of"),
         (embedder, {"pooling": "cls"}, "holds an embedder of the pooling 'mean'"),
@@ -272,21 +274,60 @@ def test_int8_answers_do_not_depend_on_the_others(folders):
     assert str(together) != str(answer(load_predictor(str(folders / "sentiment")), TEXTS))
 
 
+EXPORTED = {"sentiment": TEXTS, "slots": [*TEXTS, LONG], "answers": QUESTIONS, "embedder": TEXTS}
+WITHOUT_TORCH = """
+import json, sys
+for name in ("torch", "transformers", "safetensors.torch", "datasets", "huggingface_hub"):
+    sys.modules[name] = None  # importing it fails
+from hf_moebert.architectures.protocols import AnswerOptions
+from hf_moebert.serving import build_app, load_predictor
+folders, inputs, checkpoint = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
+models = {name: load_predictor(folder, threads=1) for name, folder in folders.items()}
+build_app(models)
+options = AnswerOptions(truncate=True)
+answers = {name: model.answer([(one, options) for one in inputs[name]]) for name, model in models.items()}
+print(json.dumps(answers, default=lambda array: array.tolist()))
+try:
+    load_predictor(checkpoint)
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def exports(folders, embedder, tmp_path_factory):
+    """Return the folder of an export by the name of its task."""
+    root = tmp_path_factory.mktemp("exports")
+    for name in EXPORTED:
+        folder = embedder if name == "embedder" else folders / name
+        export_onnx(load_model(folder), root / name, tokenizer=AutoTokenizer.from_pretrained(folder))
+    return {name: str(root / name) for name in EXPORTED}
+
+
 @pytest.mark.process
-@pytest.mark.parametrize("name", ["sentiment", "slots", "embedder"])
-def test_an_export_is_served(folders, embedder, tmp_path, name):
-    folder = embedder if name == "embedder" else folders / name
-    export_onnx(load_model(folder), tmp_path / "graphs", tokenizer=AutoTokenizer.from_pretrained(folder))
-    found = answer(load_predictor(str(tmp_path / "graphs"), engine="onnx"), TEXTS[:2])
-    wanted = answer(load_predictor(str(folder)), TEXTS[:2])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_export_is_served(folders, embedder, exports, name):
+    options = AnswerOptions(truncate=True)
+    found = answer(load_predictor(exports[name], engine="onnx"), EXPORTED[name], options)
+    wanted = answer(load_predictor(str(embedder if name == "embedder" else folders / name)), EXPORTED[name], options)
     if name == "embedder":
         np.testing.assert_allclose([one.vector for one in found], [one.vector for one in wanted], atol=1e-5)
     else:
         assert_same(found, wanted, 1e-4)
     with pytest.raises(ValueError, match="`precision` must be one that was exported"):
-        load_predictor(str(tmp_path / "graphs"), precision="int8")
+        load_predictor(exports[name], precision="int8")
     with pytest.raises(ValueError, match="holds an export. Leave `--engine` out"):
-        load_predictor(str(tmp_path / "graphs"), engine="torch")
+        load_predictor(exports[name], engine="torch")
+
+
+@pytest.mark.process
+def test_exports_are_served_where_no_torch_is(folders, exports):
+    asked = (json.dumps(exports), json.dumps(EXPORTED), folders / "sentiment")
+    answers, refusal = new_process.run(WITHOUT_TORCH, *asked).stdout.splitlines()
+    for name, found in json.loads(answers).items():
+        wanted = answer(load_predictor(exports[name]), EXPORTED[name], AnswerOptions(truncate=True))
+        assert_same(found, json.loads(json.dumps(wanted, default=lambda array: array.tolist())))
+    assert "holds a checkpoint, which needs torch, and there is none here" in refusal
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
@@ -309,10 +350,10 @@ def test_the_engine_that_was_chosen_is_taken(folders, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(folders / "sentiment", folder)
     export_onnx(load_model(folder), folder / "onnx", tokenizer=AutoTokenizer.from_pretrained(folder))
-    assert not isinstance(load_predictor(str(folder)).model, OnnxModel)
-    assert isinstance(load_predictor(str(folder), engine="onnx").model, OnnxModel)
+    assert not isinstance(load_predictor(str(folder)).engine.model, TextModel)
+    assert isinstance(load_predictor(str(folder), engine="onnx").engine.model, TextModel)
     conditions = describe(folder, (), 8, 0.01)
     choice = {"engine": "onnx", "precision": "float32"}
     for changed, chosen in (({}, True), ({"threads": 99}, False), ({"weights": {}}, False)):
         save_json(folder / "engine.json", {"conditions": conditions | changed, "choice": choice})
-        assert isinstance(load_predictor(str(folder)).model, OnnxModel) == chosen
+        assert isinstance(load_predictor(str(folder)).engine.model, TextModel) == chosen

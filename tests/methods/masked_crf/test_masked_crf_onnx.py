@@ -107,7 +107,7 @@ def test_words_are_tagged_without_torch(exported):
     model, folder = exported
     answers, tokenizer = load(folder), make_tokenizer()
     texts = ["new yorkers in london and  new york .", ["the", "\x00", "yorker"], "london " * 9, "", "the lon"]
-    emissions = TextModel(answers.session, folder, read_manifest(folder, None)[0])
+    emissions = TextModel(answers.session, folder, *read_manifest(folder, None))
     emissions.chain = None
     for text, found, plain in zip(texts, answers.tag(texts, batch_size=2), emissions.tag(texts), strict=True):
         words = [
