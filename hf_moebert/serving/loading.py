@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import copytree
+from tempfile import TemporaryDirectory
 from typing import Literal, get_args
 
 from hf_moebert.architectures.embedding_form import EmbeddingForm
@@ -35,7 +37,8 @@ def load_predictor(
 ) -> Predictor:
     """Load a model of any task that is known here, to be served.
 
-    Weights are copied from their files: a folder that changes afterwards changes no answer.
+    Weights are copied from their files, those of an export to a temporary folder: one that changes afterwards changes
+    no answer.
 
     Args:
         source: Folder or Hub id of a checkpoint of transformers or of this package, or folder of an ONNX export.
@@ -95,7 +98,9 @@ def read_choice(folder: Path) -> tuple[EngineName | None, Precision | None]:
 
 
 def _load_export(folder: Path, precision: Precision | None, pooling: str | None, threads: int) -> Predictor:
-    model = load(folder, precision=precision, threads=threads)
+    with TemporaryDirectory(prefix="hf_moebert-") as private:  # its weights are mapped, even when it is gone
+        copied = copytree(folder, Path(private) / "graphs")
+        model = load(copied, precision=precision, threads=threads)
     form = EmbeddingForm(**model.form) if model.form else None
     check_kind(folder, model.kind, model.architecture, form, pooling)
     alone = model.precision == "int8"  # activations have one scale for all rows of a batch

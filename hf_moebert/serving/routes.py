@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import FastAPI, HTTPException, Request
@@ -25,10 +25,8 @@ from .bodies import (
     UpdateRequest,
 )
 from .requests import folder_inside
+from .service import Service
 
-
-if TYPE_CHECKING:
-    from .app import Service
 
 Form = TypeVar("Form", bound=Body)
 CLASSIFIERS = ("classification", "multi-label", "regression", "reranking")
@@ -47,7 +45,7 @@ PAGE_HEADERS = {
 class Routes:
     """Endpoints of a service."""
 
-    def __init__(self, service: "Service") -> None:
+    def __init__(self, service: Service) -> None:
         self.service = service
 
     async def predict(self, request: Request) -> Response:
@@ -191,7 +189,7 @@ class Routes:
         return Response(self.service.metrics.write(), media_type=CONTENT_TYPE_LATEST)
 
 
-def add_routes(app: FastAPI, service: "Service") -> None:
+def add_routes(app: FastAPI, service: Service) -> None:
     """Add the endpoints of a service to an application, and describe their bodies for OpenAPI."""
     routes = Routes(service)
     for path, endpoint, body in (

@@ -321,6 +321,17 @@ def test_an_export_is_served(folders, embedder, exports, name):
 
 
 @pytest.mark.process
+def test_an_export_that_changes_later_changes_no_answer(exports, tmp_path):
+    """Its weights are mapped: where a file is cut, the process would end."""
+    shutil.copytree(exports["sentiment"], tmp_path / "graphs")
+    predictor = load_predictor(str(tmp_path / "graphs"))
+    before = answer(predictor, TEXTS)
+    for file in tmp_path.rglob("*.*"):
+        file.write_bytes(b"\xff" * 10)
+    assert answer(predictor, TEXTS) == before
+
+
+@pytest.mark.process
 def test_exports_are_served_where_no_torch_is(folders, exports):
     asked = (json.dumps(exports), json.dumps(EXPORTED), folders / "sentiment")
     answers, refusal = new_process.run(WITHOUT_TORCH, *asked).stdout.splitlines()
