@@ -109,7 +109,7 @@ class RowPredictor(TextPredictor):
     def encode(self, inputs: Any, options: AnswerOptions) -> Any:
         """Return the tokens of an input, or the error of one that is too long."""
         try:
-            return self.rows.encode(self.parts(inputs, options), truncate=options.truncate)
+            return self.rows.encode(*self.parts(inputs, options), truncate=options.truncate)
         except ValueError as error:
             return error
 

@@ -1,6 +1,5 @@
 """From inputs to rows of tokens, by the library of tokenizers alone."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Encoding
@@ -26,36 +25,43 @@ class RowReader:
         self.tokenizer, self.max_length = reader.tokenizer, reader.max_length or NO_LIMIT
         self.tokenizer.no_truncation()
 
-    def encode(self, parts: Sequence[str], *, truncate: bool) -> Encoding:
+    def encode(self, text: str, pair: str | None = None, *, truncate: bool) -> Encoding:
         """Tokenize a text or a pair.
 
         Raises:
             TextTooLong: If it is longer than the model takes, and shall not be cut.
             ValueError: If it has no tokens.
         """
-        row = self.tokenizer.encode(*parts)
+        row = self.tokenizer.encode(text, pair)
         if len(row) > self.max_length:
             if not truncate:
                 raise too_long(len(row), self.max_length)
-            row = self.windows(*parts)[0]
+            row = self.windows(text, pair)[0]
         if not len(row):
             raise ValueError("An input must have tokens, but this text has none. Leave it out.")
         return row
 
     def windows(
-        self, *parts: Any, stride: int = 0, strategy: str = "longest_first", words: bool = False
+        self,
+        text: Any,
+        pair: str | None = None,
+        *,
+        stride: int = 0,
+        strategy: str = "longest_first",
+        words: bool = False,
     ) -> list[Encoding]:
         """Tokenize a text, a pair or a list of words into windows of the longest length.
 
         Args:
-            *parts: A text, a list of words if `words`, or a pair of texts.
+            text: A text, or a list of words.
+            pair: The second text of a pair.
             stride: Tokens that a window shares with the next.
             strategy: What falls apart, as the library calls it: "longest_first" or "only_second".
-            words: Whether the text is a list of words.
+            words: Whether `text` is a list of words.
         """
         self.tokenizer.enable_truncation(self.max_length, stride=stride, strategy=strategy)
         try:
-            row = self.tokenizer.encode(*parts, is_pretokenized=words)
+            row = self.tokenizer.encode(text, pair, is_pretokenized=words)
         finally:
             self.tokenizer.no_truncation()
         return [row, *row.overflowing]

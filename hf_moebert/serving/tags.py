@@ -44,7 +44,7 @@ class Tags:
 
     def divide(self, given: str | list[str], *, words: bool) -> tuple[str, Any, list[tuple[int, int]]]:
         """Return the text of an input, what is tokenized, and the characters of each word of a list."""
-        return join(given) if words else (given, given, [])  # type: ignore[arg-type,return-value]
+        return join(given) if words else (given, given, [])  # type: ignore[return-value]
 
     def read(self, texts: list[TextWindows], logits: list[list[np.ndarray]]) -> list[list[Entity]]:
         """Return the entities of texts, for logits `(seq, tags)` of each window."""

@@ -89,6 +89,6 @@ def read_answer(start_logits: Tensor, end_logits: Tensor, example: Example) -> d
         end_logits: Shape `(seq,)`.
         example: Example with the spans of the tokens of the context.
     """
-    logits = (one.float().cpu().numpy() for one in (start_logits, end_logits))
-    score, start, end = find_answer(*logits, example.spans)
+    first, last = (one.float().cpu().numpy() for one in (start_logits, end_logits))
+    score, start, end = find_answer(first, last, example.spans)
     return {"answer": example.text[start:end], "score": score, "start": start, "end": end}
