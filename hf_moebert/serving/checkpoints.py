@@ -104,9 +104,8 @@ def run_in_torch(model: Any, names: tuple[str, ...], inputs: dict[str, np.ndarra
 
 def read_chain(crf: Any) -> Chain:
     """Return the scores with which a CRF decodes."""
-    return Chain(
-        *(score.detach().numpy() for score in crf.scores_for("decoding", torch.float32)), scheme=crf.tag_scheme
-    )
+    transitions, start, end = (score.detach().numpy() for score in crf.scores_for("decoding", torch.float32))
+    return Chain(transitions, start, end, crf.tag_scheme)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

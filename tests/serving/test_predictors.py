@@ -277,7 +277,7 @@ def test_int8_answers_do_not_depend_on_the_others(folders):
 EXPORTED = {"sentiment": TEXTS, "slots": [*TEXTS, LONG], "answers": QUESTIONS, "embedder": TEXTS}
 WITHOUT_TORCH = """
 import json, sys
-for name in ("torch", "transformers", "safetensors.torch", "datasets", "huggingface_hub"):
+for name in ("torch", "transformers", "safetensors.torch", "datasets"):
     sys.modules[name] = None  # importing it fails
 from hf_moebert.architectures.protocols import AnswerOptions
 from hf_moebert.serving import build_app, load_predictor
