@@ -50,14 +50,6 @@ class SortedExperts(Protocol):
 
 
 @runtime_checkable
-class FactoredLinear(Protocol):
-    """A linear layer that may be two, one behind the other; `optimize_for_inference` replaces both."""
-
-    def factors(self) -> "tuple[Tensor, Tensor] | None":
-        """Return the weights of both, `(bond, in)` and `(out, bond)`, or None if the layer is another product."""
-
-
-@runtime_checkable
 class PackedSentences(Protocol):
     """The argument `sentences` of a layer's `forward`: the sentences of a batch without padding, in one row of tokens.
 

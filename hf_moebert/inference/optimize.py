@@ -15,14 +15,13 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_moebert.architectures.families import find_bert_like_classes
-from hf_moebert.architectures.protocols import FactoredLinear, SortedExperts
+from hf_moebert.architectures.protocols import SortedExperts
 
 from .caching import Derived
 from .linears import PRECISIONS, InferenceLinear, Precision, make_linear, unsupported_reason
 from .optimized import (
     OptimizedAttention,
     OptimizedExperts,
-    OptimizedFactors,
     OptimizedFeedForward,
     OptimizedLinear,
     OptimizedModule,
@@ -138,8 +137,6 @@ def swap_classes(
         module.__class__ = make_optimized_class(mixin, type(module))  # type: ignore[arg-type]  # classes are hashable
         module.make_linear, module.optimized_device, module.built = make, base.device, Derived()
         module.peaks = peaks.get(module.first_reader())
-        if any(map(is_factored, module.replaced_linears())):
-            continue  # one product for several layers needs plain ones: here, each is replaced by itself
         covered.update(module.replaced_linears())
         with torch.autocast(base.device.type, enabled=False):
             if module.inference_linears(torch.empty(1, 1, device=base.device)) is None:  # now, not in the first call
@@ -158,13 +155,7 @@ def swap_classes(
 
 def is_other_linear(module: nn.Module) -> bool:
     """Check whether a module is a linear layer of a form that has no faster class: chains, adapters, `Conv1D`."""
-    is_replaced = isinstance(module, nn.Linear | OptimizedModule)
-    return not is_replaced and (hasattr(module, "in_features") or hasattr(module, "nf"))
-
-
-def is_factored(module: nn.Module) -> bool:
-    """Check whether a module is a linear layer that is two."""
-    return isinstance(module, FactoredLinear) and module.factors() is not None
+    return not isinstance(module, nn.Linear) and (hasattr(module, "in_features") or hasattr(module, "nf"))
 
 
 def find_optimized_class(module: nn.Module) -> type[OptimizedModule] | None:
@@ -175,8 +166,6 @@ def find_optimized_class(module: nn.Module) -> type[OptimizedModule] | None:
         return OptimizedFeedForward
     if isinstance(module, SortedExperts):
         return OptimizedExperts
-    if is_factored(module):
-        return OptimizedFactors
     return OptimizedLinear if is_plain_linear(module) else None
 
 

@@ -246,32 +246,6 @@ class OptimizedLinear(OptimizedModule):
         return linear(linear.prepare(input)).to(input.dtype)
 
 
-class OptimizedFactors(OptimizedModule):
-    """A linear layer as the product of two."""
-
-    bias: Tensor | None
-    factors: Callable[[], tuple[Tensor, Tensor]]
-    parameters: Callable[..., Any]
-
-    def source_tensors(self, linears: list[nn.Linear]) -> list[Tensor | None]:
-        """Return what both weights are made of, and the bias."""
-        return list(self.parameters())
-
-    def build_linears(self) -> InferenceLinears:
-        """Build the one without a bias, and the one behind it."""
-        first, second = self.factors()
-        factors = smoothing_factors(self.peaks, first)
-        return self.make_linear(first, None, factors=factors), self.make_linear(second, self.bias)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map `(..., in)` to `(..., out)`."""
-        linears = self.inference_linears(input)
-        if linears is None:
-            return super().forward(input)  # type: ignore[misc]
-        first, second = linears
-        return second(second.prepare(first(first.prepare(input)))).to(input.dtype)
-
-
 def apply_to_slices(linears: Sequence[InferenceLinear], prepared: Any, counts: list[int]) -> Tensor:
     """Apply each linear layer to its slice of rows; one without rows is not called.
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_moebert.architectures.positions import count_positions
-from hf_moebert.architectures.protocols import FactoredLinear, SortedExperts
+from hf_moebert.architectures.protocols import SortedExperts
 
 
 DRAWN = (8, 32)  # texts and tokens
@@ -23,8 +23,7 @@ def measure_inputs(base: PreTrainedModel) -> dict[nn.Module, Tensor]:
         base: A model in eval mode without its head.
 
     Returns:
-        For each linear layer, also of two factors, and mixture of experts, shape `(in,)`; nothing for a model that
-        needs more than ids.
+        For each linear layer and mixture of experts, shape `(in,)`; nothing for a model that needs more than ids.
     """
     peaks: dict[nn.Module, Tensor] = {}
     if base.main_input_name != "input_ids" or not hasattr(base.config, "vocab_size"):
@@ -38,8 +37,7 @@ def measure_inputs(base: PreTrainedModel) -> dict[nn.Module, Tensor]:
     texts, tokens = DRAWN
     shape = (texts, min(tokens, count_positions(base) or tokens))
     ids = torch.randint(base.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    kinds = nn.Linear | SortedExperts | FactoredLinear
-    modules: list[Any] = [module for module in base.modules() if isinstance(module, kinds)]
+    modules: list[Any] = [module for module in base.modules() if isinstance(module, nn.Linear | SortedExperts)]
     handles = [module.register_forward_pre_hook(watch) for module in modules]
     try:
         base(input_ids=ids, attention_mask=torch.ones_like(ids))

@@ -119,22 +119,6 @@ class MPOMatrix(nn.Module):
         """Check whether the matrix is a product of two factors, one with all rows and one with all columns."""
         return len(self.row_factors) == 2 and self.row_factors[1] == self.column_factors[0] == 1
 
-    def pair(self, *, transposed: bool = False) -> tuple[Tensor, Tensor] | None:
-        """Return the weights of two linear layers that are the matrix, where they take fewer multiplications.
-
-        Args:
-            transposed: Whether the layer multiplies by `weight` instead of by `weight.T`.
-
-        Returns:
-            Shapes `(bond, in)` and `(out, bond)`.
-        """
-        if not self.is_pair() or self.row_use is not None:
-            return None
-        if self.bonds[0] * (self.rows + self.columns) >= self.rows * self.columns:
-            return None
-        left, right = (core.flatten(0, 1).flatten(1) for core in self.chain())  # (rows, bond), (bond, columns)
-        return (left.T, right.T) if transposed else (right, left)
-
     def is_offloaded(self) -> bool:
         """Check whether the cores are on the meta device, from where accelerate fetches them for each call."""
         return self._stored()[0].is_meta
@@ -174,8 +158,13 @@ class MPOMatrix(nn.Module):
 
     def multiply(self, x: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
         """Return `x @ weight.T + bias`, or with `weight` if transposed, through the chain where that is cheaper."""
-        if pair := self.pair(transposed=transposed):
-            first, second = pair
+        if (
+            self.is_pair()
+            and self.row_use is None
+            and self.bonds[0] * (self.rows + self.columns) < self.rows * self.columns
+        ):
+            left, right = (core.flatten(0, 1).flatten(1) for core in self.chain())  # (rows, bond), (bond, columns)
+            first, second = (left.T, right.T) if transposed else (right, left)
             return F.linear(F.linear(x, first), second, bias)
         if counts := self._plan(x, transposed):
             out, wide = (self.columns, self.row_factors) if transposed else (self.rows, self.column_factors)

@@ -33,10 +33,6 @@ class MPOLinear(MPOMatrix):
         """Map `(..., in_features)` to `(..., out_features)`."""
         return self.multiply(input, self.bias)
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """Return two factors as weights of linear layers, `(bond, in)` and `(out, bond)`; None of a chain."""
-        return self.pair()
-
 
 class MPOConv1D(MPOMatrix):
     """GPT-2's linear layer, which stores its matrix transposed: the input features are the rows."""
@@ -49,10 +45,6 @@ class MPOConv1D(MPOMatrix):
     def forward(self, x: Tensor) -> Tensor:
         """Map `(..., nx)` to `(..., nf)`."""
         return self.multiply(x, self.bias, transposed=True)
-
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """Return two factors as weights of linear layers, `(bond, in)` and `(out, bond)`; None of a chain."""
-        return self.pair(transposed=True)
 
 
 class MPOEmbedding(MPOMatrix):

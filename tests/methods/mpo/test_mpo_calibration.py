@@ -387,7 +387,7 @@ def test_neighbours_work_or_refuse(form, tmp_path):
     with pytest.raises(ValueError, match=r"^Target module MPO\w+\([\d, ]+bonds=\([\d,  ]+\)\) is not supported\."):
         get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["query"]))
     expected = logits("bert", model)
-    torch.testing.assert_close(logits("bert", optimize_for_inference(copy.deepcopy(model))), expected)
+    assert torch.equal(logits("bert", optimize_for_inference(copy.deepcopy(model), precision="float32")), expected)
     model.save_pretrained(tmp_path / "model")
     places = {"bert.embeddings": "disk", "bert.encoder": "disk", "bert.pooler": "cpu", "classifier": "cpu"}
     loaded = MODELS["bert"][0].from_pretrained(

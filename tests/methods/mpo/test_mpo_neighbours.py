@@ -7,15 +7,12 @@ import torch
 from datasets import ClassLabel, Dataset
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_mpo import IDS, MODELS, logits, make
+from tiny_mpo import MODELS, logits, make
 from transformers import AutoModel, BertTokenizer
 
-from hf_moebert import compress_mpo, optimize_for_inference, revert_optimizations, to_dense
-from hf_moebert.inference.linears import unsupported_reason
-from hf_moebert.inference.optimized import OptimizedFactors
+from hf_moebert import compress_mpo, to_dense
 from hf_moebert.measuring.comparison import Latency, measure
 from hf_moebert.methods.mpo import MPOConfig
-from hf_moebert.methods.mpo.modeling_mpo import MPOConv1D, MPOLinear
 
 
 LAYERS = {"bert": "encoder", "gpt2": "h", "llama-tied": "layers"}
@@ -87,39 +84,7 @@ def test_a_dense_vocabulary_grows(name):
         assert logits(name, form).isfinite().all()
 
 
-# Inference
-
-
-@FAMILIES
-@pytest.mark.parametrize("targets", ["all", "one"])
-def test_two_factors_are_optimised(name, targets):
-    model = compress_mpo(
-        make(name), num_cores=2, keep_ratio=0.7, target_modules=[LINEAR[name]] if targets == "one" else None
-    )
-    expected, before = logits(name, model), {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    plain = optimize_for_inference(copy.deepcopy(model))
-    factored = [module for module in plain.modules() if isinstance(module, OptimizedFactors)]
-    assert len(factored) == sum(isinstance(module, MPOLinear | MPOConv1D) for module in model.modules())
-    torch.testing.assert_close(logits(name, plain), expected, atol=1e-6, rtol=1e-4)
-    if unsupported_reason("int8", True) is None:
-        small = optimize_for_inference(copy.deepcopy(model), precision="int8")
-        difference = (logits(name, small) - expected).norm() / expected.norm()
-        assert 0 < difference < 0.05
-        assert all(torch.equal(before[key], tensor) for key, tensor in small.state_dict().items())
-        assert torch.equal(logits(name, revert_optimizations(small)), expected)
-    with torch.no_grad():
-        factored[-1].cores[0].mul_(2)  # as training would
-    changed = logits(name, plain)
-    assert not torch.allclose(changed, expected)
-    torch.testing.assert_close(logits(name, revert_optimizations(plain)), changed, atol=1e-6, rtol=1e-4)
-
-
-def test_two_factors_leave_padding_out():
-    model = compress_mpo(make("bert"), num_cores=2, keep_ratio=0.7)
-    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
-    with torch.no_grad():
-        expected = model(IDS, mask).logits
-        torch.testing.assert_close(optimize_for_inference(model)(IDS, mask).logits, expected, atol=1e-6, rtol=1e-4)
+# Measuring
 
 
 @pytest.mark.parametrize("form", FORMS)
