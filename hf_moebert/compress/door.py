@@ -16,7 +16,7 @@ import torch
 import yaml
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from hf_moebert.architectures.processes import find_processes
 from hf_moebert.checkpoints.hub import find_folder
@@ -103,13 +103,7 @@ def compress(
     if is_first:
         refuse_other_run(output, resume=resume)
     given = str(find_folder(model))
-    with refuse_code(given):
-        tokenizer = AutoTokenizer.from_pretrained(given, trust_remote_code=False)
-    teacher = load_model(given).eval()
-    check_task(teacher)
-    tokens = recipe.target.tokens if isinstance(recipe.target.tokens, int) else 1
-    check_lengths(teacher, tokens=tokens, max_length=columns.max_length)
-    find_metrics(teacher, recipe.target.metric, columns)
+    tokenizer, teacher = load_given(given, recipe, columns)
     with lock_folder(output) if is_first else nullcontext():
         if threads is not None:
             torch.set_num_threads(threads)
@@ -127,6 +121,23 @@ def compress(
             conclude(run, str(model), given, stages, candidates, threads=threads, rounds=rounds)
         processes.wait_for_everyone()
         return read_result(output)
+
+
+def load_given(given: str, recipe: Recipe, columns: TextColumns) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Load the tokenizer and the given model, which the recipe and the columns must fit.
+
+    Raises:
+        UnsupportedModelError: If the model's task is not known here.
+        ValueError: If the recipe or the columns do not fit it.
+    """
+    with refuse_code(given):
+        tokenizer = AutoTokenizer.from_pretrained(given, trust_remote_code=False)
+    teacher = load_model(given).eval()
+    check_task(teacher)
+    tokens = recipe.target.tokens if isinstance(recipe.target.tokens, int) else 1
+    check_lengths(teacher, tokens=tokens, max_length=columns.max_length)
+    find_metrics(teacher, recipe.target.metric, columns)
+    return tokenizer, teacher
 
 
 def conclude(

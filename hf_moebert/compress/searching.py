@@ -100,8 +100,8 @@ def search(
     Returns:
         The run with the recipe that was found, whose stages are done, and a row for everything that was tried.
     """
-    hunt, target = _Hunt(shop, given, fingerprint, threads, rounds), shop.recipe.target
-    untrained = hunt.measure(hunt.make_all(), share=0.0)
+    hunt, target = Hunt(shop, given, fingerprint, threads, rounds), shop.recipe.target
+    untrained = hunt.measure(hunt.train_all(share=0.0), share=0.0)
     chosen = choose_fast(untrained, target)
     short = hunt.measure({name: hunt.train(name, share=hunt.short) for name in chosen}, share=hunt.short)
     tried, best = [*(c for c in untrained if c.structure not in chosen), *short], None
@@ -152,8 +152,16 @@ def timing(target: Target, rounds: int) -> Latency:
     return Latency(target.batch, tokens, rounds, "cpu" if torch.get_num_threads() == 1 else "wall")
 
 
-class _Hunt:
-    """The runs of one search."""
+class Hunt:
+    """The runs of one search, whose stages lie beside each other: what is there already is not done again.
+
+    Args:
+        shop: The run, whose recipe is a `Search` and a `Distil`.
+        given: Folder of the given model.
+        fingerprint: Of the model and the data.
+        threads: Threads that are timed.
+        rounds: Timed passes.
+    """
 
     def __init__(self, shop: Workshop, given: str, fingerprint: str, threads: int | None, rounds: int) -> None:
         stage = cast(Search, shop.recipe.stages[0])
@@ -163,12 +171,12 @@ class _Hunt:
         self.structures = structures_for(shop.recipe.target)
         self.longest = 0.0  # seconds of a long run
 
-    def make_all(self) -> dict[str, Path]:
-        """Make every structure that the model can have; return their folders."""
+    def train_all(self, *, share: float) -> dict[str, Path]:
+        """Train every structure that the model can have, as `train` does; return their folders."""
         folders = {}
         for name in self.structures:
             try:
-                folders[name] = self.train(name, share=0.0)
+                folders[name] = self.train(name, share=share)
             except ValueError as error:  # the family has no such units, or its shape does not divide
                 self.shop.tell(f"search: not {name}: {error}")
         return folders
