@@ -319,6 +319,5 @@ def _quiet_libraries() -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-for _file in ("cli_compress.py", "cli_engines.py"):
-    load_alone(_file).add_commands(app, read=_read_file, quiet=_quiet_libraries)
+load_alone("cli_compress.py").add_commands(app, read=_read_file, quiet=_quiet_libraries)
 load_alone("cli_serve.py").add_command(app, quiet=_quiet_libraries)

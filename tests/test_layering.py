@@ -22,7 +22,7 @@ LEVELS = (
     ("measuring", "methods"),
     ("compress", "serving"),
     ("registration",),
-    ("__init__", "cli", "cli_compress", "cli_engines", "cli_serve"),
+    ("__init__", "cli", "cli_compress", "cli_serve"),
     ("__main__",),
 )
 ROLES = ("configuration", "conversion", "functional", "modeling", "pipeline", "recipe", "training")
