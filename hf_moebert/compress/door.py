@@ -31,6 +31,7 @@ from hf_moebert.measuring.comparison import measure
 from hf_moebert.reporting.compression import write_compression_report
 
 from .card import write_card
+from .inspecting import count_layers
 from .recipe import EXPORTS, Distil, Recipe, Search
 from .recipe_file import read_recipe
 from .result import COMPRESSED, GIVEN, REPORT_FILE, CompressionResult, read_result, result_name
@@ -172,7 +173,7 @@ def conclude(
     result = CompressionResult(output, recipe, stages, measurement, verdict, candidates)
     write_card(result, model, given, run.data)
     write_lock(result, given, run.data)
-    report = describe(result, run.data)
+    report = describe(result, run)
     write_compression_report(output, report)
     save_json(output / REPORT_FILE, report)
     if recipe.export:
@@ -281,11 +282,12 @@ def write_lock(result: CompressionResult, given: str, data: TextData) -> None:
     (result.folder / "recipe.lock.yaml").write_text(text, encoding="utf-8")
 
 
-def describe(result: CompressionResult, data: TextData) -> dict[str, Any]:
+def describe(result: CompressionResult, run: Workshop) -> dict[str, Any]:
     """Return all of a result in a form that JSON knows."""
     return {
         "verdict": result.verdict.as_dict(),
-        "labelled": data.labelled,
+        "labelled": run.data.labelled,
+        "layers": {"given": count_layers(run.teacher), "chosen": count_layers(result.load())},
         "chosen": result.name,
         "recipe": result.recipe.as_dict(),
         "stages": result.stages,

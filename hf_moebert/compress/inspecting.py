@@ -63,6 +63,14 @@ def count_parts(model: PreTrainedModel) -> dict[str, int]:
     return counts | {"rest": sum(p.numel() for p in set(model.parameters()) - counted)}
 
 
+def count_layers(model: PreTrainedModel) -> list[int]:
+    """Count the parameters of each layer; none of a family that is not known."""
+    try:
+        return [sum(p.numel() for p in parameters_of(layer.module)) for layer in find_layers(model)]
+    except ValueError:
+        return []
+
+
 def parameters_of(module: Any) -> set[Any]:
     """Return the parameters of a module, which compare by identity."""
     return set(module.parameters())

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import singledispatch
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, cast
@@ -66,6 +66,7 @@ class Workshop:
         training: Further fields of `TrainingArguments`.
         callbacks: Further callbacks of every training run.
         tell: Called with one line before and after each stage.
+        losses: Steps and losses of the stage that is at work, if it trains.
     """
 
     teacher: PreTrainedModel
@@ -76,6 +77,7 @@ class Workshop:
     training: Mapping[str, Any]
     callbacks: tuple[TrainerCallback, ...]
     tell: Callable[[str], None]
+    losses: list[tuple[int, float]] = field(default_factory=list)
 
     def unit_latency(self) -> LatencyTable:
         """Measure once what a layer of the given model costs with fewer units, on this machine."""
@@ -140,7 +142,9 @@ class Workshop:
             model, tokenizer = trim_vocabulary(model, tokenizer, self.data.texts_read, coverage=stage.coverage)
         else:
             model = self.change(stage, model, pending=pending, training=training)
-        took = {"seconds": round(time.monotonic() - start, 1), "parameters": model.num_parameters()}
+        took: dict[str, Any] = {"seconds": round(time.monotonic() - start, 1), "parameters": model.num_parameters()}
+        if self.losses:
+            took["losses"] = list(self.losses)
         processes = PartialState()
         processes.wait_for_everyone()  # nobody trains any more
         if processes.is_main_process:
@@ -152,6 +156,7 @@ class Workshop:
 
     def change(self, stage: Stage, model: PreTrainedModel, *, pending: Stage, training: Path) -> PreTrainedModel:
         """Return what a stage makes of a model; a training run that saved nothing leaves no folder."""
+        self.losses.clear()
         try:
             return apply(stage, model, self, pending=pending, training=training)
         finally:
@@ -310,6 +315,8 @@ def _(stage: Distil, model: PreTrainedModel, workshop: Workshop, *, pending: Sta
     trainer.remove_callback(PrinterCallback)  # one line a stage, and the losses in `trainer_state.json`
     with nullcontext() if stage.dropout else without_dropout(trainer.model):
         trainer.train(resume_from_checkpoint=find_checkpoint(training))
+    logged = trainer.state.log_history
+    workshop.losses.extend((entry["step"], round(entry["loss"], 6)) for entry in logged if "loss" in entry)
     return without_pruned(trainer.model, pending)
 
 

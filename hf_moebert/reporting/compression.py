@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from .drawings import draw_front, draw_layers, draw_losses
 from .tables import escape_markdown, markdown_table, measurement_rows, short_number
 
 
@@ -24,8 +25,8 @@ def write_compression_report(folder: str | PathLike[str], result: Mapping[str, A
 
     Args:
         folder: Folder to write to.
-        result: What `report.json` holds: "verdict", "stages", "recipe", "measurement" and "labelled"; "candidates" if
-            several recipes were tried.
+        result: What `report.json` holds: "verdict", "stages", "recipe", "measurement", "layers" and "labelled";
+            "candidates" if several recipes were tried.
 
     Returns:
         The two files.
@@ -47,6 +48,9 @@ def page_facts(result: Mapping[str, Any]) -> dict[str, Any]:
     judge = "labels" if result["labelled"] else "predictions of the given model, for there were no labels"
     facts = {"command": measurement["command"], "seed": measurement["seed"]}
     facts |= measurement["settings"] | measurement["environment"]
+    candidates = result.get("candidates", [])
+    seen = (measurement["baseline"], result["chosen"], verdict["metric"], candidates)
+    trained = {stage["stage"]: stage["losses"] for stage in result["stages"] if len(stage.get("losses", ())) > 1}
     return {
         "headline": HEADLINES[verdict["outcome"]],
         "met": verdict["outcome"] == "met",
@@ -60,7 +64,10 @@ def page_facts(result: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "rows": measurement_rows(measurement),
         "stages": [stage_row(stage) for stage in result["stages"]],
-        "candidates": result.get("candidates", []),
+        "candidates": candidates,
+        "front": draw_front(models, *seen),
+        "layers": draw_layers(result["layers"]) if result["layers"]["given"] else None,
+        "losses": {name: draw_losses(losses) for name, losses in trained.items()},
         "facts": [{"what": key, "value": str(value)} for key, value in facts.items()],
     }
 

@@ -25,9 +25,11 @@ def result(outcome="met", **more):
     return {
         "verdict": {"outcome": outcome, "reasons": [EVIL], "metric": "accuracy", "speedup": 2.0, "size": 20},
         "labelled": False,
+        "layers": {"given": [5, 5], "chosen": [2, 3]},
         "chosen": "compressed",
         "stages": [
-            {"stage": "1-prune", "options": {"method": EVIL, "speed_up": None}, "parameters": 5, "seconds": 1.2}
+            {"stage": "1-prune", "options": {"method": EVIL, "speed_up": None}, "parameters": 5, "seconds": 1.2},
+            {"stage": "2-distil", "options": {}, "parameters": 5, "seconds": 1.2, "losses": [[1, 2.0], [2, 1.5]]},
         ],
         "measurement": {
             "baseline": "given",
@@ -59,7 +61,7 @@ class Tags(HTMLParser):
 
 @pytest.mark.parametrize("outcome", HEADLINES)
 def test_the_page_stands_alone_and_shows_texts_as_they_are(tmp_path, outcome):
-    candidates = [{"tried": EVIL, "steps": "20"}]
+    candidates = [{"tried": EVIL, "steps": "20", "difference": "-0.0100", "speed-up": "1.50x"}]
     markdown, page = write_compression_report(tmp_path, result(outcome, candidates=candidates))
     text = page.read_text()
     parsed = Tags(text)
@@ -67,7 +69,9 @@ def test_the_page_stands_alone_and_shows_texts_as_they_are(tmp_path, outcome):
     assert "script" not in parsed.tags
     assert not {"src", "href"} & {name for name, _ in parsed.attributes}
     assert HEADLINES[outcome] in text
-    assert text.count("&lt;script&gt;") == 5  # a reason, an option, a candidate, the command, the processor
+    assert text.count("&lt;script&gt;") == 6  # a reason, an option, a candidate twice, the command, the processor
+    assert parsed.tags.count("svg") == 3  # the front, the layers, a loss
+    assert (parsed.tags.count("circle"), parsed.tags.count("rect"), parsed.tags.count("polyline")) == (3, 4, 1)
     assert "50% compressed" in text
     assert "no labels" in text
     assert markdown.read_text().startswith(f"# {HEADLINES[outcome]}")

@@ -16,7 +16,12 @@ from hf_moebert.reporting.compression import write_compression_report
 pytestmark = [pytest.mark.process, needs_browser]
 
 WIDTHS = (400, 1200)
-LONG = {"tried": "half of the layers, pruned to 50 %, experts, int8 " * 3, "steps": "20", "speed-up": "2.00x"}
+LONG = {
+    "tried": "half of the layers, pruned to 50 %, experts, int8 " * 3,
+    "steps": "20",
+    "difference": "-0.0100",
+    "speed-up": "2.00x",
+}
 MEASURE = """
 <!doctype html><meta charset="utf-8"><body><script>
 const look = frame => {
