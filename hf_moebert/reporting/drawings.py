@@ -31,7 +31,7 @@ def draw_front(
     Returns:
         "points" with a name, what they are, `x`, `y`, and their interval `low` to `high`; "ticks_x" and "ticks_y".
     """
-    found = [{"name": given, "what": "given", "x": 1.0, "y": 0.0, "low": 0.0, "high": 0.0}]
+    found: list[dict[str, Any]] = [{"name": given, "what": "given", "x": 1.0, "y": 0.0, "low": 0.0, "high": 0.0}]
     for name, model in models.items():
         if name != given and model["speed_up"] and model["differences"]:
             gap = model["differences"][metric]
