@@ -44,6 +44,7 @@ from .verifying import EXAMPLES, write_golden
 
 PACKAGES = ("hf_moebert", "torch", "transformers")
 EXPORTED_TEXTS = 200  # on which int8 is compared with float32
+ROUTED_TEXTS = 64  # on which tokens are counted by expert
 LONGEST = timedelta(days=7)  # that processes wait for the one that measures
 
 
@@ -167,7 +168,7 @@ def conclude(
     """
     output, recipe = run.folder.parent, run.recipe
     run.tell("measuring")
-    write_golden(output, output / "model", first_texts(run.data, output / "model"), recipe.precision)
+    write_golden(output, output / "model", first_texts(run.data, output / "model", EXAMPLES), recipe.precision)
     measurement = measure_result(run, given, output / "model", threads=threads, rounds=rounds)
     verdict = judge(measurement, result_name(recipe), recipe.target)
     result = CompressionResult(output, recipe, stages, measurement, verdict, candidates)
@@ -265,10 +266,19 @@ def export(result: CompressionResult, data: TextData) -> None:
         raise ExportError(f"The result is in {str(result.folder)!r}, but was not exported: {error}") from error
 
 
-def first_texts(data: TextData, folder: Path) -> dict[str, Tensor]:
+def first_texts(data: TextData, folder: Path, count: int) -> dict[str, Tensor]:
     """Encode the first texts of the verdict as the result reads them, `(batch, seq)`."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return dict(encode_rows(tokenizer, data.evaluation[:EXAMPLES], data.columns))
+    return dict(encode_rows(tokenizer, data.evaluation[:count], data.columns))
+
+
+@torch.no_grad()
+def share_tokens(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[list[float]]:
+    """Return the share of the tokens that each expert of each layer processes; nothing of a model without experts."""
+    if not hasattr(model.config, "output_expert_load"):
+        return []
+    counts = torch.stack(model.eval()(**batch, output_expert_load=True).expert_load).double()  # (layers, experts)
+    return (counts / counts.sum(1, keepdim=True)).tolist()
 
 
 def write_lock(result: CompressionResult, given: str, data: TextData) -> None:
@@ -284,10 +294,12 @@ def write_lock(result: CompressionResult, given: str, data: TextData) -> None:
 
 def describe(result: CompressionResult, run: Workshop) -> dict[str, Any]:
     """Return all of a result in a form that JSON knows."""
+    model = result.load()
     return {
         "verdict": result.verdict.as_dict(),
         "labelled": run.data.labelled,
-        "layers": {"given": count_layers(run.teacher), "chosen": count_layers(result.load())},
+        "layers": {"given": count_layers(run.teacher), "chosen": count_layers(model)},
+        "experts": share_tokens(model, first_texts(run.data, result.model_folder, ROUTED_TEXTS)),
         "chosen": result.name,
         "recipe": result.recipe.as_dict(),
         "stages": result.stages,

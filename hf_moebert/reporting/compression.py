@@ -1,6 +1,6 @@
 """Write the report of a compression: a page for whoever decides, with the facts for whoever checks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ def write_compression_report(folder: str | PathLike[str], result: Mapping[str, A
 
     Args:
         folder: Folder to write to.
-        result: What `report.json` holds: "verdict", "stages", "recipe", "measurement", "layers" and "labelled";
-            "candidates" if several recipes were tried.
+        result: What `report.json` holds: "verdict", "stages", "recipe", "measurement", "layers", "experts" and
+            "labelled"; "candidates" if several recipes were tried.
 
     Returns:
         The two files.
@@ -66,6 +66,7 @@ def page_facts(result: Mapping[str, Any]) -> dict[str, Any]:
         "stages": [stage_row(stage) for stage in result["stages"]],
         "candidates": candidates,
         "front": draw_front(models, *seen),
+        "experts": [expert_row(layer, shares) for layer, shares in enumerate(result["experts"])],
         "layers": draw_layers(result["layers"]) if result["layers"]["given"] else None,
         "losses": {name: draw_losses(losses) for name, losses in trained.items()},
         "facts": [{"what": key, "value": str(value)} for key, value in facts.items()],
@@ -90,6 +91,11 @@ def stage_row(stage: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def expert_row(layer: int, shares: Sequence[float]) -> dict[str, str]:
+    """Return which share of the tokens each expert of a layer processes."""
+    return {"layer": str(layer)} | {f"expert {expert}": f"{share:.0%}" for expert, share in enumerate(shares)}
+
+
 def as_markdown(facts: Mapping[str, Any]) -> str:
     """Write the report for a terminal or a repository."""
     pairs = [{"": pair["name"], "given": pair["before"], "compressed": pair["after"]} for pair in facts["pairs"]]
@@ -98,6 +104,8 @@ def as_markdown(facts: Mapping[str, Any]) -> str:
     parts.append("Intervals (95 %) are bootstrapped over examples for scores, over interleaved rounds for speed-ups.")
     if facts["stages"]:
         parts += ["## Stages", markdown_table(facts["stages"])]
+    if facts["experts"]:
+        parts += ["## Tokens of each expert", markdown_table(facts["experts"])]
     if facts["candidates"]:
         parts += ["## Recipes that were tried", markdown_table(facts["candidates"])]
     parts += ["## How it was measured", markdown_table(facts["facts"])]

@@ -38,6 +38,9 @@ def test_a_stack_leaves_a_model_and_its_proof(finished, given):
     report = json.loads((finished.folder / "report.json").read_text())
     assert report["verdict"]["outcome"] == "met"
     assert report["verdict"]["examples"] == 43  # a fifth of the texts
+    assert [len(report["layers"][name]) for name in ("given", "chosen")] == [2, 2]
+    assert [sum(shares) for shares in report["experts"]] == pytest.approx([1, 1])
+    assert [step for step, _ in report["stages"][2]["losses"]] == [1, 2, 3, 4]
     assert set(report["measurement"]["models"]) == {"given", "compressed", "given, float32", "compressed, float32"}
     card = ModelCard.load(finished.model_folder / "README.md")
     assert card.data.pipeline_tag == "text-classification"

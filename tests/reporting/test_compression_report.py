@@ -26,6 +26,7 @@ def result(outcome="met", **more):
         "verdict": {"outcome": outcome, "reasons": [EVIL], "metric": "accuracy", "speedup": 2.0, "size": 20},
         "labelled": False,
         "layers": {"given": [5, 5], "chosen": [2, 3]},
+        "experts": [[0.25, 0.75], [0.5, 0.5]],
         "chosen": "compressed",
         "stages": [
             {"stage": "1-prune", "options": {"method": EVIL, "speed_up": None}, "parameters": 5, "seconds": 1.2},
@@ -74,5 +75,6 @@ def test_the_page_stands_alone_and_shows_texts_as_they_are(tmp_path, outcome):
     assert (parsed.tags.count("circle"), parsed.tags.count("rect"), parsed.tags.count("polyline")) == (3, 4, 1)
     assert "50% compressed" in text
     assert "no labels" in text
+    assert "<td>25%</td><td>75%</td>" in text
     assert markdown.read_text().startswith(f"# {HEADLINES[outcome]}")
     assert "<script>" not in markdown.read_text()
