@@ -61,7 +61,8 @@ class MPOConfig(PeftConfig):
         default="symmetric",
         metadata={
             "help": "Which tensors carry the norm of a matrix, and so how learning rates act: 'symmetric' (all alike,"
-            " as the authors' code does), 'left' (the last tensor) or 'centre' (the frozen one)."
+            " as the authors' code does), 'left' (the last tensor), 'centre' (the frozen one) or 'even' (all alike, by"
+            " the size of their entries)."
         },
     )
     modules_to_save: list[str] | None = field(

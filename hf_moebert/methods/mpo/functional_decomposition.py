@@ -13,7 +13,7 @@ from .functional import merge
 from .functional_shapes import check_bonds, full_bonds
 
 
-GAUGES = ("symmetric", "left", "centre")
+GAUGES = ("symmetric", "left", "centre", "even")
 TRUNCATIONS = ("sequential", "simultaneous")
 RANK_TOLERANCE = 1e-12  # relative to the largest Schmidt value: smaller ones are rounding errors of float64
 
@@ -38,8 +38,9 @@ def decompose(
         column_factors: Likewise for the columns.
         bonds: Largest size of each bond, `num_cores - 1` of them; None truncates nothing.
         gauge: Which cores carry the singular values of a bond: `symmetric`, both sides alike, as the authors' code
-            does, of a truncated chain by its own values; `left`, the last core; `centre`, the central tensor (our own
-            option).
+            does, of a truncated chain by its own values; `left`, the last core; `centre`, the central tensor; `even`,
+            as `symmetric`, with entries of one size in all cores, so that one learning rate suits all (both are
+            our own).
         truncation: `sequential` truncates while it decomposes; `simultaneous` truncates afterwards, as the authors'
             code does, and is slightly less exact.
 
@@ -217,10 +218,19 @@ def _set_gauge(left: Sequence[Tensor], values: Sequence[Tensor] | None, gauge: s
     roots = [spectrum[: core.shape[-1]].sqrt() for core, spectrum in zip(left, values, strict=False)]
     roots = [torch.where(root > 0, root, 1.0) for root in roots]
     one = torch.ones(1, dtype=torch.float64, device=left[0].device)
-    return [
+    cores = [
         core * after / before[:, None, None, None]
         for core, before, after in zip(left, [one, *roots], [*roots, one], strict=True)
     ]
+    return _even_out(cores) if gauge == "even" else cores
+
+
+def _even_out(cores: list[Tensor]) -> list[Tensor]:
+    """Scale cores to one root mean square, and leave their product as it is."""
+    sizes = torch.stack([core.square().mean().sqrt() for core in cores])
+    if not bool((sizes > 0).all()):
+        return cores
+    return [core * scale for core, scale in zip(cores, sizes.log().mean().exp() / sizes, strict=True)]
 
 
 def _check_matrix(matrix: Tensor, row_factors: Sequence[int], column_factors: Sequence[int]) -> None:

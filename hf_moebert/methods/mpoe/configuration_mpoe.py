@@ -33,7 +33,7 @@ class MPOEFields:
         num_experts: Experts of each converted block, 1 to 256.
         num_cores: Tensors in the chain of each matrix, odd; the experts share the one in the middle.
         bond: Largest size of each bond; `None` truncates nothing.
-        gauge: Which tensors carry the norm after the decomposition: `symmetric`, `left` or `centre`.
+        gauge: Which tensors carry the norm after the decomposition: `symmetric`, `left`, `centre` or `even`.
         router: `reference` (the gate, of value 1, multiplies the input, no balance loss: the authors' code) or
             `switch` (the gate multiplies the output, and there is a balance loss).
         router_aux_loss_coef: Weight of the balance loss; `None` is 0 for `reference` and 0.01 for `switch`.

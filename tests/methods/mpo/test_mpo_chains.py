@@ -154,7 +154,7 @@ def test_rounding_leaves_its_input_and_its_dtype():
     assert all(torch.equal(core, old) for core, old in zip(cores, before, strict=True))
     with pytest.raises(ValueError, match="`cores` must hold finite values, got NaN or infinity"):
         round_cores([*cores[:-1], cores[-1] * math.nan])
-    with pytest.raises(ValueError, match="`gauge` must be one of symmetric, left, centre, got 'center'"):
+    with pytest.raises(ValueError, match="`gauge` must be one of symmetric, left, centre, even, got 'center'"):
         round_cores(cores, gauge="center")
     with pytest.raises(ValueError, match="`bonds` must name 4 sizes, one between every two cores, got 3"):
         round_cores(cores, (2, 2, 2))
@@ -222,7 +222,7 @@ def test_projection_is_the_closest():
         ({"bonds": (4,)}, "`bonds` must name 2 sizes, one between every two cores, got 1"),
         ({"bonds": (4, 0)}, r"`bonds\[1\]` must be from 1 to 4, got 0"),
         ({"bonds": (5, 4)}, r"`bonds\[0\]` must be from 1 to 4, got 5"),
-        ({"gauge": "center"}, "`gauge` must be one of symmetric, left, centre, got 'center'"),
+        ({"gauge": "center"}, "`gauge` must be one of symmetric, left, centre, even, got 'center'"),
         ({"truncation": "none"}, "`truncation` must be one of sequential, simultaneous, got 'none'"),
     ],
 )

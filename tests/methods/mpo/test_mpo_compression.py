@@ -384,7 +384,7 @@ def test_it_generates_what_the_dense_model_generates(name):
         ({"keep_ratio": 0.0}, "`keep_ratio` must be above 0"),
         ({"keep_ratio": 1e-9}, "must leave room for one direction"),
         ({"bond": 4, "keep_ratio": 0.5}, "At most one of .* got bond, keep_ratio"),
-        ({"gauge": "right"}, "`gauge` must be one of symmetric, left, centre, got 'right'"),
+        ({"gauge": "right"}, "`gauge` must be one of symmetric, left, centre, even, got 'right'"),
         ({"target_modules": ["nothing"]}, "`target_modules` must name linear layers .*, got 'nothing'. .*classifier"),
         ({"target_modules": ["query", "qurey"]}, "`target_modules` must name linear layers .*, got 'qurey'. Choose"),
         ({"target_modules": "query"}, "`target_modules` must name linear layers .*, got 'query'. Choose"),

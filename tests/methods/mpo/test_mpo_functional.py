@@ -112,13 +112,17 @@ def test_published_shapes_come_back(size, dtype, tolerance):
 def test_gauges():
     """Blocks on either side are orthogonal, the norm is where the gauge says, the product is the same."""
     matrix, shape = normal(96, 96), ((3, 2, 4, 2, 2), (2, 2, 4, 2, 3))
-    left, centre, symmetric = (decompose(matrix, *shape, gauge=g)[0] for g in ("left", "centre", "symmetric"))
+    symmetric, left, centre, even = (decompose(matrix, *shape, gauge=gauge)[0] for gauge in GAUGES)
     head, tail = merge(left[:2]).flatten(0, 2), merge(centre[3:]).flatten(1)
     torch.testing.assert_close(head.T @ head, torch.eye(24).double(), rtol=0, atol=1e-12)
     torch.testing.assert_close(tail @ tail.T, torch.eye(24).double(), rtol=0, atol=1e-12)
     assert float(left[-1].norm()) == pytest.approx(float(matrix.norm()))
     assert float(centre[2].norm()) == pytest.approx(float(matrix.norm()))
-    for cores in (left, centre, symmetric):
+    sizes = [float(core.square().mean()) for core in even]
+    assert sizes == pytest.approx(sizes[:1] * 5)
+    for core, other in zip(even, symmetric, strict=True):
+        torch.testing.assert_close(core / core.norm(), other / other.norm())
+    for cores in (left, centre, symmetric, even):
         assert distance(cores, matrix) < 1e-13
 
 

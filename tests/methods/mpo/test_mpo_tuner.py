@@ -234,7 +234,7 @@ def test_a_file_saved_again_is_the_same_file(saved, tmp_path):
         ({"num_cores": 5.0}, "`num_cores` must be odd"),
         ({"bond": 0}, "`bond` must be a whole number of at least 1, got 0"),
         ({"bond": True}, "`bond` must be a whole number"),
-        ({"gauge": "right"}, "`gauge` must be one of symmetric, left, centre, got 'right'"),
+        ({"gauge": "right"}, "`gauge` must be one of symmetric, left, centre, even, got 'right'"),
         ({"init_weights": "no"}, "`init_weights` must be True or False"),
         ({"target_modules": [1]}, "`target_modules` must list names"),
         ({"exclude_modules": 3}, "`exclude_modules` must list names"),

@@ -26,7 +26,7 @@ WRONG = [
     ({"num_experts": "8"}, "expected int"),
     ({"num_cores": 4}, "`num_cores` must be odd"),
     ({"bond": 0}, "`bond` must be a whole number of at least 1, got 0"),
-    ({"gauge": "right"}, "`gauge` must be one of symmetric, left, centre"),
+    ({"gauge": "right"}, "`gauge` must be one of symmetric, left, centre, even"),
     ({"router": "top2"}, "`router` must be one of reference, switch"),
     ({"router_aux_loss_coef": -0.1}, "`router_aux_loss_coef` must be finite and >= 0"),
     ({"router_aux_loss_coef": float("nan")}, "`router_aux_loss_coef` must be finite and >= 0"),
