@@ -350,6 +350,7 @@ def training_arguments(stage: Distil, workshop: Workshop, folder: Path) -> Train
         "logging_steps": max(1, steps // 20),
         "report_to": "none",
         "disable_tqdm": True,
+        "use_cpu": PartialState().device.type == "cpu",  # or its processes never meet on a machine without accelerator
     }
     if PartialState().num_processes > 1:  # each step reads what it would in one process, in parts
         fields["accelerator_config"] = {"split_batches": True}
