@@ -22,6 +22,7 @@ from hf_moebert import load_onnx, optimize_for_inference
 from hf_moebert.data.buckets import run_by_length
 from hf_moebert.measuring.latency import compare_times, time_rounds
 from hf_moebert.reporting.tables import markdown_table
+from hf_moebert.runtime.folders import PRECISIONS
 
 
 WAYS = {"sorted": 0.001, "half": 0.5, "three quarters": 0.75, "nine tenths": 0.9}  # the shortest over the longest
@@ -70,7 +71,7 @@ def main(args: LengthsArguments) -> None:
     torch.set_num_threads(1)
     texts = load_dataset("json", data_files=str(args.texts), split="train")["text"][: args.count]
     ids = AutoTokenizer.from_pretrained(args.model)(texts, truncation=True, max_length=128)["input_ids"]
-    models = {f"onnx {name}": load_onnx(args.graphs, precision=name, threads=1) for name in ("float32", "int8")}
+    models = {f"onnx {name}": load_onnx(args.graphs, precision=name, threads=1) for name in PRECISIONS}
     for name, skips in (("torch int8", True), ("torch int8, padding kept", False)):
         dense = AutoModel.from_pretrained(args.model)
         models[name] = optimize_for_inference(dense, precision="int8", skip_padding=skips)

@@ -1,6 +1,6 @@
 """Export a finished model to ONNX Runtime, for any batch and length, checked against torch before it has its name.
 
-transformers' exporter writes the graph, and ONNX Runtime's quantiser its int8 form.
+transformers' exporter writes the graph, and `onnx_int8` its int8 form.
 """
 
 import warnings
@@ -35,6 +35,7 @@ from hf_moebert.runtime.verifying import GOLDEN_FILE
 from .linears import check_precision
 from .onnx_parity import EXAMPLE, Batch, check_parity, collate, compare, make_batch, samples_of
 from .onnx_runtime import OnnxModel, open_exported
+from .smoothing import DRAWN
 
 
 GOLDEN_ROWS = 8  # texts whose outputs are kept
@@ -55,8 +56,8 @@ def export_onnx(
 
     The folder appears whole or not at all, and only if the float32 graph gives what the model gives in torch, on
     batches of several shapes with and without padding. In int8, weights have one scale per output, and activations
-    one per tensor, computed in each call: there, unlike in `optimize_for_inference`, a text's answer depends on the
-    others in its batch. How far int8 is from float32 on the texts is measured and written down.
+    one per row, computed in each call, as in `optimize_for_inference`: a text's answer does not depend on the others
+    in its batch. How far int8 is from float32 on the texts is measured and written down.
 
     Args:
         model: A model in float32 on the CPU that reads ids or images, stock or of this package, with any head. The
@@ -159,7 +160,7 @@ def trace(model: PreTrainedModel, inputs: Batch) -> Any:
 def fold_weights(program: Any) -> None:
     """Make one constant of each weight that a graph picks from a stack, such as those of experts, however large.
 
-    The exporter folds small ones alone, and the quantiser would leave the products of others in float32.
+    The exporter folds small ones alone, and int8 would leave the products of others in float32.
     """
     from onnxscript import optimizer
 
@@ -167,19 +168,15 @@ def fold_weights(program: Any) -> None:
     optimizer.remove_unused_nodes(program)
 
 
-def quantize_graph(exported: Any, inputs: Batch) -> Any:
-    """Return the int8 form of a graph."""
-    import onnx
-    from transformers.exporters import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
+def quantize_graph(exported: Any, drawn: Batch | None) -> Any:
+    """Return the int8 form of a graph; see `quantize_program`."""
     from transformers.exporters.base import ExportedComponent, ExportedModel
 
-    unknown = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # of values whose type the quantiser cannot infer
-    quantizer = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(per_channel=True, extra_options=unknown))
+    from .onnx_int8 import quantize_program
+
     ((name, component),) = exported.components.items()
-    program = quantizer.quantize(component.program, inputs, exported.export_format)
-    return ExportedModel(
-        {name: ExportedComponent(program, component.metadata)}, exported.export_format, exported.config
-    )
+    quantised = ExportedComponent(quantize_program(component.program, drawn), component.metadata)
+    return ExportedModel({name: quantised}, exported.export_format, exported.config)
 
 
 def write_forms(
@@ -197,11 +194,15 @@ def write_forms(
     kept = {f"input.{name}": tensor for name, tensor in golden.items()} | {"float32": plain(**golden)[0]}
     forms: dict[str, Any] = {"float32": {"largest_difference_to_torch": check_parity(model, plain, max_length)}}
     if "int8" in precisions:
-        quantize_graph(exported, make_batch(model, *EXAMPLE)).save_pretrained(draft / "int8")
+        texts, tokens = DRAWN
+        drawn = make_batch(model, texts, min(tokens, max_length or tokens), 0)
+        quantize_graph(exported, drawn if model.main_input_name == "input_ids" else None).save_pretrained(
+            draft / "int8"
+        )
         quantised = OnnxModel(open_exported(draft / "int8", 1), max_length)
         forms["int8"] = {
             "weights": "int8, one scale per output",
-            "activations": "uint8, one scale per tensor, computed in each call",
+            "activations": "uint8, one scale per row, computed in each call",
             "difference_to_float32": compare(quantised, plain, samples),
         }
         kept["int8"] = quantised(**golden)[0]

@@ -46,8 +46,8 @@ def load(folder: str | PathLike[str], *, precision: str | None = None, threads: 
 class TextModel:
     """An exported model with its tokenizer: `classify`, `score`, `embed` or `tag`, by its kind.
 
-    Batches hold texts of like length, and answers come in the order of the texts. In int8 a text's answer depends a
-    little on the others in its batch: `batch_size=1` makes it independent.
+    Batches hold texts of like length, and answers come in the order of the texts. A text's answer does not depend on
+    the others in its batch, in int8 either.
 
     Args:
         session: Session of ONNX Runtime.

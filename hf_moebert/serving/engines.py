@@ -22,7 +22,6 @@ class Engine:
             ends, or hidden states.
         model: What computes.
         chain: The CRF of a tagger.
-        most_rows: Rows that are run together; 1 if a row's answer would depend on the others.
         shortest: Shortest row of those that are run together, as a share of the longest.
     """
 
@@ -32,5 +31,4 @@ class Engine:
     run: Callable[[dict[str, np.ndarray]], list[np.ndarray]]
     model: Any
     chain: Chain | None = None
-    most_rows: int = 32
     shortest: float = 0.75

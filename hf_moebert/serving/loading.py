@@ -103,7 +103,6 @@ def _load_export(folder: Path, precision: Precision | None, pooling: str | None,
         model = load(copied, precision=precision, threads=threads)
     form = EmbeddingForm(**model.form) if model.form else None
     check_kind(folder, model.kind, model.architecture, form, pooling)
-    alone = model.precision == "int8"  # activations have one scale for all rows of a batch
     engine = Engine(
         model.kind,
         model.labels,
@@ -111,7 +110,6 @@ def _load_export(folder: Path, precision: Precision | None, pooling: str | None,
         lambda inputs: model.run(**inputs),
         model,
         chain=model.chain,
-        most_rows=1 if alone else Engine.most_rows,
         shortest=SHORTEST,
     )
     return make_predictor(engine, form, pooling)

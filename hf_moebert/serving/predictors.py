@@ -17,6 +17,9 @@ from .engines import Engine
 from .rows import RowReader
 
 
+MOST_ROWS = 32  # that run together
+
+
 class NotFinite(RuntimeError):
     """A model computed NaN or infinity."""
 
@@ -82,7 +85,7 @@ class TextPredictor(ABC):
             return self.divide(engine.run(inputs), inputs, part)
 
         lengths = [len(row) for row in rows]
-        return run_by_length(rows, lengths, call, batch_size=engine.most_rows, shortest=engine.shortest)
+        return run_by_length(rows, lengths, call, batch_size=MOST_ROWS, shortest=engine.shortest)
 
 
 class RowPredictor(TextPredictor):

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import onnx
 import onnx_ir
+import onnxruntime
 import pytest
 import torch
 from tiny_exports import PRECISIONS, TEXTS
@@ -23,6 +24,7 @@ from transformers import (
 
 from hf_moebert import export_onnx, load_onnx, optimize_for_inference, prune_structured
 from hf_moebert.inference import linears, onnx_export
+from hf_moebert.inference.onnx_int8 import quantize_program
 from hf_moebert.inference.onnx_runtime import OnnxModel
 from hf_moebert.methods import masked_crf
 from hf_moebert.runtime import folders
@@ -81,6 +83,65 @@ def test_any_batch_gives_what_torch_gives(exported, precision):
     ids = batch["input_ids"]
     assert torch.equal(found(ids).logits, found(ids, torch.ones_like(ids), torch.zeros_like(ids)).logits)
     assert worst is None or (worst["texts"] == 3 and 0.9 < worst["worst_cosine"] <= worst["mean_cosine"] <= 1.00001)
+
+
+@pytest.mark.process
+@torch.no_grad()
+@pytest.mark.skipif("int8" not in PRECISIONS, reason="the processor has no int8 products")
+def test_an_int8_answer_does_not_depend_on_neighbours_or_padding(exported):
+    _, tokenizer, folder, _ = exported
+    found = load_onnx(folder, precision="int8", threads=1)
+    together = found(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits
+    alone = torch.cat([found(**tokenizer([text], return_tensors="pt")).logits for text in TEXTS])
+    torch.testing.assert_close(alone, together, atol=1e-6, rtol=0)
+
+
+def product_graph(width, *, after):
+    """A graph of two products with one weight, the second of which reads what `after` makes of the first."""
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    weight = np.random.default_rng(0).normal(size=(width, width)).astype(np.float32)
+    table = np.random.default_rng(1).normal(size=(50, width)).astype(np.float32)
+    table[:, 3] *= 100  # the channel that is large in every row
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["x"]),
+        helper.make_node("MatMul", ["x", "weight"], ["y"]),
+        helper.make_node(after, ["y"], ["z"]),
+        helper.make_node("Gemm", ["z", "weight", "bias"], ["out"], transB=1),
+    ]
+    constants = {"table": table, "weight": weight, "bias": weight[0]}
+    inputs = [helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, ("rows",))]
+    outputs = [helper.make_tensor_value_info("out", kind, ("rows", width))]
+    stored = [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = helper.make_graph(nodes, "graph", inputs, outputs, stored)
+    return onnx_ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10))
+
+
+def run_graph(program, ids):
+    written = onnx_ir.to_proto(program).SerializeToString()
+    return onnxruntime.InferenceSession(written, folders.make_options(1)).run(None, {"ids": ids})[0]
+
+
+@pytest.mark.skipif("int8" not in PRECISIONS, reason="the processor has no int8 products")
+@pytest.mark.parametrize("after", ["Relu", "Gelu", "Tanh"])
+def test_rows_in_int8_have_scales_of_their_own_and_even_channels(after):
+    program, ids = product_graph(64, after=after), np.arange(50)
+    wanted = run_graph(program, ids)
+    plain = run_graph(quantize_program(program, None), ids)
+    evened = quantize_program(program, {"ids": torch.arange(10)})
+    found = run_graph(evened, ids)
+    assert np.array_equal(np.concatenate([run_graph(evened, ids[row : row + 1]) for row in ids]), found)
+    errors = [np.abs(one - wanted).max() / np.abs(wanted).max() for one in (found, plain)]
+    assert errors[0] < (0.1 if after == "Tanh" else 0.03)  # whose slope is steep beside the size of its inputs
+    assert errors[0] < errors[1] or after == "Tanh"
+    kinds = [node.op_type for node in evened.graph]
+    assert kinds.count("MatMulIntegerToFloat") == 2
+    assert kinds.count("Abs") == (2 if after == "Tanh" else 1)  # what follows GELU or ReLU needs none
+    assert run_graph(evened, ids[:0]).shape == (0, 64)  # an expert without a token
+
+
+def test_narrow_products_stay_in_float32():
+    program = product_graph(16, after="Relu")
+    assert [node.op_type for node in quantize_program(program, None).graph] == ["Gather", "MatMul", "Relu", "Gemm"]
 
 
 @pytest.mark.process

@@ -1,13 +1,16 @@
 """An exported model answers without torch as the model in torch does, for every kind."""
 
+import importlib
 import json
 import logging
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import onnx_ir
 import pytest
 import torch
 from datasets import Dataset
@@ -97,11 +100,11 @@ def test_embeddings_are_those_of_sentence_transformers(embedder, tmp_path, caplo
 
 
 @pytest.mark.skipif("int8" not in PRECISIONS, reason="the processor lacks int8 products")
-def test_int8_is_near_and_independent_alone(embedder):
+def test_int8_is_near_and_independent_of_the_batch(embedder):
     exact, rough = load(embedder[3]), load(embedder[3], precision="int8")
-    wanted = exact.embed(TEXTS)
-    assert ((rough.embed(TEXTS) * wanted).sum(1) > 0.9).all()
-    np.testing.assert_array_equal(rough.embed(TEXTS, batch_size=1)[::-1], rough.embed(TEXTS[::-1], batch_size=1))
+    found = rough.embed(TEXTS)
+    assert ((found * exact.embed(TEXTS)).sum(1) > 0.99).all()
+    np.testing.assert_allclose(rough.embed(TEXTS, batch_size=1), found, atol=1e-6)
 
 
 @pytest.mark.usefixtures("few_resamples")
@@ -218,3 +221,34 @@ def test_it_runs_where_no_torch_is(exported, embedder):
     assert labels == load(exported[2]).classify(TEXTS)
     np.testing.assert_allclose(vectors, load(embedder[3]).embed(TEXTS), atol=1e-6)
     assert "torch" in refusal
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    return importlib.import_module
+
+
+def test_ways_of_batching_are_timed(benchmark, embedder, tmp_path, monkeypatch, capsys):
+    lengths = benchmark("lengths")
+    model, tokenizer, _, graphs = embedder
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    monkeypatch.setattr(lengths, "PRECISIONS", PRECISIONS)
+    lengths.main(lengths.LengthsArguments(str(tmp_path / "model"), graphs, texts, batch_size=2, rounds=2))
+    table = capsys.readouterr().out
+    for precision in PRECISIONS:
+        assert all(f"| onnx {precision}: {way} " in table for way in (*lengths.WAYS, "alone"))
+
+
+@pytest.mark.skipif("int8" not in PRECISIONS, reason="the processor lacks int8 products")
+def test_forms_of_int8_are_timed(benchmark, embedder, monkeypatch, capsys):
+    forms = benchmark("onnx_int8")
+    program = onnx_ir.load(embedder[3] / "float32" / "model.onnx")
+    traced = SimpleNamespace(components={"model": SimpleNamespace(program=program)})
+    monkeypatch.setattr(forms, "trace", lambda model, example: traced)
+    monkeypatch.setattr(forms, "make_models", lambda args: {"tiny": embedder[0]})
+    forms.main(forms.Int8Arguments(cases=["1x4", "2x8"], rounds=2))
+    assert "| tiny | 2x8 |" in capsys.readouterr().out
