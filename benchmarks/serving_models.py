@@ -1,13 +1,14 @@
-"""Time one classifier behind this server, and behind a plain FastAPI loop over `pipeline`, with real texts.
+"""Time classifiers behind this server, and one behind a plain FastAPI loop over `pipeline` and LitServe's batching.
 
     python benchmarks/serving_models.py --model_name_or_path tweets-minilm --texts texts.jsonl
-    python benchmarks/serving_models.py --model_name_or_path tweets-minilm --texts texts.jsonl --threads 2 --clients 64
+    python benchmarks/serving_models.py --model_name_or_path tweets-minilm --texts texts.jsonl --students stack \
+        --workers 1 2 --clients 64
 
-Each server is a process of its own, with one worker. A number of clients ask one after the other, each as soon as it
-has its last answer. The servers answer the same requests in turns, and only times of the same round are compared:
-ratios above 1 say how many times more requests a second this server answers than the loop, and how many times sooner.
-Every answer is compared with the pipeline's; in int8 the share of equal labels is counted. `transformers serve` has no
-route for encoders: it serves models that write.
+Each server is a process of its own, or several with `--workers`. A number of clients ask one after the other, each as
+soon as it has its last answer. The servers answer the same requests in turns, and only times of the same round are
+compared: ratios above 1 say how many times more requests a second a server answers than the loop, and how many times
+sooner. Every answer is compared with that of the model's own pipeline; in int8 the share of equal labels is counted.
+LitServe takes part if it is installed. `transformers serve` has no route for encoders: it serves models that write.
 """
 
 import asyncio
@@ -17,11 +18,13 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
@@ -34,6 +37,8 @@ from hf_moebert.reporting.tables import markdown_table
 
 
 KEEP_ALIVE = 600  # seconds: connections outlive the turns of the others
+MAX_BATCH, MAX_WAIT_S = 32, 0.005  # the defaults of this server
+BASELINE = "plain loop"
 TOLERANCE = 1e-4  # of a score in float32: batches are padded otherwise than single texts
 
 
@@ -42,9 +47,13 @@ class ModelServingArguments:
     """The model, the texts and the load."""
 
     model_name_or_path: str = field(metadata={"help": "Folder of a classifier."})
+    students: list[str] = field(
+        default_factory=list, metadata={"help": "Folders of smaller ones that this server answers by."}
+    )
     texts: Path = field(metadata={"help": "A .jsonl file."})
     text_column: str = field(default="text", metadata={"help": "Its column."})
     precisions: list[str] = field(default_factory=lambda: ["float32", "int8"], metadata={"help": "Of this server."})
+    workers: list[int] = field(default_factory=lambda: [1], metadata={"help": "Of this server."})
     clients: list[int] = field(default_factory=lambda: [1, 8, 64], metadata={"help": "That ask at the same time."})
     requests: int = field(default=128, metadata={"help": "Of a round."})
     rounds: int = field(default=5, metadata={"help": "That are timed, after one that is not."})
@@ -53,17 +62,49 @@ class ModelServingArguments:
     output: Path | None = field(default=None, metadata={"help": "JSON file."})
 
 
-def serve_here(folder: str, precision: str, threads: int, said: Connection) -> None:
+def serve_here(folder: str, threads: int, precision: str, workers: int, said: Connection) -> None:
     """Serve by this package until the process is ended."""
     from hf_moebert.serving import ServingLimits, build_app, load_predictor, run_server
+    from hf_moebert.serving.workers import run_workers
 
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(threads)
     limits = ServingLimits(queue_size=1024, keep_alive_s=KEEP_ALIVE)
-    app = build_app(load_predictor(folder, precision=precision), limits=limits)  # type: ignore[arg-type]
-    run_server(app, host="127.0.0.1", port=0, announce=said.send)
+    app = build_app(load_predictor(folder, precision=precision, threads=threads), limits=limits)  # type: ignore[arg-type]
+    place: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "announce": said.send}
+    run_server(app, **place) if workers == 1 else run_workers(app, workers=workers, **place)
 
 
-def serve_plainly(folder: str, precision: str, threads: int, said: Connection) -> None:
+def serve_by_litserve(folder: str, threads: int, said: Connection) -> None:
+    """Serve by LitServe, whose batches a pipeline answers, in as large batches and after as long a wait as here."""
+    import socket
+
+    import litserve
+
+    class Api(litserve.LitAPI):
+        def setup(self, device: str) -> None:
+            torch.set_num_threads(threads)
+            self.pipe = pipeline("text-classification", model=folder, device="cpu", top_k=None)
+
+        def decode_request(self, request: dict[str, str]) -> str:
+            return request["inputs"]
+
+        def predict(self, texts: list[str]) -> list[Any]:
+            return self.pipe(texts, batch_size=len(texts))
+
+        def encode_response(self, output: Any) -> Any:
+            return output
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    api = Api(max_batch_size=MAX_BATCH, batch_timeout=MAX_WAIT_S)
+    said.send(f"http://127.0.0.1:{port}")
+    litserve.LitServer(api, accelerator="cpu", timeout=KEEP_ALIVE).run(
+        host="127.0.0.1", port=port, generate_client_file=False, log_level="warning"
+    )
+
+
+def serve_plainly(folder: str, threads: int, said: Connection) -> None:
     """Serve by a pipeline that is called once for each request, as many do."""
     import socket
 
@@ -91,10 +132,42 @@ def running(target: Callable[..., None], *arguments: Any) -> Any:
     process = context.Process(target=target, args=(*arguments, there))
     process.start()
     try:
-        yield here.recv()
+        url = here.recv()
+        while True:
+            with suppress(httpx.HTTPError):
+                if httpx.post(f"{url}/predict", json={"inputs": "a"}, timeout=60).is_success:
+                    break
+            time.sleep(0.1)
+        yield url
     finally:
         process.terminate()
         process.join()
+
+
+class Server(NamedTuple):
+    """A server that runs: its address, the answers of its model's pipeline, and whether they must be equal."""
+
+    url: str
+    wanted: dict[str, Any]
+    exact: bool
+
+
+def start(args: ModelServingArguments, texts: list[str], stack: ExitStack) -> dict[str, Server]:
+    """Start all servers, the loop first."""
+    servers: dict[str, Server] = {}
+    for folder in (args.model_name_or_path, *args.students):
+        source = str(folder)
+        alone = pipeline("text-classification", model=source, device="cpu", top_k=None)
+        wanted = {text: alone(text)[0] for text in set(texts)}
+        if folder == args.model_name_or_path:
+            rivals = {BASELINE: serve_plainly} | ({"LitServe": serve_by_litserve} if find_spec("litserve") else {})
+            for name, target in rivals.items():
+                servers[name] = Server(stack.enter_context(running(target, source, args.threads)), wanted, exact=True)
+        for precision, workers in product(args.precisions, args.workers):
+            url = stack.enter_context(running(serve_here, source, args.threads, precision, workers))
+            name = f"{Path(source).name}, {precision}, {workers} worker{'s' if workers > 1 else ''}"
+            servers[name] = Server(url, wanted, exact=precision == "float32")
+    return servers
 
 
 def read_texts(args: ModelServingArguments) -> list[str]:
@@ -103,45 +176,45 @@ def read_texts(args: ModelServingArguments) -> list[str]:
     return [rows[number % len(rows)] for number in range(args.requests)]
 
 
-def check(texts: list[str], answers: list[Any], wanted: dict[str, Any], precision: str) -> float:
+def check(texts: list[str], answers: list[Any], wanted: dict[str, Any], exact: bool) -> float:
     """Return the share of answers with the pipeline's label.
 
     Raises:
-        RuntimeError: If one in float32 is not the pipeline's.
+        RuntimeError: If one that should be is not the pipeline's.
     """
     same = 0
     for text, found in zip(texts, answers, strict=True):
         scores = {one["label"]: one["score"] for one in found}
         same += found[0]["label"] == wanted[text][0]["label"]
-        if precision != "int8" and any(abs(scores[one["label"]] - one["score"]) > TOLERANCE for one in wanted[text]):
+        if exact and any(abs(scores[one["label"]] - one["score"]) > TOLERANCE for one in wanted[text]):
             raise RuntimeError(f"{text!r} must be answered {wanted[text]}, got {found}.")
     return same / len(texts)
 
 
 async def take_turns(
-    args: ModelServingArguments, urls: dict[str, str], texts: list[str], wanted: dict[str, Any], clients: int
+    args: ModelServingArguments, servers: dict[str, Server], texts: list[str], clients: int
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, float]]:
     """Let the servers answer the same requests, in an order that rotates.
 
     Returns:
         For each measure and server the seconds of every round, and for each server the share of equal labels.
     """
-    found: dict[str, dict[str, list[float]]] = {measure: {name: [] for name in urls} for measure in MEASURES}
+    found: dict[str, dict[str, list[float]]] = {measure: {name: [] for name in servers} for measure in MEASURES}
     shares: dict[str, float] = {}
     asked = [Asked(text, []) for text in texts]
     async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None)) as client:
         for number in range(args.rounds + 1):
-            first = number % len(urls)
-            for name in [*urls][first:] + [*urls][:first]:
+            first = number % len(servers)
+            for name in [*servers][first:] + [*servers][:first]:
 
-                async def ask(request: Asked, url: str = f"{urls[name]}/predict") -> dict[str, Any]:
+                async def ask(request: Asked, url: str = f"{servers[name].url}/predict") -> dict[str, Any]:
                     answer = await client.post(url, json={"inputs": request.text})
                     return {"answers": answer.raise_for_status().json()}
 
                 start = time.perf_counter()
                 seconds, answers = await load(ask, asked, clients)
                 times = (time.perf_counter() - start, *np.percentile(seconds, [50, 99]))
-                shares[name] = check(texts, answers, wanted, name)  # type: ignore[arg-type]
+                shares[name] = check(texts, answers, servers[name].wanted, servers[name].exact)
                 for measure, value in zip(MEASURES, times, strict=True):
                     found[measure][name] += [float(value)] if number else []  # the first round warms up
     return found, shares
@@ -151,28 +224,20 @@ def main(args: ModelServingArguments) -> None:
     """Print a table of all numbers of clients."""
     torch.set_num_threads(args.threads)
     texts = read_texts(args)
-    alone = pipeline("text-classification", model=args.model_name_or_path, device="cpu", top_k=None)
-    wanted = {text: alone(text)[0] for text in set(texts)}
     facts = {"command": " ".join(["python", *sys.argv])} | environment() | {"cores": str(len(os.sched_getaffinity(0)))}
     print(markdown_table([{"what": key, "value": str(value)} for key, value in facts.items()]))
     rows, raw = [], {}
     with ExitStack() as stack:
-        place = (args.model_name_or_path, "float32", args.threads)
-        urls = {"plain loop": stack.enter_context(running(serve_plainly, *place))}
-        for precision in args.precisions:
-            place = (args.model_name_or_path, precision, args.threads)
-            urls[precision] = stack.enter_context(running(serve_here, *place))
+        servers = start(args, texts, stack)
         for clients in args.clients:
-            found, shares = asyncio.run(take_turns(args, urls, texts, wanted, clients))
+            found, shares = asyncio.run(take_turns(args, servers, texts, clients))
             raw[clients] = found
             print(f"{clients} clients are done", file=sys.stderr, flush=True)
-            for name in args.precisions:
-                row = {"clients": str(clients), "this server in": name, "same label": f"{shares[name]:.3f}"}
+            for name in [*servers][1:]:
+                row = {"clients": str(clients), "server": name, "same label": f"{shares[name]:.3f}"}
                 for measure, times in found.items():
-                    pair = {one: np.array(times[one]) for one in ("plain loop", name)}
-                    row[measure] = written(
-                        compare_times(pair, baseline="plain loop", clock="wall", seed=args.seed)[name]
-                    )
+                    pair = {one: np.array(times[one]) for one in (BASELINE, name)}
+                    row[measure] = written(compare_times(pair, baseline=BASELINE, clock="wall", seed=args.seed)[name])
                 rows.append(row)
     print(f"\n{markdown_table(rows)}")
     if args.output is not None:

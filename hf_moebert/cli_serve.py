@@ -109,16 +109,15 @@ def add_command(app: typer.Typer, *, quiet: Callable[[], None]) -> None:
                 kinds = [f"{name} ({predictor.describe()['kind']})" for name, predictor in loaded.items()]
                 typer.echo(f"Serving {', '.join(kinds)} on {url}")
 
-            def make_app() -> Any:
-                if workers > 1:
-                    set_threads(threads or max(1, (os.cpu_count() or 1) // workers))
-                return build_app(loaded, limits=limits, allow_updates=allow_updates, keys=keys)
+            def begin() -> None:
+                set_threads(threads or max(1, (os.cpu_count() or 1) // workers))
 
+            app = build_app(loaded, limits=limits, allow_updates=allow_updates, keys=keys)
             place: dict[str, Any] = {"host": host, "port": port, "announce": announce}
             if workers > 1:
-                run_workers(make_app, workers=workers, limits=limits, **place)
+                run_workers(app, workers=workers, begin=begin, **place)
             else:
-                run_server(make_app(), **place)
+                run_server(app, **place)
         gc.freeze()  # the process ends: a last search of all that torch holds for cycles takes a second
 
 

@@ -74,6 +74,6 @@ if __name__ == "__main__":
     place = {"host": "127.0.0.1", "port": 0, "announce": lambda url: print(url, flush=True)}
     limits = ServingLimits(max_batch=2, grace_s=grace_s)
     if workers > 1:
-        run_workers(lambda: build_app(Echo(seconds), limits=limits), workers=int(workers), limits=limits, **place)
+        run_workers(build_app(Echo(seconds), limits=limits), workers=int(workers), **place)
     else:
         run_server(build_app(Echo(seconds), limits=limits), **place)

@@ -33,7 +33,7 @@ class _Waiting:
 
 
 class DynamicBatcher:
-    """A worker thread that answers requests in batches, the oldest first.
+    """A worker thread that answers requests in batches, the oldest first; it starts with the first of them.
 
     The worker starts a batch once `max_batch` inputs wait, or once the oldest request has waited `max_wait_ms`; at
     once if the last request was alone, for it has nobody to wait for. If more wait than fit, the oldest request is
@@ -65,8 +65,7 @@ class DynamicBatcher:
         self._started: float | None = None  # of the batch that runs
         self._closed = False
         self._changed = threading.Condition()
-        self._worker = threading.Thread(target=self._work, name="batcher", daemon=True)
-        self._worker.start()
+        self._worker: threading.Thread | None = None  # until the first request: a fork takes no threads with it
 
     @property
     def depth(self) -> int:
@@ -81,7 +80,7 @@ class DynamicBatcher:
     @property
     def dead(self) -> bool:
         """True once the worker ended, be it closed or not."""
-        return not self._worker.is_alive()
+        return self._closed if self._worker is None else not self._worker.is_alive()
 
     @property
     def stuck(self) -> bool:
@@ -136,7 +135,8 @@ class DynamicBatcher:
     def close(self) -> None:
         """Accept no more requests, answer those accepted, and wait until the worker has ended."""
         self.stop()
-        self._worker.join()
+        if self._worker is not None:
+            self._worker.join()
 
     def __enter__(self) -> Self:
         return self
@@ -147,6 +147,9 @@ class DynamicBatcher:
     def _append(self, entry: _Waiting) -> Future:
         if self._closed:
             raise BatcherClosed("This batcher is closed. Make a new one.")
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._work, name="batcher", daemon=True)
+            self._worker.start()
         self._waiting.append(entry)
         self._count(entry, 1)
         self._changed.notify_all()

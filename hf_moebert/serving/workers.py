@@ -9,24 +9,26 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
+from select import select
 from types import FrameType
 from typing import Any, Self
 
 from fastapi import FastAPI
 
-from .limits import ServingLimits
 from .server import LimitedServer, address_of, listen
 
 
-M_MMAP_THRESHOLD = -3  # of <malloc.h>
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of <malloc.h>
 LARGE_BUFFER = 2**20  # bytes
+RETURN_EVERY_S = 10
 
 
 def run_workers(
-    make_app: Callable[[], FastAPI],
+    app: FastAPI,
     *,
     workers: int,
-    limits: ServingLimits,
+    begin: Callable[[], object] | None = None,
     host: str,
     port: int,
     announce: Callable[[str], object],
@@ -37,9 +39,9 @@ def run_workers(
     it. It must hold no threads, so it may have computed with one thread only. Should a worker end by itself, all end.
 
     Args:
-        make_app: Builds the application, in each worker.
+        app: Application from `build_app`, which has answered nothing yet.
         workers: Number of processes.
-        limits: Limits of each.
+        begin: Called in each worker before it serves.
         host: Address to listen on.
         port: Port to listen on; 0 for any free one.
         announce: Called with the URL of the server as soon as all accept connections.
@@ -51,14 +53,14 @@ def run_workers(
     """
     if not hasattr(os, "fork"):
         raise OSError("`workers` must be 1 on this system, which cannot fork. Start several servers instead.")
-    listener = listen(host, port, limits)
+    listener = listen(host, port, app.state.service.limits)
     url = address_of(listener, host)
     gc.collect()
-    return_buffers()
+    keep_little()
     gc.freeze()  # or a search for cycles in a worker would copy the pages of all objects
     ready, alive = os.pipe(), os.pipe()
     with Signals() as signals:
-        children = [_fork(make_app, listener, ready, alive) for _ in range(workers)]
+        children = [_fork(app, begin, listener, ready, alive) for _ in range(workers)]
         signals.pass_on_to(children)
         listener.close()  # the last worker that closes its copy ends listening
         os.close(ready[1])
@@ -73,12 +75,27 @@ def run_workers(
         raise RuntimeError(f"A worker ended by itself, with the exit codes {codes}. Start the server again.")
 
 
-def return_buffers() -> None:
-    """Let the C library of Linux return large buffers when they are freed: each worker would keep its own."""
-    if platform.libc_ver()[0] == "glibc":
-        library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_THRESHOLD, LARGE_BUFFER)
-        library.malloc_trim(0)
+def keep_little() -> None:
+    """Let the C library of Linux return large buffers when they are freed, and share one heap among threads.
+
+    Each worker would keep its own.
+    """
+    if has_glibc():
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BUFFER)
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+        return_freed()
+
+
+def return_freed() -> None:
+    """Let the C library of Linux return what lies free between smaller buffers, as a crowd of requests leaves it."""
+    if has_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@cache
+def has_glibc() -> bool:
+    """Check whether the C library is that of Linux."""
+    return platform.libc_ver()[0] == "glibc"
 
 
 class Signals:
@@ -113,7 +130,9 @@ class Signals:
         self.stop()
 
 
-def _fork(make_app: Callable[[], FastAPI], listener: Any, ready: tuple[int, int], alive: tuple[int, int]) -> int:
+def _fork(
+    app: FastAPI, begin: Callable[[], object] | None, listener: Any, ready: tuple[int, int], alive: tuple[int, int]
+) -> int:
     """Start a worker, and return its process id."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -124,7 +143,9 @@ def _fork(make_app: Callable[[], FastAPI], listener: Any, ready: tuple[int, int]
         os.close(alive[1])
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # until uvicorn takes it; SIGTERM ends what is not ready yet
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # uvicorn raises it again when all is answered
-        server = LimitedServer(make_app(), ends_process=True)
+        if begin is not None:
+            begin()
+        server = LimitedServer(app, ends_process=True)
         threading.Thread(target=_end_with_parent, args=(alive[0],), daemon=True).start()
         os.write(ready[1], b".")
         server.run(sockets=[listener])
@@ -137,8 +158,9 @@ def _fork(make_app: Callable[[], FastAPI], listener: Any, ready: tuple[int, int]
 
 
 def _end_with_parent(pipe: int) -> None:
-    """Wait until the parent is gone, however it ended, and end this process in order."""
-    os.read(pipe, 1)
+    """Wait until the parent is gone, however it ended, and end this process in order; meanwhile keep it small."""
+    while not select([pipe], [], [], RETURN_EVERY_S)[0]:
+        return_freed()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
