@@ -4,10 +4,11 @@
     python benchmarks/moebert_inference.py --threads 1 --texts texts.jsonl --tokenizer FOLDER --output build/all.json
 
 All models have BERT-base's shape and random weights: nothing here speaks of quality. MoEBERT has four experts of 768
-neurons; `half moebert` is BERT without half of its neurons and heads, then in four experts of 384. `stock` is plain
-torch; `float32`, `bfloat16` and `int8` are `optimize_for_inference` at that precision, for all; `onnx` is what
-`export_onnx` wrote and `load_onnx` runs. All run interleaved in one process; ratios are paired by round. One thread is
-timed by its own processor time, which others on the machine disturb less; more threads by elapsed time.
+neurons; `half depth` has every second layer, `half units` no more than half of the neurons and heads, and `half
+moebert` cuts those into four experts of 384. `stock` is plain torch; `float32`, `bfloat16` and `int8` are
+`optimize_for_inference` at that precision, for all; `onnx` is what `export_onnx` wrote and `load_onnx` runs. All run
+interleaved in one process; ratios are paired by round. One thread is timed by its own processor time, which others on
+the machine disturb less; more threads by elapsed time.
 
 Cases are `batch x tokens` with random ids, or `batch x real`: sentences of the texts given, or of drawn lengths
 (lognormal, 37 tokens on average), padded to the longest of their batch; ONNX Runtime also runs them in groups of like
@@ -42,6 +43,7 @@ from hf_moebert.reporting.tables import markdown_table
 
 
 Batch = dict[str, Tensor]
+FORMS = ("dense", "moebert", "half depth", "half units", "half moebert")
 # What MoEBERT should reach over its rivals, by case
 TARGETS = {
     ("moebert float32", "dense onnx float32"): {"1x32": 1.5, "1x128": 1.6, "8x128": 1.9},
@@ -124,13 +126,15 @@ def make_batches(case: str, args: InferenceArguments) -> list[Batch]:
 
 
 def make_models(args: InferenceArguments) -> dict[str, PreTrainedModel]:
-    """Build both models, and optimised copies that share their weights."""
+    """Build all models, and optimised copies that share their weights."""
     torch.manual_seed(args.seed)
-    stock = {
-        "dense": BertModel(BertConfig(**args.sizes())),
-        "moebert": MoEBertModel(MoEBertConfig(routing=args.routing, **args.sizes())),
-    }
-    stock["half moebert"] = half_moebert(stock["dense"], args.routing)
+    dense = BertModel(BertConfig(**args.sizes()))
+    moebert = MoEBertModel(MoEBertConfig(routing=args.routing, **args.sizes()))
+    depth = BertModel(BertConfig(**args.sizes() | {"num_hidden_layers": max(len(dense.encoder.layer) // 2, 1)}))
+    units = half_units(dense)
+    importance = torch.rand(len(dense.encoder.layer), dense.config.intermediate_size // 2)
+    both = from_dense(units, importance, num_experts=4, routing=args.routing)
+    stock = dict(zip(FORMS, (dense, moebert, depth, units, both), strict=True))
     models = {f"{name} stock": model.eval() for name, model in stock.items()}
     for precision in args.precisions:
         if reason := unsupported_reason(precision, True):
@@ -142,18 +146,15 @@ def make_models(args: InferenceArguments) -> dict[str, PreTrainedModel]:
 
 
 @torch.no_grad()
-def half_moebert(dense: BertModel, routing: str) -> PreTrainedModel:
-    """Remove every second neuron and head of a model, and cut the neurons that stay into four experts."""
+def half_units(dense: BertModel) -> PreTrainedModel:
+    """Remove every second neuron and head of a model."""
     model = copy.deepcopy(dense).eval()
     for group in find_unit_groups(model):
         columns = group.writer.weight.view(-1, group.num_units, group.unit_size)
         columns[:, 1::2] = 0
         for parameter in group.reader_parameters:
             parameter.view(group.num_units, -1)[1::2] = 0
-    half = shrink(model)
-    neurons = dense.config.intermediate_size // 2
-    importance = torch.rand(dense.config.num_hidden_layers, neurons)
-    return from_dense(half, importance, num_experts=4, routing=routing)
+    return shrink(model)
 
 
 def optimized(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
@@ -212,7 +213,7 @@ def largest_difference(model: PreTrainedModel, stock: PreTrainedModel, batches: 
 
 def stock_of(name: str) -> str:
     """Return the name of the stock model that another one is a form of."""
-    return f"{'half moebert' if name.startswith('half') else name.split()[0]} stock"
+    return f"{next(form for form in FORMS if name.startswith(form))} stock"
 
 
 def measure(case: str, models: dict[str, PreTrainedModel], folder: Path, args: InferenceArguments) -> dict[str, Any]:

@@ -205,8 +205,7 @@ def test_stacks_are_compared_with_their_rivals(queue, monkeypatch, tmp_path, cap
     random, real = json.loads(output.read_text())["results"]
     assert random["tokens"] == [32, 32]
     assert real["tokens"][0] < real["tokens"][1]  # some of it is padding
-    kinds = ("dense", "moebert", "half moebert")
-    timed = {f"{kind} {stack}" for kind in kinds for stack in ("stock", "float32")}
+    timed = {f"{kind} {stack}" for kind in stacks.FORMS for stack in ("stock", "float32")}
     assert random["seconds"].keys() == timed | {"moebert float32 padded"}
     assert max(random["differences"].values()) < 1e-4
     assert [row["against"] for row in random["targets"]] == ["dense float32"]
