@@ -14,7 +14,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 # Pytest translates the tests once, not in every run.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test quick newest check copies style quality types security benchmark wheel clean
+.PHONY: demo gpu test quick newest check copies style quality types security benchmark wheel clean
 
 $(VENV)/.installed: setup.py Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -69,6 +69,11 @@ quick: $(VENV)/.transformers_suite
 newest:
 	rm -rf .venv-newest
 	PIP_CONSTRAINT=/dev/null $(MAKE) quick VENV=.venv-newest TORCH="$(NEWEST_TORCH)"
+
+# On a machine with a CUDA device: the environment that is there, whose torch has CUDA.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) -m pytest -m gpu tests
 
 benchmark: $(VENV)/.installed
 	$(PY) benchmarks/moebert_routing.py

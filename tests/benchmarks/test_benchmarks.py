@@ -303,3 +303,38 @@ def test_masks_are_timed_on_a_gpu(queue, tmp_path):
     masks, output = importlib.import_module("masks"), tmp_path / "masks.json"
     masks.main(masks.MaskBenchmarkArguments(**MASKS_ARE_TINY, dtypes=["bfloat16"], device="cuda", output=output))
     assert list(json.loads(output.read_text())["results"]) == list(masks.CASES)
+
+
+@pytest.fixture
+def gpu(queue):
+    return importlib.import_module("gpu")
+
+
+def test_what_a_gpu_shows_is_tried_on_the_cpu(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(gpu.GpuArguments(steps=3, rounds=2, smoke=True)) == 0
+    table = capsys.readouterr().out
+    parity = [line for line in table.splitlines() if line.startswith("| parity")]
+    assert len(parity) == 8
+    assert all("equal: " in line for line in parity)
+    for row in ("| Trainer, bf16 | MoEBERT | finite: 3 steps |", "| Trainer, bf16 | PLATON | finite: 3 steps |"):
+        assert row in table
+    for part in ("| pruner | PLATON over none | a step takes", "| 2:4 | csr over dense |", "| experts |"):
+        assert part in table
+
+
+def test_without_a_device_nothing_is_tried(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(gpu.GpuArguments()) == 0
+    assert "Skipped: needs a CUDA device and torch 2.11" in capsys.readouterr().out
+
+
+def test_a_wrong_result_ends_with_an_error(gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "find_device", lambda args: "cpu")
+    dense = torch.nn.Linear(2, 2)
+    wrong = iter([[torch.ones(2)] * 2, [torch.zeros(2)] * 2])
+    monkeypatch.setattr(gpu, "make_forms", lambda args: {"dense": (dense, {})})
+    monkeypatch.setattr(gpu, "run_both_ways", lambda model, batch: next(wrong))
+    for part in ("train", "time_pruner", "time_sparse", "grow"):
+        monkeypatch.setattr(gpu, part, lambda args, device: [])
+    assert gpu.main(gpu.GpuArguments(smoke=True)) == 1
