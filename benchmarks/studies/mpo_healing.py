@@ -38,7 +38,7 @@ from hf_moebert import DistillationConfig, compress_mpo
 
 
 FORMS: dict[str, dict[str, Any]] = {
-    "chains": {"num_cores": 5, "gauge": "even"},  # in others, one step of Adam is too long for the central tensors
+    "chains": {"num_cores": 5, "gauge": "even"},  # which bears the learning rate of two factors
     "factors": {"num_cores": 2},
     "mixture": {"num_cores": 2, "table_cores": 5, "gauge": "even"},
     "plain": {"num_cores": 2},
