@@ -21,6 +21,8 @@ from .caching import Derived
 from .linears import PRECISIONS, InferenceLinear, Precision, make_linear, unsupported_reason
 from .optimized import (
     OptimizedAttention,
+    OptimizedDistilAttention,
+    OptimizedDistilNetwork,
     OptimizedExperts,
     OptimizedFeedForward,
     OptimizedLinear,
@@ -36,6 +38,7 @@ logger = logging.get_logger(__name__)
 
 ATTENTIONS = find_bert_like_classes("Attention")
 LAYERS = find_bert_like_classes("Layer")
+DISTIL = "transformers.models.distilbert.modeling_distilbert."
 
 
 @torch.no_grad()
@@ -54,8 +57,8 @@ def optimize_for_inference(
     needs a larger `ONEDNN_PRIMITIVE_CACHE_CAPACITY` than 1024.
 
     Args:
-        model: A transformers model in float32. All parts apply to MoEBERT and to models with the layers of BERT,
-            RoBERTa, XLM-RoBERTa, CamemBERT and Electra; others get packed linear layers.
+        model: A transformers model in float32. All parts apply to MoEBERT, DistilBERT, models with the layers of BERT,
+            RoBERTa, XLM-RoBERTa, CamemBERT and Electra, and a CRF around these; others get packed linear layers.
         precision: Precision of linear layers and experts. `float32` changes outputs by rounding alone, by which a
             gate may decide a tie differently; `bfloat16` and `int8` (weights quantised per output, activations
             dynamically per row) cost accuracy: measure it. In int8, too, a text's answer does not depend on the
@@ -80,12 +83,19 @@ def optimize_for_inference(
         )
     revert_optimizations(model).eval()
     precision, prepack, skip_padding = check_support(model, precision, prepack, skip_padding)
+    base = body_of(model)
     if prepack or skip_padding or precision != "float32":
-        peaks = measure_inputs(model.base_model) if precision == "int8" else {}
-        swap_classes(model.base_model, partial(make_linear, precision=precision, packed=prepack), peaks)
+        peaks = measure_inputs(base) if precision == "int8" else {}
+        swap_classes(base, partial(make_linear, precision=precision, packed=prepack), peaks)
     if skip_padding:
-        model.base_model.unpadding = Unpadding(model.base_model)
+        base.unpadding = Unpadding(base)
     return model
+
+
+def body_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model without its heads, also where one is around another, as a CRF is around any tagger."""
+    base = model.base_model
+    return base if base is model or not isinstance(base, PreTrainedModel) else body_of(base)
 
 
 def revert_optimizations(model: PreTrainedModel) -> PreTrainedModel:
@@ -118,7 +128,7 @@ def check_support(
     if prepack and precision != "int8" and (reason := elsewhere or unsupported_reason(precision, True)):
         logger.warning(f"`prepack` is skipped: {reason}.")
         prepack = False
-    if skip_padding and (reason := elsewhere or unpadding_unsupported_reason(model.base_model, is_bert_attention)):
+    if skip_padding and (reason := elsewhere or unpadding_unsupported_reason(body_of(model), is_known_attention)):
         logger.warning(f"`skip_padding` is skipped: {reason}.")
         skip_padding = False
     return precision, prepack, skip_padding
@@ -162,6 +172,10 @@ def find_optimized_class(module: nn.Module) -> type[OptimizedModule] | None:
     """Return the class that makes a module faster, or None if there is none."""
     if is_bert_attention(module) and module.self.config._attn_implementation == "sdpa":  # type: ignore[union-attr]
         return OptimizedAttention
+    if class_name(module) == f"{DISTIL}DistilBertSelfAttention":
+        return OptimizedDistilAttention if module.config._attn_implementation == "sdpa" else None  # type: ignore[union-attr]
+    if class_name(module) == f"{DISTIL}FFN":
+        return OptimizedDistilNetwork
     if class_name(module) in LAYERS and has_own_network(module):
         return OptimizedFeedForward
     if isinstance(module, SortedExperts):
@@ -178,6 +192,11 @@ def has_own_network(layer: Any) -> bool:
 def is_bert_attention(module: Any) -> bool:
     """Check whether a module is attention as BERT computes it: bidirectional, and within the sentence."""
     return class_name(module) in ATTENTIONS and not module.is_cross_attention and not module.self.is_causal
+
+
+def is_known_attention(module: Any) -> bool:
+    """Check whether a module is attention that has an optimised class, which keeps sentences apart."""
+    return is_bert_attention(module) or class_name(module) == f"{DISTIL}DistilBertSelfAttention"
 
 
 def class_name(module: Any) -> str:

@@ -105,6 +105,11 @@ class OptimizedAttention(OptimizedModule):
     self: Any  # the name that transformers gives to queries, keys and values
     output: Any
 
+    @property
+    def inner(self) -> Any:
+        """Return the module that attends."""
+        return self.self
+
     def replaced_linears(self) -> list[nn.Linear]:
         """Return queries, keys, values and the output projection."""
         return [self.self.query, self.self.key, self.self.value, self.output.dense]
@@ -112,6 +117,14 @@ class OptimizedAttention(OptimizedModule):
     def bypassed_modules(self) -> list[nn.Module]:
         """Return the modules around them."""
         return [self.self.dropout, self.output, self.output.dropout]
+
+    def finish(self, projected: Tensor, hidden_states: Tensor) -> Tensor:
+        """Do what follows the output projection: add the residual and normalise."""
+        return self.output.LayerNorm(projected + hidden_states)
+
+    def project(self, context: Tensor, hidden_states: Tensor) -> Tensor:
+        """Apply the output projection, and what follows it, as the modules do."""
+        return self.output(context, hidden_states)
 
     def build_linears(self) -> InferenceLinears:
         """Build one linear layer for queries, keys and values, and one for the output."""
@@ -134,25 +147,56 @@ class OptimizedAttention(OptimizedModule):
         """Attend, add the residual and normalise, as transformers' sdpa does; attention weights are not returned."""
         within = not args and all(kwargs.get(name) is None for name in CROSS_SENTENCE_ARGUMENTS)
         linears = None
-        if within and self.self.config._attn_implementation == "sdpa":
+        if within and self.inner.config._attn_implementation == "sdpa":
             linears = self.inference_linears(hidden_states)
         if linears is not None:
-            project, close = linears
-            qkv = project(project.prepare(hidden_states))
+            read, write = linears
+            qkv = read(read.prepare(hidden_states))
             context = self.attend(qkv, attention_mask, sentences)
-            return self.output.LayerNorm(close(close.prepare(context)) + hidden_states), None
+            return self.finish(write(write.prepare(context)), hidden_states), None
         if sentences is None:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
-        three = (self.self.query, self.self.key, self.self.value)
+        three = self.replaced_linears()[:3]
         context = self.attend(torch.cat([linear(hidden_states) for linear in three], dim=-1), None, sentences)
-        return self.output(context.to(hidden_states.dtype), hidden_states), None
+        return self.project(context.to(hidden_states.dtype), hidden_states), None
 
     def attend(self, qkv: Tensor, mask: Tensor | None, sentences: Sentences | None) -> Tensor:
         """Split into heads and attend, `(batch, seq, 3 * heads * head_size)` to `(batch, seq, heads * head_size)`."""
         if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
             qkv = qkv.float()  # in which torch's attention takes less time
-        qkv = qkv.unflatten(-1, (3, -1, self.self.attention_head_size))
-        return attend(qkv, mask, sentences, scale=self.self.scaling)
+        qkv = qkv.unflatten(-1, (3, -1, self.inner.attention_head_size))
+        return attend(qkv, mask, sentences, scale=self.inner.scaling)
+
+
+class OptimizedDistilAttention(OptimizedAttention):
+    """DistilBERT's attention, which leaves residual and norm to its layer."""
+
+    q_lin: nn.Linear
+    k_lin: nn.Linear
+    v_lin: nn.Linear
+    out_lin: nn.Linear
+    dropout: nn.Module
+
+    @property
+    def inner(self) -> Any:
+        """Return the module itself."""
+        return self
+
+    def replaced_linears(self) -> list[nn.Linear]:
+        """Return queries, keys, values and the output projection."""
+        return [self.q_lin, self.k_lin, self.v_lin, self.out_lin]
+
+    def bypassed_modules(self) -> list[nn.Module]:
+        """Return the dropout of attention weights."""
+        return [self.dropout]
+
+    def finish(self, projected: Tensor, hidden_states: Tensor) -> Tensor:
+        """Return what was projected."""
+        return projected
+
+    def project(self, context: Tensor, hidden_states: Tensor) -> Tensor:
+        """Apply the output projection."""
+        return self.out_lin(context)
 
 
 class OptimizedFeedForward(OptimizedModule):
@@ -186,6 +230,40 @@ class OptimizedFeedForward(OptimizedModule):
         up, down = linears
         output = down(down.prepare(up(up.prepare(attention_output))))
         return self.output.LayerNorm(output + attention_output)
+
+
+class OptimizedDistilNetwork(OptimizedModule):
+    """DistilBERT's feed-forward network, with its activation fused into the up-projection."""
+
+    lin1: nn.Linear
+    lin2: nn.Linear
+    dropout: nn.Module
+    activation: Callable[[Tensor], Tensor]
+
+    def replaced_linears(self) -> list[nn.Linear]:
+        """Return the up-projection and the down-projection."""
+        return [self.lin1, self.lin2]
+
+    def bypassed_modules(self) -> list[nn.Module]:
+        """Return the dropout behind them."""
+        return [self.dropout]
+
+    def build_linears(self) -> InferenceLinears:
+        """Build the up-projection with its activation, and the down-projection."""
+        up, down = self.replaced_linears()
+        factors = smoothing_factors(self.peaks, up.weight)
+        return (
+            self.make_linear(up.weight, up.bias, self.activation, factors=factors),
+            self.make_linear(down.weight, down.bias, follows=self.activation),
+        )
+
+    def ff_chunk(self, input: Tensor) -> Tensor:
+        """Apply the network, `(batch, seq, hidden)` to the same."""
+        linears = self.inference_linears(input)
+        if linears is None:
+            return super().ff_chunk(input)  # type: ignore[misc]
+        up, down = linears
+        return down(down.prepare(up(up.prepare(input))))
 
 
 class OptimizedExperts(OptimizedModule):

@@ -95,7 +95,7 @@ class Unpadding:
         self.base = base
         self.handles: list[RemovableHandle] = [
             base.register_forward_pre_hook(self.pack, with_kwargs=True),
-            base.encoder.register_forward_hook(self.unpack, with_kwargs=True),
+            encoder_of(base).register_forward_hook(self.unpack, with_kwargs=True),
         ]
 
     def remove(self) -> None:
@@ -141,7 +141,7 @@ class Unpadding:
         if config._attn_implementation != "sdpa" or (counts_ids and given.get("input_ids") is None):
             return False
         return all(
-            has_class_forward(layer) and has_class_forward(layer.attention) for layer in self.base.encoder.layer
+            has_class_forward(layer) and has_class_forward(layer.attention) for layer in encoder_of(self.base).layer
         )
 
     def position_ids(self, given: dict[str, Any]) -> Tensor:
@@ -168,16 +168,21 @@ class Unpadding:
         return output
 
 
+def encoder_of(base: Any) -> Any:
+    """Return the stack of layers of a base model, or None."""
+    return getattr(base, "encoder", None) or getattr(base, "transformer", None)
+
+
 @cache
 def signature_of(kind: type[PreTrainedModel]) -> inspect.Signature:
     """Return the signature of a class's `forward`, `self` included."""
     return inspect.signature(kind.forward)
 
 
-def unpadding_unsupported_reason(base: PreTrainedModel, is_bert_attention: Callable[[Any], bool]) -> str | None:
+def unpadding_unsupported_reason(base: PreTrainedModel, is_known_attention: Callable[[Any], bool]) -> str | None:
     """Return why a base model cannot run on packed tokens, or None where it can."""
-    layers = getattr(getattr(base, "encoder", None), "layer", [])
-    if not layers or not all(is_bert_attention(getattr(layer, "attention", None)) for layer in layers):
+    layers = getattr(encoder_of(base), "layer", [])
+    if not layers or not all(is_known_attention(getattr(layer, "attention", None)) for layer in layers):
         return f"the attention of {type(base).__name__} is not known to keep sentences apart"
     if base.config._attn_implementation != "sdpa":
         return f"attention is {base.config._attn_implementation!r}, not 'sdpa'"

@@ -20,9 +20,12 @@ from transformers import (
     CamembertConfig,
     CamembertModel,
     DistilBertConfig,
+    DistilBertForTokenClassification,
     DistilBertModel,
     ElectraConfig,
     ElectraForSequenceClassification,
+    MPNetConfig,
+    MPNetModel,
     RobertaConfig,
     RobertaForSequenceClassification,
     XLMRobertaConfig,
@@ -41,6 +44,7 @@ from hf_moebert.inference import optimize
 from hf_moebert.inference.linears import PackedLinear, PlainLinear, make_linear, unsupported_reason
 from hf_moebert.inference.optimized import OptimizedModule, apply_to_slices, round_up_rows
 from hf_moebert.measuring.footprint import measure_footprint
+from hf_moebert.methods import masked_crf
 
 
 TINY = {
@@ -246,15 +250,37 @@ def test_roberta_counts_positions_from_the_ids_and_from_embeddings():
 
 
 @torch.no_grad()
-def test_only_real_tokens_run():
-    model, batch = optimize_for_inference(make("bert")), padded()
+@pytest.mark.parametrize("name", ["bert", "distilbert"])
+def test_only_real_tokens_run(name):
+    model, batch = optimize_for_inference(make(name)), padded()
     seen = []
-    model.encoder.layer[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    layers = (model.encoder if name == "bert" else model.transformer).layer
+    layers[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     model(**batch)
     optimize_for_inference(model, skip_padding=False)(**batch)
     optimize_for_inference(model)(**padded(side="left"))  # heads read the first place
     padding_too = (*batch["input_ids"].shape, 32)
     assert seen == [(1, int(batch["attention_mask"].sum()), 32), padding_too, padding_too]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [BertForTokenClassification, DistilBertForTokenClassification])
+def test_a_crf_around_any_tagger_skips_padding(kind):
+    torch.manual_seed(0)
+    names = dict(enumerate(["O", "B-a", "I-a"]))
+    config = BertConfig(**TINY) if kind is BertForTokenClassification else copy.deepcopy(DISTILBERT)
+    config.id2label, config.label2id = names, {name: number for number, name in names.items()}
+    model, batch, seen = masked_crf.from_dense(kind(config).eval(), tag_scheme="IOB2"), padded(), []
+    given = batch | {"word_mask": batch["attention_mask"] == 1}
+    wanted = model(**given)
+    optimize_for_inference(model)
+    embeddings = next(module for name, module in model.named_modules() if name.endswith("embeddings"))
+    embeddings.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    found = model(**given)
+    assert seen == [(1, int(batch["attention_mask"].sum()), 32)]
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(found.logits[real], wanted.logits[real], atol=1e-5, rtol=1e-4)
+    assert torch.equal(found.predictions, wanted.predictions)
 
 
 @torch.no_grad()
@@ -601,8 +627,8 @@ def test_what_a_machine_lacks_is_said_in_one_line_and_skipped(monkeypatch, log):
 
 @torch.no_grad()
 def test_an_unknown_architecture_gets_packed_linears_and_a_line(log):
-    model = optimize_for_inference(make("distilbert"))
-    assert "`skip_padding` is skipped: the attention of DistilBertModel" in log.text
+    model = optimize_for_inference(MPNetModel(MPNetConfig(**TINY)))
+    assert "`skip_padding` is skipped: the attention of MPNetModel" in log.text
     assert is_optimized(model)
 
 
