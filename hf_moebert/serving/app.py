@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.exceptions import HTTPException
 
 from hf_moebert.architectures.protocols import AnswerOptions, Predictor, UpdatablePredictor
 
 from .keys import KeyMiddleware
 from .limits import ServingLimits
 from .monitoring import MonitoringMiddleware
-from .requests import HeaderLimitMiddleware
+from .requests import HeaderLimitMiddleware, answer_refusal
 from .routes import add_routes
 from .service import Service
 
@@ -79,6 +80,7 @@ def build_app(
         redirect_slashes=False,  # a redirect would lead to the Host that the client names
     )
     app.state.service = service
+    app.add_exception_handler(HTTPException, answer_refusal)
     if keys:
         app.add_middleware(KeyMiddleware, keys=keys)
     app.add_middleware(HeaderLimitMiddleware, limit=service.limits.max_header_bytes)

@@ -8,10 +8,12 @@ from pathlib import Path
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from .requests import describe_refusal
+
 
 OPEN = {("GET", "/health"), ("HEAD", "/health"), ("GET", "/"), ("GET", "/docs"), ("GET", "/openapi.json")}
 SHORTEST = 16  # characters; shorter ones can be guessed
-REFUSAL = {"detail": "A key is needed: send `Authorization: Bearer KEY` with one that this server knows."}
+REFUSAL = "A key is needed: send `Authorization: Bearer KEY` with one that this server knows."
 
 
 class KeyMiddleware:
@@ -29,7 +31,7 @@ class KeyMiddleware:
         """Answer 401 to a request without a key, and pass others on."""
         if scope["type"] == "http" and (scope["method"], scope["path"]) not in OPEN and not self._knows(scope):
             headers = {"WWW-Authenticate": "Bearer", "Connection": "close"}
-            return await JSONResponse(REFUSAL, 401, headers)(scope, receive, send)
+            return await JSONResponse(describe_refusal(REFUSAL), 401, headers)(scope, receive, send)
         return await self.app(scope, receive, send)
 
     def _knows(self, scope: Scope) -> bool:

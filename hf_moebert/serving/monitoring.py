@@ -13,6 +13,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .requests import describe_refusal
+
 
 logger = logging.getLogger(__name__)
 SHARED = "PROMETHEUS_MULTIPROC_DIR"  # where prometheus_client, when it is imported, finds the metrics of all workers
@@ -75,7 +77,7 @@ class MonitoringMiddleware:
             status = 499
         except asyncio.CancelledError:  # the server ends, and this task here
             if not status:
-                closing = {"detail": "The server is closing. Ask another one."}
+                closing = describe_refusal("The server is closing. Ask another one.")
                 await JSONResponse(closing, 503, {"Connection": "close"})(scope, receive, send_and_note)
         except BaseException as error:  # noqa: BLE001  # a `SystemExit` of a library would end the event loop
             error_id = uuid.uuid4().hex[:12]
@@ -83,7 +85,7 @@ class MonitoringMiddleware:
             logger.error("Error %s while answering %s %r:\n%s", error_id, scope["method"], scope["path"], where)
             if not status:
                 detail = "Internal error. The log of the server has the details under this id."
-                await JSONResponse({"detail": detail, "id": error_id}, 500)(scope, receive, send_and_note)
+                await JSONResponse(describe_refusal(detail, id=error_id), 500)(scope, receive, send_and_note)
         self.metrics.answers.labels(status).inc()
 
 

@@ -16,6 +16,16 @@ CLOSE = {"Connection": "close"}  # what follows on this connection may be the re
 Body = TypeVar("Body", bound=BaseModel)
 
 
+def describe_refusal(detail: str, **more: str) -> dict[str, str]:
+    """Return the body of a refusal, whose reason the clients of OpenAI and of the Hub look for under other names."""
+    return {"detail": detail, "message": detail, "error_description": detail} | more
+
+
+async def answer_refusal(_: Request, error: Any) -> JSONResponse:
+    """Answer a request that was refused by an `HTTPException`."""
+    return JSONResponse(describe_refusal(str(error.detail)), error.status_code, error.headers)
+
+
 class HeaderLimitMiddleware:
     """Middleware that refuses large headers which came at once: h11 refuses those only that come in parts."""
 
@@ -25,7 +35,7 @@ class HeaderLimitMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 400 to a request with too large headers, and pass others on."""
         if scope["type"] == "http" and _count_header_bytes(scope) > self.limit:
-            refusal = {"detail": f"The headers must have at most {self.limit} bytes."}
+            refusal = describe_refusal(f"The headers must have at most {self.limit} bytes.")
             return await JSONResponse(refusal, 400, CLOSE)(scope, receive, send)
         return await self.app(scope, receive, send)
 

@@ -165,7 +165,7 @@ def test_unexpected_errors_have_an_id_and_show_nothing(client, caplog):
         answers = list(pool.map(lambda text: ask(client, text), ["a", "trap", "b"]))
     assert [answer.status_code for answer in answers] == [200, 500, 200]
     detail = answers[1].json()
-    assert detail.keys() == {"detail", "id"}
+    assert detail.keys() == {"detail", "message", "error_description", "id"}
     assert not re.search("secret|path|Error|Traceback|File", json.dumps(detail))
     (record,) = caplog.records
     assert detail["id"] in record.getMessage()

@@ -31,7 +31,11 @@ def client(models):
 def post(client, path, status=200, **body):
     answer = client.post(path, json=body)
     assert answer.status_code == status, answer.text
-    return answer.json() if status == 200 else answer.json()["detail"]
+    if status == 200:
+        return answer.json()
+    said = answer.json()
+    assert said == dict.fromkeys(("detail", "message", "error_description"), said["detail"])  # as clients look for it
+    return said["detail"]
 
 
 def labels(models, *inputs):

@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.pipelines.base import pad_collate_fn
 
+from hf_moebert.architectures.heads import kind_of as kind_of_model
 from hf_moebert.checkpoints.remote_code import refuse_code
 from hf_moebert.data.buckets import group_by_length
 
@@ -274,10 +275,6 @@ def _find_nonfinite(outputs: Mapping[str, Any]) -> list[str]:
 
 
 def kind_of(branch: PreTrainedModel) -> str:
-    """Return the kind of task of a single-task model."""
-    head, config = type(branch).__name__.partition("For")[2], branch.config
-    if head != "SequenceClassification":
-        return {"TokenClassification": "tagging", "QuestionAnswering": "question-answering"}[head]
-    if config.problem_type == "multi_label_classification":
-        return "multi-label"
-    return "regression" if config.problem_type == "regression" or config.num_labels == 1 else "classification"
+    """Return the kind of task of a single-task model; here one score is a number, not the relevance of a pair."""
+    kind = kind_of_model(branch)
+    return "regression" if kind == "reranking" else kind
