@@ -79,7 +79,7 @@ def make_engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> E
         unknown=tokenizer.unk_token,
         left=tokenizer.padding_side == "left",
     )
-    unpads = "unpadding" in vars(model.base_model)  # optimised so that padding costs nothing
+    unpads = any("unpadding" in vars(module) for module in model.modules())  # optimised: padding costs nothing
     return Engine(
         kind,
         [] if kind == "embedding" else [model.config.id2label[number] for number in range(model.config.num_labels)],
