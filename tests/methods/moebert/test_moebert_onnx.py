@@ -42,13 +42,13 @@ def make_model(routing="hash-random", **options):
         hidden_size=32,
         num_hidden_layers=1,  # what an exporter takes long for is the same in every layer
         num_attention_heads=4,
-        intermediate_size=64,
+        intermediate_size=128,
         max_position_embeddings=128,
         initializer_range=0.2,  # so that different routes give visibly different outputs
         num_labels=2,
         num_shared_neurons=0,
         num_experts=4,
-        expert_size=16,
+        expert_size=32,
         routing=routing,
         **options,
     )
@@ -160,7 +160,7 @@ def test_torchscript_does_not_freeze_the_routes():
 def test_int8_quantisation_finds_every_expert(exported):
     model, folder = exported
     kinds = [node.op_type for node in onnx.load(folder / "int8" / "model.onnx").graph.node]
-    assert kinds.count("MatMulInteger") == 4 + 2 * 4 + 2  # attention, experts, pooler and head
+    assert kinds.count("MatMulIntegerToFloat") == 4 + 2 * 4 + 1  # attention, experts and pooler; the head is narrow
     session = load_onnx(folder, precision="int8")
     for rows, length in SHAPES:  # in the first, three experts get no token
         assert_same(session, model, make_inputs(rows, length), atol=0.1)
