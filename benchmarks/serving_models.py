@@ -47,10 +47,10 @@ class ModelServingArguments:
     """The model, the texts and the load."""
 
     model_name_or_path: str = field(metadata={"help": "Folder of a classifier."})
+    texts: Path = field(metadata={"help": "A .jsonl file."})
     students: list[str] = field(
         default_factory=list, metadata={"help": "Folders of smaller ones that this server answers by."}
     )
-    texts: Path = field(metadata={"help": "A .jsonl file."})
     text_column: str = field(default="text", metadata={"help": "Its column."})
     precisions: list[str] = field(default_factory=lambda: ["float32", "int8"], metadata={"help": "Of this server."})
     workers: list[int] = field(default_factory=lambda: [1], metadata={"help": "Of this server."})
@@ -77,31 +77,9 @@ def serve_here(folder: str, threads: int, precision: str, workers: int, said: Co
 
 def serve_by_litserve(folder: str, threads: int, said: Connection) -> None:
     """Serve by LitServe, whose batches a pipeline answers, in as large batches and after as long a wait as here."""
-    import socket
+    from serving_litserve import serve
 
-    import litserve
-
-    class Api(litserve.LitAPI):
-        def setup(self, device: str) -> None:
-            torch.set_num_threads(threads)
-            self.pipe = pipeline("text-classification", model=folder, device="cpu", top_k=None)
-
-        def decode_request(self, request: dict[str, str]) -> str:
-            return request["inputs"]
-
-        def predict(self, texts: list[str]) -> list[Any]:
-            return self.pipe(texts, batch_size=len(texts))
-
-        def encode_response(self, output: Any) -> Any:
-            return output
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    api = Api(max_batch_size=MAX_BATCH, batch_timeout=MAX_WAIT_S)
-    said.send(f"http://127.0.0.1:{port}")
-    litserve.LitServer(api, accelerator="cpu", timeout=KEEP_ALIVE).run(
-        host="127.0.0.1", port=port, generate_client_file=False, log_level="warning"
-    )
+    serve(folder, threads, said, keep_alive_s=KEEP_ALIVE, max_batch_size=MAX_BATCH, batch_timeout=MAX_WAIT_S)
 
 
 def serve_plainly(folder: str, threads: int, said: Connection) -> None:

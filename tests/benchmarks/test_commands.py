@@ -42,6 +42,13 @@ def test_options_of_commands_exist(monkeypatch, program, options):
     assert options <= known.value.args[0]
 
 
+@pytest.mark.parametrize("program", sorted(path.stem for path in BENCHMARKS.rglob("*.py")))
+def test_every_program_can_be_imported(program):
+    if program == "serving_litserve":
+        pytest.importorskip("litserve")
+    importlib.import_module(program)
+
+
 def test_every_study_stands_beside_a_table():
     named = "".join(page.read_text() for page in PAGES)
     for path in (BENCHMARKS / "studies").glob("*.py"):
