@@ -26,7 +26,7 @@ def find_folder(source: str | PathLike[str], *, exports: bool = False) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=FILES + (EXPORTS if exports else [])))
     except (HFValidationError, OSError) as error:
-        said = "" if isinstance(error, HFValidationError) else f"; the Hub says: {str(error).splitlines()[0]}"
+        said = "." if isinstance(error, HFValidationError) else f"; the Hub says: {str(error).splitlines()[0]}"
         raise FileNotFoundError(
             f"`model` must be a folder that exists or a model on the Hub, got {str(source)!r}. Check the path{said}"
         ) from error
