@@ -22,6 +22,7 @@ import torch
 from datasets import Dataset
 from moebert_scale import ScaleArguments, on_gpu
 from packaging.version import Version
+from platon_overhead import training_steps
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -197,18 +198,11 @@ def time_pruner(args: GpuArguments, device: str) -> list[Row]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     batch = {name: tensor.to(device) for name, tensor in make_batch(2 if args.smoke else 32, 128).items()}
 
-    def step(*, prune: bool) -> None:
+    def backward() -> None:
         with torch.autocast(device, torch.bfloat16):
             model(**batch).loss.backward()
-        with torch.no_grad():
-            if prune:
-                pruner.observe()
-            optimizer.step()
-            if prune:
-                pruner.advance()
-        optimizer.zero_grad()
 
-    calls = {"plain": partial(step, prune=False), "pruned": partial(step, prune=True)}
+    calls = training_steps(pruner, optimizer, backward)
     ratio = compare_times(time_calls(calls, device, 10 * args.rounds), baseline="pruned", clock="wall")["plain"]
     found = f"a step takes {ratio.median:.3f}x [{ratio.low:.3f}, {ratio.high:.3f}]"
     return [{"part": "pruner", "what": "PLATON over none", "found": found}]

@@ -163,15 +163,13 @@ def time_parts(pruner: Pruner, rounds: int) -> tuple[dict[str, np.ndarray], list
     return times, rows
 
 
-def time_steps(model: BertForSequenceClassification, pruner: Pruner, args: OverheadArguments) -> dict[str, np.ndarray]:
-    """Time whole training steps, without pruning and in its final phase."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    ids = torch.randint(model.config.vocab_size, (args.batch, args.seq))
-    labels = torch.randint(2, (args.batch,))
+def training_steps(
+    pruner: Pruner, optimizer: torch.optim.Optimizer, backward: Callable[[], None]
+) -> dict[str, Callable[[], None]]:
+    """Return whole training steps, without pruning and with it."""
 
     def step(*, prune: bool) -> None:
-        model(input_ids=ids, labels=labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        backward()
         with torch.no_grad():
             if prune:
                 pruner.observe()
@@ -180,7 +178,20 @@ def time_steps(model: BertForSequenceClassification, pruner: Pruner, args: Overh
                 pruner.advance()
         optimizer.zero_grad()
 
-    calls = {"plain": partial(step, prune=False), "pruned": partial(step, prune=True)}
+    return {"plain": partial(step, prune=False), "pruned": partial(step, prune=True)}
+
+
+def time_steps(model: BertForSequenceClassification, pruner: Pruner, args: OverheadArguments) -> dict[str, np.ndarray]:
+    """Time whole training steps, without pruning and in its final phase."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    ids = torch.randint(model.config.vocab_size, (args.batch, args.seq))
+    labels = torch.randint(2, (args.batch,))
+
+    def backward() -> None:
+        model(input_ids=ids, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+    calls = training_steps(pruner, optimizer, backward)
     return time_rounds(calls, rounds=args.step_rounds, warmup=1, clock="cpu")
 
 

@@ -26,7 +26,8 @@ def find_folder(source: str | PathLike[str], *, exports: bool = False) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=FILES + (EXPORTS if exports else [])))
     except (HFValidationError, OSError) as error:
-        said = "." if isinstance(error, HFValidationError) else f"; the Hub says: {str(error).splitlines()[0]}"
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        said = "." if isinstance(error, HFValidationError) else f"; the Hub says: {reason}"
         raise FileNotFoundError(
             f"`model` must be a folder that exists or a model on the Hub, got {str(source)!r}. Check the path{said}"
         ) from error

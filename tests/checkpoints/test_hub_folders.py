@@ -40,6 +40,15 @@ def test_what_is_neither_a_folder_nor_an_id_is_refused(tmp_path, monkeypatch, so
     assert not (tmp_path / "out").exists()
 
 
+def test_a_failure_without_a_text_has_its_name(monkeypatch):
+    def fail(*args, **kwargs):
+        raise ConnectionError
+
+    monkeypatch.setattr("hf_moebert.checkpoints.hub.snapshot_download", fail)
+    with pytest.raises(FileNotFoundError, match="Check the path; the Hub says: ConnectionError"):
+        find_folder("tester/small")
+
+
 @pytest.mark.process
 def test_neither_pickles_nor_code_are_downloaded(loopback_hub):  # noqa: F811
     plain = ["1_Pooling/config.json", "config.json", "model.safetensors", "vocab.txt"]
